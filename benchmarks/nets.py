@@ -1,0 +1,121 @@
+"""The networks of the workloads. Each takes a batch, and also one sample without a batch axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SEED = 20240501
+
+
+def frozen(build: Callable[[], nn.Module], seed: int = SEED) -> nn.Module:
+    """Build a module from a fixed seed, in eval mode, without gradients for its parameters.
+
+    Parameters that require gradients would make ``torch.func`` record a second graph behind the
+    Jacobian; frozen, every contender does its own work only.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build()
+    return net.eval().requires_grad_(False)
+
+
+def mlp(widths: Sequence[int], act: type[nn.Module], last: type[nn.Module] | None = None):
+    """Linear layers of the given widths with ``act`` between them and ``last`` at the end."""
+    layers: list[nn.Module] = []
+    for k, (n, m) in enumerate(zip(widths[:-1], widths[1:])):
+        layers.append(nn.Linear(n, m))
+        if k < len(widths) - 2:
+            layers.append(act())
+    if last is not None:
+        layers.append(last())
+    return nn.Sequential(*layers)
+
+
+def conv_classifier() -> nn.Sequential:
+    """W5: three convolutions on 3 x 32 x 32, the last two with stride 2, then a Linear to 10."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(-3),
+        nn.Linear(64 * 8 * 8, 10),
+    )
+
+
+def image_to_image() -> nn.Sequential:
+    """W6: 1 x 32 x 32 to 1 x 32 x 32 through two hidden layers of 16 channels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 1, 3, padding=1),
+    )
+
+
+class TransformerBlock(nn.Module):
+    """W7: a pre-norm block; attention as softmax(QK')V, or fused (`fused=True`)."""
+
+    def __init__(self, width: int = 64, heads: int = 4, hidden: int = 256, fused: bool = False):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.o = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., tokens, width) to the same shape."""
+        h = self.norm1(x)
+        q, k, v = (
+            lin(h).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+            for lin in (self.q, self.k, self.v)
+        )
+        if self.fused:
+            a = F.scaled_dot_product_attention(q, k, v)
+        else:
+            a = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
+        x = x + self.o(a.transpose(-2, -3).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class SumOfSquares(nn.Module):
+    """pytorch#105220: the sum of squares of each row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (...)."""
+        return (x**2).sum(-1)
+
+
+def draw(net: nn.Module, samples: int, shape: tuple[int, ...], seed: int = SEED) -> Tensor:
+    """Normal samples that keep every ReLU of `net` away from its kink.
+
+    A pre-activation within rounding of zero has a different derivative in float32 and in float64,
+    and both are right. Such samples (a few in a hundred) are left out, so that a result
+    can be held against float64.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    pool = torch.randn(2 * samples + 8, *shape, generator=gen)
+    keep = torch.ones(len(pool), dtype=torch.bool)
+
+    def look(_module, args):
+        nearest = args[0].abs().flatten(1).amin(1)
+        keep.logical_and_(nearest > 2e-6)
+
+    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, nn.ReLU)]
+    if hooks:
+        with torch.no_grad():
+            net(pool)
+    for hook in hooks:
+        hook.remove()
+    if int(keep.sum()) < samples:
+        raise ValueError(f"only {int(keep.sum())} of {len(pool)} samples are clear of a ReLU kink")
+    return pool[keep][:samples].clone()

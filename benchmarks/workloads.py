@@ -1,0 +1,281 @@
+"""What is timed: networks, inputs, shapes, and the least work that the answer needs.
+
+``flops`` counts a multiply-add as two and is the count of the structured chain: the first step of
+a sweep is free (its seed is the identity), samples do not mix, weights are shared, activations are
+scalings and cost nothing, the forward pass is included. ``bytes`` is the input, the weights and
+the Jacobian, each moved once. Both are predictions to hold a measured time against, not measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from . import nets
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Be at least `ratio` times as fast as a peer ("best": as the best torch peer)."""
+
+    ratio: float
+    peer: str = "best"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to differentiate. `full` asks for the drop-in shape (N, *out, N, *in)."""
+
+    name: str
+    title: str
+    module: Callable[[], nn.Module]
+    samples: int
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    flops: int
+    weights: int
+    full: bool = False
+    no_forward: str = ""
+    goal: Goal | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The Jacobian's shape."""
+        batch = (self.samples,)
+        return batch + self.out_shape + (batch if self.full else ()) + self.in_shape
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of the Jacobian in float32."""
+        return 4 * math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that have to move: input and weights in, the Jacobian out."""
+        return self.answer_bytes + 4 * (self.weights + self.samples * self.columns)
+
+    @property
+    def rows(self) -> int:
+        """Outputs of one sample: the seeds of a reverse sweep."""
+        return math.prod(self.out_shape)
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one sample: the seeds of a forward sweep."""
+        return math.prod(self.in_shape)
+
+    def build(self) -> nn.Module:
+        """The network, the same at every call."""
+        return nets.frozen(self.module)
+
+    def draw(self, net: nn.Module) -> Tensor:
+        """The input batch, the same at every call."""
+        return nets.draw(net, self.samples, self.in_shape)
+
+
+@lru_cache(maxsize=2)
+def problem(workload: Workload) -> tuple[nn.Module, Tensor]:
+    """The workload's network and input."""
+    net = workload.build()
+    return net, workload.draw(net)
+
+
+@lru_cache(maxsize=1)
+def truth(workload: Workload) -> Tensor:
+    """The Jacobian in float64, one `autograd.grad` a row: the plainest way there is."""
+    net, x = problem(workload)
+    net = copy.deepcopy(net).double()
+    x = x.double().requires_grad_()
+    y = net(x)
+    # Samples do not mix in these networks, so the sum over the batch has every sample's gradient.
+    heads = y.reshape(-1) if workload.full else y.reshape(len(y), -1).sum(0)
+    grads = (
+        torch.autograd.grad(heads[k], x, retain_graph=True)[0] for k in range(len(heads))
+    )
+    if workload.full:
+        jac = torch.stack(list(grads))
+    else:
+        jac = torch.empty(len(x), len(heads), *x.shape[1:], dtype=torch.float64)
+        for k, g in enumerate(grads):
+            jac[:, k] = g
+    return jac.reshape(workload.shape)
+
+
+def chain_flops(widths: Sequence[int]) -> int:
+    """Flops a sample of a product of Linear layers in its cheapest order, and the forward pass.
+
+    With activations as scalings an MLP's Jacobian is a product of its weights. Its cheapest order
+    (matrix chain multiplication) is reverse, forward, or a meeting at a bottleneck.
+    """
+    n = len(widths) - 1
+    cost = {(i, i + 1): 0 for i in range(n)}
+    for span in range(2, n + 1):
+        for i in range(n - span + 1):
+            j = i + span
+            cost[i, j] = min(
+                cost[i, k] + cost[k, j] + widths[i] * widths[k] * widths[j]
+                for k in range(i + 1, j)
+            )
+    return 2 * (cost[0, n] + chain_weights(widths))
+
+
+def chain_weights(widths: Sequence[int]) -> int:
+    """Entries of an MLP's weight matrices."""
+    return sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+
+
+def conv_flops() -> int:
+    """W5, a sample: ten rows pulled through three convolutions (the Linear is free), forward."""
+    convs = 9 * 64 * 64 * 8 * 8 + 9 * 32 * 64 * 16 * 16 + 9 * 3 * 32 * 32 * 32
+    return 2 * (10 * convs + convs + 64 * 8 * 8 * 10)
+
+
+def band_flops() -> int:
+    """W6, a sample: only what lies in the receptive field.
+
+    An output pixel sees 3 x 3 pixels of the second hidden layer (free: the last kernel itself),
+    and 5 x 5 of the first; each of those positions gathers 3 x 3 taps.
+    """
+    jacobian = 9 * 9 * 16 * 16 + 25 * 9 * 16
+    forward = 9 * (16 + 16 * 16 + 16)
+    return 2 * 32 * 32 * (jacobian + forward)
+
+
+def block_flops(tokens: int = 16, d: int = 64, heads: int = 4, hidden: int = 256) -> int:
+    """W7, a sample: tokens mix in attention only, and there with rank one a head.
+
+    Per output token: the MLP's Jacobian P (d x hidden x d), P times the d x d product of value and
+    output weights of each head, P times the output weights, the rank-one terms of the scores, the
+    query's own block; then the sum over heads for each pair of tokens.
+    """
+    one = d * hidden * d + d * d * heads * d + d * d * d + d * tokens * d + d * d * d
+    pair = d * d * 2 * heads + d * d
+    forward = 4 * d * d + 2 * d * hidden
+    return 2 * tokens * (one + tokens * pair + forward)
+
+
+def _mlp(name, title, widths, act, last=None, *, samples, **more) -> Workload:
+    """An MLP as a workload."""
+    return Workload(
+        name=name,
+        title=f"{title} {'-'.join(map(str, widths))}, {act.__name__}, N={samples}",
+        module=partial(nets.mlp, tuple(widths), act, last),
+        samples=samples,
+        in_shape=(widths[0],),
+        out_shape=(widths[-1],),
+        flops=samples * chain_flops(widths),
+        weights=chain_weights(widths),
+        **more,
+    )
+
+
+def _image(samples: int) -> Workload:
+    """W6 at a batch size."""
+    return Workload(
+        name=f"W6-n{samples}",
+        title=f"image to image 1x32x32, three conv3x3, 16 channels, ReLU, dense, N={samples}",
+        module=nets.image_to_image,
+        samples=samples,
+        in_shape=(1, 32, 32),
+        out_shape=(1, 32, 32),
+        flops=samples * band_flops(),
+        weights=9 * (16 + 16 * 16 + 16),
+    )
+
+
+def _block(name: str, fused: bool) -> Workload:
+    """W7 with attention written out or fused."""
+    kind = "scaled_dot_product_attention" if fused else "attention written out"
+    return Workload(
+        name=name,
+        title=f"pre-norm transformer block d=64, T=16, 4 heads, GELU MLP of 256, {kind}, N=4",
+        module=partial(nets.TransformerBlock, fused=fused),
+        samples=4,
+        in_shape=(16, 64),
+        out_shape=(16, 64),
+        flops=4 * block_flops(),
+        weights=4 * 64 * 64 + 2 * 64 * 256,
+        no_forward="torch has no forward mode for fused attention" if fused else "",
+    )
+
+
+DYNAMICS = (32, 256, 256, 32)
+
+MLP = (
+    _mlp("W1-tanh", "dynamics MLP", DYNAMICS, nn.Tanh, samples=1024, goal=Goal(2.3)),
+    _mlp("W1-silu", "dynamics MLP", DYNAMICS, nn.SiLU, samples=1024, goal=Goal(2.3)),
+    _mlp(
+        *("W1-batch1", "dynamics MLP", DYNAMICS, nn.Tanh),
+        samples=1,
+        goal=Goal(1.0, "compile vmap(jacrev)"),
+    ),
+    _mlp("W2", "classifier MLP", (784, 512, 512, 10), nn.ReLU, samples=64, goal=Goal(1.9)),
+    _mlp(
+        *("W3", "VAE decoder with sigmoid output", (32, 256, 512, 784), nn.Tanh, nn.Sigmoid),
+        samples=64,
+        goal=Goal(2.0),
+    ),
+    _mlp("W4", "autoencoder", (784, 256, 32, 256, 784), nn.Tanh, samples=16),
+)
+CONV = (
+    Workload(
+        name="W5",
+        title="conv classifier 3x32x32, three conv3x3 (two of stride 2), ReLU, Linear 10, N=16",
+        module=nets.conv_classifier,
+        samples=16,
+        in_shape=(3, 32, 32),
+        out_shape=(10,),
+        flops=16 * conv_flops(),
+        weights=9 * (3 * 32 + 32 * 64 + 64 * 64) + 64 * 64 * 10,
+        goal=Goal(1.4),
+    ),
+    _image(1),
+    _image(4),
+)
+ATTENTION = (_block("W7", fused=False), _block("W7-fused", fused=True))
+ELEMENTWISE = (
+    Workload(
+        name="square",
+        title="pytorch#105220: (x**2).sum(-1), 10^4 x 10^4, a row a sample",
+        module=nets.SumOfSquares,
+        samples=10_000,
+        in_shape=(10_000,),
+        out_shape=(),
+        flops=3 * 10**8,
+        weights=0,
+        goal=Goal(1 / 3, "2*x"),
+    ),
+)
+DROPIN = (
+    _mlp(
+        *("dropin", "drop-in shape (N, out, N, in) of the dynamics MLP", DYNAMICS, nn.Tanh),
+        samples=64,
+        full=True,
+        goal=Goal(30.0, "functional loop"),
+    ),
+)
+OVERHEAD = (
+    _mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
+)
+ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
+
+
+def select(names: Sequence[str]) -> list[Workload]:
+    """The workloads of these names; `W1` stands for every `W1-...`; no name stands for all."""
+    if not names:
+        return list(ALL)
+    found: list[Workload] = []
+    for name in names:
+        hits = [w for w in ALL if w.name == name] or [
+            w for w in ALL if w.name.startswith(name + "-")
+        ]
+        if not hits:
+            raise KeyError(f"no workload {name!r}; there are {', '.join(w.name for w in ALL)}")
+        found += [w for w in hits if w not in found]
+    return found

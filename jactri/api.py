@@ -1,0 +1,411 @@
+"""The calls: `jacobian`, a drop-in for ``torch.autograd.functional.jacobian``, and `jacobian_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import handover, whole
+from .executor import Answer, run
+from .graph import Graph, UnsupportedGraph, read
+from .memory import free_bytes, parse_bytes
+from .opaque import refuse_or_log
+from .planner import Plan, Sweep, make_plan, mixing_steps, sample_ties
+from .progress import bar
+from .samples import probe_mixing
+
+STRATEGIES = ("auto", "forward-mode", "reverse-mode")
+_LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+
+def jacobian(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: str = "auto",
+    *,
+    per_sample: bool = False,
+    return_output: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Any:
+    """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
+
+    ``func`` runs once, in eager PyTorch; the graph that autograd recorded is read into structured local Jacobians,
+    which are multiplied in the cheaper of the two orders. Ops without a structure are computed by autograd.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
+        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        create_graph: return a Jacobian that can be differentiated (in both directions).
+        strict: raise if an output does not depend on an input, instead of returning zeros.
+        vectorize: accepted for compatibility; jactri is always vectorized.
+        strategy: ``"forward-mode"`` (a column at a time: cheap for few inputs), ``"reverse-mode"`` (a row at a time:
+            cheap for few outputs) or ``"auto"``, which predicts the cost of both.
+        per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
+            one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or by a probe where
+            an op is opaque.
+        return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless
+            ``create_graph``.
+        chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the answer included;
+            by default half of what is free. Sizes the chunks.
+        out: a tensor to write the Jacobian to, or tuples of tensors nested as the result is.
+        backend: ``"auto"`` or ``"torch"``.
+        progress: show a progress bar over the chunks.
+
+    Returns:
+        ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
+        is a tuple; a tensor where neither is. dtype and device of the input (of the output under
+        ``strategy="forward-mode"``). Strides are unspecified.
+
+    Raises:
+        TypeError: inputs or outputs that are not tensors or tuples of them.
+        RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix (the
+            message names the op); an ``out`` that does not fit.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend, no common
+            batch axis under ``per_sample``.
+        AssertionError: an unknown strategy.
+        IndexError: an empty tuple of inputs or outputs.
+
+    Cost:
+        One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
+        that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
+    """
+    _check_options(strategy, chunk_size, backend, out, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", "jacobian")
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    func = getattr(func, "_orig_mod", None) or getattr(func, "_torchdynamo_orig_callable", None) or func
+    if handover.transforming(xs):
+        return handover.jacobian(
+            func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out
+        )
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return jacobian(
+                func, inputs, create_graph, strict, vectorize, strategy, per_sample=per_sample,
+                return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
+                backend=backend, progress=progress,
+            )  # fmt: skip
+    with torch.enable_grad():
+        leaves = tuple(_leaf(x, create_graph) for x in xs)
+        result = func(*leaves)
+    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+    rows = compute(
+        ys, leaves, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
+        _out_rows(out, tupled_out, tupled), progress,
+    )  # fmt: skip
+    answer = _nest(rows, tupled_out, tupled)
+    if not return_output:
+        return answer
+    return (result if create_graph else _detached(result)), answer
+
+
+def jacobian_of(
+    outputs: Tensor | tuple[Tensor, ...],
+    inputs: Tensor | tuple[Tensor, ...],
+    create_graph: bool = False,
+    strict: bool = False,
+    *,
+    strategy: str = "auto",
+    per_sample: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    progress: bool = False,
+) -> Any:
+    """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
+
+    ``inputs`` are leaves or intermediate tensors that require grad. The graph is read, not consumed: it can be used
+    again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
+    is raised for an input that does not require grad, and by autograd if the graph was freed.
+    """
+    _check_options(strategy, chunk_size, backend, out, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
+    tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    for i, x in enumerate(xs):
+        if not x.requires_grad:
+            raise RuntimeError(
+                f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
+                "before computing outputs"
+            )
+    rows = compute(
+        ys, xs, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
+        _out_rows(out, tupled_out, tupled), progress,
+    )  # fmt: skip
+    return _nest(rows, tupled_out, tupled)
+
+
+def compute(
+    ys, xs, strategy, create_graph, strict, per_sample, chunk_size, memory_limit, dests, progress
+) -> list[list[Tensor]]:
+    """``J[j][i]`` for every output and input of a recorded computation."""
+    if not ys:
+        raise IndexError("outputs is an empty tuple: return at least one tensor")
+    if strict:
+        for j, y in enumerate(ys):
+            if not y.requires_grad:
+                raise RuntimeError(
+                    f"Output {j} of the user-provided function does not require gradients. The outputs must be "
+                    "computed in a differentiable manner from the input when running in strict mode."
+                )
+    if per_sample:
+        _check_batch(ys, xs)
+    if dests is not None:
+        _check_out(dests, ys, xs, per_sample)
+    with torch.set_grad_enabled(create_graph):
+        if any(x.numel() == 0 for x in xs) or any(y.numel() == 0 for y in ys):
+            rows = _zeros(ys, xs, per_sample, strict, dests)
+        else:
+            rows = _rows(
+                ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress
+            )
+    if strict and create_graph:
+        for j, row in enumerate(rows):
+            for i, block in enumerate(row):
+                if not block.requires_grad:
+                    raise RuntimeError(
+                        f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
+                        "strict mode when create_graph=True."
+                    )
+    return rows
+
+
+def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress):
+    device = xs[0].device.type
+    try:
+        graph = read(ys, xs)
+    except UnsupportedGraph as reason:
+        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
+        return whole.rows(ys, xs, strict, per_sample, chunk_size, dests)
+    if strict:
+        _check_dependence(graph)
+    summed = False
+    if per_sample:
+        summed = _summed(graph, ys, xs, strategy)
+    plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests)
+    forward = strategy == "forward-mode"
+    answers: dict[tuple[int, int], Answer] = {}
+    for sweep in plan.sweeps:
+        for k, target in enumerate(sweep.targets):
+            if target is None:
+                continue
+            j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
+            answers[j, i] = Answer(
+                sweep, sweep.layouts[target], ys[j].shape, xs[i].shape, per_sample,
+                ys[j] if forward else xs[i], dests[j][i] if dests else None,
+            )  # fmt: skip
+    if progress:
+        with bar(sum(len(s.selections()) for s in plan.sweeps)) as advance:
+            run(graph, plan, answers, advance)
+    else:
+        run(graph, plan, answers)
+    return [
+        [
+            answers[j, i].finish()
+            if (j, i) in answers
+            else zero_block(y, x, per_sample, y if forward else x, dests[j][i] if dests else None)
+            for i, x in enumerate(xs)
+        ]
+        for j, y in enumerate(ys)
+    ]
+
+
+_plans: dict[tuple, Plan] = {}
+_PLANS_KEPT = 256
+
+
+def plan_for(
+    graph, strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests=None
+) -> Plan:
+    """The plan for a graph, remembered by everything that it depends on.
+
+    Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
+    """
+    if memory_limit is not None:
+        limit = parse_bytes(memory_limit)
+        if dests is None:
+            limit -= answer_bytes(ys, xs, per_sample)
+        return make_plan(graph, strategy, summed, limit, chunk_size, device)
+    key = (graph.key, strategy, summed, chunk_size, device)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make_plan(graph, strategy, summed, float("inf"), chunk_size, device)
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.pop(next(iter(_plans)))
+        _plans[key] = plan
+    if plan.peak > _LARGE and chunk_size is None:
+        limit = free_bytes(xs[0].device) // 2
+        if dests is None:
+            limit -= answer_bytes(ys, xs, per_sample)
+        if plan.peak > limit:
+            return make_plan(graph, strategy, summed, max(limit, _LARGE), chunk_size, device)
+    return plan
+
+
+def answer_bytes(ys, xs, per_sample: bool) -> int:
+    """Bytes of all Jacobian blocks."""
+    total = 0
+    for y in ys:
+        for x in xs:
+            n = y.numel() * x.numel()
+            total += (n // max(x.shape[0], 1) if per_sample else n) * x.element_size()
+    return total
+
+
+def _summed(graph: Graph, ys, xs, strategy: str) -> bool:
+    """Prove that samples do not mix; True where a probe and not the algebra did. Raises where they do mix."""
+    plan = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
+    lost: list[tuple[Sweep, int]] = []
+    for sweep in plan.sweeps:
+        for target in sweep.targets:
+            if target is not None and not sample_ties(sweep, sweep.layouts[target], graph):
+                lost.append((sweep, target))
+    if not lost:
+        return False
+    culprits = [v for sweep, target in lost for v in mixing_steps(graph, sweep, target)]
+    opaque = [v for v in culprits if any(m.structure == "opaque" for _, m in graph.values[v].sources)]
+    if opaque and not probe_mixing(ys, xs):
+        return True
+    value = graph.values[(opaque or culprits)[0]]
+    found = "a probe found that samples mix; the op" if opaque else "samples mix: the op"
+    raise RuntimeError(
+        f"per_sample=True, but {found} {value.op} (output {tuple(value.shape)}) does not keep the batch axis. "
+        "Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call eval())"
+    )
+
+
+def _check_options(strategy, chunk_size, backend, out, create_graph) -> None:
+    if strategy not in STRATEGIES:
+        raise AssertionError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+    if backend not in ("auto", "torch"):
+        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
+    if out is not None and create_graph:
+        raise RuntimeError("out= and create_graph=True exclude each other: a result written in place has no graph")
+
+
+def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does."""
+    tupled = isinstance(value, tuple)
+    values = value if tupled else (value,)
+    for i, v in enumerate(values):
+        if not isinstance(v, Tensor):
+            where = f"value at index {i} has" if tupled else f"given {name} has"
+            raise TypeError(
+                f"The {name} of {call} must be a Tensor or a tuple of Tensors, but the {where} type {type(v)}"
+            )
+    return tupled, values
+
+
+def _leaf(x: Tensor, create_graph: bool) -> Tensor:
+    if create_graph and x.requires_grad:
+        return x.view_as(x) if x.layout is torch.strided else x.clone()
+    if x.is_inference():
+        x = x.clone()
+    return x.detach().requires_grad_()
+
+
+def _check_batch(ys, xs) -> None:
+    n = None
+    for name, tensors in (("inputs", xs), ("outputs", ys)):
+        for i, t in enumerate(tensors):
+            if t.dim() == 0:
+                raise ValueError(
+                    f"per_sample=True needs a batch axis, but {name}[{i}] is 0-dimensional; "
+                    "add one with unsqueeze(0), or drop per_sample"
+                )
+            n = t.shape[0] if n is None else n
+            if t.shape[0] != n:
+                raise ValueError(
+                    f"per_sample=True needs one batch size on the first axis of all inputs and outputs, but "
+                    f"{name}[{i}] has shape {tuple(t.shape)} and inputs[0] has {n} samples"
+                )
+
+
+def block_shape(y: Tensor, x: Tensor, per_sample: bool) -> tuple[int, ...]:
+    """The shape of one Jacobian block."""
+    return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)
+
+
+def zero_block(y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None) -> Tensor:
+    """The block of an output that does not depend on an input."""
+    if dest is not None:
+        return dest.zero_()
+    return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)
+
+
+def _zeros(ys, xs, per_sample, strict, dests):
+    # a graph of empty tensors has nothing to accumulate, but strict still asks what depends on what
+    if strict:
+        _check_dependence(read(ys, xs))
+    return [
+        [zero_block(y, x, per_sample, x, dests[j][i] if dests else None) for i, x in enumerate(xs)]
+        for j, y in enumerate(ys)
+    ]
+
+
+def _check_dependence(graph: Graph) -> None:
+    """strict: every output must depend on every input."""
+    for j, end in enumerate(graph.outputs):
+        reached = {end}
+        for v in range(len(graph.values) - 1, -1, -1):
+            if v in reached:
+                reached.update(s for s, _ in graph.values[v].sources)
+        for i, start in enumerate(graph.inputs):
+            if start is None or start not in reached:
+                raise RuntimeError(
+                    f"Output {j} of the user-provided function is independent of input {i}. "
+                    "This is not allowed in strict mode."
+                )
+
+
+def _out_rows(out, tupled_out: bool, tupled: bool):
+    """``out`` with both tuple levels."""
+    if out is None:
+        return None
+    rows = out if tupled_out else (out,)
+    return tuple(row if tupled else (row,) for row in rows)
+
+
+def _check_out(dests, ys, xs, per_sample: bool) -> None:
+    if len(dests) != len(ys) or any(len(row) != len(xs) for row in dests):
+        raise RuntimeError("out must be nested as the result is: a tuple level for each of outputs and inputs")
+    for j, y in enumerate(ys):
+        for i, x in enumerate(xs):
+            dest, want = dests[j][i], block_shape(y, x, per_sample)
+            if not isinstance(dest, Tensor):
+                raise TypeError(f"out must hold tensors, got {type(dest)} for output {j}, input {i}")
+            if tuple(dest.shape) != want or dest.dtype != x.dtype or dest.device != x.device:
+                raise RuntimeError(
+                    f"out for output {j}, input {i} must have shape {want}, dtype {x.dtype} and device {x.device}, "
+                    f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
+                )
+            if dest.requires_grad:
+                raise RuntimeError(f"out for output {j}, input {i} requires grad; pass a detached tensor")
+
+
+def _nest(rows, tupled_out: bool, tupled: bool):
+    if tupled:
+        rows = tuple(tuple(row) for row in rows)
+    else:
+        rows = tuple(row[0] for row in rows)
+    return rows if tupled_out else rows[0]
+
+
+def _detached(result):
+    return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()

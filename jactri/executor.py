@@ -1,0 +1,195 @@
+"""Runs a Plan: pushes or pulls blocks step by step, chunk by chunk, and writes the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .graph import Graph
+from .layout import Layout, Selection, one, scatter
+from .linear_map import Shape
+from .planner import Plan, Step, Sweep
+
+Blocks = dict[int, tuple[Tensor | None, bool]]
+"""Value -> (data, whether the executor may overwrite it)."""
+
+
+class Answer:
+    """One Jacobian being assembled: of output ``j`` with respect to input ``i``.
+
+    ``per_sample`` answers have shape ``(N, *out, *in)``, others ``(*out, *in)``. Memory is taken at the first
+    block; a block that already is the whole answer is returned as it is, through a view.
+    """
+
+    def __init__(self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest):
+        self.sweep, self.layout, self.like = sweep, layout, like
+        self.out, self.into, self.per_sample = out, into, per_sample
+        self.dest: Tensor | None = dest
+        tied = per_sample and not sweep.summed and out[0] != 1
+        keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
+        self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
+        self.store: Tensor | None = None
+
+    def _seed_and_value(self) -> tuple[Shape, Shape]:
+        """The shapes of the two ends; the seed's without the samples where they are not seeds."""
+        seed, value = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
+        return (seed[1:] if self.per_sample else seed), value
+
+    def _allocate(self) -> Tensor:
+        """A tensor ``(free seed factors..., value axes...)`` for chunks to be written to."""
+        seed, value = self._seed_and_value()
+        make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
+        if self.dest is None:
+            return make(*self.final.seeds(), *value, dtype=self.like.dtype, device=self.like.device)
+        if make is torch.zeros:
+            self.dest.zero_()
+        # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
+        n, m = len(seed), self.dest.dim()
+        if not self.sweep.reverse:
+            dims = [*range(m - n, m), *range(m - n)]
+        elif self.per_sample:
+            dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
+        else:
+            dims = list(range(m))
+        return self.dest.permute(dims).view(*self.final.seeds(), *value)
+
+    def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
+        """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
+        if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
+            self.store = data.to(device=self.like.device, dtype=self.like.dtype)
+            return
+        if self.store is None:
+            self.store = self._allocate()
+        part = self.store
+        for i, s in enumerate(self.final.free):
+            if s in sel:
+                part = part.narrow(i, *sel[s])
+        scatter(part, self.final, data, self.layout, sel)
+
+    def finish(self) -> Tensor:
+        """The Jacobian, in the caller's shape."""
+        if self.dest is not None:
+            return self.dest
+        seed, value = self._seed_and_value()
+        full = self.store.reshape(*seed, *value)
+        n, m = len(seed), full.dim()
+        if not self.sweep.reverse:
+            return full.permute(*range(n, m), *range(n)) if n else full
+        if self.per_sample:
+            return full.permute(n, *range(n), *range(n + 1, m))
+        return full
+
+
+def run(
+    graph: Graph,
+    plan: Plan,
+    answers: dict[tuple[int, int], Answer],
+    advance: Callable[[], None] | None = None,
+) -> None:
+    """Execute every sweep of a plan; ``answers[j, i]`` receive the blocks. ``advance`` is called a chunk."""
+    for sweep in plan.sweeps:
+        ends = []
+        for k, v in enumerate(sweep.targets):
+            if v is not None:
+                pair = (sweep.index, k) if plan.reverse else (k, sweep.index)
+                if pair in answers:
+                    ends.append((v, answers[pair]))
+        _sweep(graph, sweep, ends, advance)
+
+
+def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
+    # in-place writes are for blocks that autograd does not watch
+    writable = not torch.is_grad_enabled()
+    blocks: Blocks = {sweep.seed: (None, False)}
+    if not sweep.chunks:
+        _steps(graph, sweep, sweep.steps, blocks, None, writable, frozenset())
+        for v, answer in ends:
+            answer.put(*blocks[v], {})
+        if advance:
+            advance()
+        return
+    # steps in which every cut factor is still tied are the same for all chunks
+    cut = frozenset(sweep.chunks)
+    shared = [s for s in sweep.steps if cut <= s.layout.tied]
+    body = [s for s in sweep.steps if not cut <= s.layout.tied]
+    used = frozenset(t.other for s in body for t in s.terms)
+    pinned = used.intersection([sweep.seed, *(s.value for s in shared)]).union(v for v, _ in ends)
+    _steps(graph, sweep, shared, blocks, None, writable, pinned)
+    for sel in sweep.selections():
+        local = dict(blocks)
+        _steps(graph, sweep, body, local, sel, writable, pinned)
+        for v, answer in ends:
+            lay = sweep.layouts[v]
+            mine = {f: r for f, r in sel.items() if f not in lay.tied}
+            if any(start for f, (start, _) in sel.items() if f not in mine):
+                continue  # a block in which the cut factor is tied is whole: it is written once
+            answer.put(*local[v], mine)
+        del local
+        if advance:
+            advance()
+
+
+def _steps(
+    graph: Graph,
+    sweep: Sweep,
+    steps: list[Step],
+    blocks: Blocks,
+    sel: Selection | None,
+    writable: bool,
+    pinned: frozenset[int],
+) -> None:
+    values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
+    for step in steps:
+        if len(step.terms) == 1:
+            term = step.terms[0]
+            other = term.other
+            data, own = blocks[other]
+            own = own and writable and other in step.frees and other not in pinned
+            source, edge = values[term.owner].sources[term.edge]
+            blocks[step.value] = edge.apply(
+                data, own, layouts[other], term.route, reverse, sel, values[other]
+            )
+            if other not in step.frees:
+                blocks[other] = (data, False)  # the new block may share its memory
+        else:
+            blocks[step.value] = _sum(graph, sweep, step, blocks, sel, writable)
+        for f in step.frees:
+            if f not in pinned:
+                del blocks[f]
+
+
+def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):
+    """The terms of a step added up; terms with more ties than the sum touch its diagonals only."""
+    like = graph.values[step.value]
+    total, own = None, False
+    sparse: list[tuple[Tensor | None, Layout]] = []
+    for term in step.terms:
+        edge = graph.values[term.owner].sources[term.edge][1]
+        data, _ = blocks[term.other]
+        data, fresh = edge.apply(
+            data, False, sweep.layouts[term.other], term.route, sweep.reverse, sel, graph.values[term.other]
+        )
+        if term.route.out.tied != step.layout.tied:
+            sparse.append((data, term.route.out))
+            continue
+        if data is None:
+            data, fresh = one(like).expand(1, *like.shape), False
+        if total is None:
+            total, own = data, fresh and not edge.view
+        elif own and writable and total.dtype == data.dtype:
+            total.add_(data)
+        else:
+            total, own = total + data, True
+    if sparse:
+        if total is None:
+            total = torch.zeros(
+                step.layout.columns(sel), *like.shape, dtype=like.dtype, device=like.device
+            )
+        elif not (own and writable):
+            total = total.clone(memory_format=torch.contiguous_format)
+        for data, layout in sparse:
+            scatter(total, step.layout, data, layout, sel, add=True)
+        own = True
+    return total, own

@@ -1,0 +1,382 @@
+"""The only reader of autograd's graph: nodes, edges and saved values become a `Graph` of linear maps.
+
+Each value of the graph lists the values that it depends on and, for each, the `LinearMap` of that dependence.
+Nodes that no input reaches are not read. Rules (see `rules`) turn one autograd node into one or more values;
+a node without a rule becomes `Opaque` maps, which call the node itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .linear_map import (
+    Cast,
+    Diagonal,
+    Expand,
+    Identity,
+    LinearMap,
+    Permute,
+    Scale,
+    Shape,
+    Sum,
+    View,
+)
+from .opaque import Opaque, OpaqueCall, refuse_or_log
+
+_ACCUMULATE = "torch::autograd::AccumulateGrad"
+_IDENTITY = Identity()
+_OPEN_END = 1 << 62
+
+Source = tuple[int, LinearMap]
+
+
+class UnsupportedGraph(Exception):  # noqa: N818 - control flow: the whole function falls back
+    """The graph holds values that blocks cannot represent (complex, sparse, nested, subclasses)."""
+
+
+class Value:
+    """One tensor of the computation that depends on an input."""
+
+    __slots__ = ("device", "dtype", "op", "shape", "sources")
+
+    def __init__(self, op: str, shape: Shape, dtype, device, sources: tuple[Source, ...]):
+        self.op, self.shape, self.dtype, self.device, self.sources = op, shape, dtype, device, sources
+
+
+class Graph:
+    """Values in an order in which sources come first, and where the inputs and outputs are among them.
+
+    ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
+    output does not depend on any input. ``key`` is hashable and determines every plan for the graph.
+    """
+
+    __slots__ = ("inputs", "key", "outputs", "values")
+
+    def __init__(self, values, inputs, outputs, key):
+        self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
+
+
+class Reader:
+    """Builds a `Graph`. Rules see it with the node that is being read: its saved values, sources and shape."""
+
+    def __init__(self):
+        self.values: list[Value] = []
+        self._key: list[object] = []
+        self.node = None
+        self.src: list[int | None] = []
+        self._meta: list | None = None
+
+    # -- the current node -------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.node.name()
+
+    @property
+    def meta(self) -> list:
+        """What autograd knows of the node's outputs: shape, dtype, device of each."""
+        if self._meta is None:
+            self._meta = self.node._input_metadata
+        return self._meta
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the node's (first) output."""
+        return tuple(self.meta[0].shape)
+
+    def saved(self, name: str):
+        """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed."""
+        return getattr(self.node, "_saved_" + name)
+
+    def has(self, name: str) -> bool:
+        return hasattr(self.node, "_saved_" + name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A saved tensor that the rule cannot do without."""
+        value = self.saved(name)
+        if value is None:
+            raise MissingValue(name)
+        return value
+
+    def axis(self, name: str, ndim: int) -> int:
+        """A saved dimension, counted from 0."""
+        return normal_axis(self.saved(name), ndim)
+
+    def axes(self, name: str, ndim: int) -> Shape:
+        """Saved dimensions counted from 0; none given means all."""
+        dims = self.saved(name)
+        if dims is None or len(dims) == 0:
+            return tuple(range(ndim))
+        return tuple(sorted(normal_axis(d, ndim) for d in dims))
+
+    def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
+        """The node applied to ones: for an elementwise op or a reduction, its local derivative."""
+        m = self.meta[0]
+        ones = torch.ones((), dtype=m.dtype, device=m.device).expand(tuple(m.shape))
+        out = self.node(ones)
+        return out if isinstance(out, tuple) else (out,)
+
+    # -- values -----------------------------------------------------------------------------------
+
+    def emit(self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None) -> int:
+        """Add a value; ``dtype`` defaults to the node's. Returns its index."""
+        m = self.meta[0]
+        return self._add(op or self.name, shape, dtype or m.dtype, m.device, tuple(sources))
+
+    def _add(self, op, shape, dtype, device, sources) -> int:
+        self.values.append(Value(op, shape, dtype, device, sources))
+        self._key.append((op, shape, dtype, device, tuple([(s, m.key) for s, m in sources])))
+        return len(self.values) - 1
+
+    def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
+        """A value with one source; shape and dtype are the source's unless given."""
+        v = self.values[source]
+        return self._add(
+            self.name, v.shape if shape is None else shape, v.dtype, v.device, ((source, linear_map),)
+        )
+
+    def view(self, source: int, shape: Shape) -> int:
+        old = self.values[source].shape
+        return source if old == shape else self.single(source, View(old, shape), shape)
+
+    def permute(self, source: int, dims: Shape) -> int:
+        if dims == tuple(range(len(dims))):
+            return source
+        old = self.values[source].shape
+        return self.single(source, Permute(dims), tuple(old[d] for d in dims))
+
+    def expand(self, source: int, shape: Shape) -> int:
+        """Broadcast to ``shape``."""
+        old = self.values[source].shape
+        if old == shape:
+            return source
+        aligned = (1,) * (len(shape) - len(old)) + old
+        source = self.view(source, aligned)
+        axes = tuple(a for a, (m, n) in enumerate(zip(aligned, shape, strict=True)) if m != n)
+        return self.single(source, Expand(axes, shape), shape) if axes else source
+
+    def sum(self, source: int, axes: Shape, keepdim: bool = False) -> int:
+        shape = self.values[source].shape
+        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        if axes:
+            source = self.single(source, Sum(tuple(axes), shape), kept)
+        return source if keepdim else self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
+
+    def diagonal(
+        self, source: int, derivative: Callable[[], Tensor] | Tensor, fresh: bool = True
+    ) -> int:
+        """Scaling by a derivative; ``fresh=False`` where the callable may return a tensor that others hold."""
+        return self.single(source, Diagonal(derivative, fresh))
+
+    def scale(self, source: int, factor: float) -> int:
+        return source if factor == 1 else self.single(source, Scale(factor))
+
+    def cast(self, source: int) -> int:
+        """To the dtype and device of the node's output."""
+        v, m = self.values[source], self.meta[0]
+        if v.dtype == m.dtype and v.device == m.device:
+            return source
+        edge = Cast((v.dtype, v.device), (m.dtype, m.device))
+        return self._add(self.name, v.shape, m.dtype, m.device, ((source, edge),))
+
+    def match(self, source: int) -> int:
+        """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
+        return self.cast(self.expand(source, self.shape))
+
+    def add(self, terms: Sequence[Source], shape: Shape | None = None) -> int:
+        """The sum of terms of one shape (the node's unless given); a lone identity adds nothing."""
+        if len(terms) == 1 and isinstance(terms[0][1], Identity):
+            return terms[0][0]
+        return self.emit(terms, self.shape if shape is None else shape)
+
+    def plus(self, ids: Sequence[int | None]) -> int:
+        """The sum of values, each broadcast and cast to the node's output."""
+        return self.add([(self.match(s), _IDENTITY) for s in ids if s is not None])
+
+    def opaque(self) -> tuple[int, ...]:
+        """Values for each output of the node that call the node itself."""
+        present = [p is not None for p, _ in self.node.next_functions]
+        shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
+        call = OpaqueCall(self.node, self.meta, present, shapes)
+        ids = []
+        for nr, m in enumerate(self.meta):
+            if not (m.dtype.is_floating_point or m.dtype.is_complex):
+                ids.append(None)
+                continue
+            sources = [
+                (s, Opaque(call, nr, edge, self.values[s]))
+                for edge, s in enumerate(self.src)
+                if s is not None
+            ]
+            ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
+        refuse_or_log(self.name, tuple(self.meta[0].shape), shapes.values())
+        return tuple(ids)
+
+
+class MissingValue(Exception):  # noqa: N818 - control flow: this node is called instead
+    """A rule needs a tensor that the node did not save."""
+
+
+def normal_axis(dim: int, ndim: int) -> int:
+    """A dimension counted from 0: autograd saves negative ones as unsigned 64-bit."""
+    return normal_index(dim) % max(ndim, 1)
+
+
+def normal_index(index: int) -> int:
+    """An integer as it was before autograd saved it as unsigned 64-bit."""
+    return index - (1 << 64) if index >= 1 << 63 else index
+
+
+def edge_of(tensor: Tensor):
+    """The (node, output number) that produced a tensor, its accumulator if it is a leaf, or None."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    if tensor.requires_grad:
+        edge = torch.autograd.graph.get_gradient_edge(tensor)
+        return edge.node, edge.output_nr
+    return None
+
+
+def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
+    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
+    from .rules import REGISTRY
+
+    wanted: dict[object, dict[int, list[int]]] = {}
+    leaves: dict[int, int] = {}
+    first: dict[int, int] = {}
+    for i, x in enumerate(inputs):
+        _refuse(x)
+        if x.grad_fn is None:
+            if x.requires_grad:
+                first.setdefault(id(x), i)
+                leaves[id(x)] = first[id(x)]
+        else:
+            wanted.setdefault(x.grad_fn, {}).setdefault(x.output_nr, []).append(i)
+    reader = Reader()
+    found: list[int | None] = [None] * len(inputs)
+    done: dict[object, tuple | None] = {}
+    roots, out_edges = [], []
+    for y in outputs:
+        _refuse(y)
+        edge = (y.grad_fn, y.output_nr) if y.grad_fn is not None else None
+        if edge is None and id(y) in leaves:
+            edge = ("leaf", y)
+        elif edge is not None:
+            roots.append(edge[0])
+        out_edges.append(edge)
+
+    def leaf(x: Tensor) -> tuple[int]:
+        i = leaves[id(x)]
+        if found[i] is None:
+            found[i] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
+        return (found[i],)
+
+    stop = len(wanted) == 1 and not leaves  # with several inputs, one may lie behind another
+    for node in _topological(roots, wanted if stop else ()):
+        kind = node.name()
+        if kind == _ACCUMULATE:
+            variable = node.variable
+            done[node] = leaf(variable) if id(variable) in leaves else None
+            continue
+        src = []
+        for p, nr in node.next_functions:
+            ids = done.get(p) if p is not None else None
+            src.append(ids[nr] if ids is not None else None)
+        asked = wanted.get(node)
+        if stop and asked is not None:
+            src = [None] * len(src)
+        active = False
+        for s in src:
+            if s is not None:
+                active = True
+                break
+        ids = None
+        if active:
+            reader.node, reader.src, reader._meta = node, src, None
+            rule = REGISTRY.get(kind)
+            ids = None
+            if rule is not None:
+                _check(reader.meta)
+                mark = len(reader.values)
+                try:
+                    ids = rule(reader)
+                except MissingValue:
+                    ids = None
+                if ids is None:
+                    del reader.values[mark:], reader._key[mark:]
+            if ids is None:
+                _check(reader.meta)
+                ids = reader.opaque()
+            elif not isinstance(ids, tuple):
+                ids = (ids,)
+        if asked is not None:
+            meta = node._input_metadata
+            made = list(ids) if ids is not None else [None] * len(meta)
+            for nr, positions in asked.items():
+                m = meta[nr]
+                if made[nr] is None:
+                    made[nr] = reader._add("input", tuple(m.shape), m.dtype, m.device, ())
+                for i in positions:
+                    found[i] = made[nr]
+            ids = tuple(made)
+        done[node] = ids
+    out_ids = []
+    for edge in out_edges:
+        if edge is None:
+            out_ids.append(None)
+        elif edge[0] == "leaf":
+            out_ids.append(leaf(edge[1])[0])
+        else:
+            ids = done.get(edge[0])
+            out_ids.append(ids[edge[1]] if ids is not None else None)
+    for i, x in enumerate(inputs):  # the same leaf given twice
+        if found[i] is None and x.grad_fn is None and id(x) in first:
+            found[i] = found[first[id(x)]]
+    key = (tuple(reader._key), tuple(found), tuple(out_ids))
+    return Graph(reader.values, found, out_ids, key)
+
+
+def _topological(roots, stops):
+    """Nodes reachable from ``roots``, producers first, without recursion."""
+    order, opened, closed = [], set(), set()
+    for root in roots:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in closed:
+                stack.pop()
+            elif node in opened:
+                stack.pop()
+                closed.add(node)
+                order.append(node)
+            else:
+                opened.add(node)
+                if node in stops:
+                    continue
+                for p, _ in node.next_functions:
+                    if p is not None and p not in opened:
+                        stack.append(p)
+    return order
+
+
+def _check(meta) -> None:
+    for m in meta:
+        if m.is_nested_tensor:
+            raise UnsupportedGraph("a nested tensor")
+        if m.dtype.is_complex:
+            raise UnsupportedGraph(f"a complex intermediate ({m.dtype})")
+
+
+def _refuse(x: Tensor) -> None:
+    if x.layout is not torch.strided:
+        raise UnsupportedGraph(f"a tensor with layout {x.layout}")
+    if x.dtype.is_complex:
+        raise UnsupportedGraph(f"a complex tensor ({x.dtype})")
+
+
+def numel(shape: Shape) -> int:
+    return prod(shape)

@@ -1,0 +1,66 @@
+"""Inside of a torch.func transform (vmap, grad, ...) torch.func computes: its transforms compose with each other."""
+
+from __future__ import annotations
+
+import torch
+from torch.func import jacfwd, jacrev, vmap
+
+
+def transforming(xs) -> bool:
+    """Whether a torch.func transform is running, or a tensor belongs to one."""
+    c = torch._C._functorch
+    if c.maybe_current_level() is not None:
+        return True
+    for x in xs:
+        if c.is_functorch_wrapped_tensor(x):
+            return True
+    return False
+
+
+def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out):
+    """`jactri.jacobian` by torch.func, nested as torch.autograd.functional nests it.
+
+    Raises RuntimeError for what cannot be answered under a transform: ``strict``, ``out``.
+    """
+    for name, given in (("strict", strict), ("out", out is not None)):
+        if given:
+            raise RuntimeError(f"{name} is not available inside of a torch.func transform")
+    tupled_out = [False]
+
+    def as_tuples(*args):
+        y = func(*args)
+        tupled_out[0] = isinstance(y, tuple)
+        ys = y if tupled_out[0] else (y,)
+        for v in ys:
+            if not isinstance(v, torch.Tensor):
+                raise TypeError(
+                    "The outputs of the user-provided function of jacobian must be a Tensor or a tuple of Tensors, "
+                    f"but the given outputs have type {type(v)}"
+                )
+        return ys, ys
+
+    argnums = tuple(range(len(xs)))
+    if strategy == "forward-mode":
+        transform = jacfwd(as_tuples, argnums, has_aux=True)
+    else:
+        transform = jacrev(as_tuples, argnums, has_aux=True, chunk_size=chunk_size)
+    if per_sample:
+        one_sample = transform
+
+        def alone(*args):
+            def batch_of_one(*row):
+                ys, aux = as_tuples(*(r.unsqueeze(0) for r in row))
+                return tuple(y.squeeze(0) for y in ys), tuple(y.squeeze(0) for y in aux)
+
+            inner = jacfwd if strategy == "forward-mode" else jacrev
+            return inner(batch_of_one, argnums, has_aux=True)(*args)
+
+        one_sample = alone
+        rows, ys = vmap(one_sample)(*xs)
+    else:
+        rows, ys = transform(*xs)
+    rows = tuple(tuple(row) for row in rows) if tupled else tuple(row[0] for row in rows)
+    answer = rows if tupled_out[0] else rows[0]
+    if not return_output:
+        return answer
+    return (tuple(ys) if tupled_out[0] else ys[0]), answer

@@ -1,0 +1,579 @@
+"""Structured local Jacobians: what every rule returns for an edge of the graph.
+
+A `LinearMap` takes blocks of tangents ``(K, *in_shape)`` to ``(K, *out_shape)`` (``push``) and blocks of
+cotangents back (``pull``), and says which axes it passes through unmixed (``kept``), so that ties between a
+value and the seed survive it (see `layout`). The sweep asks a map twice: the planner for a `Route`, from
+layouts alone; the executor to ``apply`` the route to data.
+
+Data may be ``None`` for a block of ones (an identity seed). ``own`` says that the data may be overwritten;
+every ``apply`` returns the new data and whether that may be overwritten in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .layout import FREE, Layout, Selection, convert, matrix_view, one, release, released
+
+Shape = tuple[int, ...]
+Kept = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One map applied to one layout: ties dropped first (``mid``), then the map, giving ``out``.
+
+    ``axis`` is the tied axis that the map releases instead of summing over it, or None.
+    ``work`` is the flops for one stored element of ``out``.
+    """
+
+    mid: Layout
+    out: Layout
+    axis: int | None = None
+    work: float = 1.0
+
+
+class LinearMap:
+    """The Jacobian of one node with respect to one of its inputs."""
+
+    __slots__ = ()
+    name = "linear map"
+    structure = "dense"
+    view = False
+    """Whether applying it moves no data."""
+
+    @property
+    def key(self) -> object:
+        """Hashable: with the shapes on both sides it determines every route."""
+        return type(self)
+
+    def kept(self, in_shape: Shape, out_shape: Shape) -> Kept:
+        """The (input axis, output axis) pairs that pass through unmixed."""
+        raise NotImplementedError
+
+    def work(self, in_shape: Shape, out_shape: Shape, reverse: bool) -> float:
+        """Flops for one element of the result."""
+        return 1.0
+
+    def route(self, layout: Layout, in_shape: Shape, out_shape: Shape, reverse: bool) -> Route:
+        kept = self.kept(in_shape, out_shape)
+        if reverse:
+            kept = tuple((b, a) for a, b in kept)
+        passed = {a for a, _ in kept}
+        mid = layout.untie([a for a in range(len(layout.axes)) if a not in passed])
+        out = mid.carry(kept, in_shape if reverse else out_shape)
+        return Route(mid, out, None, self.work(in_shape, out_shape, reverse))
+
+    def push(self, t: Tensor, own: bool) -> tuple[Tensor, bool]:
+        raise NotImplementedError
+
+    def pull(self, c: Tensor, own: bool) -> tuple[Tensor, bool]:
+        raise NotImplementedError
+
+    def apply(
+        self,
+        data: Tensor | None,
+        own: bool,
+        layout: Layout,
+        route: Route,
+        reverse: bool,
+        sel: Selection | None,
+        like: Tensor,
+    ) -> tuple[Tensor | None, bool]:
+        """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
+        if route.mid is not layout:
+            data, own = convert(data, layout, route.mid, sel, like), True
+        if data is None:
+            data, own = one(like).expand(1, *route.mid.shape), False
+        return self.pull(data, own) if reverse else self.push(data, own)
+
+    def as_matrix(self, in_shape: Shape, out_shape: Shape, like: Tensor) -> Tensor:
+        """The dense ``(*out_shape, *in_shape)`` Jacobian. Cost: one push of ``prod(in_shape)`` tangents."""
+        n = prod(in_shape)
+        eye = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *in_shape)
+        dense, _ = self.push(eye, False)
+        return dense.reshape(n, -1).t().reshape(*out_shape, *in_shape)
+
+
+class Elementwise(LinearMap):
+    """A map that keeps every axis; blocks may stay ``None`` up to it."""
+
+    __slots__ = ()
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape)))
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        return Route(layout, layout)
+
+
+class Identity(Elementwise):
+    """A contribution that is passed on as it is (an addition)."""
+
+    __slots__ = ()
+    name, structure, view = "identity", "identity", True
+
+    def push(self, t, own):
+        return t, own
+
+    pull = push
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        return data, own
+
+
+class Scale(Elementwise):
+    """Multiplication by a number."""
+
+    __slots__ = ("factor",)
+    name, structure = "scale", "scalar"
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def push(self, t, own):
+        return (t.mul_(self.factor) if own else t * self.factor), True
+
+    pull = push
+
+
+class Cast(Elementwise):
+    """A change of dtype or device."""
+
+    __slots__ = ("source", "target")
+    name, structure = "cast", "identity"
+
+    def __init__(self, source, target):
+        self.source, self.target = source, target
+
+    @property
+    def key(self):
+        return Cast, self.source, self.target
+
+    def push(self, t, own):
+        return t.to(device=self.target[1], dtype=self.target[0]), False
+
+    def pull(self, c, own):
+        return c.to(device=self.source[1], dtype=self.source[0]), False
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        return super().apply(data, own, layout, route, reverse, sel, like) if data is not None else (None, False)
+
+
+class Diagonal(Elementwise):
+    """Elementwise: multiplication by the local derivative, which is computed at first use.
+
+    ``fresh`` says that a callable returns memory that nobody else holds.
+    """
+
+    __slots__ = ("_derivative", "_fresh", "_value")
+    name, structure = "diagonal", "diagonal"
+
+    def __init__(self, derivative: Callable[[], Tensor] | Tensor, fresh: bool = True):
+        self._derivative, self._fresh = derivative, fresh
+        self._value = derivative if isinstance(derivative, Tensor) else None
+
+    @property
+    def d(self) -> Tensor:
+        if self._value is None:
+            self._value = self._derivative()
+        return self._value
+
+    def push(self, t, own):
+        d = self.d
+        if own and t.dtype == d.dtype:
+            return t.mul_(d), True
+        return t * d, True
+
+    pull = push
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        if data is not None:
+            return self.push(data, own)
+        if self._value is None and self._fresh:  # used once in most sweeps: let it become the block
+            d = self._derivative()
+            own = d.is_contiguous() and d.dim() > 0
+        else:
+            d, own = self.d, False
+        if d.shape != layout.shape:
+            d, own = d.expand(layout.shape), False
+        return d.unsqueeze(0), own and not torch.is_grad_enabled()
+
+
+class Structural(LinearMap):
+    """A map that only rearranges: ones stay ones, an owned block stays owned."""
+
+    __slots__ = ()
+    view = True
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        if data is None and route.mid is layout:
+            return None, False
+        return super().apply(data, own, layout, route, reverse, sel, like)
+
+
+class View(Structural):
+    """A reshape."""
+
+    __slots__ = ("in_shape", "out_shape")
+    name, structure = "view", "view"
+
+    def __init__(self, in_shape: Shape, out_shape: Shape):
+        self.in_shape, self.out_shape = in_shape, out_shape
+
+    def kept(self, in_shape, out_shape):
+        return ()
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        out = layout.viewed(in_shape if reverse else out_shape)
+        if out.tied == layout.tied:
+            return Route(layout, out)
+        mid = layout.drop(layout.tied - out.tied)
+        return Route(mid, out)
+
+    def push(self, t, own):
+        return t.reshape(t.shape[0], *self.out_shape), own
+
+    def pull(self, c, own):
+        return c.reshape(c.shape[0], *self.in_shape), own
+
+
+class Permute(Structural):
+    """A permutation of the axes: output axis ``i`` is input axis ``dims[i]``."""
+
+    __slots__ = ("_pull", "_push", "dims")
+    name, structure = "permute", "view"
+
+    def __init__(self, dims: Shape):
+        self.dims = dims
+        inverse = [0] * len(dims)
+        for i, d in enumerate(dims):
+            inverse[d] = i
+        self._push = (0, *(d + 1 for d in dims))
+        self._pull = (0, *(d + 1 for d in inverse))
+
+    @property
+    def key(self):
+        return Permute, self.dims
+
+    def kept(self, in_shape, out_shape):
+        return tuple((d, i) for i, d in enumerate(self.dims))
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        dims = self._pull if reverse else self._push
+        return Route(layout, Layout(tuple(layout.axes[d - 1] for d in dims[1:]), layout.seed))
+
+    def push(self, t, own):
+        return t.permute(self._push), own
+
+    def pull(self, c, own):
+        return c.permute(self._pull), own
+
+
+class Sum(LinearMap):
+    """The sum over ``axes``, which stay with size 1. A tied axis needs no sum: its index becomes a seed."""
+
+    __slots__ = ("axes", "in_shape")
+    name, structure = "sum", "sum"
+
+    def __init__(self, axes: Shape, in_shape: Shape):
+        self.axes, self.in_shape = axes, in_shape
+
+    @property
+    def key(self):
+        return type(self), self.axes
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape)) if a not in self.axes)
+
+    def _contract(self, layout: Layout) -> Route:
+        partly = [a for a in self.axes if layout.has_tie(a) and not layout.is_tied(a)]
+        mid = layout.untie(partly) if partly else layout
+        out = mid
+        for a in self.axes:
+            out = released(out, a)
+        return Route(mid, out, -1)
+
+    def _spread(self, layout: Layout) -> Route:
+        axes = list(layout.axes)
+        for a in self.axes:
+            axes[a] = ((self.in_shape[a], FREE),)
+        return Route(layout, Layout(tuple(axes), layout.seed))
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        return self._spread(layout) if reverse else self._contract(layout)
+
+    def push(self, t, own):
+        return t.sum([a + 1 for a in self.axes], keepdim=True), True
+
+    def pull(self, c, own):
+        return c.expand(c.shape[0], *self.in_shape), False
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        if route.axis is None:  # spread: ones stay ones
+            return (None, False) if data is None else self._expand(data)
+        if route.mid is not layout:
+            data, own = convert(data, layout, route.mid, sel, like), True
+        at = route.mid
+        loose = [a for a in self.axes if not at.is_tied(a)]
+        if loose:
+            count = prod(self.in_shape[a] for a in loose)
+            if data is None:
+                shape = [1 if a in loose else n for a, n in enumerate(at.shape)]
+                data, own = one(like).mul(count).expand(1, *shape), False
+            elif count != 1:
+                data, own = data.sum([a + 1 for a in loose], keepdim=True), True
+            for a in loose:
+                at = released(at, a)
+        for a in self.axes:
+            if a not in loose:
+                data = release(data, at, a, sel)
+                at = released(at, a)
+                if data is not None:
+                    data = data.reshape(at.columns(sel), *at.shape)
+        return data, own
+
+    def _expand(self, data: Tensor) -> tuple[Tensor, bool]:
+        return data.expand(data.shape[0], *self.in_shape), False
+
+
+class Expand(Sum):
+    """The transpose of `Sum`: ``axes`` of size 1 repeated to the sizes of ``out_shape``."""
+
+    __slots__ = ()
+    name, structure = "expand", "expand"
+
+    def __init__(self, axes: Shape, out_shape: Shape):
+        super().__init__(axes, out_shape)
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        return self._contract(layout) if reverse else self._spread(layout)
+
+    def push(self, t, own):
+        return self._expand(t)
+
+    def pull(self, c, own):
+        return c.sum([a + 1 for a in self.axes], keepdim=True), True
+
+
+class MatMul(LinearMap):
+    """Multiplication by a matrix: ``x @ partner`` (side "right") or ``partner @ x`` (side "left").
+
+    ``partner`` is 2-D and shared by all leading axes of ``x`` or 3-D, ``(b, ., .)``, for ``x`` of shape
+    ``(b, m, n)``. Where the contracted axis is tied to the seed there is nothing to sum: the block becomes the
+    partner's rows scaled (or the partner itself, under an identity seed).
+    """
+
+    __slots__ = ("_transpose", "partner", "side")
+    name = "matmul"
+
+    def __init__(self, partner: Tensor, side: str = "right"):
+        self.partner, self.side = partner, side
+        self._transpose = None
+
+    @property
+    def structure(self):
+        return "shared matrix" if self.partner.dim() == 2 else "batched matrix"
+
+    @property
+    def key(self):
+        return MatMul, self.side, self.partner.dim()
+
+    def kept(self, in_shape, out_shape):
+        n = len(in_shape)
+        axis = n - 1 if self.side == "right" else n - 2
+        return tuple((a, a) for a in range(n) if a != axis)
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        n = len(in_shape)
+        axis = n - 1 if self.side == "right" else n - 2
+        to = in_shape if reverse else out_shape
+        if layout.is_tied(axis):
+            return Route(layout, released(layout, axis, to[axis]), axis)
+        mid = layout.untie((axis,)) if layout.has_tie(axis) else layout
+        work = 2.0 * (out_shape if reverse else in_shape)[axis]
+        return Route(mid, released(mid, axis, to[axis]), None, work)
+
+    @property
+    def transpose(self) -> MatMul:
+        """The map of the pull."""
+        if self._transpose is None:
+            self._transpose = MatMul(self.partner.transpose(-1, -2), self.side)
+        return self._transpose
+
+    def push(self, t, own):
+        p = self.partner
+        if p.dim() == 3:
+            return self._batched(t), True
+        if self.side == "left":
+            return torch.matmul(p, t), True
+        k, lead = t.shape[0], t.shape[1:-1]
+        if prod(lead) > 1 and not any(t.stride()[1:-1]):
+            # the same for all samples: multiply once
+            row = backends.matmul(t[(slice(None), *([0] * len(lead)))], p)
+            return row.view(k, *([1] * len(lead)), -1).expand(k, *lead, -1), False
+        out = backends.matmul(t.reshape(-1, t.shape[-1]), p)
+        return out.view(k, *lead, p.shape[1]), True
+
+    def _batched(self, t: Tensor) -> Tensor:
+        # seeds join the rows (or columns) of each sample's product, so that the partner is never copied
+        p = self.partner
+        k, b, m, n = t.shape
+        if self.side == "right":
+            rows = t.transpose(0, 1).reshape(b, k * m, n)
+            return torch.bmm(rows, p).view(b, k, m, -1).transpose(0, 1)
+        columns = t.permute(1, 2, 0, 3).reshape(b, m, k * n)
+        return torch.bmm(p, columns).view(b, -1, k, n).permute(2, 0, 1, 3)
+
+    def pull(self, c, own):
+        return self.transpose.push(c, own)
+
+    def apply(self, data, own, layout, route, reverse, sel, like):
+        if route.axis is None:
+            return super().apply(data, own, layout, route, reverse, sel, like)
+        p = self.partner
+        if (self.side == "right") == reverse:
+            p = p.transpose(-1, -2)
+        rows = release(data, layout, route.axis, sel)
+        out = route.out
+        matrix = matrix_view(p, layout, route.axis, 0 if p.dim() == 3 else None, sel)
+        if rows is None:
+            full = matrix.expand(*out.seeds(sel), *out.shape)
+            return full.reshape(out.columns(sel), *out.shape), False
+        return (rows * matrix).reshape(out.columns(sel), *out.shape), True
+
+
+class Slice(LinearMap):
+    """Every ``step``-th entry of ``axis`` from ``start``: a view in the push, padding with zeros in the pull."""
+
+    __slots__ = ("axis", "length", "size", "start", "step")
+    name, structure = "slice", "gather"
+
+    def __init__(self, axis: int, start: int, length: int, step: int, size: int):
+        self.axis, self.start, self.length, self.step, self.size = axis, start, length, step, size
+
+    @property
+    def key(self):
+        return type(self), self.axis, self.start, self.length, self.step, self.size
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
+
+    def _window(self, t: Tensor) -> Tensor:
+        index = [slice(None)] * t.dim()
+        index[self.axis + 1] = slice(self.start, self.start + (self.length - 1) * self.step + 1, self.step)
+        return t[tuple(index)]
+
+    def push(self, t, own):
+        return self._window(t), False
+
+    def pull(self, c, own):
+        shape = list(c.shape)
+        shape[self.axis + 1] = self.size
+        out = c.new_zeros(shape)
+        self._window(out).copy_(c)
+        return out, True
+
+
+class Place(Slice):
+    """The transpose of `Slice`: a piece put into zeros along one axis (a ``cat``, zero padding)."""
+
+    __slots__ = ()
+    name = "place"
+
+    def push(self, t, own):
+        return Slice.pull(self, t, own)
+
+    def pull(self, c, own):
+        return Slice.push(self, c, own)
+
+
+class Take(LinearMap):
+    """Entries ``index`` (1-D, repeats allowed) of one axis."""
+
+    __slots__ = ("axis", "index", "size")
+    name, structure = "take", "gather"
+
+    def __init__(self, axis: int, index: Tensor, size: int):
+        self.axis, self.index, self.size = axis, index, size
+
+    @property
+    def key(self):
+        return Take, self.axis
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
+
+    def push(self, t, own):
+        return t.index_select(self.axis + 1, self.index), True
+
+    def pull(self, c, own):
+        shape = list(c.shape)
+        shape[self.axis + 1] = self.size
+        return c.new_zeros(shape).index_add(self.axis + 1, self.index, c), True
+
+
+class Gather(LinearMap):
+    """``out[..., j] = in[..., index[..., j]]`` on the last axis, with its own index for every leading entry."""
+
+    __slots__ = ("index", "size")
+    name, structure = "gather", "gather"
+
+    def __init__(self, index: Tensor, size: int):
+        self.index, self.size = index, size
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape) - 1))
+
+    def push(self, t, own):
+        return t.gather(-1, self.index.expand(t.shape[0], *self.index.shape)), True
+
+    def pull(self, c, own):
+        index = self.index.expand(c.shape[0], *self.index.shape)
+        return c.new_zeros(*c.shape[:-1], self.size).scatter_add(-1, index, c), True
+
+
+class Functional(LinearMap):
+    """A map given by its push and its pull on blocks ``(K, *shape)``; ``mixed`` axes keep their places."""
+
+    __slots__ = ("_key", "_kept", "_pull", "_push", "_work", "name")
+    structure = "function"
+
+    def __init__(
+        self,
+        name: str,
+        push: Callable[[Tensor], Tensor],
+        pull: Callable[[Tensor], Tensor],
+        kept: Kept,
+        key: object = None,
+        work: tuple[float, float] = (4.0, 4.0),
+    ):
+        self.name, self._push, self._pull, self._kept = name, push, pull, kept
+        self._key, self._work = key, work
+
+    @property
+    def key(self):
+        return Functional, self.name, self._kept, self._key
+
+    def kept(self, in_shape, out_shape):
+        return self._kept
+
+    def work(self, in_shape, out_shape, reverse):
+        return self._work[reverse]
+
+    def push(self, t, own):
+        return self._push(t), False
+
+    def pull(self, c, own):
+        return self._pull(c), False
+
+
+def keep_all_but(axes, ndim: int) -> Kept:
+    """The kept pairs of a map that mixes ``axes`` and leaves the others in place."""
+    return tuple((a, a) for a in range(ndim) if a not in axes)

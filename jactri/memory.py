@@ -1,0 +1,43 @@
+"""How much memory there is, and how a user writes an amount of it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(amount: int | str) -> int:
+    """``1500``, ``"1500"``, ``"1.5KB"``, ``"2GB"`` (powers of 1000) or ``"2GiB"`` (powers of 1024) in bytes.
+
+    Raises ValueError for anything else, zero and negative amounts included.
+    """
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount, re.IGNORECASE)
+        if match:
+            number, unit, binary = match.groups()
+            scale = _UNITS[unit.upper()]
+            if binary:
+                scale = 1 << (10 * "KMGT".index(unit.upper()) + 10) if unit else 1
+            amount = int(float(number) * scale)
+    if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
+        raise ValueError(f"memory_limit must be bytes above 0 or a text like '2GB', got {amount!r}")
+    return amount
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

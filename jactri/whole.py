@@ -1,0 +1,70 @@
+"""The last fallback: the whole function by autograd, a block of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from .opaque import batched
+from .samples import probe_mixing
+
+
+def rows(ys, xs, strict, per_sample, chunk_size, dests):
+    """``J[j][i]`` by vector-Jacobian products of the whole graph.
+
+    Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
+    probe decides whether samples mix, and RuntimeError is raised if they do.
+    """
+    from .api import block_shape, zero_block
+
+    if per_sample and probe_mixing(ys, xs):
+        raise RuntimeError(
+            "per_sample=True, but a probe found that samples mix; drop per_sample for the whole Jacobian"
+        )
+    create_graph = torch.is_grad_enabled()
+    out = []
+    for j, y in enumerate(ys):
+        dest = dests[j] if dests else [None] * len(xs)
+        if not y.requires_grad:
+            out.append([zero_block(y, x, per_sample, x, d) for x, d in zip(xs, dest, strict=True)])
+            continue
+        if y.dtype.is_complex:
+            raise RuntimeError(
+                f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
+                "torch.view_as_real(output) or its real part"
+            )
+        used = torch.autograd.grad(y.sum(), xs, retain_graph=True, allow_unused=True)
+        live = [x for x, g in zip(xs, used, strict=True) if g is not None]
+        if strict and len(live) < len(xs):
+            raise RuntimeError(
+                f"Output {j} of the user-provided function is independent of an input. "
+                "This is not allowed in strict mode."
+            )
+
+        def one_row(row, y=y, live=live):
+            return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)
+
+        n = y[0].numel() if per_sample else y.numel()
+        count = chunk_size or n
+        pieces = []
+        for start in range(0, n, count):
+            k = min(count, n - start)
+            eye = torch.zeros(k, n, dtype=y.dtype, device=y.device)
+            eye[torch.arange(k), start + torch.arange(k)] = 1
+            seeds = eye.reshape(k, *y.shape[1:]).unsqueeze(1) if per_sample else eye
+            pieces.append(batched(one_row, seeds.expand(k, *y.shape) if per_sample else eye.reshape(k, *y.shape),
+                                  "the whole function"))
+        blocks = iter([torch.cat(p) for p in zip(*pieces, strict=True)])
+        row = []
+        for x, g, d in zip(xs, used, dest, strict=True):
+            if g is None:
+                row.append(zero_block(y, x, per_sample, x, d))
+                continue
+            block = next(blocks)
+            if per_sample:
+                block = block.reshape(*y.shape[1:], *x.shape)
+                at = y.dim() - 1
+                block = block.movedim(at, 0)
+            block = block.reshape(block_shape(y, x, per_sample))
+            row.append(d.copy_(block) if d is not None else block)
+        out.append(row)
+    return out

@@ -1,0 +1,1 @@
+"""jactri's Triton kernels, imported as ``jactri.kernels``; there are none yet, and every device runs torch ops."""

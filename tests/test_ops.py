@@ -1,0 +1,319 @@
+"""Every row of the op table, in every way a Jacobian can be asked, against float64 autograd."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from cases import ALL, graph_nodes
+from cases.case import op_of
+from tolerances import assert_close, assert_same_tree, length_of
+
+import jactri
+import jactri.rules
+
+MODES = ("reverse-mode", "forward-mode")
+F32, F64 = torch.float32, torch.float64
+
+
+def ids(cases):
+    return [case.name for case in cases]
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def reference(func, inputs, create_graph=False):
+    """torch's own Jacobian as rows of tuples, whatever the nesting; empty outputs too."""
+    empty = []
+
+    def flat(*xs):
+        outputs = as_tuple(func(*xs))
+        empty.extend(tuple(y.shape) for y in outputs)
+        return tuple(y for y in outputs if y.numel())
+
+    if all(y.numel() == 0 for y in as_tuple(func(*inputs))):
+        rows = ()
+        empty.extend(tuple(y.shape) for y in as_tuple(func(*inputs)))
+    else:
+        rows = torch.autograd.functional.jacobian(flat, inputs, create_graph=create_graph)
+    full = iter(rows)
+    return tuple(
+        next(full)
+        if torch.Size(shape).numel()
+        else tuple(x.new_zeros(shape + x.shape) for x in inputs)
+        for shape in empty
+    )
+
+
+@lru_cache(maxsize=None)
+def truth(case):
+    """The float64 Jacobian of a case, at the point that all of its runs share."""
+    return reference(*case.build(F64))
+
+
+def rows_of(jacobian, func_outputs_tuple):
+    return jacobian if func_outputs_tuple else (jacobian,)
+
+
+def jacobian_rows(case, func, inputs, **options):
+    """jactri's Jacobian in the shape of `reference`: one tuple of inputs an output."""
+    result = jactri.jacobian(func, inputs, **options)
+    return result if isinstance(result[0], tuple) else (result,)
+
+
+def compare(case, rows, dtype, expected=None):
+    if expected is None:
+        expected = truth(case)
+    narrow = dtype if case.inner is None else max(dtype, case.inner, key=lambda d: torch.finfo(d).eps)
+    length = length_of(*(t for row in expected for t in row))
+    assert_same_tree(rows, expected, narrow, length=length, factor=case.factor)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_float64(case, mode):
+    func, inputs = case.build(F64)
+    compare(case, jacobian_rows(case, func, inputs, strategy=mode), F64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_float32(case, mode):
+    func, inputs = case.build(F32)
+    compare(case, jacobian_rows(case, func, inputs, strategy=mode), F32)
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids(ALL))
+def test_automatic_strategy_and_bystanders(case):
+    """strategy="auto" is right too, and the caller's things are as they were."""
+    func, inputs = case.build(F64)
+    module = getattr(func, "module", None)
+    inputs[0].requires_grad_()
+    inputs[0].grad = torch.ones_like(inputs[0])
+    copies = [x.detach().clone() for x in inputs]
+    flags = [(x.requires_grad, x.is_leaf, x._version) for x in inputs]
+    marked = list(module.parameters()) if module is not None else []
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    func(*(x.detach().clone().requires_grad_() for x in inputs))
+    drawn = torch.get_rng_state()
+    if module is not None:
+        func, _ = case.build(F64)  # func may have moved running statistics
+        module = func.module
+        marked = list(module.parameters())
+    torch.set_rng_state(before)
+    with torch.no_grad():
+        rows = jacobian_rows(case, func, inputs)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), drawn), "random numbers beyond func's own"
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    compare(case, rows, F64)
+    assert all(not j.requires_grad for row in rows for j in row)
+    assert flags == [(x.requires_grad, x.is_leaf, x._version) for x in inputs]
+    for x, copy in zip(inputs, copies, strict=True):
+        assert_close(x, copy, F64, what="an input")
+    assert torch.equal(inputs[0].grad, torch.ones_like(inputs[0]))
+    assert all(x.grad is None for x in (*inputs[1:], *marked))
+
+
+STRIDED = [case for case in ALL if case.strided and any(x.shape for x in case.inputs)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", STRIDED, ids=ids(STRIDED))
+def test_non_contiguous_inputs(case, mode):
+    func, inputs = case.build(F64, strided=True)
+    compare(case, jacobian_rows(case, func, inputs, strategy=mode), F64)
+
+
+SEVERAL = [case for case in ALL if len(case.inputs) > 1]
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=ids(SEVERAL))
+def test_one_input_alone(case):
+    """With the other inputs constant, the graph holds other nodes, edges and saved tensors."""
+    for k in range(len(case.inputs)):
+        for mode in MODES:
+            func, inputs = case.build(F64)
+
+            def alone(x, func=func, inputs=inputs, k=k):
+                return func(*inputs[:k], x, *inputs[k + 1 :])
+
+            rows = jacobian_rows(case, alone, (inputs[k],), strategy=mode)
+            compare(case, rows, F64, tuple((row[k],) for row in truth(case)))
+
+
+MODULES = [case for case in ALL if case.module is not None]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", MODULES, ids=ids(MODULES))
+def test_frozen_parameters(case, mode):
+    func, inputs = case.build(F64, frozen=True)
+    compare(case, jacobian_rows(case, func, inputs, strategy=mode), F64)
+
+
+BATCHED = [case for case in ALL if case.samples is not None]
+
+
+def per_sample_truth(case):
+    """The blocks on the diagonal of samples; the others are proven to be zero first."""
+    rows = []
+    for row in truth(case):
+        blocks = []
+        for k in case.samples:
+            full = row[k]
+            n, inner = case.inputs[k].shape[0], case.inputs[k].shape[1:]
+            outer = full.shape[1 : full.ndim - 1 - len(inner)]
+            grid = full.reshape(n, outer.numel(), n, torch.Size(inner).numel())
+            mixed = grid.clone()
+            mixed.diagonal(dim1=0, dim2=2).zero_()
+            assert not mixed.any(), f"{case.name} mixes samples"
+            diagonal = grid.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            blocks.append(diagonal.reshape(n, *outer, *inner))
+        rows.append(tuple(blocks))
+    return tuple(rows)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["f64", "f32"])
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+@pytest.mark.parametrize("case", BATCHED, ids=ids(BATCHED))
+def test_per_sample(case, mode, dtype):
+    func, inputs = case.build(dtype)
+
+    def batched(*xs):
+        full = list(inputs)
+        for k, x in zip(case.samples, xs, strict=True):
+            full[k] = x
+        return func(*full)
+
+    chosen = tuple(inputs[k] for k in case.samples)
+    rows = jacobian_rows(case, batched, chosen, strategy=mode, per_sample=True)
+    compare(case, rows, dtype, per_sample_truth(case))
+
+
+MIXING = [case for case in ALL if case.mixes is not None]
+
+
+@pytest.mark.parametrize("mode", ["auto", *MODES])
+@pytest.mark.parametrize("case", MIXING, ids=ids(MIXING))
+def test_per_sample_refuses_to_mix(case, mode):
+    func, inputs = case.build(F64)
+    with pytest.raises(RuntimeError, match=r"(?i)samples") as caught:
+        jactri.jacobian(func, inputs, strategy=mode, per_sample=True)
+    assert not isinstance(caught.value, NotImplementedError)
+
+
+TWICE = [case for case in ALL if case.second]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", TWICE, ids=ids(TWICE))
+def test_create_graph(case, mode):
+    """The gradient of a fixed random combination of the Jacobian's entries."""
+    generator = torch.Generator().manual_seed(3)
+    weights = [
+        tuple(torch.randn(j.shape, generator=generator, dtype=F64) for j in row)
+        for row in truth(case)
+    ]
+    results = []
+    for take in (
+        lambda f, xs: reference(f, xs, create_graph=True),
+        lambda f, xs: jacobian_rows(case, f, xs, create_graph=True, strategy=mode),
+    ):
+        func, inputs = case.build(F64, twin=not results)
+        for x in inputs:
+            x.requires_grad_()
+        rows = take(func, inputs)
+        total = sum(
+            (j.to(F64) * w).sum()
+            for row, ws in zip(rows, weights, strict=True)
+            for j, w in zip(row, ws, strict=True)
+        )
+        wanted = inputs
+        if getattr(func, "module", None) is not None:
+            wanted = (*inputs, *(p for p in func.module.parameters()))
+        if isinstance(total, torch.Tensor) and total.requires_grad:
+            grads = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+        else:
+            grads = tuple(torch.zeros_like(x) for x in wanted)
+        results.append((rows, grads))
+    (rows, grads), (ours, our_grads) = results
+    compare(case, ours, F64, tuple(tuple(j.detach() for j in row) for row in rows))
+    largest = max((g.abs().max().item() for g in grads if g.numel()), default=0.0)
+    for k, (g, ours) in enumerate(zip(grads, our_grads, strict=True)):
+        # against the largest gradient of the case: one that cancels to zero stays near zero
+        probe = torch.cat([g.reshape(-1).to(F64), torch.tensor([largest], dtype=F64)])
+        mine = torch.cat([ours.reshape(-1).to(F64), probe[-1:]])
+        narrow = F64 if case.inner is None else case.inner
+        length = length_of(*(t for row in truth(case) for t in row))
+        assert_close(mine, probe, narrow, length=length, factor=8 * case.factor, what=f"gradient {k}")
+
+
+SPECIAL = [case for case in ALL if case.special]
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=["f64", "f32"])
+@pytest.mark.parametrize("case", SPECIAL, ids=ids(SPECIAL))
+def test_special_values(case, dtype):
+    """One value at a time, so that a NaN stays where it is; ours equals autograd's in the same dtype."""
+    func, _ = case.build(dtype)
+    for value in case.special:
+        x = torch.tensor([[value]], dtype=dtype)
+        expected = reference(func, (x,))
+        for mode in MODES:
+            rows = jacobian_rows(case, func, (x,), strategy=mode)
+            compare(case, rows, dtype, expected)
+
+
+@lru_cache(maxsize=None)
+def nodes_of_table():
+    produced = {}
+    for case in ALL:
+        func, inputs = case.build(F64)
+        for x in inputs:
+            x.requires_grad_()
+        produced[case.name] = graph_nodes(func(*inputs))
+    return produced
+
+
+def test_cases_produce_the_nodes_they_are_for():
+    produced = nodes_of_table()
+    absent = {
+        case.name: sorted(missing)
+        for case in ALL
+        if (missing := case.nodes - {op_of(name) for name in produced[case.name]})
+    }
+    assert not absent
+
+
+# Ops that exist on a GPU only: their rules are run by the same table there.
+ON_GPU_ONLY = {
+    "CudnnBatchNormBackward0",
+    "CudnnRnnBackward0",
+    "MiopenBatchNormBackward0",
+    "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
+}
+
+
+def test_every_rule_has_a_case():
+    produced = set().union(*nodes_of_table().values())
+    missing = set(jactri.rules.REGISTRY) - produced - ON_GPU_ONLY
+    assert not missing, f"rules that no case in tests/cases runs: {sorted(missing)}"
+
+
+def test_the_registry_holds_the_ops_of_the_common_networks():
+    """Falling back on these would be right, and slow: they are what jactri is for."""
+    common = {
+        "AddmmBackward0", "MmBackward0", "BmmBackward0", "ConvolutionBackward0", "TanhBackward0",
+        "ReluBackward0", "SiluBackward0", "GeluBackward0", "SigmoidBackward0", "SoftmaxBackward0",
+        "NativeLayerNormBackward0", "AddBackward0", "MulBackward0", "ViewBackward0", "SumBackward1",
+        "CatBackward0", "SliceBackward0", "SelectBackward0", "IndexBackward0", "MeanBackward1",
+        "MaxPool2DWithIndicesBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0",
+        "ScaledDotProductFlashAttentionForCpuBackward0", "LogSoftmaxBackward0", "PowBackward0",
+    }  # fmt: skip
+    assert not common - set(jactri.rules.REGISTRY)

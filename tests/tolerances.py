@@ -1,0 +1,76 @@
+"""How far a Jacobian may lie from the float64 truth. Every numerical comparison of the tests asks here.
+
+The error of a block is measured against the largest entry of the true block, because an entry that
+is the difference of large ones cannot be right to its own last digit. The bound grows with the
+square root of the reduction length, as rounding errors of a sum of that length do.
+"""
+
+import math
+
+import torch
+
+# One rounding of each dtype.
+UNIT = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
+# A Jacobian is a product of a few local Jacobians, each rounded several times.
+ROUNDINGS = 16
+
+
+def bound(dtype, length=1, factor=1.0):
+    """The largest relative error allowed for `dtype` where sums have `length` terms."""
+    return UNIT[dtype] * ROUNDINGS * factor * math.sqrt(max(length, 1))
+
+
+def length_of(*tensors):
+    """The longest sum that a Jacobian between these tensors can need."""
+    return max((t.numel() for t in tensors), default=1)
+
+
+def assert_close(actual, truth, dtype, *, length=None, factor=1.0, what="jacobian"):
+    """`actual` equals `truth` up to the rounding of `dtype`; NaN and inf must stand where the truth has them."""
+    assert actual.shape == truth.shape, (
+        f"{what}: shape {tuple(actual.shape)}, truth {tuple(truth.shape)}"
+    )
+    assert actual.layout == torch.strided, f"{what}: layout {actual.layout}"
+    if truth.numel() == 0:
+        return
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    actual, truth = actual.detach().to(wide), truth.detach().to(wide)
+    finite = torch.isfinite(truth)
+    torch.testing.assert_close(
+        actual.masked_fill(finite, 0),
+        truth.masked_fill(finite, 0),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=lambda m: f"{what}: NaN or inf differ\n{m}",
+    )
+    if not finite.any():
+        return
+    error = (actual - truth).abs().masked_fill(~finite, 0)
+    scale = truth[finite].abs().max().item() or 1.0
+    allowed = bound(dtype, truth.numel() if length is None else length, factor) * scale
+    worst = error.max().item()
+    if not worst <= allowed:
+        at = divmod(int(torch.nan_to_num(error, nan=math.inf).argmax()), 1)[0]
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape))
+        raise AssertionError(
+            f"{what}: error {worst:.3e} at {index} exceeds {allowed:.3e} "
+            f"(got {actual[index].item()!r}, truth {truth[index].item()!r}, largest entry {scale:.3e}, {dtype})"
+        )
+
+
+def assert_same_tree(actual, truth, dtype, **options):
+    """The same nesting of tuples, and every leaf close."""
+    assert type(actual) is type(truth), f"nesting: {type(actual)} where truth has {type(truth)}"
+    if isinstance(truth, tuple):
+        assert len(actual) == len(truth), f"tuple of {len(actual)} where truth has {len(truth)}"
+        what = options.pop("what", "jacobian")
+        for k, (a, t) in enumerate(zip(actual, truth, strict=True)):
+            assert_same_tree(a, t, dtype, what=f"{what}[{k}]", **options)
+    else:
+        assert_close(actual, truth, dtype, **options)
