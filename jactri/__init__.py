@@ -1,8 +1,20 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
 from .api import jacobian, jacobian_of
+from .check import CheckReport, JacobianMismatch, check
 from .opaque import FallbackError, fallback
+from .report import Explanation, explain
 
 __version__ = "0.1.0"
 
-__all__ = ["FallbackError", "fallback", "jacobian", "jacobian_of"]
+__all__ = [
+    "CheckReport",
+    "Explanation",
+    "FallbackError",
+    "JacobianMismatch",
+    "check",
+    "explain",
+    "fallback",
+    "jacobian",
+    "jacobian_of",
+]

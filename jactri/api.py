@@ -83,12 +83,9 @@ def jacobian(
     """
     _check_options(strategy, chunk_size, backend, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
-    if not xs:
-        raise IndexError("inputs is an empty tuple: pass at least one tensor")
-    func = getattr(func, "_orig_mod", None) or getattr(func, "_torchdynamo_orig_callable", None) or func
     if handover.transforming(xs):
         return handover.jacobian(
-            func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out
+            _uncompiled(func), xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out
         )
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -97,10 +94,7 @@ def jacobian(
                 return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
                 backend=backend, progress=progress,
             )  # fmt: skip
-    with torch.enable_grad():
-        leaves = tuple(_leaf(x, create_graph) for x in xs)
-        result = func(*leaves)
-    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+    ys, leaves, tupled_out, tupled, result = prepare(func, inputs, create_graph)
     rows = compute(
         ys, leaves, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
         _out_rows(out, tupled_out, tupled), progress,
@@ -195,7 +189,7 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         _check_dependence(graph)
     summed = False
     if per_sample:
-        summed = _summed(graph, ys, xs, strategy)
+        summed = summed_seeds(graph, ys, xs, strategy)
     plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests)
     forward = strategy == "forward-mode"
     answers: dict[tuple[int, int], Answer] = {}
@@ -266,7 +260,7 @@ def answer_bytes(ys, xs, per_sample: bool) -> int:
     return total
 
 
-def _summed(graph: Graph, ys, xs, strategy: str) -> bool:
+def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
     """Prove that samples do not mix; True where a probe and not the algebra did. Raises where they do mix."""
     plan = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
     lost: list[tuple[Sweep, int]] = []
@@ -286,6 +280,25 @@ def _summed(graph: Graph, ys, xs, strategy: str) -> bool:
         f"per_sample=True, but {found} {value.op} (output {tuple(value.shape)}) does not keep the batch axis. "
         "Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call eval())"
     )
+
+
+def prepare(func, inputs, create_graph: bool):
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether each was a tuple, and the raw result."""
+    tupled, xs = as_tuple(inputs, "inputs", "jacobian")
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    with torch.enable_grad():
+        leaves = tuple([_leaf(x, create_graph) for x in xs])
+        result = _uncompiled(func)(*leaves)
+    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+    return ys, leaves, tupled_out, tupled, result
+
+
+def _uncompiled(func):
+    """The eager function behind torch.compile: its graph can be read, a compiled one is a single opaque node."""
+    if isinstance(func, torch.nn.Module):
+        return func._modules.get("_orig_mod") or func
+    return getattr(func, "_torchdynamo_orig_callable", func)
 
 
 def _check_options(strategy, chunk_size, backend, out, create_graph) -> None:

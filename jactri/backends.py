@@ -82,3 +82,15 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     ):
         return _onednn(a, b)
     return torch.mm(a, b)
+
+
+def product_choice(device: str, dtype: torch.dtype, flops: float) -> tuple[str, str]:
+    """What `matmul` will use for a product of ``flops``, and why (for `explain`)."""
+    if device != "cpu":
+        return "torch.mm", f"on {device}"
+    if dtype != torch.float32:
+        return "torch.mm", str(dtype).removeprefix("torch.")
+    if flops / 2 < _SMALL:
+        return "torch.mm", "small"
+    found = probe()
+    return ("oneDNN" if found.use_onednn else "torch.mm"), found.reason

@@ -217,9 +217,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _ask(command: Callable, function: Callable, inputs, arguments: argparse.Namespace):
     try:
         return command(function, inputs, per_sample=arguments.per_sample)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        # The function ran well in _load: what is refused now is refused by jactri, which says why.
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if not _refusal(error):
+            raise
         raise UserError(f"{arguments.target}: {error}") from error
+
+
+def _refusal(error: Exception) -> bool:
+    """Whether a raise statement of jactri explains itself to the user; else it is an accident."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(Path(jactri.__file__).parent)
+    return ours and (last.line or "").startswith("raise ")
 
 
 def _load(

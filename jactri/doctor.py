@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import jactri
+from jactri import backends
 
 # The extras of setup.cfg as {extra: {module: package}}, as far as a user of the package can miss them.
 EXTRAS = {
@@ -127,7 +128,7 @@ def _triton() -> tuple[str | None, str]:
 
 def _onednn() -> str:
     if not torch.backends.mkldnn.is_available():
-        return "missing: matrix products take torch.mm"
+        return "missing"
     version = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
     # The private op that the fast CPU products call.
     op = "with" if hasattr(torch.ops.mkldnn, "_linear_pointwise") else "without"
@@ -176,7 +177,10 @@ def _placement(triton: str | None, kernels: list[str]) -> list[tuple[str, str]]:
         cuda = "torch ops: triton is missing"
     else:
         cuda = f"Triton kernels ({', '.join(kernels)}), torch ops for the rest"
-    return [("CPU tensors", "torch ops"), ("CUDA tensors", cuda)]
+    probe = backends.probe()
+    product = "oneDNN" if probe.use_onednn else "torch.mm"
+    cpu = f"torch ops; large float32 products by {product} ({probe.reason})"
+    return [("CPU tensors", cpu), ("CUDA tensors", cuda)]
 
 
 def _extra(packages: dict[str, str]) -> str:

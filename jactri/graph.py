@@ -8,7 +8,6 @@ a node without a rule becomes `Opaque` maps, which call the node itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -26,10 +25,10 @@ from .linear_map import (
     View,
 )
 from .opaque import Opaque, OpaqueCall, refuse_or_log
+from .rules import REGISTRY
 
-_ACCUMULATE = "torch::autograd::AccumulateGrad"
+_ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
-_OPEN_END = 1 << 62
 
 Source = tuple[int, LinearMap]
 
@@ -79,9 +78,10 @@ class Reader:
     @property
     def meta(self) -> list:
         """What autograd knows of the node's outputs: shape, dtype, device of each."""
-        if self._meta is None:
-            self._meta = self.node._input_metadata
-        return self._meta
+        meta = self._meta
+        if meta is None:
+            meta = self._meta = self.node._input_metadata
+        return meta
 
     @property
     def shape(self) -> Shape:
@@ -120,6 +120,22 @@ class Reader:
         out = self.node(ones)
         return out if isinstance(out, tuple) else (out,)
 
+    def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
+        """The values of a node's outputs, by its rule or by calling it."""
+        self.node, self.src, self._meta = node, src, None
+        _check(self.meta)
+        rule = REGISTRY.get(node.name())
+        if rule is not None:
+            mark = len(self.values)
+            try:
+                ids = rule(self)
+            except MissingValue:
+                ids = None
+            if ids is not None:
+                return ids if ids.__class__ is tuple else (ids,)
+            del self.values[mark:], self._key[mark:]
+        return self.opaque()
+
     # -- values -----------------------------------------------------------------------------------
 
     def emit(self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None) -> int:
@@ -128,15 +144,24 @@ class Reader:
         return self._add(op or self.name, shape, dtype or m.dtype, m.device, tuple(sources))
 
     def _add(self, op, shape, dtype, device, sources) -> int:
-        self.values.append(Value(op, shape, dtype, device, sources))
-        self._key.append((op, shape, dtype, device, tuple([(s, m.key) for s, m in sources])))
-        return len(self.values) - 1
+        values = self.values
+        values.append(Value(op, shape, dtype, device, sources))
+        if len(sources) == 1:
+            s, m = sources[0]
+            self._key.append((op, shape, dtype, s, m.key))
+        else:
+            self._key.append((op, shape, dtype, tuple([(s, m.key) for s, m in sources])))
+        return len(values) - 1
 
     def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
         """A value with one source; shape and dtype are the source's unless given."""
         v = self.values[source]
         return self._add(
-            self.name, v.shape if shape is None else shape, v.dtype, v.device, ((source, linear_map),)
+            self.node.name(),
+            v.shape if shape is None else shape,
+            v.dtype,
+            v.device,
+            ((source, linear_map),),
         )
 
     def view(self, source: int, shape: Shape) -> int:
@@ -185,6 +210,9 @@ class Reader:
 
     def match(self, source: int) -> int:
         """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
+        v, m = self.values[source], self.meta[0]
+        if v.shape == m.shape and v.dtype == m.dtype and v.device == m.device:
+            return source
         return self.cast(self.expand(source, self.shape))
 
     def add(self, terms: Sequence[Source], shape: Shape | None = None) -> int:
@@ -195,6 +223,8 @@ class Reader:
 
     def plus(self, ids: Sequence[int | None]) -> int:
         """The sum of values, each broadcast and cast to the node's output."""
+        if len(ids) == 1:
+            return self.match(ids[0])
         return self.add([(self.match(s), _IDENTITY) for s in ids if s is not None])
 
     def opaque(self) -> tuple[int, ...]:
@@ -231,136 +261,89 @@ def normal_index(index: int) -> int:
     return index - (1 << 64) if index >= 1 << 63 else index
 
 
-def edge_of(tensor: Tensor):
-    """The (node, output number) that produced a tensor, its accumulator if it is a leaf, or None."""
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
-    if tensor.requires_grad:
-        edge = torch.autograd.graph.get_gradient_edge(tensor)
-        return edge.node, edge.output_nr
-    return None
-
-
 def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
-    from .rules import REGISTRY
-
-    wanted: dict[object, dict[int, list[int]]] = {}
-    leaves: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for i, x in enumerate(inputs):
-        _refuse(x)
-        if x.grad_fn is None:
-            if x.requires_grad:
-                first.setdefault(id(x), i)
-                leaves[id(x)] = first[id(x)]
-        else:
-            wanted.setdefault(x.grad_fn, {}).setdefault(x.output_nr, []).append(i)
     reader = Reader()
-    found: list[int | None] = [None] * len(inputs)
-    done: dict[object, tuple | None] = {}
-    roots, out_edges = [], []
+    leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
+    wanted: dict[object, dict[int, int | None]] = {}  # node of an input that is not -> output -> value
+    for x in inputs:
+        _refuse(x)
+        if x.grad_fn is not None:
+            wanted.setdefault(x.grad_fn, {})[x.output_nr] = None
+        elif x.requires_grad:
+            leaves[id(x)] = None
+
+    def leaf(x: Tensor) -> int | None:
+        value = leaves.get(id(x), -1)
+        if value is None:
+            value = leaves[id(x)] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
+        return None if value == -1 else value
+
+    # an interior input ends the search behind it, unless another input may lie there
+    stops = wanted if len(wanted) == 1 and not leaves else ()
+    done: dict[object, tuple[int | None, ...] | None] = {}
     for y in outputs:
         _refuse(y)
-        edge = (y.grad_fn, y.output_nr) if y.grad_fn is not None else None
-        if edge is None and id(y) in leaves:
-            edge = ("leaf", y)
-        elif edge is not None:
-            roots.append(edge[0])
-        out_edges.append(edge)
+        if y.grad_fn is not None:
+            _walk(y.grad_fn, reader, leaf, wanted, stops, done)
+    ends: list[int | None] = []
+    for y in outputs:
+        if y.grad_fn is None:
+            ends.append(leaf(y) if y.requires_grad else None)
+        else:
+            ids = done[y.grad_fn]
+            ends.append(None if ids is None else ids[y.output_nr])
+    starts = [
+        leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
+    ]
+    return Graph(reader.values, starts, ends, (tuple(reader._key), tuple(starts), tuple(ends)))
 
-    def leaf(x: Tensor) -> tuple[int]:
-        i = leaves[id(x)]
-        if found[i] is None:
-            found[i] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
-        return (found[i],)
 
-    stop = len(wanted) == 1 and not leaves  # with several inputs, one may lie behind another
-    for node in _topological(roots, wanted if stop else ()):
-        kind = node.name()
-        if kind == _ACCUMULATE:
-            variable = node.variable
-            done[node] = leaf(variable) if id(variable) in leaves else None
+def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
+    """Read all nodes behind ``root``, producers first, without recursion; ``done`` gets their values."""
+    opened: dict[object, tuple] = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        edges = opened.get(node)
+        if edges is None:
+            if node in done:
+                stack.pop()
+                continue
+            edges = opened[node] = () if node in stops else node.next_functions
+            for p, _ in edges:
+                if p is None or p in done:
+                    continue
+                if p.__class__ is _ACCUMULATE:
+                    value = leaf(p.variable)
+                    done[p] = None if value is None else (value,)
+                elif p not in opened:
+                    stack.append(p)
+            if stack[-1] is not node:
+                continue
+        stack.pop()
+        if node in done:
             continue
-        src = []
-        for p, nr in node.next_functions:
-            ids = done.get(p) if p is not None else None
-            src.append(ids[nr] if ids is not None else None)
-        asked = wanted.get(node)
-        if stop and asked is not None:
-            src = [None] * len(src)
+        src: list[int | None] = []
         active = False
-        for s in src:
-            if s is not None:
-                active = True
-                break
-        ids = None
-        if active:
-            reader.node, reader.src, reader._meta = node, src, None
-            rule = REGISTRY.get(kind)
-            ids = None
-            if rule is not None:
-                _check(reader.meta)
-                mark = len(reader.values)
-                try:
-                    ids = rule(reader)
-                except MissingValue:
-                    ids = None
-                if ids is None:
-                    del reader.values[mark:], reader._key[mark:]
+        for p, nr in edges:
+            ids = done[p] if p is not None else None
             if ids is None:
-                _check(reader.meta)
-                ids = reader.opaque()
-            elif not isinstance(ids, tuple):
-                ids = (ids,)
-        if asked is not None:
+                src.append(None)
+            else:
+                src.append(ids[nr])
+                active = active or ids[nr] is not None
+        ids = reader.visit(node, src) if active else None
+        if node in wanted:
             meta = node._input_metadata
-            made = list(ids) if ids is not None else [None] * len(meta)
-            for nr, positions in asked.items():
-                m = meta[nr]
+            made = [None] * len(meta) if ids is None else list(ids)
+            for nr in wanted[node]:
                 if made[nr] is None:
+                    m = meta[nr]
                     made[nr] = reader._add("input", tuple(m.shape), m.dtype, m.device, ())
-                for i in positions:
-                    found[i] = made[nr]
+                wanted[node][nr] = made[nr]
             ids = tuple(made)
         done[node] = ids
-    out_ids = []
-    for edge in out_edges:
-        if edge is None:
-            out_ids.append(None)
-        elif edge[0] == "leaf":
-            out_ids.append(leaf(edge[1])[0])
-        else:
-            ids = done.get(edge[0])
-            out_ids.append(ids[edge[1]] if ids is not None else None)
-    for i, x in enumerate(inputs):  # the same leaf given twice
-        if found[i] is None and x.grad_fn is None and id(x) in first:
-            found[i] = found[first[id(x)]]
-    key = (tuple(reader._key), tuple(found), tuple(out_ids))
-    return Graph(reader.values, found, out_ids, key)
-
-
-def _topological(roots, stops):
-    """Nodes reachable from ``roots``, producers first, without recursion."""
-    order, opened, closed = [], set(), set()
-    for root in roots:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            if node in closed:
-                stack.pop()
-            elif node in opened:
-                stack.pop()
-                closed.add(node)
-                order.append(node)
-            else:
-                opened.add(node)
-                if node in stops:
-                    continue
-                for p, _ in node.next_functions:
-                    if p is not None and p not in opened:
-                        stack.append(p)
-    return order
 
 
 def _check(meta) -> None:
@@ -376,7 +359,3 @@ def _refuse(x: Tensor) -> None:
         raise UnsupportedGraph(f"a tensor with layout {x.layout}")
     if x.dtype.is_complex:
         raise UnsupportedGraph(f"a complex tensor ({x.dtype})")
-
-
-def numel(shape: Shape) -> int:
-    return prod(shape)

@@ -370,12 +370,11 @@ class MatMul(LinearMap):
     partner's rows scaled (or the partner itself, under an identity seed).
     """
 
-    __slots__ = ("_transpose", "partner", "side")
+    __slots__ = ("partner", "side")
     name = "matmul"
 
     def __init__(self, partner: Tensor, side: str = "right"):
         self.partner, self.side = partner, side
-        self._transpose = None
 
     @property
     def structure(self):
@@ -397,33 +396,37 @@ class MatMul(LinearMap):
         if layout.is_tied(axis):
             return Route(layout, released(layout, axis, to[axis]), axis)
         mid = layout.untie((axis,)) if layout.has_tie(axis) else layout
-        work = 2.0 * (out_shape if reverse else in_shape)[axis]
-        return Route(mid, released(mid, axis, to[axis]), None, work)
+        return Route(
+            mid, released(mid, axis, to[axis]), None, self.work(in_shape, out_shape, reverse)
+        )
 
-    @property
-    def transpose(self) -> MatMul:
-        """The map of the pull."""
-        if self._transpose is None:
-            self._transpose = MatMul(self.partner.transpose(-1, -2), self.side)
-        return self._transpose
+    def work(self, in_shape, out_shape, reverse):
+        return 2.0 * (out_shape if reverse else in_shape)[-1 if self.side == "right" else -2]
 
     def push(self, t, own):
-        p = self.partner
+        return self._multiply(t, self.partner)
+
+    def pull(self, c, own):
+        return self._multiply(c, self.partner.transpose(-1, -2))
+
+    def _multiply(self, t: Tensor, p: Tensor) -> tuple[Tensor, bool]:
         if p.dim() == 3:
-            return self._batched(t), True
+            return self._batched(t, p), True
         if self.side == "left":
             return torch.matmul(p, t), True
-        k, lead = t.shape[0], t.shape[1:-1]
-        if prod(lead) > 1 and not any(t.stride()[1:-1]):
-            # the same for all samples: multiply once
+        k, *lead, n = t.shape
+        stride = t.stride()
+        if len(lead) == 1:
+            alike = stride[1] == 0 and lead[0] > 1
+        else:
+            alike = prod(lead) > 1 and not any(stride[1:-1])
+        if alike:  # the same for all samples: multiply once
             row = backends.matmul(t[(slice(None), *([0] * len(lead)))], p)
             return row.view(k, *([1] * len(lead)), -1).expand(k, *lead, -1), False
-        out = backends.matmul(t.reshape(-1, t.shape[-1]), p)
-        return out.view(k, *lead, p.shape[1]), True
+        return backends.matmul(t.reshape(-1, n), p).view(k, *lead, p.shape[1]), True
 
-    def _batched(self, t: Tensor) -> Tensor:
+    def _batched(self, t: Tensor, p: Tensor) -> Tensor:
         # seeds join the rows (or columns) of each sample's product, so that the partner is never copied
-        p = self.partner
         k, b, m, n = t.shape
         if self.side == "right":
             rows = t.transpose(0, 1).reshape(b, k * m, n)
@@ -431,18 +434,22 @@ class MatMul(LinearMap):
         columns = t.permute(1, 2, 0, 3).reshape(b, m, k * n)
         return torch.bmm(p, columns).view(b, -1, k, n).permute(2, 0, 1, 3)
 
-    def pull(self, c, own):
-        return self.transpose.push(c, own)
-
     def apply(self, data, own, layout, route, reverse, sel, like):
-        if route.axis is None:
+        axis = route.axis
+        if axis is None:
             return super().apply(data, own, layout, route, reverse, sel, like)
         p = self.partner
         if (self.side == "right") == reverse:
             p = p.transpose(-1, -2)
-        rows = release(data, layout, route.axis, sel)
         out = route.out
-        matrix = matrix_view(p, layout, route.axis, 0 if p.dim() == 3 else None, sel)
+        if data is None and not layout.free and not sel and len(layout.axes[axis]) == 1 and p.dim() == 2:
+            # an identity seed: the answer is the matrix itself, for every sample
+            n, m = p.shape
+            shape = [n] + [1] * len(out.shape)
+            shape[axis + 1] = m
+            return p.reshape(shape).expand(n, *out.shape), False
+        rows = release(data, layout, axis, sel)
+        matrix = matrix_view(p, layout, axis, 0 if p.dim() == 3 else None, sel)
         if rows is None:
             full = matrix.expand(*out.seeds(sel), *out.shape)
             return full.reshape(out.columns(sel), *out.shape), False

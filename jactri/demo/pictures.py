@@ -94,12 +94,16 @@ def saliency(
                     labelpad=8,
                 )
             if row == 0:
-                axes.imshow(images[pick, 0], cmap="gray_r", vmin=0, vmax=1)
+                axes.imshow(images[pick, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
                 continue
             digit = top[pick, row - 1].item()
-            shown = axes.imshow(maps[column, row - 1], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            shown = axes.imshow(
+                maps[column, row - 1].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit
+            )
             # The digit's outline, so that the eye can tell strokes from background.
-            axes.contour(images[pick, 0], levels=[0.5], colors=INK, linewidths=0.8, alpha=0.55)
+            axes.contour(
+                images[pick, 0].numpy(), levels=[0.5], colors=INK, linewidths=0.8, alpha=0.55
+            )
             axes.set_title(
                 f"{digit}: {_percent(probabilities[pick, digit].item())}",
                 fontsize=10,
@@ -221,14 +225,14 @@ def metric(path: Path, plane: Plane, codes: torch.Tensor, labels: torch.Tensor) 
     framed = F.pad(
         plane.decoded[at[:, None], at].flip(0), (1, 1, 1, 1)
     )  # a white frame parts the tiles
-    mosaic = framed.permute(0, 2, 1, 3).reshape(tiles * 10, tiles * 10)
+    mosaic = framed.permute(0, 2, 1, 3).reshape(tiles * 10, tiles * 10).numpy()
     drawn.imshow(mosaic, cmap="gray_r", vmin=0, vmax=1, extent=extent, aspect="auto")
     drawn.set_title("what the decoder draws at each code", fontsize=11, color=INK, loc="left")
 
     volume = 0.5 * torch.linalg.slogdet(plane.metric).logabsdet / np.log(10)
     low, high = volume.quantile(0.01).item(), volume.quantile(0.995).item()
     shown = heat.imshow(
-        volume,
+        volume.numpy(),
         cmap="magma",
         vmin=low,
         vmax=high,
@@ -272,7 +276,7 @@ def _embedded(axes, codes: torch.Tensor, labels: torch.Tensor) -> None:
     """The codes as dots in the colour of their class, and each class's digit among its dots."""
     for digit in labels.unique().tolist():
         mine, colour = codes[labels == digit], colormaps["tab10"].colors[digit]
-        axes.scatter(*mine.T, s=15, color=colour, lw=0.4, edgecolor="white", zorder=3)
+        axes.scatter(*mine.T.numpy(), s=15, color=colour, lw=0.4, edgecolor="white", zorder=3)
         # At the code nearest to the median: inside of the cloud even where that is bent or split.
         spot = mine[(mine - mine.median(0).values).norm(dim=1).argmin()].tolist()
         axes.text(

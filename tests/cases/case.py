@@ -7,7 +7,7 @@ are Jacobians at the very same point.
 import copy
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -63,7 +63,7 @@ def V(*values):
     return In((len(values),), "values", values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     name: str
     func: Callable
@@ -79,7 +79,6 @@ class Case:
     inner: torch.dtype | None = None  # a narrower dtype inside, which bounds the accuracy
     twin: Callable | None = None  # the same function by ops that torch can differentiate twice
     special: tuple = ()  # values fed one at a time: kinks, poles, infinities, NaN
-    options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         assert self.factor == 1.0 or self.reason, f"{self.name}: a wider tolerance needs a reason"

@@ -1,0 +1,232 @@
+"""`check`: the cross-check against ``torch.autograd.functional.jacobian``, in the inputs' dtype and in float64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from .api import as_tuple, jacobian
+from .report import explain
+from .samples import probe_mixing
+
+_TIMED_SECONDS = 0.5
+
+
+class JacobianMismatch(AssertionError):
+    """Raised by ``check(..., raise_on_error=True)``; the message is the report."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found; ``str()`` of it is readable. Errors are against float64 autograd unless said otherwise.
+
+    ``relative`` errors are relative to the largest entry of the block. ``worst`` is (output index, input index) of the
+    largest relative error. ``float64_rel_error`` is jactri in float64 against torch in float64: it is rounding
+    or a bug, whatever the dtype of the inputs.
+    """
+
+    ok: bool
+    max_abs_error: float
+    max_rel_error: float
+    worst: tuple[int, int]
+    torch_rel_error: float
+    same_dtype_abs_error: float
+    float64_rel_error: float
+    jactri_ms: float
+    torch_ms: float
+    fallbacks: tuple[str, ...]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'ok' if self.ok else 'MISMATCH'}{': ' + self.reason if self.reason else ''}",
+            f"  against float64 autograd: largest error {self.max_abs_error:.3g} ({self.max_rel_error:.3g} of the "
+            f"largest entry), at output {self.worst[0]}, input {self.worst[1]}",
+            f"  torch in the inputs' dtype is off by {self.torch_rel_error:.3g} of the largest entry; "
+            f"jactri and torch differ by {self.same_dtype_abs_error:.3g}",
+            f"  both in float64: {self.float64_rel_error:.3g} of the largest entry",
+            f"  jactri {self.jactri_ms:.3g} ms, torch.autograd.functional.jacobian {self.torch_ms:.3g} ms",
+            f"  fallbacks: {', '.join(self.fallbacks) if self.fallbacks else 'none'}",
+        ]
+        return "\n".join(lines)
+
+
+class _Float64(TorchFunctionMode):
+    """Every floating-point tensor that a torch function takes or makes becomes float64.
+
+    Captured parameters and buffers are converted at each use and never written to.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_double, (args, kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return tree_map(_double, func(*args, **kwargs))
+
+
+def _double(value):
+    if value is torch.float32 or value is torch.float16 or value is torch.bfloat16:
+        return torch.float64
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.double()
+    return value
+
+
+def check(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    per_sample: bool = False,
+    strategy: str = "auto",
+    raise_on_error: bool = False,
+) -> CheckReport:
+    """Compare `jactri.jacobian` with ``torch.autograd.functional.jacobian`` in the inputs' dtype and in float64.
+
+    ``func`` is run several times, each with the same random state (which is restored afterwards); in float64 every
+    tensor that it uses is converted. The check passes if jactri in float64 agrees with float64 autograd to rounding, and
+    if in the inputs' dtype its error is no more than ten times torch's own (or a few hundred units of rounding).
+
+    Args:
+        func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum
+            over the batch, and a probe confirms that samples do not mix.
+        raise_on_error: raise `JacobianMismatch` instead of returning a report that is not ok.
+
+    Returns:
+        A `CheckReport`.
+
+    Raises:
+        JacobianMismatch, and whatever `jactri.jacobian` raises.
+
+    Cost: torch's row-by-row Jacobian, three times over.
+    """
+    _, xs = as_tuple(inputs, "inputs", "check")
+    devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        state = torch.random.get_rng_state()
+
+        def same_random(call):
+            torch.random.set_rng_state(state)
+            return call()
+
+        def ours(args):
+            return jacobian(func, args, strategy=strategy, per_sample=per_sample)
+
+        mine, jactri_ms = _timed(lambda: same_random(lambda: ours(inputs)))
+        theirs, torch_ms = _timed(lambda: same_random(lambda: _torch(func, inputs, per_sample)))
+        plan = same_random(lambda: explain(func, inputs, strategy=strategy, per_sample=per_sample))
+        wide = tuple(_double(x.detach()) for x in xs)
+        wide = wide if isinstance(inputs, tuple) else wide[0]
+
+        def func64(*args):
+            with _Float64():
+                return func(*args)
+
+        truth = same_random(lambda: _torch(func64, wide, per_sample))
+        mine64 = same_random(
+            lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample)
+        )
+        mixes = per_sample and same_random(lambda: _mixes(func, xs))
+    report = _compare(mine, theirs, mine64, truth, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks)
+    if raise_on_error and not report.ok:
+        raise JacobianMismatch(str(report))
+    return report
+
+
+def _timed(call) -> tuple[Any, float]:
+    """The first result and the median milliseconds of a few calls (within half a second, the first not counted)."""
+    result = call()
+    runs: list[float] = []
+    while len(runs) < 5 and sum(runs) < _TIMED_SECONDS:
+        start = time.perf_counter()
+        call()
+        runs.append(time.perf_counter() - start)
+    return result, 1e3 * sorted(runs)[len(runs) // 2]
+
+
+def _torch(func, inputs, per_sample: bool):
+    reference = torch.autograd.functional.jacobian
+    if not per_sample:
+        return reference(func, inputs)
+
+    def of_sum(*args):
+        y = func(*args)
+        return tuple(v.sum(0) for v in y) if isinstance(y, tuple) else y.sum(0)
+
+    def batch_first(block, i):
+        return block.movedim(block.dim() - xs[i].dim(), 0)
+
+    _, xs = as_tuple(inputs, "inputs", "check")
+    rows = reference(of_sum, inputs)
+    if isinstance(inputs, tuple):
+        rows = rows if isinstance(rows[0], tuple) else (rows,)
+        return tuple(tuple(batch_first(b, i) for i, b in enumerate(row)) for row in rows)
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    return tuple(batch_first(b, 0) for b in rows)
+
+
+def _mixes(func, xs) -> bool:
+    leaves = tuple(x.detach().requires_grad_() for x in xs)
+    with torch.enable_grad():
+        ys = func(*leaves)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    return ys[0].numel() > 0 and probe_mixing(ys, leaves)
+
+
+def _blocks(nested, single_input: bool) -> list[tuple[int, int, Tensor]]:
+    if isinstance(nested, Tensor):
+        return [(0, 0, nested)]
+    out = []
+    for j, row in enumerate(nested):
+        if isinstance(row, Tensor):
+            out.append((j, 0, row) if single_input else (0, j, row))
+        else:
+            out.extend((j, i, block) for i, block in enumerate(row))
+    return out
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference in float64; equal infinities and NaNs in the same places count as equal."""
+    a, b = a.double(), b.to(a.device).double()
+    if a.shape != b.shape:
+        return float("inf")
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, 0.0, (a - b).abs())
+    return float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
+
+
+def _scale(block: Tensor) -> float:
+    finite = block[block.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _compare(mine, theirs, mine64, truth, dtype, mixes, jactri_ms, torch_ms, fallbacks) -> CheckReport:
+    lists = [[b for _, _, b in _blocks(nested, True)] for nested in (mine, theirs, mine64, truth)]
+    where = [(j, i) for j, i, _ in _blocks(mine, True)]
+    eps, eps64 = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
+    ok, reason = True, ""
+    worst, worst_rel, worst_abs, torch_rel, same, rel64 = (0, 0), 0.0, 0.0, 0.0, 0.0, 0.0
+    if len({len(blocks) for blocks in lists}) != 1:
+        ok, reason = False, "the results are nested differently"
+    for place, a, b, a64, t in zip(where, *lists, strict=False):
+        scale = _scale(t) or 1.0
+        error, peer = _gap(a, t) / scale, _gap(b, t) / scale
+        if error >= worst_rel:
+            worst, worst_rel = place, error
+        worst_abs = max(worst_abs, _gap(a, t))
+        torch_rel, same = max(torch_rel, peer), max(same, _gap(a, b))
+        rel64 = max(rel64, _gap(a64, t) / scale)
+        if error > max(10 * peer, 300 * eps):
+            ok, reason = False, f"output {place[0]}, input {place[1]} is off in {dtype}"
+        if _gap(a64, t) / scale > 1e5 * eps64:
+            ok, reason = False, f"output {place[0]}, input {place[1]} is off in float64"
+    if mixes:
+        ok, reason = False, "a probe found that samples mix"
+    return CheckReport(
+        ok, worst_abs, worst_rel, worst, torch_rel, same, rel64, jactri_ms, torch_ms, fallbacks, reason
+    )

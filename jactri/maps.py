@@ -1,0 +1,257 @@
+"""Linear maps of particular layers: fixed image ops, normalisation, softmax, scatter, lazy batched products.
+
+Convolution has its own file (see `convolution`). All of them follow the contract of `linear_map.LinearMap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .linear_map import Gather, LinearMap, MatMul, keep_all_but
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Once:
+    """A value computed at its first use: rules stay cheap for steps that no sweep takes."""
+
+    __slots__ = ("_make", "_value")
+
+    def __init__(self, make: Callable[[], object]):
+        self._make, self._value = make, None
+
+    def __call__(self):
+        if self._make is not None:
+            self._value = self._make()
+            self._make = None
+        return self._value
+
+
+def wide(t: Tensor) -> Tensor:
+    """Half precision in float32, in which reductions are accumulated; other dtypes as they are."""
+    return t.float() if t.dtype in HALF else t
+
+
+def fold(t: Tensor, tail: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A block as one batch axis and its last ``tail`` axes, with the batch that it was.
+
+    Samples that share one block (stride 0) come as one sample.
+    """
+    lead = t.dim() - tail
+    if 0 in t.stride():
+        for a in range(1, lead):
+            if t.stride(a) == 0 and t.shape[a] > 1:
+                t = t.narrow(a, 0, 1)
+    return t.reshape(-1, *t.shape[lead:]), tuple(t.shape[:lead])
+
+
+def unfold(flat: Tensor, batch: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Tensor, bool]:
+    """The inverse of `fold` around an op: ``shape`` is the leading shape of the block that was folded.
+
+    Returns the block and whether it may be overwritten.
+    """
+    if len(batch) == 1:
+        out = flat
+    else:
+        # one batch axis of the op's result into several: the strides of the others are left alone
+        out = flat.unflatten(0, batch)
+    if batch == shape:
+        return out, True
+    return out.expand(*shape, *flat.shape[1:]), False
+
+
+class Fixed(LinearMap):
+    """A linear op without saved values on the last ``tail`` axes; the other axes join the op's batch.
+
+    ``push`` and ``pull`` take and return ``(batch, *last axes)``. Where ``exact`` is false, autograd cannot
+    differentiate them (as for some backward ops of images), and `Transposed` supplies the derivative.
+    """
+
+    __slots__ = ("_pull", "_push", "_work", "exact", "name", "tail")
+    structure = "window"
+
+    def __init__(
+        self,
+        name: str,
+        tail: int,
+        push: Callable[[Tensor], Tensor],
+        pull: Callable[[Tensor], Tensor],
+        work: float = 2.0,
+        exact: bool = True,
+    ):
+        self.name, self.tail, self._push, self._pull = name, tail, push, pull
+        self._work, self.exact = work, exact
+
+    @property
+    def key(self):
+        return Fixed, self.name, self.tail, self._work
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape) - self.tail))
+
+    def work(self, in_shape, out_shape, reverse):
+        # `_work` is for an output; the pull does as much in all, spread over the inputs
+        return self._work * (prod(out_shape) / max(1, prod(in_shape)) if reverse else 1.0)
+
+    def _run(self, t: Tensor, op, transposed):
+        flat, batch = fold(t, self.tail)
+        if self.exact or not torch.is_grad_enabled():
+            out = op(flat)
+        else:
+            out = Transposed.apply(flat, op, transposed)
+        return unfold(out, batch, tuple(t.shape[: t.dim() - self.tail]))
+
+    def push(self, t, own):
+        return self._run(t, self._push, self._pull)
+
+    def pull(self, c, own):
+        return self._run(c, self._pull, self._push)
+
+
+class Transposed(torch.autograd.Function):
+    """A linear op whose backward is the transposed op, and the reverse: differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx, x, op, transposed):
+        ctx.ops = op, transposed
+        return op(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        op, transposed = ctx.ops
+        return Transposed.apply(g, transposed, op), None, None
+
+
+class Scatter(Gather):
+    """The transpose of `Gather`: ``out[..., index[..., j]] += in[..., j]`` on the last axis."""
+
+    __slots__ = ()
+    name = "scatter"
+
+    def push(self, t, own):
+        return Gather.pull(self, t, own)
+
+    def pull(self, c, own):
+        return Gather.push(self, c, own)
+
+
+class Project(LinearMap):
+    """``t - mean(t) - unit * mean(unit * t)`` over ``axes``; without the mean if ``centred`` is false.
+
+    The Jacobian of a normalisation is this projection times a diagonal: for ``unit = (x - mean(x)) / std(x)``,
+    d unit / dx = (I - 11'/n - unit unit'/n) / std(x)  (Ba, Kiros, Hinton 2016, arXiv:1607.06450, of eq. 3).
+    It is symmetric. ``unit`` broadcasts against the value.
+    """
+
+    __slots__ = ("axes", "centred", "count", "unit")
+    name, structure = "projection", "low rank"
+
+    def __init__(self, unit: Callable[[], Tensor], axes: tuple[int, ...], count: int, centred: bool = True):
+        self.unit, self.axes, self.count, self.centred = unit, axes, count, centred
+
+    @property
+    def key(self):
+        return Project, self.axes, self.centred
+
+    def kept(self, in_shape, out_shape):
+        return keep_all_but(self.axes, len(in_shape))
+
+    def work(self, in_shape, out_shape, reverse):
+        return 7.0
+
+    def push(self, t, own):
+        unit, source = self.unit(), t
+        if t.dtype in HALF:
+            t = t.float()
+        dims = [a + 1 for a in self.axes]
+        along = (t * unit).sum(dims, keepdim=True).div_(self.count)
+        if torch.is_grad_enabled():
+            if self.centred:
+                t = t - t.mean(dims, keepdim=True)
+            t = t - unit * along
+        elif self.centred:
+            mean = t.mean(dims, keepdim=True)
+            t = (t.sub_(mean) if own and t is source else t - mean).addcmul_(unit, along, value=-1)
+        elif own and t is source:
+            t.addcmul_(unit, along, value=-1)
+        else:
+            t = torch.addcmul(t, unit, along, value=-1)
+        return t.to(source.dtype), True
+
+    pull = push
+
+
+class Softmax(LinearMap):
+    """``p * (t - sum(p * t))`` over one axis, symmetric."""
+
+    __slots__ = ("axis", "p")
+    name, structure = "softmax", "low rank"
+
+    def __init__(self, p: Callable[[], Tensor], axis: int):
+        self.p, self.axis = p, axis
+
+    @property
+    def key(self):
+        return type(self), self.axis
+
+    def kept(self, in_shape, out_shape):
+        return keep_all_but((self.axis,), len(in_shape))
+
+    def work(self, in_shape, out_shape, reverse):
+        return 4.0
+
+    def push(self, t, own):
+        p = self.p()
+        grad = torch.is_grad_enabled()
+        u = t.mul_(p) if own and not grad and t.dtype == p.dtype else t * p
+        total = u.sum(self.axis + 1, keepdim=True)
+        u = u - p * total if grad else u.addcmul_(p, total, value=-1)
+        return u.to(t.dtype), True
+
+    pull = push
+
+
+class LogSoftmax(Softmax):
+    """``t - sum(p * t)`` over one axis; its transpose is ``c - p * sum(c)``."""
+
+    __slots__ = ()
+    name = "log_softmax"
+
+    def push(self, t, own):
+        p = self.p()
+        total = (t * p).sum(self.axis + 1, keepdim=True)
+        if own and not torch.is_grad_enabled() and t.dtype == total.dtype:
+            return t.sub_(total), True
+        return (t - total).to(t.dtype), True
+
+    def pull(self, c, own):
+        p = self.p()
+        total = wide(c).sum(self.axis + 1, keepdim=True)
+        if own and not torch.is_grad_enabled() and c.dtype == p.dtype:
+            return c.addcmul_(p, total, value=-1), True
+        return (c - p * total).to(c.dtype), True
+
+
+class Batched(MatMul):
+    """A `MatMul` by a matrix a sample ``(b, ., .)`` that is made at its first use."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[[], Tensor], side: str):
+        self._make, self.side = make, side
+
+    @property
+    def partner(self) -> Tensor:
+        return self._make()
+
+    @property
+    def structure(self):
+        return "batched matrix"
+
+    @property
+    def key(self):
+        return MatMul, self.side, 3

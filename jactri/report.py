@@ -1,0 +1,174 @@
+"""`explain`: the plan as a table, from the very objects that the executor runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .api import answer_bytes, plan_for, prepare, summed_seeds
+from .graph import Graph, UnsupportedGraph, read
+from .planner import Plan, Sweep
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a sweep. ``columns`` seeds are carried in all; ``flops`` and ``bytes`` are predicted."""
+
+    op: str
+    structure: str
+    direction: str
+    shape: tuple[int, ...]
+    columns: int
+    tied: str
+    flops: float
+    bytes: float
+    backend: str
+    why: str
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; ``str()`` of it is the table."""
+
+    steps: tuple[StepReport, ...]
+    direction: str
+    reason: str
+    flops: float
+    bytes: float
+    peak_bytes: float
+    chunks: int
+    answer_bytes: int
+    naive_flops: float
+    fallbacks: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        head = ("step", "op", "structure", "shape", "seeds", "tied axes", "flops", "bytes", "backend")
+        rows = [
+            (
+                str(i), s.op, s.structure, "x".join(map(str, s.shape)) or "scalar", str(s.columns), s.tied,
+                si(s.flops), si(s.bytes), f"{s.backend} ({s.why})",
+            )
+            for i, s in enumerate(self.steps)
+        ]  # fmt: skip
+        widths = [max(len(r[c]) for r in (head, *rows)) for c in range(len(head))]
+        lines = [f"{self.direction}: {self.reason}"]
+        lines += ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in (head, *rows)]
+        ratio = self.naive_flops / self.flops if self.flops else float("inf")
+        lines.append(
+            f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B beside the answer's "
+            f"{si(self.answer_bytes)}B, {self.chunks} chunk{'s' if self.chunks != 1 else ''}"
+        )
+        lines.append(
+            f"one backward pass a row: {si(self.naive_flops)}flop"
+            + (f", {ratio:.3g} times as many" if self.flops else "")
+        )
+        lines.append("fallbacks: " + (", ".join(self.fallbacks) if self.fallbacks else "none"))
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def si(number: float) -> str:
+    """A number with a decimal prefix: 1.23 M."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {letter}"
+    return f"{number:.3g} "
+
+
+def explain(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    strategy: str = "auto",
+    per_sample: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+) -> Explanation:
+    """How `jactri.jacobian` would compute the Jacobian of ``func`` at ``inputs``, without computing it.
+
+    Runs ``func`` once. Print the result: a row a step with op, structure, shape of the value, seeds carried, which axes
+    are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
+    of one backward pass a row. Arguments and errors are those of `jacobian`.
+    """
+    ys, xs, _, _, _ = prepare(func, inputs, False)
+    with torch.no_grad():
+        if not all(t.numel() for t in (*xs, *ys)):
+            return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
+        try:
+            graph = read(ys, xs)
+        except UnsupportedGraph as reason:
+            return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
+        summed = per_sample and summed_seeds(graph, ys, xs, strategy)
+        plan = plan_for(
+            graph, strategy, summed, chunk_size, memory_limit, xs[0].device.type, ys, xs, per_sample
+        )
+    return describe(graph, plan, ys, xs, per_sample)
+
+
+def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
+    return Explanation(
+        (), direction, reason, 0.0, 0.0, 0.0, 0, answer_bytes(ys, xs, per_sample), 0.0,
+        ("the whole function",) if "whole" in direction else (),
+    )  # fmt: skip
+
+
+def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
+    """The report of a plan."""
+    direction = "reverse-mode" if plan.reverse else "forward-mode"
+    steps = [
+        _step(graph, sweep, step, direction) for sweep in plan.sweeps for step in sweep.steps
+    ]
+    rows = sum(y.numel() for y in ys)
+    naive = float(rows) * sum(
+        m.work(graph.values[s].shape, v.shape, True) * prod(graph.values[s].shape)
+        for v in graph.values
+        for s, m in v.sources
+        if not m.view
+    )
+    return Explanation(
+        tuple(steps),
+        direction,
+        plan.reason,
+        plan.flops,
+        plan.bytes,
+        plan.peak,
+        sum(len(s.selections()) for s in plan.sweeps),
+        answer_bytes(ys, xs, per_sample),
+        naive,
+        tuple(sorted({s.op for s in steps if s.fallback})),
+    )
+
+
+def _step(graph: Graph, sweep: Sweep, step, direction: str) -> StepReport:
+    edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
+    structures = []
+    for t, edge in zip(step.terms, edges, strict=True):
+        free = t.route.axis is not None and edge.name == "matmul"
+        structures.append(edge.structure + (", no product" if free else ""))
+    op = graph.values[step.terms[0].owner].op
+    tied = [
+        str(a)
+        for a, axis in enumerate(step.layout.axes)
+        if any(t != -1 for _, t in axis)
+    ]
+    opaque = any(e.structure == "opaque" for e in edges)
+    device = graph.values[step.value].device.type
+    if opaque:
+        backend, why = "autograd", "no rule"
+    elif any(e.name == "matmul" for e in edges) and step.flops:
+        backend, why = backends.product_choice(device, graph.values[step.value].dtype, step.flops)
+    else:
+        backend, why = "torch", "view" if not step.flops else "elementwise"
+    return StepReport(
+        op, " + ".join(structures), direction, graph.values[step.value].shape, step.layout.columns(),
+        ",".join(tied) or "-", step.flops, step.bytes, backend, why, opaque,
+    )  # fmt: skip
