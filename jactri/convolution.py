@@ -185,7 +185,7 @@ class ConvWeight(LinearMap):
 
     @property
     def key(self):
-        return ConvWeight, self.geometry.transposed, self.geometry.groups, self.x.shape[0]
+        return ConvWeight, self.geometry.transposed, self.geometry.groups, tuple(self.x.shape)
 
     def kept(self, in_shape, out_shape):
         # an output channel has its own weights

@@ -142,22 +142,25 @@ def _steps(
 ) -> None:
     values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
     for step in steps:
-        if len(step.terms) == 1:
-            term = step.terms[0]
+        terms, frees = step.terms, step.frees
+        if len(terms) == 1:
+            term = terms[0]
             other = term.other
             data, own = blocks[other]
-            own = own and writable and other in step.frees and other not in pinned
-            source, edge = values[term.owner].sources[term.edge]
+            dying = other in frees and other not in pinned
+            edge = values[term.owner].sources[term.edge][1]
             blocks[step.value] = edge.apply(
-                data, own, layouts[other], term.route, reverse, sel, values[other]
+                data, own and dying and writable, layouts[other], term.route, reverse, sel, values[other]
             )
-            if other not in step.frees:
-                blocks[other] = (data, False)  # the new block may share its memory
+            if dying:
+                del blocks[other]
+                continue
+            blocks[other] = (data, False)  # the new block may share its memory
         else:
             blocks[step.value] = _sum(graph, sweep, step, blocks, sel, writable)
-        for f in step.frees:
-            if f not in pinned:
-                del blocks[f]
+            for f in frees:
+                if f not in pinned:
+                    del blocks[f]
 
 
 def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):

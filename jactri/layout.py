@@ -261,6 +261,31 @@ def convert(
     return scatter(target, to, data, source, sel)
 
 
+def identity_block(
+    source: Layout, to: Layout, sel: Selection | None, like: Tensor
+) -> tuple[Tensor, bool]:
+    """An identity seed (``None`` in the layout ``source``) stored with the fewer ties of ``to``.
+
+    Along axes that keep their ties all entries are alike: they are stored once and expanded. Returns the block
+    and whether it may be overwritten.
+    """
+    alike = [a for a, n in enumerate(to.shape) if n > 1 and to.axes[a] == source.axes[a]]
+    if not alike:
+        return convert(None, source, to, sel, like), True
+    once = {t for a in alike for _, t in to.axes[a]}
+    seed = tuple(1 if s in once else n for s, n in enumerate(source.seed))
+
+    def shrunk(layout: Layout) -> Layout:
+        axes = tuple(
+            tuple((1, t) for _, t in axis) if a in alike else axis
+            for a, axis in enumerate(layout.axes)
+        )
+        return Layout(axes, seed)
+
+    block = convert(None, shrunk(source), shrunk(to), sel, like)
+    return block.expand(block.shape[0], *to.shape), False
+
+
 def release(
     data: Tensor | None,
     layout: Layout,

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .layout import FREE, Layout, Selection, convert, matrix_view, one, release, released
+from .layout import (
+    FREE,
+    Layout,
+    Selection,
+    convert,
+    identity_block,
+    matrix_view,
+    one,
+    release,
+    released,
+)
 
 Shape = tuple[int, ...]
 Kept = tuple[tuple[int, int], ...]
@@ -88,8 +98,11 @@ class LinearMap:
     ) -> tuple[Tensor | None, bool]:
         """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
         if route.mid is not layout:
-            data, own = convert(data, layout, route.mid, sel, like), True
-        if data is None:
+            if data is None:
+                data, own = identity_block(layout, route.mid, sel, like)
+            else:
+                data, own = convert(data, layout, route.mid, sel, like), True
+        elif data is None:
             data, own = one(like).expand(1, *route.mid.shape), False
         return self.pull(data, own) if reverse else self.push(data, own)
 
@@ -186,7 +199,9 @@ class Diagonal(Elementwise):
         return self._value
 
     def push(self, t, own):
-        d = self.d
+        d = self._value
+        if d is None:
+            d = self._value = self._derivative()
         if own and t.dtype == d.dtype:
             return t.mul_(d), True
         return t * d, True
@@ -337,6 +352,8 @@ class Sum(LinearMap):
                 at = released(at, a)
                 if data is not None:
                     data = data.reshape(at.columns(sel), *at.shape)
+        if data is None and route.out.free:  # ones for every freed seed
+            data, own = one(like).expand(at.columns(sel), *at.shape), False
         return data, own
 
     def _expand(self, data: Tensor) -> tuple[Tensor, bool]:
@@ -414,13 +431,12 @@ class MatMul(LinearMap):
             return self._batched(t, p), True
         if self.side == "left":
             return torch.matmul(p, t), True
-        k, *lead, n = t.shape
-        stride = t.stride()
-        if len(lead) == 1:
-            alike = stride[1] == 0 and lead[0] > 1
-        else:
-            alike = prod(lead) > 1 and not any(stride[1:-1])
-        if alike:  # the same for all samples: multiply once
+        shape = t.shape
+        if t.dim() == 3 and (t.stride(1) or shape[1] == 1):  # the common case, for its latency
+            k, b, n = shape
+            return backends.matmul(t.reshape(k * b, n), p).view(k, b, p.shape[1]), True
+        k, *lead, n = shape
+        if prod(lead) > 1 and not any(t.stride()[1:-1]):  # the same for all samples: multiply once
             row = backends.matmul(t[(slice(None), *([0] * len(lead)))], p)
             return row.view(k, *([1] * len(lead)), -1).expand(k, *lead, -1), False
         return backends.matmul(t.reshape(-1, n), p).view(k, *lead, p.shape[1]), True
@@ -437,7 +453,10 @@ class MatMul(LinearMap):
     def apply(self, data, own, layout, route, reverse, sel, like):
         axis = route.axis
         if axis is None:
-            return super().apply(data, own, layout, route, reverse, sel, like)
+            if data is None or route.mid is not layout:
+                return super().apply(data, own, layout, route, reverse, sel, like)
+            p = self.partner
+            return self._multiply(data, p.transpose(-1, -2) if reverse else p)
         p = self.partner
         if (self.side == "right") == reverse:
             p = p.transpose(-1, -2)
@@ -483,8 +502,8 @@ class Slice(LinearMap):
     def pull(self, c, own):
         shape = list(c.shape)
         shape[self.axis + 1] = self.size
-        out = c.new_zeros(shape)
-        self._window(out).copy_(c)
+        end = self.start + (self.length - 1) * self.step + 1
+        out = torch.ops.aten.slice_backward(c, shape, self.axis + 1, self.start, end, self.step)
         return out, True
 
 
@@ -527,23 +546,31 @@ class Take(LinearMap):
 
 
 class Gather(LinearMap):
-    """``out[..., j] = in[..., index[..., j]]`` on the last axis, with its own index for every leading entry."""
+    """``out[..., j] = in[..., index[..., j]]`` on one axis, with its own index for every other entry."""
 
-    __slots__ = ("index", "size")
+    __slots__ = ("axis", "index", "size")
     name, structure = "gather", "gather"
 
-    def __init__(self, index: Tensor, size: int):
+    def __init__(self, index: Tensor, size: int, axis: int | None = None):
+        """``size`` is the input's along ``axis``, by default the last."""
         self.index, self.size = index, size
+        self.axis = index.dim() - 1 if axis is None else axis
+
+    @property
+    def key(self):
+        return Gather, self.axis
 
     def kept(self, in_shape, out_shape):
-        return tuple((a, a) for a in range(len(in_shape) - 1))
+        return keep_all_but((self.axis,), len(in_shape))
 
     def push(self, t, own):
-        return t.gather(-1, self.index.expand(t.shape[0], *self.index.shape)), True
+        return t.gather(self.axis + 1, self.index.expand(t.shape[0], *self.index.shape)), True
 
     def pull(self, c, own):
+        shape = list(c.shape)
+        shape[self.axis + 1] = self.size
         index = self.index.expand(c.shape[0], *self.index.shape)
-        return c.new_zeros(*c.shape[:-1], self.size).scatter_add(-1, index, c), True
+        return c.new_zeros(shape).scatter_add(self.axis + 1, index, c), True
 
 
 class Functional(LinearMap):

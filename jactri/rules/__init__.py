@@ -11,21 +11,30 @@ from collections.abc import Callable
 REGISTRY: dict[str, Callable] = {}
 
 
-def rule(*names: str):
-    """Register a rule for autograd nodes, named without their version: ``rule("Tanh")`` is ``TanhBackward0``.
+def node_names(name: str) -> list[str]:
+    """Full names of autograd nodes: "Tanh" is ``TanhBackward0``, "Div.1" is ``DivBackward1``, "Div.1-3" are three.
 
-    A name that already ends in a digit is taken as it is.
+    A name with "::" in it is complete.
     """
+    if "::" in name:
+        return [name]
+    op, _, versions = name.partition(".")
+    first, _, last = (versions or "0").partition("-")
+    return [f"{op}Backward{i}" for i in range(int(first), int(last or first) + 1)]
+
+
+def rule(*names: str):
+    """Register a rule for autograd nodes, named as `node_names` reads them."""
 
     def decorate(function):
         for name in names:
-            full = name if name[-1].isdigit() and "Backward" in name else f"{name}Backward0"
-            if full in REGISTRY:
-                raise ValueError(f"two rules for {full}")
-            REGISTRY[full] = function
+            for full in node_names(name):
+                if full in REGISTRY:
+                    raise ValueError(f"two rules for {full}")
+                REGISTRY[full] = function
         return function
 
     return decorate
 
 
-from . import elementwise, linear  # noqa: E402, F401 - registration
+from . import conv, elementwise, linear  # noqa: E402, F401 - registration

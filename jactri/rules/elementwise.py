@@ -1,7 +1,7 @@
-"""Elementwise ops: one row each.
+"""Elementwise ops: mostly one name each.
 
-For any elementwise op the node applied to ones *is* the local derivative, so most rows are only names. Rows with an
-analytic derivative are the hot ones, in terms of the value that autograd saved.
+For any elementwise op the node applied to ones *is* the local derivative, exactly as autograd has it (kinks and second
+derivatives included), so most rows are only names. Only what is cheaper than the node itself has a formula here.
 """
 
 from __future__ import annotations
@@ -10,36 +10,47 @@ import torch
 from torch import Tensor
 
 from ..layout import one
+from ..linear_map import Elementwise, View
 from . import rule
 
-aten = torch.ops.aten
-
-ANALYTIC = {
-    # node: (saved value, derivative as a function of it); values at kinks are autograd's
-    "Tanh": ("result", lambda y: aten.tanh_backward(one(y), y)),
-    "Sigmoid": ("result", lambda y: aten.sigmoid_backward(one(y), y)),
-    "Relu": ("result", lambda y: aten.threshold_backward(one(y), y, 0)),
-    "Silu": ("self", lambda x: aten.silu_backward(one(x), x)),
+FORMULAS = {
+    # node: (saved value, derivative as a function of it)
     "Exp": ("result", lambda y: y),
     "Sin": ("self", torch.cos),
-    "Cos": ("self", lambda x: -torch.sin(x)),
     "Log": ("self", torch.reciprocal),
     "Sqrt": ("result", lambda y: 0.5 / y),
-    "Reciprocal": ("result", lambda y: -y * y),
 }
 
 UNARY = """
-Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Clamp ClampMax ClampMin Cosh Deg2Rad Digamma Elu Erf
-Erfc Erfinv Exp2 Expm1 Floor Frac Gelu Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu Lgamma Log10
-Log1P Log2 LogSigmoid Logit Mish Mvlgamma NanToNum Polygamma Pow Rad2Deg Round Rsqrt
-SgnBackward0 Sign Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
-SpecialI1E SpecialLogNdtr SpecialNdtri Tan Threshold Trunc
+Abs Acos Acosh Asin Asinh Atan Atanh Celu.0-1 Clamp.1 ClampMax.0 ClampMin.0 Copysign.1 Cos Cosh Deg2Rad Digamma
+Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
+Log1P Log2 LogSigmoid Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
+RreluWithNoise.0-1 Rsqrt Sgn Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
+SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py.1-2 SpecialZeta.1 Tan Tanh Threshold.0-1 Xlogy.1-2
 """.split()
 
-BINARY = "Atan2 Fmod Hypot Maximum Minimum Remainder Fmax Fmin Xlogy SpecialXlog1Py".split()
+BINARY = """
+Atan2 Clamp.0 ClampMax.1 ClampMin.1 Div.2 Fmax Fmin Hypot Igamma Igammac Ldexp Lerp.1 Logaddexp Logaddexp2 Maximum
+Minimum Pow.1 PreluKernel SpecialXlog1Py.0 SpecialZeta.0 Xlogy.0
+EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward LeakyReluBackward LogSigmoidBackward
+SigmoidBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackward
+""".split()
+"""The second part of the list are derivatives of activations, as they occur in the graph of a gradient."""
 
 
-def _analytic(name: str, derivative):
+class Zero(Elementwise):
+    """A dependence whose derivative is exactly zero (rounding, a value written over)."""
+
+    __slots__ = ()
+    name, structure = "zero", "diagonal"
+
+    def push(self, t, own):
+        return torch.zeros_like(t), True
+
+    pull = push
+
+
+def _formula(name: str, derivative):
     def run(g):
         saved = g.tensor(name)
         return g.diagonal(g.src[0], lambda: derivative(saved))
@@ -47,48 +58,111 @@ def _analytic(name: str, derivative):
     return run
 
 
-for _node, (_name, _derivative) in ANALYTIC.items():
-    rule(_node)(_analytic(_name, _derivative))
+for _node, (_name, _derivative) in FORMULAS.items():
+    rule(_node)(_formula(_name, _derivative))
 
 
 @rule(*UNARY)
 def unary(g):
-    x = g.match(g.src[0])
-    return g.diagonal(x, lambda node=g.node, m=g.meta[0]: _of_ones(node, m)[0])
+    node, meta = g.node, g.meta
+    if len(meta) == 1:
+        return g.diagonal(g.match(g.src[0]), lambda: _first(node(one(meta[0]))))
+    ones = (one(meta[0]), *[None] * (len(meta) - 1))
+    value = g.diagonal(g.match(g.src[0]), lambda: _first(node(*ones)))
+    return (value, *[None] * (len(meta) - 1))
 
 
-def _of_ones(node, m) -> tuple[Tensor | None, ...]:
-    ones = torch.ones((), dtype=m.dtype, device=m.device).expand(tuple(m.shape))
-    out = node(ones)
-    return out if isinstance(out, tuple) else (out,)
+def _first(out) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Partials:
+    """The derivatives of an elementwise node in each of its operands, computed together at first use."""
+
+    __slots__ = ("_all", "meta", "node", "whole")
+
+    def __init__(self, g, whole: bool = True):
+        """``whole``: every operand has the shape of the output."""
+        self.node, self.meta, self._all, self.whole = g.node, g.meta[0], None, whole
+
+    def __call__(self, edge: int) -> Tensor:
+        m = self.meta
+        if self._all is None:
+            out = self.node(one(m).expand(tuple(m.shape)))
+            self._all = out if isinstance(out, tuple) else (out,)
+        d = self._all[edge]
+        if d is None:
+            return torch.zeros((), dtype=m.dtype, device=m.device)
+        if self.whole and d.shape != m.shape:  # a node that sums over broadcasts has lost the derivative of each entry
+            raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
+        return fit(d, m)
+
+
+def fit(d: Tensor, meta) -> Tensor:
+    """A derivative in the dtype and on the device of the value that it multiplies."""
+    if d.dtype != meta.dtype or d.device != meta.device:
+        return d.to(device=meta.device, dtype=meta.dtype)
+    return d
 
 
 @rule(*BINARY)
-def binary(g):
-    return elementwise(g)
-
-
 def elementwise(g):
-    """Any number of operands: the derivative in each is the node applied to ones."""
-    shape = g.shape
-    partials = g.vjp_of_ones()
-    terms = []
-    for edge, s in enumerate(g.src):
-        if s is None:
-            continue
-        d = partials[edge]
-        if d is None or tuple(d.shape) != shape:
-            return None  # already reduced by the node: the factors cannot be told apart
-        terms.append(g.diagonal(g.match(s), d))
+    """Any number of operands."""
+    partials = Partials(g)
+    return g.plus(
+        [
+            g.diagonal(g.match(s), lambda edge=edge: partials(edge))
+            for edge, s in enumerate(g.src)
+            if s is not None
+        ]
+    )
+
+
+@rule("Addcmul", "Addcdiv")
+def addcmul(g):
+    terms = [g.src[0]] if g.src[0] is not None else []
+    partials = Partials(g)
+    for edge in (1, 2):
+        if g.src[edge] is not None:
+            terms.append(g.diagonal(g.match(g.src[edge]), lambda edge=edge: partials(edge)))
     return g.plus(terms)
 
 
-@rule("Add", "Sub", "Rsub")
+@rule("Add", "Sub")
 def add(g):
-    name = g.name
+    a, b = g.src
+    if b is None:
+        return g.match(a)
     alpha = g.saved("alpha")
-    factors = {"AddBackward0": (1, alpha), "SubBackward0": (1, -alpha), "RsubBackward0": (-alpha, 1)}[name]
-    return g.plus([g.scale(s, f) for s, f in zip(g.src, factors, strict=False) if s is not None])
+    b = g.scale(b, alpha if g.name == "AddBackward0" else -alpha)
+    return g.match(b) if a is None else g.plus((a, b))
+
+
+@rule("Rsub")
+def rsub(g):
+    a, b = g.src
+    terms = [g.scale(a, -g.saved("alpha"))] if a is not None else []
+    return g.plus(terms if b is None else [*terms, b])
+
+
+@rule("Rsub.1")
+def rsub_scalar(g):
+    return g.match(g.scale(g.src[0], -g.saved("alpha")))
+
+
+@rule("Add.1", "Sub.1", "Fmod.0", "Frac", "Remainder.0")
+def first(g):
+    """The derivative in the only differentiable operand is 1."""
+    return g.match(g.src[0])
+
+
+@rule("Fmod.1", "Remainder.1")
+def remainder(g):
+    partials = Partials(g)
+    terms = [g.src[0]] if g.src[0] is not None else []
+    if g.src[1] is not None:
+        terms.append(g.diagonal(g.match(g.src[1]), lambda: partials(1)))
+    return g.plus(terms)
 
 
 @rule("Neg")
@@ -96,16 +170,127 @@ def neg(g):
     return g.scale(g.src[0], -1)
 
 
+def _number(t: Tensor):
+    """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
+    if t.dim() == 0 and not t.requires_grad and t.device.type == "cpu":
+        return t.item()
+    return None
+
+
 @rule("Mul")
 def mul(g):
+    a, b = g.src
+    m = g.meta[0]
+    if a is not None and a == b:  # x * x
+        x, y = g.tensor("self"), g.tensor("other")
+        return g.diagonal(g.match(a), lambda: fit(x + y, m))
     terms = []
-    for s, partner in zip(g.src, ("other", "self"), strict=True):
-        if s is not None:
-            terms.append(g.diagonal(g.match(s), g.tensor(partner)))
+    for s, name in ((a, "other"), (b, "self")):
+        if s is None:
+            continue
+        partner = g.tensor(name)
+        number = _number(partner)
+        if number is not None:
+            terms.append(g.scale(g.match(s), number))
+        else:
+            terms.append(g.diagonal(g.match(s), fit(partner, m)))
     return g.plus(terms)
 
 
-@rule("Clone", "Alias", "ViewAs", "Contiguous", "LiftFresh")
+@rule("Div")
+def div(g):
+    a, b = g.src
+    if b is not None:
+        return elementwise(g)
+    divisor = g.tensor("other")
+    number = _number(divisor)
+    if number:
+        return g.scale(g.match(a), 1 / number)
+    m = g.meta[0]
+    return g.diagonal(g.match(a), lambda: fit(divisor.reciprocal(), m))
+
+
+@rule("Mul.1")
+def mul_scalar(g):
+    return g.scale(g.match(g.src[0]), g.saved("other"))
+
+
+@rule("Div.1")
+def div_scalar(g):
+    number = g.saved("other")
+    return g.scale(g.match(g.src[0]), 1 / number) if number else unary(g)
+
+
+@rule("Pow")
+def pow_scalar(g):
+    if g.saved("exponent") != 2:
+        return unary(g)
+    x = g.tensor("self")
+    return g.diagonal(g.match(g.src[0]), lambda: x + x)
+
+
+@rule("Lerp")
+def lerp_scalar(g):
+    weight = g.saved("weight")
+    factors = (1 - weight, weight)
+    return g.plus([g.scale(s, f) for s, f in zip(g.src, factors, strict=True) if s is not None])
+
+
+@rule("Copysign")
+def copysign(g):
+    a, b = g.src
+    terms = [] if b is None else [g.single(g.match(b), Zero())]
+    if a is not None:
+        partials = Partials(g)
+        terms.append(g.diagonal(g.match(a), lambda: partials(0)))
+    return g.plus(terms)
+
+
+@rule("Where")
+def where(g):
+    condition, m = g.tensor("condition"), g.meta[0]
+    terms = []
+    for s, wanted in zip(g.src[-2:], (True, False), strict=True):  # a bool operand has no edge
+        if s is not None:
+            terms.append(
+                g.diagonal(g.match(s), lambda w=wanted: (condition if w else ~condition).to(m.dtype))
+            )
+    return g.plus(terms)
+
+
+@rule("MaskedFill.0-1")
+def masked_fill(g):
+    mask, m = g.tensor("mask"), g.meta[0]
+    terms = [g.diagonal(g.match(g.src[0]), lambda: (~mask).to(m.dtype))] if g.src[0] is not None else []
+    if len(g.src) > 1 and g.src[1] is not None:
+        terms.append(g.diagonal(g.match(g.src[1]), lambda: mask.to(m.dtype)))
+    return g.plus(terms)
+
+
+@rule("Glu")
+def glu(g):
+    """Halves ``a * sigmoid(b)``: each entry of the input feeds one entry of the output."""
+    (s,), node, m = g.src, g.node, g.meta[0]
+    shape = g.values[s].shape
+    axis = g.axis("dim", len(shape))
+    s = g.diagonal(s, lambda: node(one(m).expand(tuple(m.shape))))
+    halves = (*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :])
+    return g.sum(g.single(s, View(shape, halves), halves), (axis,))
+
+
+@rule("Ceil", "Floor", "Round.0-1", "Sign", "Trunc", "Zero", "Fill.0", "Fill.2", "Bernoulli", "Poisson")
+def zero(g):
+    return g.single(g.src[0], Zero())
+
+
+@rule("Fill.1", "Fill.3")
+def fill(g):
+    old, new = g.src
+    terms = [] if old is None else [g.single(old, Zero())]
+    return g.plus(terms if new is None else [*terms, new])
+
+
+@rule("Clone", "Alias", "LiftFresh")
 def same(g):
     return g.src[0]
 
@@ -113,3 +298,11 @@ def same(g):
 @rule("ToCopy")
 def to_copy(g):
     return g.cast(g.src[0])
+
+
+@rule("torch::autograd::CopyBackwards")
+def copy_(g):
+    """``a.copy_(b)``: the old value is written over."""
+    old, new = g.src
+    terms = [] if old is None else [g.single(old, Zero())]
+    return g.plus(terms if new is None else [*terms, new])

@@ -2,36 +2,116 @@
 
 from __future__ import annotations
 
-from ..linear_map import MatMul
+from ..linear_map import Functional, MatMul, keep_all_but
 from . import rule
 
 
-def product(g, left, right, a, b, shape, scale=1):
-    """``a @ b`` for 2-D or 3-D operands; ``left`` and ``right`` fetch the operands that autograd saved."""
+def product(g, a, b, left: str, right: str, shape) -> list[int]:
+    """``a @ b`` for 2-D or 3-D operands; ``left`` and ``right`` name them among what autograd saved."""
     terms = []
     if a is not None:
-        terms.append(g.single(a, MatMul(right(), "right"), shape))
+        terms.append(g.single(a, MatMul(g.tensor(right), "right"), shape))
     if b is not None:
-        terms.append(g.single(b, MatMul(left(), "left"), shape))
-    return [g.scale(t, scale) for t in terms]
+        terms.append(g.single(b, MatMul(g.tensor(left), "left"), shape))
+    return terms
 
 
-@rule("Addmm", "Baddbmm")
-def addmm(g):
-    first, second = ("mat1", "mat2") if g.has("mat1") else ("batch1", "batch2")
-    bias, a, b = g.src
-    terms = product(
-        g, lambda: g.tensor(first), lambda: g.tensor(second), a, b, g.shape, g.saved("alpha")
-    )
-    if bias is not None:
-        terms.append(g.scale(bias, g.saved("beta")))
+def _accumulated(g, terms: list[int]) -> int:
+    """``beta * bias + alpha * terms``."""
+    alpha = g.saved("alpha")
+    terms = [g.scale(t, alpha) for t in terms]
+    if g.src[0] is not None:
+        terms.append(g.scale(g.src[0], g.saved("beta")))
     return g.plus(terms)
 
 
 @rule("Mm", "Bmm")
 def mm(g):
     a, b = g.src
-    second = "mat2" 
-    return g.plus(
-        product(g, lambda: g.tensor("self"), lambda: g.tensor(second), a, b, g.shape)
-    )
+    return g.plus(product(g, a, b, "self", "mat2", g.shape))
+
+
+@rule("Addmm")
+def addmm(g):
+    _, a, b = g.src
+    return _accumulated(g, product(g, a, b, "mat1", "mat2", g.shape))
+
+
+@rule("Baddbmm")
+def baddbmm(g):
+    _, a, b = g.src
+    return _accumulated(g, product(g, a, b, "batch1", "batch2", g.shape))
+
+
+@rule("Addbmm")
+def addbmm(g):
+    """``sum_b batch1[b] @ batch2[b]``."""
+    _, a, b = g.src
+    s = a if a is not None else b
+    shape = (g.values[s].shape[0], *g.shape)
+    return _accumulated(g, [g.sum(t, (0,)) for t in product(g, a, b, "batch1", "batch2", shape)])
+
+
+def _matrix_vector(g, matrix, vector, name_m: str, name_v: str) -> list[int]:
+    """``matrix @ vector``, each as a product of matrices."""
+    terms, (m,) = [], g.shape
+    if matrix is not None:
+        column = g.tensor(name_v).unsqueeze(-1)
+        terms.append(g.view(g.single(matrix, MatMul(column, "right"), (m, 1)), (m,)))
+    if vector is not None:
+        row = g.view(vector, (1, *g.values[vector].shape))
+        terms.append(g.view(g.single(row, MatMul(g.tensor(name_m).t(), "right"), (1, m)), (m,)))
+    return terms
+
+
+@rule("Mv")
+def mv(g):
+    return g.plus(_matrix_vector(g, *g.src, "self", "vec"))
+
+
+@rule("Addmv")
+def addmv(g):
+    return _accumulated(g, _matrix_vector(g, *g.src[1:], "mat", "vec"))
+
+
+@rule("Addr")
+def addr(g):
+    """``vec1[:, None] * vec2[None, :]``."""
+    terms, (m, n) = [], g.shape
+    for s, shape, partner in ((g.src[1], (m, 1), "vec2"), (g.src[2], (1, n), "vec1")):
+        if s is not None:
+            other = g.tensor(partner)
+            other = other if partner == "vec2" else other.unsqueeze(-1)
+            terms.append(g.diagonal(g.expand(g.view(s, shape), (m, n)), other))
+    return _accumulated(g, terms)
+
+
+@rule("Dot", "Vdot")
+def dot(g):
+    second = "tensor" if g.name == "DotBackward0" else "other"
+    terms = []
+    for s, partner in zip(g.src, (second, "self"), strict=True):
+        if s is not None:
+            terms.append(g.sum(g.diagonal(s, g.tensor(partner)), (0,)))
+    return g.plus(terms)
+
+
+@rule("LinalgCross")
+def cross(g):
+    """``a x b``, linear in each; its transpose in ``a`` is ``c -> b x c``."""
+    axis = g.axis("dim", len(g.shape))
+    kept = keep_all_but((axis,), len(g.shape))
+    terms = []
+    for s, partner, sign in zip(g.src, ("other", "self"), (1, -1), strict=True):
+        if s is None:
+            continue
+        p = g.tensor(partner)
+
+        def push(t, p=p, sign=sign):
+            return sign * t.cross(p.expand_as(t), dim=axis + 1)
+
+        def pull(c, p=p, sign=sign):
+            return -sign * c.cross(p.expand_as(c), dim=axis + 1)
+
+        terms.append(g.single(g.match(s), Functional("cross", push, pull, kept)))
+    return g.plus(terms)

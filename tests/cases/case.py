@@ -5,6 +5,7 @@ are Jacobians at the very same point.
 """
 
 import copy
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Case:
     samples: tuple | None = None  # inputs whose first axis is a batch of samples that never mix
     mixes: tuple | None = None  # inputs whose first axis is as long as the output's, but mixes
     second: bool = True  # torch can differentiate the Jacobian again
+    variant: bool = False  # another size of a case that has every run already: runs in float64 only
     strided: bool = True  # also run on non-contiguous inputs
     factor: float = 1.0  # widens the tolerance; `reason` says why
     reason: str = ""
@@ -136,6 +138,41 @@ def C(name, func, *inputs, nodes="", samples=None, mixes=None, **options):
         mixes=_indices(mixes, len(inputs)),
         **options,
     )
+
+
+def seeded(func):
+    """func, drawing the same random numbers at every call."""
+
+    def call(*args):
+        torch.manual_seed(11)
+        return func(*args)
+
+    return call
+
+
+def unordered(func):
+    """func, whose op torch calls non-deterministic: the tests' poisoning of memory must let it run."""
+
+    def call(*args):
+        was = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            return func(*args)
+        finally:
+            torch.use_deterministic_algorithms(was)
+
+    return call
+
+
+def quietly(func):
+    """func, without what torch warns of it: an op in beta, a slower path taken."""
+
+    def call(*args):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return func(*args)
+
+    return call
 
 
 def call_module(module, *inputs):

@@ -1,12 +1,10 @@
 """Indexing, gathering, scattering, padding, sorting and in-place writes."""
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .case import C, D, M, R
+from .case import C, D, M, R, quietly, unordered
 
 X = R(3, 4)
 B = R(2, 3, 4)
@@ -24,17 +22,6 @@ def write(func):
         y = x.clone()
         func(y, *others)
         return y
-
-    return call
-
-
-def quietly(func):
-    """func, without torch's warning that an op is in beta."""
-
-    def call(*args):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return func(*args)
 
     return call
 
@@ -77,7 +64,7 @@ CASES = [
     C("take_along_flat", lambda x: torch.take_along_dim(x, ints(x, [7, 7, 0])), X),
     C("scatter", lambda x, y: x.scatter(1, ints(x, rows(0, 1, 3)), y), X, R(3, 2), nodes="Scatter",
       samples=True),
-    C("scatter_partial", lambda x, y: x.scatter(1, ints(x, [[3], [0]]), y), X, R(3, 2),
+    C("scatter_partial", lambda x: x.scatter(1, ints(x, [[3], [0]]), x.new_ones(3, 2)), X,
       nodes="Scatter"),
     C("scatter_value", lambda x: x.scatter(1, ints(x, rows(0, 1, 3)), 2.5), X, nodes="Scatter",
       samples=True),
@@ -112,7 +99,7 @@ CASES = [
     C("index_put_broadcast", lambda x, y: x.index_put((ints(x, [0, 2]),), y), X, R(4),
       nodes="IndexPut"),
     C("index_put_mask", lambda x, y: x.index_put((x > 0,), y), X, R(), nodes="IndexPut"),
-    C("put", lambda x, y: x.put(ints(x, [5, 0]), y), X, R(2), nodes="Put"),
+    C("put", unordered(lambda x, y: x.put(ints(x, [5, 0]), y)), X, R(2), nodes="Put"),
     C("masked_fill", lambda x: x.masked_fill(x > 0, 3.0), X, nodes="MaskedFill", samples=True),
     C("masked_fill_broadcast", lambda x: x.masked_fill(ints(x, [True, False, True, False]), 3.0), X,
       nodes="MaskedFill", samples=True),

@@ -149,7 +149,7 @@ def gradient(func):
         x = x.clone() if not x.requires_grad else x
         with torch.enable_grad():
             y = x if x.requires_grad else x.requires_grad_()
-            (g,) = torch.autograd.grad(func(y).square().sum(), y, create_graph=True)
+            (g,) = torch.autograd.grad(func(y).sin().sum(), y, create_graph=True)
         return g
 
     return call
@@ -160,10 +160,10 @@ SMOOTH = {
     "gelu": F.gelu, "mish": F.mish, "elu": F.elu, "relu": F.relu, "leaky_relu": F.leaky_relu,
     "logsigmoid": F.logsigmoid, "hardswish": F.hardswish, "exp_sin": lambda x: x.sin().exp(),
     "glu": F.glu, "softmax": lambda x: x.softmax(-1), "log_softmax": lambda x: x.log_softmax(-1),
-    "hardtanh": F.hardtanh, "softshrink": lambda x: F.softshrink(x, 0.1), "hardsigmoid": F.hardsigmoid,
+    "hardtanh": F.hardtanh, "softshrink": lambda x: F.softshrink(x, 0.1),
     "threshold": lambda x: F.threshold(x, 0.1, 0.0), "pow_3": lambda x: x**3, "sqrt": lambda x: (x * x + 1).sqrt(),
     "layer_norm": lambda x: F.layer_norm(x, (4,)), "division": lambda x: 1 / (x * x + 1),
-    "group_norm": lambda x: F.group_norm(x, 2), "logsumexp": lambda x: x.logsumexp(-1),
+    "group_norm": lambda x: F.group_norm(x, 1), "logsumexp": lambda x: x.logsumexp(-1),
     "cumsum": lambda x: x.cumsum(-1), "index": lambda x: x[:, [0, 0, 1]] ** 2,
 }  # fmt: skip
 CASES += [

@@ -1,0 +1,316 @@
+"""Ops that pick entries by index, or write to them: gathers and their transposes, scatters."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..graph import normal_index
+from ..linear_map import Functional, Gather, Kept, LinearMap, Shape, Take, keep_all_but
+from . import rule
+from .elementwise import Partials
+from .shape import piece
+
+
+class Pick(LinearMap):
+    """Any entries, in any order: output entry ``i`` is input entry ``index[i]``, both counted in flat order.
+
+    Axes that the index leaves in place are found by looking at it.
+    """
+
+    __slots__ = ("_kept", "in_shape", "index", "out_shape")
+    name, structure = "pick", "gather"
+
+    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape):
+        self.index, self.in_shape, self.out_shape = index.reshape(-1), in_shape, out_shape
+        self._kept = unmoved(self.index, in_shape, out_shape)
+
+    @property
+    def key(self):
+        return type(self), self._kept
+
+    def kept(self, in_shape, out_shape):
+        return self._kept
+
+    def push(self, t, own):
+        picked = t.reshape(t.shape[0], -1).index_select(1, self.index)
+        return picked.view(t.shape[0], *self.out_shape), True
+
+    def pull(self, c, own):
+        k = c.shape[0]
+        out = c.new_zeros(k, prod(self.in_shape)).index_add(1, self.index, c.reshape(k, -1))
+        return out.view(k, *self.in_shape), True
+
+
+class Put(Pick):
+    """The transpose of `Pick`: input entry ``i`` is added to output entry ``index[i]``."""
+
+    __slots__ = ()
+    name = "put"
+
+    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape):
+        super().__init__(index, out_shape, in_shape)
+
+    def kept(self, in_shape, out_shape):
+        return tuple((b, a) for a, b in self._kept)
+
+    def push(self, t, own):
+        return Pick.pull(self, t, own)
+
+    def pull(self, c, own):
+        return Pick.push(self, c, own)
+
+
+def unmoved(index: Tensor, in_shape: Shape, out_shape: Shape) -> Kept:
+    """The (input, output) axis pairs with the same position on both, at every entry of a flat ``index``."""
+    if index.numel() == 0:
+        return ()
+    grid, pairs, taken = index.reshape(out_shape), [], set()
+    stride = prod(in_shape)
+    for a, n in enumerate(in_shape):
+        stride //= n
+        if n == 1:
+            continue
+        position = None
+        for b, m in enumerate(out_shape):
+            if m != n or b in taken:
+                continue
+            if position is None:
+                position = (grid // stride) % n
+            own = torch.arange(n, device=index.device).view(n, *[1] * (len(out_shape) - b - 1))
+            if bool((position == own).all()):
+                pairs.append((a, b))
+                taken.add(b)
+                break
+    return tuple(pairs)
+
+
+def places(shape: Shape, device) -> Tensor:
+    """A tensor of ``shape`` that holds the flat position of each entry: indexing it tells what indexing picks."""
+    return torch.arange(prod(shape), device=device).view(shape)
+
+
+def pick(g, s: int, index: Tensor) -> int:
+    return g.single(s, Pick(index, g.values[s].shape, g.shape), g.shape)
+
+
+def put(g, s: int, index: Tensor) -> int:
+    return g.single(s, Put(index, g.values[s].shape, g.shape), g.shape)
+
+
+# -- reading ----------------------------------------------------------------------------------------
+
+
+def _indices(g) -> list[Tensor | None]:
+    return [i if i is None or i.dtype != torch.uint8 else i.bool() for i in g.saved("indices")]
+
+
+@rule("Index")
+def index(g):
+    (s,) = g.src
+    shape, indices = g.values[s].shape, _indices(g)
+    given = [(a, i) for a, i in enumerate(indices) if i is not None]
+    if len(given) == 1 and given[0][1].dim() == 1:
+        axis, i = given[0]
+        if i.dtype == torch.bool:
+            i = i.nonzero().squeeze(1)
+        n = shape[axis]
+        return g.single(s, Take(axis, torch.where(i < 0, i + n, i), n), g.shape)
+    where = tuple([slice(None) if i is None else i for i in indices])
+    return pick(g, s, places(shape, g.meta[0].device)[where])
+
+
+@rule("IndexSelect")
+def index_select(g):
+    (s,) = g.src
+    shape = g.values[s].shape
+    if not shape:
+        return g.view(s, g.shape)
+    axis = g.axis("dim", len(shape))
+    return g.single(s, Take(axis, g.tensor("index").reshape(-1), shape[axis]), g.shape)
+
+
+@rule("Gather")
+def gather(g):
+    if g.saved("sparse_grad"):
+        return None
+    return along(g, g.tensor("index"))
+
+
+def along(g, i: Tensor) -> int:
+    """``torch.gather`` with an index of the output's shape, or without the axis it picks from."""
+    (s,) = g.src
+    shape = g.values[s].shape
+    if not shape:
+        return g.view(s, g.shape)
+    axis = g.axis("dim", len(shape))
+    if i.dim() < len(shape):
+        i = i.unsqueeze(axis)
+    for a, n in enumerate(i.shape):
+        if a != axis:
+            s = piece(g, s, a, 0, n)  # an index may stop short on the other axes
+    return g.view(g.single(s, Gather(i, shape[axis], axis), tuple(i.shape)), g.shape)
+
+
+@rule("Cummax", "Cummin", "Kthvalue", "Max", "Median.1", "Min", "Mode", "Nanmedian.1", "Sort.0-1", "Topk")
+def by_order(g):
+    """The chosen entries; the second result, their indices, has no derivative."""
+    values = along(g, g.tensor("indices"))
+    return (values, *[None] * (len(g.meta) - 1))
+
+
+@rule("Take")
+def take(g):
+    (s,) = g.src
+    return pick(g, s, places(g.values[s].shape, g.meta[0].device).take(g.tensor("index")))
+
+
+@rule("MaskedSelect")
+def masked_select(g):
+    (s,) = g.src
+    shape = g.values[s].shape
+    return pick(g, s, places(shape, g.meta[0].device).masked_select(g.tensor("mask")))
+
+
+@rule("Embedding")
+def embedding(g):
+    """Rows of the weight; autograd gives the padding row no gradient."""
+    (s,) = g.src
+    if g.saved("sparse") or g.saved("scale_grad_by_freq"):
+        return None
+    rows, dim = g.values[s].shape
+    i = g.tensor("indices")
+    flat = g.single(s, Take(0, i.reshape(-1), rows), (i.numel(), dim))
+    out = g.view(flat, g.shape)
+    padding = normal_index(g.saved("padding_idx"))
+    if padding == -1:
+        return out
+    m = g.meta[0]
+    return g.diagonal(out, lambda: (i != padding).to(m.dtype).unsqueeze(-1))
+
+
+# -- writing ----------------------------------------------------------------------------------------
+
+
+def _written(g, accumulate: bool, new: int | None) -> int:
+    """The old value, without what is written over unless ``accumulate``, plus the new entries."""
+    old, terms = g.src[0], []
+    if old is not None:
+        if accumulate:
+            terms.append(old)
+        else:
+            partials = Partials(g)
+            terms.append(g.diagonal(old, lambda: partials(0)))
+    return g.plus(terms if new is None else [*terms, new])
+
+
+def _second(g) -> int | None:
+    return g.src[1] if len(g.src) > 1 else None
+
+
+@rule("Scatter.0-1", "ScatterAdd")
+def scatter(g):
+    new = _second(g)
+    if new is not None:
+        i = g.tensor("index")
+        axis = g.axis("dim", max(len(g.shape), 1))
+        at = places(g.shape, i.device).gather(axis, i)
+        for a, n in enumerate(at.shape):
+            new = piece(g, new, a, 0, n)  # the source may be larger than the index
+        new = put(g, new, at)
+    return _written(g, g.name == "ScatterAddBackward0", new)
+
+
+@rule("IndexPut")
+def index_put(g):
+    new = _second(g)
+    if new is not None:
+        where = tuple([slice(None) if i is None else i for i in _indices(g)])
+        at = places(g.shape, g.meta[0].device)[where]
+        new = put(g, g.expand(new, tuple(at.shape)), at)
+    return _written(g, bool(g.saved("accumulate")), new)
+
+
+@rule("Put")
+def put_(g):
+    new = _second(g)
+    if new is not None:
+        at = places(g.shape, g.meta[0].device).take(g.tensor("index"))
+        new = put(g, g.view(new, tuple(at.shape)), at)
+    return _written(g, bool(g.saved("accumulate")), new)
+
+
+@rule("MaskedScatter")
+def masked_scatter(g):
+    new = _second(g)
+    if new is not None:
+        at = places(g.shape, g.meta[0].device).masked_select(g.tensor("mask"))
+        shape = g.values[new].shape
+        new = put(g, piece(g, g.view(new, (prod(shape),)), 0, 0, at.numel()), at)
+    return _written(g, False, new)
+
+
+def _spread(g, s: int) -> int | None:
+    """The transpose of ``index_select``: slices of ``s`` added to those of the output."""
+    n = len(g.shape)
+    if n == 0 or len(g.values[s].shape) != n:
+        return None
+    i, axis, size = g.tensor("index").reshape(-1), g.axis("dim", n), g.shape
+
+    def push(t):
+        return t.new_zeros(t.shape[0], *size).index_add(axis + 1, i, t)
+
+    def pull(c):
+        return c.index_select(axis + 1, i)
+
+    return g.single(s, Functional("spread", push, pull, keep_all_but((axis,), n)), g.shape)
+
+
+@rule("IndexAdd", "IndexCopy")
+def index_add(g):
+    new, adds = _second(g), g.name == "IndexAddBackward0"
+    if new is not None:
+        new = _spread(g, g.scale(new, g.saved("alpha")) if adds else new)
+        if new is None:
+            return None
+    return _written(g, adds, new)
+
+
+@rule("IndexFill.0-1")
+def index_fill(g):
+    new, m = _second(g), g.meta[0]
+    if new is not None:
+        if not g.shape:
+            return None
+        i, axis, shape = g.tensor("index"), g.axis("dim", len(g.shape)), g.shape
+
+        def filled():
+            return torch.zeros(shape, dtype=m.dtype, device=m.device).index_fill(axis, i, 1)
+
+        new = g.diagonal(g.expand(new, shape), filled)
+    return _written(g, False, new)
+
+
+@rule("ScatterReduce", "IndexReduce")
+def scatter_reduce(g):
+    """Each entry of both operands feeds one entry of the output: the node applied to ones is its weight."""
+    old, new = g.src
+    i, partials, terms = g.tensor("index"), Partials(g, False), []
+    if old is not None:
+        terms.append(g.diagonal(old, lambda: partials(0)))
+    if new is not None:
+        shape = g.values[new].shape
+        weighted = g.diagonal(new, lambda: partials(1))
+        if g.name == "IndexReduceBackward0":
+            new = _spread(g, weighted)
+        elif shape == tuple(i.shape):
+            axis = g.axis("dim", max(len(g.shape), 1))
+            new = put(g, weighted, places(g.shape, i.device).gather(axis, i))
+        else:
+            new = None
+        if new is None:
+            return None
+        terms.append(new)
+    return g.plus(terms)

@@ -1,0 +1,116 @@
+"""Memory: the predicted and the measured peak, on the sizes at which a naive Jacobian would not fit."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import jactri
+from jactri.memory import free_bytes, parse_bytes
+
+MEASURE = """
+import ctypes, gc, sys, torch, jactri
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+
+def peak(call):
+    # extra resident bytes while `call` runs, its result included
+    call()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    before = status("VmRSS")
+    result = call()
+    return status("VmHWM") - before, result
+"""
+
+
+def measured(body: str) -> list[float]:
+    """Run a script after MEASURE in a fresh process; it prints numbers."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE + textwrap.dedent(body)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [float(word) for word in done.stdout.split()]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to measure the peak")
+
+
+@linux
+def test_the_full_shape_takes_no_more_than_the_answer_and_a_fifth():
+    extra, answer = measured(
+        """
+        net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 32))
+        x = torch.randn(128, 32)
+        extra, J = peak(lambda: jactri.jacobian(net, x))
+        print(extra, J.numel() * 4)
+        """
+    )
+    assert extra <= 1.2 * answer
+
+
+@linux
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_the_peak_stays_under_memory_limit(strategy):
+    # unlimited, the blocks of the wide layer alone take 256 * 64 * 2048 * 4 = 134 MB
+    limit = 40_000_000
+    extra, free, answer = measured(
+        f"""
+        from jactri import planner
+        planner.CACHE_BYTES = 1 << 40  # only the limit may cut chunks
+        net = torch.nn.Sequential(
+            torch.nn.Linear(256, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 256)
+        )
+        x = torch.randn(64, 256)
+        kw = dict(per_sample=True, strategy={strategy!r})
+        extra, J = peak(lambda: jactri.jacobian(net, x, memory_limit={limit}, **kw))
+        free, _ = peak(lambda: jactri.jacobian(net, x, **kw))
+        print(extra, free, J.numel() * 4)
+        """
+    )
+    assert free > 2 * limit, "the case must need the limit"
+    assert answer < extra <= 1.1 * limit
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_limited_results_are_the_same(strategy):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 7)).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    whole = jactri.jacobian(net, x, strategy=strategy)
+    torch.testing.assert_close(
+        jactri.jacobian(net, x, strategy=strategy, memory_limit=22_000), whole
+    )
+
+
+def test_a_limit_below_one_seed_is_refused():
+    net = torch.nn.Linear(6, 40)
+    x = torch.randn(5, 6)
+    with pytest.raises(ValueError, match="memory_limit"):
+        jactri.jacobian(lambda x: net(x).tanh(), x, memory_limit=100)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(7, 7), ("7", 7), ("7B", 7), ("1.5KB", 1500), ("2GB", 2 * 10**9), ("2 GiB", 2 << 30), ("1mib", 1 << 20)],
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("bad", [0, -5, "lots", "", 1.5, True, "-1GB", "1 parsec"])
+def test_bad_amounts_of_memory(bad):
+    with pytest.raises(ValueError, match="memory_limit"):
+        parse_bytes(bad)
+
+
+def test_free_bytes_is_plausible():
+    assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
