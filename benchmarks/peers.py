@@ -103,9 +103,7 @@ def _grad_loop(w: Workload, net: nn.Module, layout: torch.memory_format | None =
         x = x.detach().contiguous(memory_format=layout or torch.contiguous_format)
         x.requires_grad_()
         y = net(x).reshape(len(x), -1)
-        rows = [
-            torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0] for k in range(w.rows)
-        ]
+        rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0] for k in range(w.rows)]
         return torch.stack(rows, 1).reshape(w.shape)
 
     return call
@@ -255,10 +253,19 @@ def compiled(peer: Peer) -> Peer:
     )
 
 
+def preferred(w: Workload) -> Peer:
+    """The peer to compile where no time is known: what a goal names, else the fewer seeds."""
+    able = [p for p in peers_of(w)[0] if p.func]
+    for p in able:
+        if w.goal and w.goal.peer == f"compile {p.name}":
+            return p
+    mode = "forward" if w.columns < w.rows else "reverse"
+    return next((p for p in able if p.mode == mode), able[0])
+
+
 def to_compile(w: Workload, seconds: dict[str, float]) -> Peer | None:
     """The peer that torch.compile gets: the one a goal names, else the fastest it can take."""
-    able = [p for p in peers_of(w)[0] if p.func]
     if w.goal and w.goal.peer.startswith("compile "):
-        return next(p for p in able if w.goal.peer == f"compile {p.name}")
-    able = [p for p in able if p.name in seconds]
+        return preferred(w)
+    able = [p for p in peers_of(w)[0] if p.func and p.name in seconds]
     return min(able, key=lambda p: seconds[p.name], default=None)

@@ -95,9 +95,7 @@ def truth(workload: Workload) -> Tensor:
     y = net(x)
     # Samples do not mix in these networks, so the sum over the batch has every sample's gradient.
     heads = y.reshape(-1) if workload.full else y.reshape(len(y), -1).sum(0)
-    grads = (
-        torch.autograd.grad(heads[k], x, retain_graph=True)[0] for k in range(len(heads))
-    )
+    grads = (torch.autograd.grad(heads[k], x, retain_graph=True)[0] for k in range(len(heads)))
     if workload.full:
         jac = torch.stack(list(grads))
     else:
@@ -119,8 +117,7 @@ def chain_flops(widths: Sequence[int]) -> int:
         for i in range(n - span + 1):
             j = i + span
             cost[i, j] = min(
-                cost[i, k] + cost[k, j] + widths[i] * widths[k] * widths[j]
-                for k in range(i + 1, j)
+                cost[i, k] + cost[k, j] + widths[i] * widths[k] * widths[j] for k in range(i + 1, j)
             )
     return 2 * (cost[0, n] + chain_weights(widths))
 
@@ -261,7 +258,9 @@ DROPIN = (
     ),
 )
 OVERHEAD = (
-    _mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
+    _mlp(
+        "overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1
+    ),
 )
 ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
 

@@ -157,7 +157,7 @@ def compute(
                     "computed in a differentiable manner from the input when running in strict mode."
                 )
     if per_sample:
-        _check_batch(ys, xs)
+        check_batch(ys, xs)
     if dests is not None:
         _check_out(dests, ys, xs, per_sample)
     with torch.set_grad_enabled(create_graph):
@@ -333,7 +333,8 @@ def _leaf(x: Tensor, create_graph: bool) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def _check_batch(ys, xs) -> None:
+def check_batch(ys, xs) -> None:
+    """per_sample: all inputs and outputs must have the same number of samples on their first axis."""
     n = None
     for name, tensors in (("inputs", xs), ("outputs", ys)):
         for i, t in enumerate(tensors):

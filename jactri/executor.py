@@ -42,7 +42,7 @@ class Answer:
         seed, value = self._seed_and_value()
         make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
         if self.dest is None:
-            return make(*self.final.seeds(), *value, dtype=self.like.dtype, device=self.like.device)
+            return make((*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device)
         if make is torch.zeros:
             self.dest.zero_()
         # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view

@@ -26,6 +26,7 @@ from .linear_map import (
 )
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .rules import REGISTRY
+from .rules.axes import kept_by
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
@@ -211,7 +212,7 @@ class Reader:
     def match(self, source: int) -> int:
         """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
         v, m = self.values[source], self.meta[0]
-        if v.shape == m.shape and v.dtype == m.dtype and v.device == m.device:
+        if v.shape == tuple(m.shape) and v.dtype == m.dtype and v.device == m.device:
             return source
         return self.cast(self.expand(source, self.shape))
 
@@ -237,11 +238,12 @@ class Reader:
             if not (m.dtype.is_floating_point or m.dtype.is_complex):
                 ids.append(None)
                 continue
-            sources = [
-                (s, Opaque(call, nr, edge, self.values[s]))
-                for edge, s in enumerate(self.src)
-                if s is not None
-            ]
+            sources = []
+            for edge, s in enumerate(self.src):
+                if s is not None:
+                    v = self.values[s]
+                    kept = kept_by(self.name, v.shape, tuple(m.shape))
+                    sources.append((s, Opaque(call, nr, edge, v, kept)))
             ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
         refuse_or_log(self.name, tuple(self.meta[0].shape), shapes.values())
         return tuple(ids)

@@ -54,21 +54,17 @@ def unfold(flat: Tensor, batch: tuple[int, ...], shape: tuple[int, ...]) -> tupl
 
     Returns the block and whether it may be overwritten.
     """
-    if len(batch) == 1:
-        out = flat
-    else:
-        # one batch axis of the op's result into several: the strides of the others are left alone
-        out = flat.unflatten(0, batch)
-    if batch == shape:
+    out = flat if len(batch) == 1 else flat.unflatten(0, batch)
+    if batch == tuple(shape):
         return out, True
     return out.expand(*shape, *flat.shape[1:]), False
 
 
 class Fixed(LinearMap):
-    """A linear op without saved values on the last ``tail`` axes; the other axes join the op's batch.
+    """A linear op without saved values that mixes the last ``tail`` axes only, as a resize of images does.
 
-    ``push`` and ``pull`` take and return ``(batch, *last axes)``. Where ``exact`` is false, autograd cannot
-    differentiate them (as for some backward ops of images), and `Transposed` supplies the derivative.
+    ``push`` and ``pull`` take and return ``(batch, channels, *last axes)``. Where ``exact`` is false, autograd
+    cannot differentiate them (as for some backward ops of images), and `Transposed` supplies the derivative.
     """
 
     __slots__ = ("_pull", "_push", "_work", "exact", "name", "tail")
@@ -98,12 +94,12 @@ class Fixed(LinearMap):
         return self._work * (prod(out_shape) / max(1, prod(in_shape)) if reverse else 1.0)
 
     def _run(self, t: Tensor, op, transposed):
-        flat, batch = fold(t, self.tail)
+        flat, batch = fold(t, self.tail + 1)
         if self.exact or not torch.is_grad_enabled():
             out = op(flat)
         else:
             out = Transposed.apply(flat, op, transposed)
-        return unfold(out, batch, tuple(t.shape[: t.dim() - self.tail]))
+        return unfold(out, batch, tuple(t.shape[: t.dim() - self.tail - 1]))
 
     def push(self, t, own):
         return self._run(t, self._push, self._pull)
@@ -255,3 +251,58 @@ class Batched(MatMul):
     @property
     def key(self):
         return MatMul, self.side, 3
+
+
+class Sample(LinearMap):
+    """Images ``(N, C, *size)`` interpolated at the places of a grid ``(N, *out, 2 or 3)`` (`grid_sample`).
+
+    Seeds are folded into the channels, so that all of them share the weights of a place.
+    """
+
+    __slots__ = ("grid", "options", "size")
+    name, structure = "grid sample", "window"
+
+    def __init__(self, grid: Tensor, options: tuple, size: tuple[int, ...]):
+        self.grid, self.options, self.size = grid, options, size
+
+    def kept(self, in_shape, out_shape):
+        return (0, 0), (1, 1)
+
+    def work(self, in_shape, out_shape, reverse):
+        total = 2.0 ** (len(self.size) + 1)
+        return total * (prod(out_shape) / max(1, prod(in_shape)) if reverse else 1.0)
+
+    def _ops(self):
+        """Push and pull of ``(N, channels, ...)`` blocks."""
+        aten, grid, options, size = torch.ops.aten, self.grid, self.options, self.size
+        if len(size) == 2:
+            op, back = aten.grid_sampler_2d, aten.grid_sampler_2d_backward
+        else:
+            op, back = aten.grid_sampler_3d, aten.grid_sampler_3d_backward
+
+        def pull(c):
+            x = c.new_empty(1).expand(*c.shape[:2], *size)
+            return back(c.contiguous(), x, grid, *options, (True, False))[0]
+
+        return lambda t: op(t, grid, *options), pull
+
+    def _run(self, t, op, transposed):
+        k, n, c = t.shape[:3]
+        flat = t.transpose(0, 1).reshape(n, k * c, *t.shape[3:])
+        if torch.is_grad_enabled():
+            if self.grid.requires_grad:
+                raise NotImplementedError(
+                    "create_graph through grid_sample is only possible where the grid is a constant "
+                    "(torch has no derivative of its backward either)"
+                )
+            out = Transposed.apply(flat, op, transposed)
+        else:
+            out = op(flat)
+        return out.reshape(n, k, c, *out.shape[2:]).transpose(0, 1), True
+
+    def push(self, t, own):
+        return self._run(t, *self._ops())
+
+    def pull(self, c, own):
+        push, pull = self._ops()
+        return self._run(c, pull, push)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .api import answer_bytes, plan_for, prepare, summed_seeds
+from .api import answer_bytes, check_batch, plan_for, prepare, summed_seeds
 from .graph import Graph, UnsupportedGraph, read
 from .planner import Plan, Sweep
 
@@ -100,6 +100,8 @@ def explain(
     of one backward pass a row. Arguments and errors are those of `jacobian`.
     """
     ys, xs, _, _, _ = prepare(func, inputs, False)
+    if per_sample:
+        check_batch(ys, xs)
     with torch.no_grad():
         if not all(t.numel() for t in (*xs, *ys)):
             return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)

@@ -38,3 +38,12 @@ def _poisoned_memory(request):
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny tensors, where waking a second thread costs more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -11,6 +11,8 @@ from tolerances import assert_close, assert_same_tree, length_of
 import jactri
 import jactri.rules
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODES = ("reverse-mode", "forward-mode")
 F32, F64 = torch.float32, torch.float64
 

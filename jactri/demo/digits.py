@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -77,6 +78,18 @@ def make_classifier() -> nn.Sequential:
     )
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from more threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def _fit(
     net: nn.Module,
     loss_of: Callable[[torch.Tensor], torch.Tensor],

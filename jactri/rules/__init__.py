@@ -37,4 +37,4 @@ def rule(*names: str):
     return decorate
 
 
-from . import conv, elementwise, linear  # noqa: E402, F401 - registration
+from . import conv, elementwise, inplace, linear  # noqa: E402, F401 - registration

@@ -24,7 +24,7 @@ FORMULAS = {
 UNARY = """
 Abs Acos Acosh Asin Asinh Atan Atanh Celu.0-1 Clamp.1 ClampMax.0 ClampMin.0 Copysign.1 Cos Cosh Deg2Rad Digamma
 Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
-Log1P Log2 LogSigmoid Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
+Log1P Log2 Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
 RreluWithNoise.0-1 Rsqrt Sgn Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
 SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py.1-2 SpecialZeta.1 Tan Tanh Threshold.0-1 Xlogy.1-2
 """.split()
@@ -72,6 +72,12 @@ def unary(g):
     return (value, *[None] * (len(meta) - 1))
 
 
+@rule("LogSigmoid")
+def log_sigmoid(g):
+    node, m = g.node, g.meta[0]
+    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))))
+
+
 def _first(out) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
@@ -87,13 +93,14 @@ class Partials:
 
     def __call__(self, edge: int) -> Tensor:
         m = self.meta
+        shape = tuple(m.shape)
         if self._all is None:
-            out = self.node(one(m).expand(tuple(m.shape)))
+            out = self.node(one(m).expand(shape))
             self._all = out if isinstance(out, tuple) else (out,)
         d = self._all[edge]
         if d is None:
             return torch.zeros((), dtype=m.dtype, device=m.device)
-        if self.whole and d.shape != m.shape:  # a node that sums over broadcasts has lost the derivative of each entry
+        if self.whole and d.shape != shape:  # a node that sums over broadcasts has lost the derivative of each entry
             raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
         return fit(d, m)
 

@@ -1,0 +1,35 @@
+"""Every Python block of the README runs, in order, in one namespace; its commands exist."""
+
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_python_blocks_run(capsys):
+    found = blocks("python")
+    assert len(found) >= 4
+    scope = {}
+    for code in found:
+        exec(compile(code, "README.md", "exec"), scope)
+    assert scope["J"].shape == (64, 8, 32)
+    assert "fallbacks: none" in capsys.readouterr().out
+
+
+def commands():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.split("#")[0] for line in lines if "python -m jactri" in line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_understood(line):
+    from jactri.cli import build_parser
+
+    words = line.split("python -m jactri")[1].split()
+    assert vars(build_parser().parse_args(words))  # argparse exits on words that it does not know
