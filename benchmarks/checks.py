@@ -42,7 +42,7 @@ def error_of(workload: Workload, result: Any) -> float:
     result = result.detach()
     worst = scale = 0.0
     step = max(1, 2**24 * len(want) // want.numel())
-    for r, t in zip(result.split(step), want.split(step)):
+    for r, t in zip(result.split(step), want.split(step), strict=True):
         gap = (r - t).abs().max().item()
         if math.isnan(gap):
             raise WrongResult("NaN in the result")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def frozen(build: Callable[[], nn.Module], seed: int = SEED) -> nn.Module:
 def mlp(widths: Sequence[int], act: type[nn.Module], last: type[nn.Module] | None = None):
     """Linear layers of the given widths with ``act`` between them and ``last`` at the end."""
     layers: list[nn.Module] = []
-    for k, (n, m) in enumerate(zip(widths[:-1], widths[1:])):
+    for k, (n, m) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(n, m))
         if k < len(widths) - 2:
             layers.append(act())

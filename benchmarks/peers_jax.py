@@ -67,7 +67,7 @@ def translate(net: nn.Module) -> tuple[Any, JaxFunction]:
         parts = [translate(m) for m in net]
 
         def chain(weights, v):
-            for w, (_, f) in zip(weights, parts):
+            for w, (_, f) in zip(weights, parts, strict=True):
                 v = f(w, v)
             return v
 

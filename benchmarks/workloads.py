@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ def chain_flops(widths: Sequence[int]) -> int:
 
 def chain_weights(widths: Sequence[int]) -> int:
     """Entries of an MLP's weight matrices."""
-    return sum(a * b for a, b in zip(widths[:-1], widths[1:]))
+    return sum(a * b for a, b in pairwise(widths))
 
 
 def conv_flops() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,16 @@ from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
-from .planner import Plan, Sweep, make_plan, mixing_steps, sample_ties
+from .planner import (
+    MemoryLimitTooSmall,
+    Plan,
+    Sweep,
+    make_plan,
+    mixing_steps,
+    sample_ties,
+)
 from .progress import bar
-from .samples import probe_mixing
+from .samples import narrow, places, probe_mixing
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode")
 _LARGE = 1 << 26
@@ -161,12 +169,9 @@ def compute(
     if dests is not None:
         _check_out(dests, ys, xs, per_sample)
     with torch.set_grad_enabled(create_graph):
-        if any(x.numel() == 0 for x in xs) or any(y.numel() == 0 for y in ys):
-            rows = _zeros(ys, xs, per_sample, strict, dests)
-        else:
-            rows = _rows(
-                ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress
-            )
+        rows = _rows(
+            ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress
+        )
     if strict and create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
@@ -186,27 +191,30 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         return whole.rows(ys, xs, strict, per_sample, chunk_size, dests)
     if strict:
-        _check_dependence(graph)
+        _check_dependence(graph, ys, xs)
     summed = False
     if per_sample:
         summed = summed_seeds(graph, ys, xs, strategy)
-    plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests)
     forward = strategy == "forward-mode"
-    answers: dict[tuple[int, int], Answer] = {}
-    for sweep in plan.sweeps:
-        for k, target in enumerate(sweep.targets):
-            if target is None:
-                continue
-            j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
-            answers[j, i] = Answer(
-                sweep, sweep.layouts[target], ys[j].shape, xs[i].shape, per_sample,
-                ys[j] if forward else xs[i], dests[j][i] if dests else None,
-            )  # fmt: skip
-    if progress:
-        with bar(sum(len(s.selections()) for s in plan.sweeps)) as advance:
-            run(graph, plan, answers, advance)
-    else:
-        run(graph, plan, answers)
+    options = strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests
+    try:
+        pieces = [(None, graph, plan_for(graph, *options))]
+    except MemoryLimitTooSmall:
+        pieces = split_samples(graph, options)
+        if pieces is None:
+            raise
+        dests = dests or [
+            [zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
+        ]
+    advance = None
+    with contextlib.ExitStack() as stack:
+        if progress:
+            chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps)
+            advance = stack.enter_context(bar(chunks))
+        for span, part, part_plan in pieces:
+            answers = _run(part, part_plan, span, ys, xs, per_sample, forward, dests, advance)
+    if pieces[0][0] is not None:
+        return dests
     return [
         [
             answers[j, i].finish()
@@ -216,6 +224,55 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         ]
         for j, y in enumerate(ys)
     ]
+
+
+def _run(graph, plan, span, ys, xs, per_sample, forward, dests, advance):
+    """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
+    answers: dict[tuple[int, int], Answer] = {}
+    for sweep in plan.sweeps:
+        for k, target in enumerate(sweep.targets):
+            if target is None:
+                continue
+            j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
+            y, x, dest = ys[j], xs[i], dests[j][i] if dests else None
+            out, into = y.shape, x.shape
+            if span is not None:
+                out, into = (span[1], *out[1:]), (span[1], *into[1:])
+                dest = dest.narrow(0, *span)
+                if not per_sample:
+                    dest = dest.narrow(y.dim(), *span)
+            answers[j, i] = Answer(
+                sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest
+            )
+    run(graph, plan, answers, advance)
+    return answers
+
+
+def split_samples(graph: Graph, options):
+    """Plans for ranges of samples that fit the memory limit, as (span, graph, plan), or None where there are none."""
+    strategy, summed, _, _, device, ys, xs, *_ = options
+    n = xs[0].shape[0] if xs[0].dim() else 0
+    if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
+        return None
+    where = places(graph, make_plan(graph, strategy, device=device).sweeps)
+    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
+    if where is None or any(where.get(v) != (0, 1) for v in ends):
+        return None
+    count = n
+    while True:
+        count //= 2
+        pieces = []
+        try:
+            for start in range(0, n, count):
+                span = (start, min(count, n - start))
+                part = narrow(graph, where, *span)
+                if part is None:
+                    return None
+                pieces.append((span, part, plan_for(part, *options)))
+            return pieces
+        except MemoryLimitTooSmall:
+            if count == 1:
+                raise
 
 
 _plans: dict[tuple, Plan] = {}
@@ -363,25 +420,17 @@ def zero_block(y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tenso
     return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)
 
 
-def _zeros(ys, xs, per_sample, strict, dests):
-    # a graph of empty tensors has nothing to accumulate, but strict still asks what depends on what
-    if strict:
-        _check_dependence(read(ys, xs))
-    return [
-        [zero_block(y, x, per_sample, x, dests[j][i] if dests else None) for i, x in enumerate(xs)]
-        for j, y in enumerate(ys)
-    ]
-
-
-def _check_dependence(graph: Graph) -> None:
-    """strict: every output must depend on every input."""
+def _check_dependence(graph: Graph, ys, xs) -> None:
+    """strict: every output must depend on every input (empty ones have nothing to say)."""
     for j, end in enumerate(graph.outputs):
+        if ys[j].numel() == 0:
+            continue
         reached = {end}
         for v in range(len(graph.values) - 1, -1, -1):
             if v in reached:
                 reached.update(s for s, _ in graph.values[v].sources)
         for i, start in enumerate(graph.inputs):
-            if start is None or start not in reached:
+            if xs[i].numel() and (start is None or start not in reached):
                 raise RuntimeError(
                     f"Output {j} of the user-provided function is independent of input {i}. "
                     "This is not allowed in strict mode."

@@ -53,7 +53,7 @@ class Answer:
             dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
         else:
             dims = list(range(m))
-        return self.dest.permute(dims).view(*self.final.seeds(), *value)
+        return self.dest.permute(dims).view((*self.final.seeds(), *value))
 
     def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
         """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
@@ -73,7 +73,7 @@ class Answer:
         if self.dest is not None:
             return self.dest
         seed, value = self._seed_and_value()
-        full = self.store.reshape(*seed, *value)
+        full = self.store.reshape((*seed, *value))
         n, m = len(seed), full.dim()
         if not self.sweep.reverse:
             return full.permute(*range(n, m), *range(n)) if n else full
@@ -180,7 +180,7 @@ def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):
         if data is None:
             data, fresh = one(like).expand(1, *like.shape), False
         if total is None:
-            total, own = data, fresh and not edge.view
+            total, own = data, fresh
         elif own and writable and total.dtype == data.dtype:
             total.add_(data)
         else:

@@ -25,7 +25,7 @@ from .linear_map import (
     View,
 )
 from .opaque import Opaque, OpaqueCall, refuse_or_log
-from .rules import REGISTRY
+from .rules import REGISTRY, normal_axis
 from .rules.axes import kept_by
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
@@ -228,8 +228,8 @@ class Reader:
             return self.match(ids[0])
         return self.add([(self.match(s), _IDENTITY) for s in ids if s is not None])
 
-    def opaque(self) -> tuple[int, ...]:
-        """Values for each output of the node that call the node itself."""
+    def opaque(self, kept=kept_by) -> tuple[int, ...]:
+        """Values for each output of the node that call the node itself; ``kept`` is told by a rule that knows more."""
         present = [p is not None for p, _ in self.node.next_functions]
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
         call = OpaqueCall(self.node, self.meta, present, shapes)
@@ -242,8 +242,8 @@ class Reader:
             for edge, s in enumerate(self.src):
                 if s is not None:
                     v = self.values[s]
-                    kept = kept_by(self.name, v.shape, tuple(m.shape))
-                    sources.append((s, Opaque(call, nr, edge, v, kept)))
+                    pairs = kept(self.name, v.shape, tuple(m.shape))
+                    sources.append((s, Opaque(call, nr, edge, v, pairs)))
             ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
         refuse_or_log(self.name, tuple(self.meta[0].shape), shapes.values())
         return tuple(ids)
@@ -251,16 +251,6 @@ class Reader:
 
 class MissingValue(Exception):  # noqa: N818 - control flow: this node is called instead
     """A rule needs a tensor that the node did not save."""
-
-
-def normal_axis(dim: int, ndim: int) -> int:
-    """A dimension counted from 0: autograd saves negative ones as unsigned 64-bit."""
-    return normal_index(dim) % max(ndim, 1)
-
-
-def normal_index(index: int) -> int:
-    """An integer as it was before autograd saved it as unsigned 64-bit."""
-    return index - (1 << 64) if index >= 1 << 63 else index
 
 
 def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
@@ -277,7 +267,7 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
 
     def leaf(x: Tensor) -> int | None:
         value = leaves.get(id(x), -1)
-        if value is None:
+        if value is None and x.numel():  # nothing depends on an empty input
             value = leaves[id(x)] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
         return None if value == -1 else value
 
@@ -336,12 +326,16 @@ def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
                 src.append(ids[nr])
                 active = active or ids[nr] is not None
         ids = reader.visit(node, src) if active else None
+        if ids is not None:
+            for nr, value in enumerate(ids):
+                if value is not None and 0 in reader.values[value].shape:  # carries no derivative
+                    ids = (*ids[:nr], None, *ids[nr + 1 :])
         if node in wanted:
             meta = node._input_metadata
             made = [None] * len(meta) if ids is None else list(ids)
             for nr in wanted[node]:
-                if made[nr] is None:
-                    m = meta[nr]
+                m = meta[nr]
+                if made[nr] is None and 0 not in m.shape:
                     made[nr] = reader._add("input", tuple(m.shape), m.dtype, m.device, ())
                 wanted[node][nr] = made[nr]
             ids = tuple(made)

@@ -205,7 +205,7 @@ def factor_view(
     factors are at least as fine.
     """
     sizes = [n for axis in like.axes for n, _ in axis]
-    return data.reshape(*layout.seeds(sel), *sizes), [t for axis in like.axes for _, t in axis]
+    return data.reshape((*layout.seeds(sel), *sizes)), [t for axis in like.axes for _, t in axis]
 
 
 def scatter(

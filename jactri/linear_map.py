@@ -40,13 +40,33 @@ class Route:
     """One map applied to one layout: ties dropped first (``mid``), then the map, giving ``out``.
 
     ``axis`` is the tied axis that the map releases instead of summing over it, or None.
-    ``work`` is the flops for one stored element of ``out``.
+    ``work`` is the flops for one stored element of ``out``; ``moves`` is false where the result is a view.
     """
 
     mid: Layout
     out: Layout
     axis: int | None = None
     work: float = 1.0
+    moves: bool = True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A range of samples of one value: ``length`` entries of ``axis`` from ``start``."""
+
+    axis: int
+    start: int
+    length: int
+
+    def of(self, t: Tensor, ndim: int) -> Tensor:
+        """The part of a tensor that broadcasts against a value of ``ndim`` axes."""
+        axis = self.axis - (ndim - t.dim())
+        if axis < 0 or t.shape[axis] == 1:
+            return t
+        return t.narrow(axis, self.start, self.length)
+
+    def shape(self, shape: Shape) -> Shape:
+        return (*shape[: self.axis], self.length, *shape[self.axis + 1 :])
 
 
 class LinearMap:
@@ -55,8 +75,6 @@ class LinearMap:
     __slots__ = ()
     name = "linear map"
     structure = "dense"
-    view = False
-    """Whether applying it moves no data."""
 
     @property
     def key(self) -> object:
@@ -79,6 +97,13 @@ class LinearMap:
         mid = layout.untie([a for a in range(len(layout.axes)) if a not in passed])
         out = mid.carry(kept, in_shape if reverse else out_shape)
         return Route(mid, out, None, self.work(in_shape, out_shape, reverse))
+
+    def narrow(self, source: Cut, target: Cut, in_shape: Shape, out_shape: Shape) -> LinearMap | None:
+        """The map of a range of samples, of which the input keeps ``source`` and the output ``target``.
+
+        Shapes are those of all samples. None where the map cannot be cut.
+        """
+        return None
 
     def push(self, t: Tensor, own: bool) -> tuple[Tensor, bool]:
         raise NotImplementedError
@@ -111,7 +136,7 @@ class LinearMap:
         n = prod(in_shape)
         eye = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *in_shape)
         dense, _ = self.push(eye, False)
-        return dense.reshape(n, -1).t().reshape(*out_shape, *in_shape)
+        return dense.reshape(n, -1).t().reshape((*out_shape, *in_shape))
 
 
 class Elementwise(LinearMap):
@@ -125,12 +150,18 @@ class Elementwise(LinearMap):
     def route(self, layout, in_shape, out_shape, reverse):
         return Route(layout, layout)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
+
 
 class Identity(Elementwise):
     """A contribution that is passed on as it is (an addition)."""
 
     __slots__ = ()
-    name, structure, view = "identity", "identity", True
+    name, structure = "identity", "identity"
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        return Route(layout, layout, moves=False)
 
     def push(self, t, own):
         return t, own
@@ -198,6 +229,9 @@ class Diagonal(Elementwise):
             self._value = self._derivative()
         return self._value
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return Diagonal(target.of(self.d, len(out_shape)))
+
     def push(self, t, own):
         d = self._value
         if d is None:
@@ -225,7 +259,6 @@ class Structural(LinearMap):
     """A map that only rearranges: ones stay ones, an owned block stays owned."""
 
     __slots__ = ()
-    view = True
 
     def apply(self, data, own, layout, route, reverse, sel, like):
         if data is None and route.mid is layout:
@@ -248,9 +281,12 @@ class View(Structural):
     def route(self, layout, in_shape, out_shape, reverse):
         out = layout.viewed(in_shape if reverse else out_shape)
         if out.tied == layout.tied:
-            return Route(layout, out)
+            return Route(layout, out, moves=False)
         mid = layout.drop(layout.tied - out.tied)
         return Route(mid, out)
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return View(source.shape(in_shape), target.shape(out_shape))
 
     def push(self, t, own):
         return t.reshape(t.shape[0], *self.out_shape), own
@@ -282,7 +318,11 @@ class Permute(Structural):
 
     def route(self, layout, in_shape, out_shape, reverse):
         dims = self._pull if reverse else self._push
-        return Route(layout, Layout(tuple(layout.axes[d - 1] for d in dims[1:]), layout.seed))
+        axes = tuple(layout.axes[d - 1] for d in dims[1:])
+        return Route(layout, Layout(axes, layout.seed), moves=False)
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
 
     def push(self, t, own):
         return t.permute(self._push), own
@@ -313,16 +353,20 @@ class Sum(LinearMap):
         out = mid
         for a in self.axes:
             out = released(out, a)
-        return Route(mid, out, -1)
+        sums = any(mid.shape[a] > 1 and not mid.is_tied(a) for a in self.axes)
+        return Route(mid, out, -1, moves=sums or mid is not layout)
 
     def _spread(self, layout: Layout) -> Route:
         axes = list(layout.axes)
         for a in self.axes:
             axes[a] = ((self.in_shape[a], FREE),)
-        return Route(layout, Layout(tuple(axes), layout.seed))
+        return Route(layout, Layout(tuple(axes), layout.seed), moves=False)
 
     def route(self, layout, in_shape, out_shape, reverse):
         return self._spread(layout) if reverse else self._contract(layout)
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return Sum(self.axes, source.shape(in_shape))
 
     def push(self, t, own):
         return t.sum([a + 1 for a in self.axes], keepdim=True), True
@@ -372,6 +416,9 @@ class Expand(Sum):
     def route(self, layout, in_shape, out_shape, reverse):
         return self._contract(layout) if reverse else self._spread(layout)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return Expand(self.axes, target.shape(out_shape))
+
     def push(self, t, own):
         return self._expand(t)
 
@@ -419,6 +466,10 @@ class MatMul(LinearMap):
 
     def work(self, in_shape, out_shape, reverse):
         return 2.0 * (out_shape if reverse else in_shape)[-1 if self.side == "right" else -2]
+
+    def narrow(self, source, target, in_shape, out_shape):
+        batched = self.partner.dim() == 3 and source.axis == 0
+        return MatMul(source.of(self.partner, 3), self.side) if batched else self
 
     def push(self, t, own):
         return self._multiply(t, self.partner)
@@ -491,6 +542,9 @@ class Slice(LinearMap):
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
+
     def _window(self, t: Tensor) -> Tensor:
         index = [slice(None)] * t.dim()
         index[self.axis + 1] = slice(self.start, self.start + (self.length - 1) * self.step + 1, self.step)
@@ -536,6 +590,9 @@ class Take(LinearMap):
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
+
     def push(self, t, own):
         return t.index_select(self.axis + 1, self.index), True
 
@@ -562,6 +619,9 @@ class Gather(LinearMap):
 
     def kept(self, in_shape, out_shape):
         return keep_all_but((self.axis,), len(in_shape))
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return type(self)(target.of(self.index, len(out_shape)), self.size)
 
     def push(self, t, own):
         return t.gather(self.axis + 1, self.index.expand(t.shape[0], *self.index.shape)), True

@@ -14,11 +14,18 @@ from .graph import Graph
 from .layout import Layout, Selection, SplitSeed
 from .linear_map import Route
 
-CACHE_BYTES = 1 << 21
+CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
+
+USABLE = 0.85
+"""The part of a memory limit that is planned for; the rest is for what the prediction does not see (scratch, padding)."""
 
 RATES = {"cpu": (1e11, 1e10, 4e-6), "cuda": (5e13, 2e12, 8e-6)}
 """Rough flops a second, bytes a second and seconds a step, by device type: they only rank alternatives."""
+
+
+class MemoryLimitTooSmall(ValueError):
+    """One seed alone needs more than the memory limit allows."""
 
 
 @dataclass(frozen=True)
@@ -209,11 +216,12 @@ def _follow(graph, index, seed, layout, reverse, summed) -> Sweep:
             route = edge.route(at, values[source].shape, values[owner].shape, reverse)
             terms.append(Term(other, owner, e, route))
             meet = route.out if meet is None else meet.meet(route.out)
-            free = ones[other] and (edge.view or edge.structure == "diagonal" or route.axis is not None)
-            if not (edge.view and route.mid is at) and not free:
+            # under an identity seed a scaling is its derivative, a contraction its matrix
+            free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
+            if route.moves and not free:
                 flops += route.work * route.out.numel()
                 written += route.out.numel() * values[v].dtype.itemsize
-            unit = unit and ones[other] and edge.view and route.mid is at
+            unit = unit and ones[other] and not route.moves and not route.out.free
         if len(terms) > 1:
             flops += meet.numel() * (len(terms) - 1)
             written += meet.numel() * values[v].dtype.itemsize
@@ -247,7 +255,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     for step in sweep.steps:
         first = step.terms[0]
         edge = graph.values[first.owner].sources[first.edge][1]
-        alias = len(step.terms) == 1 and edge.view and first.route.mid is sweep.layouts[first.other]
+        alias = len(step.terms) == 1 and not first.route.moves
         if alias:
             root[step.value] = root[first.other]
             users[root[step.value]] = users.get(root[step.value], 0) + 1
@@ -276,7 +284,7 @@ def choose_chunks(
 
     The last factors stay whole as long as possible. The seeds at once are at most ``chunk_size``; else as many
     as keep the predicted peak under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
-    Raises ValueError if one seed alone needs more than ``limit``.
+    Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
     """
     freed = set()
     for lay in sweep.layouts.values():
@@ -303,13 +311,19 @@ def choose_chunks(
         (lay.numel() / total * itemsize(graph, v) for v, lay in sweep.layouts.items()), default=0.0
     )
     count = total
-    if device == "cpu" and widest * total > 2 * CACHE_BYTES:
+    ends = sum(
+        sweep.layouts[t].numel() * itemsize(graph, t) for t in sweep.targets if t is not None
+    )
+    # a block that is written once and not read again gains nothing from a cache
+    if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
         count = max(1, int(CACHE_BYTES // max(widest, 1)))
     chunks = cut(count) if count < total else {}
+    limit *= USABLE
     while peak_bytes(graph, sweep, chunks) > limit:
         if count <= 1:
-            need = int(peak_bytes(graph, sweep, cut(1)))
-            raise ValueError(
+            need = int(peak_bytes(graph, sweep, cut(1)) / USABLE) + 1
+            limit /= USABLE
+            raise MemoryLimitTooSmall(
                 f"memory_limit leaves {int(limit)} bytes for the sweep, and one seed at a time needs {need}; "
                 f"pass at least {need - int(limit)} bytes more"
             )

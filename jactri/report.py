@@ -134,7 +134,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         m.work(graph.values[s].shape, v.shape, True) * prod(graph.values[s].shape)
         for v in graph.values
         for s, m in v.sources
-        if not m.view
+        if m.structure not in ("view", "identity")
     )
     return Explanation(
         tuple(steps),

@@ -66,6 +66,16 @@ def gives_none(x):
 """
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Work this small is slower on several threads, and much slower on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands that are run from a shell
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A user's folder, current for the test: a model, a module that fails, and arrays good and bad."""
@@ -327,16 +337,7 @@ def test_a_cpu_user_never_imports_triton():
 # demo
 
 
-@pytest.fixture
-def one_thread():
-    """Other work on the machine makes several threads slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_demo_draws_and_prints(tmp_path, one_thread, monkeypatch, capsys):
+def test_demo_draws_and_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     out = tmp_path / "made" / "by the demo"
     assert cli.main(["demo", "--quick", "--seed", "3", "--out", str(out)]) == 0
@@ -405,8 +406,26 @@ def test_demo_measures_the_peak_and_not_the_sum(monkeypatch):
 
 def test_demo_interleaves_its_timings():
     order, ticks = [], []
-    ways = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    ways = {name: lambda n=name: order.append(n) for name in ("jactri", "torch.func jacrev")}
     medians = measure.interleaved_medians(ways, 0.0, (2, 5), lambda: ticks.append(len(order)))
-    assert order == ["a", "b"] * 2
+    assert order == ["jactri", "torch.func jacrev"] * 2
     assert ticks == [2, 4]
-    assert set(medians) == {"a", "b"}
+    assert set(medians) == {"jactri", "torch.func jacrev"}
+
+
+def test_demo_spends_no_time_on_hopeless_ways(monkeypatch):
+    now, turns = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def way(name, seconds):
+        def call():
+            now[0] += seconds
+            turns.append(name)
+
+        return call
+
+    lengths = {"jactri": 1, "torch.func jacrev": 2, "torch.func jacfwd": 20}
+    ways = {name: way(name, seconds) for name, seconds in lengths.items()}
+    medians = measure.interleaved_medians(ways, 0.0, (5, 5), lambda: None)
+    assert [turns.count(name) for name in lengths] == [5, 5, 2]
+    assert medians == {name: 1e3 * seconds for name, seconds in lengths.items()}

@@ -256,7 +256,7 @@ def test_create_graph(case):
         compare(case, ours, F64, rows, mode)
         for k, (g, mine) in enumerate(zip(grads, our_grads, strict=True)):
             # beside the largest gradient of the case: one that cancels to zero stays near zero
-            beside = g.new_tensor([largest])
+            beside = torch.tensor([largest], dtype=g.dtype)
             assert_close(
                 torch.cat([mine.reshape(-1), beside]),
                 torch.cat([g.reshape(-1), beside]),
@@ -294,6 +294,7 @@ def nodes_of_table():
     return produced
 
 
+@pytest.mark.clean_memory
 def test_cases_produce_the_nodes_they_are_for():
     produced = nodes_of_table()
     absent = {
@@ -315,6 +316,7 @@ ON_GPU_ONLY = {
 }
 
 
+@pytest.mark.clean_memory
 def test_every_rule_has_a_case():
     produced = set().union(*nodes_of_table().values())
     missing = set(jactri.rules.REGISTRY) - produced - ON_GPU_ONLY

@@ -98,14 +98,14 @@ def run(out: Path, *, seed: int = 0, quick: bool = False) -> list[Row]:
                 scores = classifier(images)
                 codes = autoencoder.encoder(images)
                 error = (autoencoder(images) - images.flatten(1)).square().mean().sqrt().item()
-            x, y, plane_codes = _grid(codes, side=40 if quick else 120)
+            x, y, plane_codes = _grid(codes, side=40 if quick else 100)
             works = (
                 Workload("classifier: image to scores", classifier, images),
                 Workload("decoder: code to image", autoencoder.decoder, codes),
                 Workload("decoder: over the latent plane", autoencoder.decoder, plane_codes),
                 Workload("autoencoder: image to image", autoencoder, images),
             )
-            rounds, budget = ((2, 2), 0.0) if quick else ((5, 40), 4.0)
+            rounds, budget = ((2, 2), 0.0) if quick else ((5, 40), 3.0)
             rows, jacobians = [], []
             for work in works:
                 picks = torch.randperm(len(work.inputs))[:CHECKED]

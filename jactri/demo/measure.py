@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -79,7 +80,7 @@ def contenders(work: Workload) -> dict[str, Jacobian]:
 def relative_difference(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest difference, in units of the largest wanted entry; infinite where a NaN hides."""
     worst = (got.double() - want.double()).abs().max() / want.double().abs().max()
-    return worst.item() if torch.isfinite(worst) else float("inf")
+    return worst.item() if torch.isfinite(worst) else math.inf
 
 
 def float64_error(work: Workload, result: torch.Tensor, picks: torch.Tensor) -> float:
@@ -94,23 +95,35 @@ def float64_error(work: Workload, result: torch.Tensor, picks: torch.Tensor) -> 
     return relative_difference(result[picks], torch.stack(truth))
 
 
+def package(name: str) -> str:
+    """The package that a way of `contenders` belongs to; a column of the table is its fastest way."""
+    return name.split(" ")[0]
+
+
 def interleaved_medians(
     ways: dict[str, Jacobian], budget_s: float, rounds: tuple[int, int], tick: Callable[[], None]
 ) -> dict[str, float]:
-    """Median milliseconds of each way, run in turn so that a slow moment of the machine hits all of them.
+    """Median milliseconds of each way, run in turn so that a slow moment of the machine hits all.
 
-    ``rounds`` bounds how many turns each way gets; between the bounds, ``budget_s`` decides. Every way must have
-    been called before, which is its warm-up. ``tick`` is called between turns, outside of the timed part.
+    ``rounds`` bounds the number of turns; between the bounds, ``budget_s`` decides. A way that two
+    turns showed to be three times slower than another of its package takes no further turns. Every
+    way must have been called before, its warm-up. ``tick`` is called between turns, untimed.
     """
     seen: dict[str, list[float]] = {name: [] for name in ways}
+    running = dict(ways)
     begun = time.perf_counter()
     turn = 0
     while turn < rounds[0] or (turn < rounds[1] and time.perf_counter() - begun < budget_s):
-        for name, way in ways.items():
+        for name, way in running.items():
             start = time.perf_counter()
             way()
             seen[name].append(1e3 * (time.perf_counter() - start))
         turn += 1
+        if turn == 2:
+            best: dict[str, float] = {}
+            for name, times in seen.items():
+                best[package(name)] = min(best.get(package(name), math.inf), *times)
+            running = {n: way for n, way in ways.items() if min(seen[n]) < 3 * best[package(n)]}
         tick()
     return {name: statistics.median(times) for name, times in seen.items()}
 
@@ -165,14 +178,16 @@ def measure(
             )
     times = interleaved_medians(ways, budget_s, rounds, tick)
     peer = min((name for name in times if name != "jactri"), key=times.__getitem__)
+
+    def fastest(wanted: str) -> float:
+        return min(ms for name, ms in times.items() if package(name) == wanted)
+
     row = Row(
         name=work.name,
         shape=tuple(ours.shape),
-        jactri_ms=times["jactri"],
-        functional_ms=min(
-            ms for name, ms in times.items() if name.startswith("torch.autograd.functional ")
-        ),
-        func_ms=min(ms for name, ms in times.items() if name.startswith("torch.func ")),
+        jactri_ms=fastest("jactri"),
+        functional_ms=fastest("torch.autograd.functional"),
+        func_ms=fastest("torch.func"),
         error=error,
         jactri_mib=peak_mib(ways["jactri"]),
         peer_mib=peak_mib(ways[peer]),

@@ -37,4 +37,25 @@ def rule(*names: str):
     return decorate
 
 
-from . import conv, elementwise, inplace, linear  # noqa: E402, F401 - registration
+def normal_axis(dim: int, ndim: int) -> int:
+    """A dimension counted from 0: autograd saves negative ones as unsigned 64-bit."""
+    return normal_index(dim) % max(ndim, 1)
+
+
+def normal_index(index: int) -> int:
+    """An integer as it was before autograd saved it as unsigned 64-bit."""
+    return index - (1 << 64) if index >= 1 << 63 else index
+
+
+from . import (  # noqa: E402 - registration
+    conv,  # noqa: F401
+    elementwise,  # noqa: F401
+    index,  # noqa: F401
+    inplace,  # noqa: F401
+    linear,  # noqa: F401
+    norm,  # noqa: F401
+    pool,  # noqa: F401
+    reduce,  # noqa: F401
+    resize,  # noqa: F401
+    shape,  # noqa: F401
+)

@@ -13,9 +13,14 @@ from ..layout import one
 from ..linear_map import Elementwise, View
 from . import rule
 
+
+def _itself(y: Tensor) -> Tensor:
+    return y
+
+
 FORMULAS = {
     # node: (saved value, derivative as a function of it)
-    "Exp": ("result", lambda y: y),
+    "Exp": ("result", _itself),
     "Sin": ("self", torch.cos),
     "Log": ("self", torch.reciprocal),
     "Sqrt": ("result", lambda y: 0.5 / y),
@@ -53,7 +58,8 @@ class Zero(Elementwise):
 def _formula(name: str, derivative):
     def run(g):
         saved = g.tensor(name)
-        return g.diagonal(g.src[0], lambda: derivative(saved))
+        # the identity is no copy: what it returns is held by autograd
+        return g.diagonal(g.src[0], lambda: derivative(saved), fresh=derivative is not _itself)
 
     return run
 
@@ -214,7 +220,7 @@ def div(g):
     if number:
         return g.scale(g.match(a), 1 / number)
     m = g.meta[0]
-    return g.diagonal(g.match(a), lambda: fit(divisor.reciprocal(), m))
+    return g.diagonal(g.match(a), lambda: fit(divisor, m).reciprocal())
 
 
 @rule("Mul.1")

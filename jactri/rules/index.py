@@ -7,9 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..graph import normal_index
 from ..linear_map import Functional, Gather, Kept, LinearMap, Shape, Take, keep_all_but
-from . import rule
+from . import normal_index, rule
 from .elementwise import Partials
 from .shape import piece
 
@@ -176,19 +175,25 @@ def masked_select(g):
 
 @rule("Embedding")
 def embedding(g):
-    """Rows of the weight; autograd gives the padding row no gradient."""
+    """Rows of the weight; autograd gives the padding row no gradient, and may average over repeats."""
     (s,) = g.src
-    if g.saved("sparse") or g.saved("scale_grad_by_freq"):
+    if g.saved("sparse"):
         return None
     rows, dim = g.values[s].shape
-    i = g.tensor("indices")
+    i, m = g.tensor("indices"), g.meta[0]
+    padding, averaged = normal_index(g.saved("padding_idx")), g.saved("scale_grad_by_freq")
     flat = g.single(s, Take(0, i.reshape(-1), rows), (i.numel(), dim))
     out = g.view(flat, g.shape)
-    padding = normal_index(g.saved("padding_idx"))
-    if padding == -1:
+    if padding == -1 and not averaged:
         return out
-    m = g.meta[0]
-    return g.diagonal(out, lambda: (i != padding).to(m.dtype).unsqueeze(-1))
+
+    def weight() -> Tensor:
+        w = (i != padding).to(m.dtype)
+        if averaged:
+            w = w / i.reshape(-1).bincount(minlength=rows)[i]
+        return w.unsqueeze(-1)
+
+    return g.diagonal(out, weight)
 
 
 # -- writing ----------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def as_strided(g):
 
 def _written(source: int, w: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
     """Where a source went: (source, factor, slice of every axis of the result), or None if it is no slice."""
+    if w.requires_grad:  # the factor has a derivative of its own
+        return None
     factor = w.reshape(-1)[0].item()
     if factor == 0 or not bool((w == factor).all()):
         return None

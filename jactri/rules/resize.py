@@ -1,4 +1,4 @@
-"""Ops that resize, cut up or resample images: fixed linear maps of each channel, and rearrangements."""
+"""Ops that resize, cut up or resample images: fixed linear maps of each channel."""
 
 from __future__ import annotations
 
@@ -51,37 +51,6 @@ def upsample(g):
     )
 
 
-@rule("PixelShuffle")
-def pixel_shuffle(g):
-    (x,) = g.src
-    r = g.saved("upscale_factor")
-    *lead, c, h, w = g.values[x].shape
-    n = len(lead)
-    split = g.view(x, (*lead, c // r**2, r, r, h, w))
-    moved = g.permute(split, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
-    return g.view(moved, g.shape)
-
-
-@rule("PixelUnshuffle")
-def pixel_unshuffle(g):
-    (x,) = g.src
-    r = g.saved("downscale_factor")
-    *lead, c, h, w = g.values[x].shape
-    n = len(lead)
-    split = g.view(x, (*lead, c, h // r, r, w // r, r))
-    moved = g.permute(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
-    return g.view(moved, g.shape)
-
-
-@rule("ChannelShuffle", "NativeChannelShuffle")
-def channel_shuffle(g):
-    (x,) = g.src
-    groups = g.saved("groups")
-    n, c, *tail = g.values[x].shape
-    split = g.view(x, (n, groups, c // groups, *tail))
-    return g.view(g.permute(split, (0, 2, 1, *range(3, len(tail) + 3))), g.shape)
-
-
 def windows(g):
     """The arguments that unfold and fold share."""
     return tuple(g.saved(name) for name in ("kernel_size", "dilation", "padding", "stride"))
@@ -128,7 +97,7 @@ def col2im(g):
 def grid_sampler(g):
     x, grid = g.src
     if grid is not None:  # bilinear in two ways: the node itself is called, samples stay unmixed
-        return g.opaque(lambda nr, edge: ((0, 0),))
+        return g.opaque(lambda op, in_shape, out_shape: ((0, 0),))
     options = tuple(g.saved(n) for n in ("interpolation_mode", "padding_mode", "align_corners"))
     tail = 2 if "2D" in g.name else 3
     return g.single(x, Sample(g.tensor("grid"), options, g.values[x].shape[-tail:]), g.shape)

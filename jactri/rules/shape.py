@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..graph import normal_axis, normal_index
 from ..linear_map import Functional, LinearMap, Place, Slice, Take, keep_all_but
-from . import rule
+from . import normal_axis, normal_index, rule
 from .elementwise import Partials
 
 
@@ -376,32 +375,6 @@ def unfold(g):
 @rule("UnfoldBackward")
 def fold(g):
     return _windows(g, g.src[0], g.shape, True) if g.shape else None
-
-
-@rule("PixelShuffle")
-def pixel_shuffle(g):
-    r = g.saved("upscale_factor")
-    *lead, c, h, w = g.shape
-    n = len(lead)
-    s = g.view(g.src[0], (*lead, c, r, r, h // r, w // r))
-    return g.view(g.permute(s, (*range(n + 1), n + 3, n + 1, n + 4, n + 2)), g.shape)
-
-
-@rule("PixelUnshuffle")
-def pixel_unshuffle(g):
-    r = g.saved("downscale_factor")
-    *lead, c, h, w = g.shape
-    n = len(lead)
-    s = g.view(g.src[0], (*lead, c // (r * r), h, r, w, r))
-    return g.view(g.permute(s, (*range(n + 1), n + 2, n + 4, n + 1, n + 3)), g.shape)
-
-
-@rule("ChannelShuffle")
-def channel_shuffle(g):
-    n, c, *space = g.shape
-    groups = g.saved("groups")
-    s = g.view(g.src[0], (n, groups, c // groups, *space))
-    return g.view(g.permute(s, (0, 2, 1, *range(3, 3 + len(space)))), g.shape)
 
 
 # -- a piece written over ---------------------------------------------------------------------------

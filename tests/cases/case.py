@@ -75,6 +75,7 @@ class Case:
     mixes: tuple | None = None  # inputs whose first axis is as long as the output's, but mixes
     second: bool = True  # torch can differentiate the Jacobian again
     variant: bool = False  # another size of a case that has every run already: runs in float64 only
+    poison: bool = True  # False where torch itself refuses or fails in poisoned memory
     strided: bool = True  # also run on non-contiguous inputs
     factor: float = 1.0  # widens the tolerance; `reason` says why
     reason: str = ""
@@ -146,20 +147,6 @@ def seeded(func):
     def call(*args):
         torch.manual_seed(11)
         return func(*args)
-
-    return call
-
-
-def unordered(func):
-    """func, whose op torch calls non-deterministic: the tests' poisoning of memory must let it run."""
-
-    def call(*args):
-        was = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-        try:
-            return func(*args)
-        finally:
-            torch.use_deterministic_algorithms(was)
 
     return call
 

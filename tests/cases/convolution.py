@@ -96,7 +96,7 @@ CASES += [
       R(2, 2, 2, 2), nodes=CONV, samples=(0,)),
     C("conv_of_itself", lambda x: F.conv1d(x, x[:1, :, :2]), R(2, 2, 4), nodes=CONV),
     C("conv_tbc", lambda x, w, b: torch.conv_tbc(x, w, b, pad=1), R(4, 2, 3), R(2, 3, 2), R(2),
-      nodes="ConvTbc", second=False),
+      nodes="ConvTbc", second=False, strided=False),
     C("conv_scaled_weight", lambda x, w, s: F.conv2d(x, w * s), R(2, 1, 3, 3), R(2, 1, 2, 2),
       P(2, 1, 1, 1), nodes=CONV, samples=(0,)),
     M("small_convnet", lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(),

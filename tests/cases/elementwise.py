@@ -76,6 +76,9 @@ UNARY = [
 # torch has no second derivative, or a first one that is itself without a derivative
 ONCE = {"i1", "i1e", "i0e", "zeta", "special_erfcx"}
 
+# sgn's derivative is a ZeroTensor, which torch cannot handle in poisoned memory
+NO_POISON = {"abs", "sgn"}
+
 # name, module, node, special values
 ACTIVATIONS = [
     ("ELU", lambda: nn.ELU(0.7), "Elu", (0.0, *ENDS)),
@@ -117,20 +120,23 @@ CASES = []
 for name, func, domain, node, special in UNARY:
     second = name not in ONCE
     CASES += [
-        C(name, func, domain(3, 4), nodes=node, samples=True, special=special, second=second),
+        C(name, func, domain(3, 4), nodes=node, samples=True, special=special, second=second,
+          poison=name not in NO_POISON),
         C(f"{name}_scalar", func, domain(), nodes=node, variant=True),
         C(f"{name}_one", func, domain(1, 2, 1), nodes=node, samples=True, variant=True),
         C(f"{name}_empty", func, domain(0, 3), samples=True, variant=True),
     ]
 for name, module, node, special in ACTIVATIONS:
     CASES += [
-        M(name, module, A(3, 4), nodes=node, samples=True, special=special),
+        M(name, module, A(3, 4), nodes=node, samples=True, special=special,
+          second=name != "Hardsigmoid"),
         M(f"{name}_one", module, A(1, 1), nodes=node, samples=True, variant=True),
         M(f"{name}_empty", module, A(2, 0), samples=True, variant=True),
     ]
 for name, module in INPLACE:
     CASES.append(
-        C(f"{name}_inplace", lambda x, f=module: f(x * 1.5), A(3, 4), samples=True)
+        C(f"{name}_inplace", lambda x, f=module: f(x * 1.5), A(3, 4), samples=True,
+          second=name != "Hardsigmoid")
     )  # x * 1.5: a leaf may not be written to
 for name in "relu relu6 hardtanh hardswish leaky_relu elu celu selu".split():
     CASES.append(C(f"{name}_vector_of_kinks", getattr(F, name), V(-3.0, -1.0, 0.0, 1.0, 3.0, 6.0)))
@@ -223,10 +229,12 @@ CASES += [
     C("gumbel_softmax_hard", seeded(lambda x: F.gumbel_softmax(x, 0.7, hard=True, dim=-1)),
       R(3, 4), factor=16, reason="y_hard - y.detach() + y cancels"),
     C("dropout_eval", lambda x: F.dropout(x, 0.5, training=False) * 2, R(3, 4), samples=True),
-    C("dropout_train", seeded(lambda x: F.dropout(x, 0.5, training=True)), R(3, 4)),
+    C("dropout_train", seeded(lambda x: F.dropout(x, 0.5, training=True)), R(3, 4),
+      strided=False),
     C("dropout_all", lambda x: F.dropout(x, 1.0, training=True), R(3, 4), samples=True),
     C("dropout2d_train", seeded(lambda x: F.dropout2d(x, 0.5, training=True)), R(2, 3, 2, 2)),
-    C("alpha_dropout_train", seeded(lambda x: F.alpha_dropout(x, 0.5, training=True)), R(3, 4)),
+    C("alpha_dropout_train", seeded(lambda x: F.alpha_dropout(x, 0.5, training=True)), R(3, 4),
+      strided=False),
     C("feature_alpha_dropout", seeded(lambda x: F.feature_alpha_dropout(x, 0.5, training=True)),
       R(2, 3, 2)),
     C("masked_scale_chain", lambda x: x * (x > 0) * 2 + x.sign(), A(3, 4), samples=True),

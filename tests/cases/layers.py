@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .case import C, D, M, P, R, V, quietly, seeded, unordered
+from .case import C, D, M, P, R, V, quietly, seeded
 
 X = R(3, 4)
 I1, I2, I3 = R(2, 4, 3), R(2, 4, 2, 3), R(2, 2, 2, 2, 2)
@@ -131,9 +131,8 @@ CASES += [
     C("max_pool2d_indices", lambda x: F.max_pool2d(x, 2, return_indices=True)[0], D(2, 1, 4, 2),
       nodes="MaxPool2DWithIndices", samples=True),
     C("max_pool2d_tie", lambda x: F.max_pool2d(x.view(1, 2, 2), 2), V(1.0, 2.0, 2.0, 0.0)),
-    C("max_unpool2d", unordered(lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True),
-      2)),
-      D(2, 1, 4, 4), nodes="MaxUnpool2D", samples=True),
+    C("max_unpool2d", lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+      D(2, 1, 4, 4), nodes="MaxUnpool2D", samples=True, poison=False),
     C("max_pool_unbatched", lambda x: F.max_pool2d(x, 2), D(2, 4, 4)),
     C("avg_pool_unbatched", lambda x: F.avg_pool2d(x, 2), R(2, 4, 4)),
     C("avg_pool_tokens", lambda x: F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2),
@@ -200,7 +199,7 @@ CASES += [
       samples=True, second=False, **ATT),
     C("sdpa_self", lambda x: sdpa()(x, x, x), Q, twin=lambda x: math_sdpa()(x, x, x), samples=True,
       **ATT),
-    C("sdpa_flash", lambda x: sdpa_kernel_call(SDPBackend.FLASH_ATTENTION, x), Q, nodes=FLASH,
+    C("sdpa_flash", lambda x: sdpa_kernel_call(SDPBackend.FLASH_ATTENTION, x), Q, nodes=FLASH, strided=False,
       twin=lambda x: math_sdpa()(x, x, x), samples=True, **ATT),
     C("sdpa_math", lambda x: math_sdpa()(x, x * 2, x.sin()), Q, samples=True, **ATT),
     C("sdpa_dropout_0", sdpa(dropout_p=0.0), Q, Q, Q, twin=math_sdpa(), samples=True, **ATT),
