@@ -32,7 +32,8 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests):
                 f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
                 "torch.view_as_real(output) or its real part"
             )
-        used = torch.autograd.grad(y.sum(), xs, retain_graph=True, allow_unused=True)
+        ones = torch.ones_like(y)
+        used = torch.autograd.grad(y, xs, ones, retain_graph=True, allow_unused=True)
         live = [x for x, g in zip(xs, used, strict=True) if g is not None]
         if strict and len(live) < len(xs):
             raise RuntimeError(
@@ -50,9 +51,11 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests):
             k = min(count, n - start)
             eye = torch.zeros(k, n, dtype=y.dtype, device=y.device)
             eye[torch.arange(k), start + torch.arange(k)] = 1
-            seeds = eye.reshape(k, *y.shape[1:]).unsqueeze(1) if per_sample else eye
-            pieces.append(batched(one_row, seeds.expand(k, *y.shape) if per_sample else eye.reshape(k, *y.shape),
-                                  "the whole function"))
+            if per_sample:  # one row for all samples at once
+                seeds = eye.reshape(k, 1, *y.shape[1:]).expand(k, *y.shape)
+            else:
+                seeds = eye.reshape(k, *y.shape)
+            pieces.append(batched(one_row, seeds, f"the whole function ({y.grad_fn.name()})"))
         blocks = iter([torch.cat(p) for p in zip(*pieces, strict=True)])
         row = []
         for x, g, d in zip(xs, used, dest, strict=True):
@@ -62,8 +65,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests):
             block = next(blocks)
             if per_sample:
                 block = block.reshape(*y.shape[1:], *x.shape)
-                at = y.dim() - 1
-                block = block.movedim(at, 0)
+                block = block.movedim(y.dim() - 1, 0)
             block = block.reshape(block_shape(y, x, per_sample))
             row.append(d.copy_(block) if d is not None else block)
         out.append(row)

@@ -42,12 +42,13 @@ def normal_axis(dim: int, ndim: int) -> int:
     return normal_index(dim) % max(ndim, 1)
 
 
-def normal_index(index: int) -> int:
+def normal_index(n: int) -> int:
     """An integer as it was before autograd saved it as unsigned 64-bit."""
-    return index - (1 << 64) if index >= 1 << 63 else index
+    return n - (1 << 64) if n >= 1 << 63 else n
 
 
 from . import (  # noqa: E402 - registration
+    attention,  # noqa: F401
     conv,  # noqa: F401
     elementwise,  # noqa: F401
     index,  # noqa: F401

@@ -14,13 +14,8 @@ from ..linear_map import Elementwise, View
 from . import rule
 
 
-def _itself(y: Tensor) -> Tensor:
-    return y
-
-
 FORMULAS = {
     # node: (saved value, derivative as a function of it)
-    "Exp": ("result", _itself),
     "Sin": ("self", torch.cos),
     "Log": ("self", torch.reciprocal),
     "Sqrt": ("result", lambda y: 0.5 / y),
@@ -28,7 +23,7 @@ FORMULAS = {
 
 UNARY = """
 Abs Acos Acosh Asin Asinh Atan Atanh Celu.0-1 Clamp.1 ClampMax.0 ClampMin.0 Copysign.1 Cos Cosh Deg2Rad Digamma
-Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Gelu Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
+Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
 Log1P Log2 Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
 RreluWithNoise.0-1 Rsqrt Sgn Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
 SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py.1-2 SpecialZeta.1 Tan Tanh Threshold.0-1 Xlogy.1-2
@@ -58,10 +53,14 @@ class Zero(Elementwise):
 def _formula(name: str, derivative):
     def run(g):
         saved = g.tensor(name)
-        # the identity is no copy: what it returns is held by autograd
-        return g.diagonal(g.src[0], lambda: derivative(saved), fresh=derivative is not _itself)
+        return g.diagonal(g.src[0], lambda: derivative(saved))
 
     return run
+
+
+@rule("Exp")
+def exp(g):
+    return g.diagonal(g.src[0], g.tensor("result"))
 
 
 for _node, (_name, _derivative) in FORMULAS.items():
@@ -78,8 +77,9 @@ def unary(g):
     return (value, *[None] * (len(meta) - 1))
 
 
-@rule("LogSigmoid")
-def log_sigmoid(g):
+@rule("Gelu", "LogSigmoid")
+def unary_full(g):
+    """Nodes whose kernels want a cotangent of the full shape."""
     node, m = g.node, g.meta[0]
     return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))))
 
@@ -89,7 +89,7 @@ def _first(out) -> Tensor:
 
 
 class Partials:
-    """The derivatives of an elementwise node in each of its operands, computed together at first use."""
+    """The derivatives of a node in each of its operands, computed together at first use."""
 
     __slots__ = ("_all", "meta", "node", "whole")
 
@@ -110,6 +110,10 @@ class Partials:
             raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
         return fit(d, m)
 
+    def diagonal(self, g, s: int, edge: int) -> int:
+        """Scaling of the value ``s``, which has the operand's shape, by its derivative."""
+        return g.diagonal(s, lambda: self(edge), fresh=False)
+
 
 def fit(d: Tensor, meta) -> Tensor:
     """A derivative in the dtype and on the device of the value that it multiplies."""
@@ -124,7 +128,7 @@ def elementwise(g):
     partials = Partials(g)
     return g.plus(
         [
-            g.diagonal(g.match(s), lambda edge=edge: partials(edge))
+            partials.diagonal(g, g.match(s), edge)
             for edge, s in enumerate(g.src)
             if s is not None
         ]
@@ -137,7 +141,7 @@ def addcmul(g):
     partials = Partials(g)
     for edge in (1, 2):
         if g.src[edge] is not None:
-            terms.append(g.diagonal(g.match(g.src[edge]), lambda edge=edge: partials(edge)))
+            terms.append(partials.diagonal(g, g.match(g.src[edge]), edge))
     return g.plus(terms)
 
 
@@ -171,10 +175,9 @@ def first(g):
 
 @rule("Fmod.1", "Remainder.1")
 def remainder(g):
-    partials = Partials(g)
     terms = [g.src[0]] if g.src[0] is not None else []
     if g.src[1] is not None:
-        terms.append(g.diagonal(g.match(g.src[1]), lambda: partials(1)))
+        terms.append(Partials(g).diagonal(g, g.match(g.src[1]), 1))
     return g.plus(terms)
 
 
@@ -254,8 +257,7 @@ def copysign(g):
     a, b = g.src
     terms = [] if b is None else [g.single(g.match(b), Zero())]
     if a is not None:
-        partials = Partials(g)
-        terms.append(g.diagonal(g.match(a), lambda: partials(0)))
+        terms.append(Partials(g).diagonal(g, g.match(a), 0))
     return g.plus(terms)
 
 

@@ -206,8 +206,7 @@ def _written(g, accumulate: bool, new: int | None) -> int:
         if accumulate:
             terms.append(old)
         else:
-            partials = Partials(g)
-            terms.append(g.diagonal(old, lambda: partials(0)))
+            terms.append(Partials(g).diagonal(g, old, 0))
     return g.plus(terms if new is None else [*terms, new])
 
 
@@ -304,10 +303,10 @@ def scatter_reduce(g):
     old, new = g.src
     i, partials, terms = g.tensor("index"), Partials(g, False), []
     if old is not None:
-        terms.append(g.diagonal(old, lambda: partials(0)))
+        terms.append(partials.diagonal(g, old, 0))
     if new is not None:
         shape = g.values[new].shape
-        weighted = g.diagonal(new, lambda: partials(1))
+        weighted = partials.diagonal(g, new, 1)
         if g.name == "IndexReduceBackward0":
             new = _spread(g, weighted)
         elif shape == tuple(i.shape):

@@ -136,8 +136,11 @@ def regular(index: Tensor, shape: tuple[int, ...]):
     unit = prod(shape)
     for size, (a, start, length, step) in zip(shape, slices, strict=True):
         unit //= size
-        along = (start + step * torch.arange(length, device=index.device)) * unit
-        built += along if a is None else along.view(-1, *[1] * (index.dim() - a - 1))
+        if a is None:
+            built += start * unit
+        else:
+            along = (start + step * torch.arange(length, device=index.device)) * unit
+            built += along.view(-1, *[1] * (index.dim() - a - 1))
     return slices if torch.equal(built, index) else None
 
 

@@ -47,8 +47,9 @@ def baddbmm(g):
 def addbmm(g):
     """``sum_b batch1[b] @ batch2[b]``."""
     _, a, b = g.src
-    s = a if a is not None else b
-    shape = (g.values[s].shape[0], *g.shape)
+    if a is None and b is None:
+        return _accumulated(g, [])
+    shape = (g.values[b if a is None else a].shape[0], *g.shape)
     return _accumulated(g, [g.sum(t, (0,)) for t in product(g, a, b, "batch1", "batch2", shape)])
 
 

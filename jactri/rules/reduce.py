@@ -17,20 +17,22 @@ from . import rule
 from .elementwise import fit
 
 
-def weights(g, output: int = 0, edge: int = 0, shape=None):
-    """The node applied to ones (for one of its outputs), as the lazy derivative of every entry of an operand."""
-    node, meta = g.node, g.meta
+def weigh(g, s: int, output: int = 0, edge: int = 0) -> int:
+    """Scale an operand by what the node makes of ones: the derivative of the entry that each of its entries feeds."""
+    node, meta, shape = g.node, g.meta, g.values[s].shape
     m = meta[output]
 
-    def compute() -> Tensor:
+    def weights() -> Tensor:
         ones = one(m).expand(tuple(m.shape))
         out = node(*[ones if i == output else None for i in range(len(meta))])
         out = out[edge] if isinstance(out, tuple) else out
-        if shape is not None and out.shape != shape:
+        if out is None:
+            return torch.zeros(shape, dtype=m.dtype, device=m.device)
+        if out.shape != shape:
             raise AssertionError(f"{node.name()}: weights of shape {tuple(out.shape)} for {shape}")
         return fit(out, m)
 
-    return compute
+    return g.diagonal(s, weights, fresh=False)
 
 
 def _reduced(g, name: str = "dim", ndim: int | None = None) -> tuple[int, ...]:
@@ -65,18 +67,13 @@ def mean(g):
     "Norm.0-3", "Prod.0-1", "Std", "Trace", "Var",
 )  # fmt: skip
 def weighted(g):
-    s = g.cast(g.src[0])
-    shape = g.values[s].shape
-    return g.sum(g.diagonal(s, weights(g, shape=shape)), _reduced(g), _keepdim(g))
+    return g.sum(weigh(g, g.cast(g.src[0])), _reduced(g), _keepdim(g))
 
 
 @rule("Aminmax", "StdMean", "VarMean")
 def two_results(g):
     (s,), axes, keepdim = g.src, _reduced(g), _keepdim(g)
-    shape = g.values[s].shape
-    return tuple(
-        [g.sum(g.diagonal(s, weights(g, i, shape=shape)), axes, keepdim) for i in range(len(g.meta))]
-    )
+    return tuple([g.sum(weigh(g, s, i), axes, keepdim) for i in range(len(g.meta))])
 
 
 @rule("Dist")
@@ -85,8 +82,7 @@ def dist(g):
     terms = []
     for edge, s in enumerate(g.src):
         if s is not None:
-            s = g.cast(g.expand(s, tuple(shape)))
-            s = g.diagonal(s, weights(g, 0, edge, shape))
+            s = weigh(g, g.cast(g.expand(s, tuple(shape))), 0, edge)
             terms.append(g.sum(s, tuple(range(len(shape)))))
     return g.plus(terms)
 
@@ -153,7 +149,7 @@ def elementwise_loss(g):
             continue
         if edge > 1 or g.values[s].shape != shape:
             return None
-        s = g.diagonal(g.cast(s), weights(g, 0, edge, shape))
+        s = weigh(g, g.cast(s), 0, edge)
         terms.append(s if g.saved("reduction") == 0 else g.sum(s, tuple(range(len(shape)))))
     return g.plus(terms)
 
@@ -166,9 +162,8 @@ def class_loss(g):
     n = len(shape)
     one_each = (0, *range(2, n)) if n > 1 else ()
     alone = g.saved("reduction") == 0 and g.shape == tuple(shape[a] for a in one_each)
-    s = g.diagonal(s, weights(g, shape=shape))
     axes = tuple(a for a in range(n) if not (alone and a in one_each))
-    return (g.sum(s, axes), *[None] * (len(g.meta) - 1))
+    return (g.sum(weigh(g, s), axes), *[None] * (len(g.meta) - 1))
 
 
 @rule("CtcLoss.0-1")
@@ -178,5 +173,4 @@ def ctc(g):
     shape = g.values[s].shape
     if len(shape) != 3 or g.shape != shape[1:2]:
         return None
-    s = g.diagonal(s, weights(g, shape=shape))
-    return (g.sum(s, (0, 2)), *[None] * (len(g.meta) - 1))
+    return (g.sum(weigh(g, s), (0, 2)), *[None] * (len(g.meta) - 1))

@@ -77,6 +77,9 @@ class Select(LinearMap):
     def kept(self, in_shape, out_shape):
         return tuple((a, a - (a > self.axis)) for a in range(len(in_shape)) if a != self.axis)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
+
     def push(self, t, own):
         return t.select(self.axis + 1, self.index), False
 
@@ -385,8 +388,7 @@ def _overwritten(g, put) -> int:
     old, new = g.src
     terms = []
     if old is not None:
-        partials = Partials(g)
-        terms.append(g.diagonal(old, lambda: partials(0)))
+        terms.append(Partials(g).diagonal(g, old, 0))
     if new is not None:
         terms.append(put(new))
     return g.plus(terms)
