@@ -118,6 +118,9 @@ class Conv(LinearMap):
         total = 2.0 * prod(coarse) * prod(self.weight.shape[1:])
         return total / max(1, prod(in_shape if reverse else out_shape))
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self if source.axis == 0 else None  # a range of channels would need a range of the weights
+
     def push(self, t, own):
         flat, batch = fold(t, len(self.size) + 1)
         if not quick(flat):

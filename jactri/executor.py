@@ -55,13 +55,17 @@ class Answer:
             dims = list(range(m))
         return self.dest.permute(dims).view((*self.final.seeds(), *value))
 
+    def reserve(self) -> None:
+        """Take the memory of the answer."""
+        if self.store is None:
+            self.store = self._allocate()
+
     def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
         """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
         if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
             self.store = data.to(device=self.like.device, dtype=self.like.dtype)
             return
-        if self.store is None:
-            self.store = self._allocate()
+        self.reserve()
         part = self.store
         for i, s in enumerate(self.final.free):
             if s in sel:
@@ -110,6 +114,8 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
         if advance:
             advance()
         return
+    for _, answer in ends:  # before the blocks: it outlives them
+        answer.reserve()
     # steps in which every cut factor is still tied are the same for all chunks
     cut = frozenset(sweep.chunks)
     shared = [s for s in sweep.steps if cut <= s.layout.tied]

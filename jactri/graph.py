@@ -17,6 +17,7 @@ from .linear_map import (
     Diagonal,
     Expand,
     Identity,
+    Kept,
     LinearMap,
     Permute,
     Scale,
@@ -228,8 +229,11 @@ class Reader:
             return self.match(ids[0])
         return self.add([(self.match(s), _IDENTITY) for s in ids if s is not None])
 
-    def opaque(self, kept=kept_by) -> tuple[int, ...]:
-        """Values for each output of the node that call the node itself; ``kept`` is told by a rule that knows more."""
+    def opaque(self, kept: dict[tuple[int, int], Kept] | None = None) -> tuple[int, ...]:
+        """Values for each output of the node that call the node itself.
+
+        A rule that knows the axes which an edge leaves unmixed gives them in ``kept``, by (output, edge).
+        """
         present = [p is not None for p, _ in self.node.next_functions]
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
         call = OpaqueCall(self.node, self.meta, present, shapes)
@@ -242,7 +246,10 @@ class Reader:
             for edge, s in enumerate(self.src):
                 if s is not None:
                     v = self.values[s]
-                    pairs = kept(self.name, v.shape, tuple(m.shape))
+                    if kept is None:
+                        pairs = kept_by(self.name, v.shape, tuple(m.shape))
+                    else:
+                        pairs = kept.get((nr, edge), ())
                     sources.append((s, Opaque(call, nr, edge, v, pairs)))
             ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
         refuse_or_log(self.name, tuple(self.meta[0].shape), shapes.values())

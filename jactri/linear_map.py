@@ -517,9 +517,10 @@ class MatMul(LinearMap):
             n, m = p.shape
             shape = [n] + [1] * len(out.shape)
             shape[axis + 1] = m
-            return p.reshape(shape).expand(n, *out.shape), False
+            # blocks take the memory order of what they are made of: the features must come last
+            return p.contiguous().view(shape).expand(n, *out.shape), False
         rows = release(data, layout, axis, sel)
-        matrix = matrix_view(p, layout, axis, 0 if p.dim() == 3 else None, sel)
+        matrix = matrix_view(p, layout, axis, 0 if p.dim() == 3 else None, sel).contiguous()
         if rows is None:
             full = matrix.expand(*out.seeds(sel), *out.shape)
             return full.reshape(out.columns(sel), *out.shape), False
@@ -621,7 +622,7 @@ class Gather(LinearMap):
         return keep_all_but((self.axis,), len(in_shape))
 
     def narrow(self, source, target, in_shape, out_shape):
-        return type(self)(target.of(self.index, len(out_shape)), self.size)
+        return Gather(target.of(self.index, len(out_shape)), self.size, self.axis)
 
     def push(self, t, own):
         return t.gather(self.axis + 1, self.index.expand(t.shape[0], *self.index.shape)), True

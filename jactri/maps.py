@@ -93,6 +93,9 @@ class Fixed(LinearMap):
         # `_work` is for an output; the pull does as much in all, spread over the inputs
         return self._work * (prod(out_shape) / max(1, prod(in_shape)) if reverse else 1.0)
 
+    def narrow(self, source, target, in_shape, out_shape):
+        return self
+
     def _run(self, t: Tensor, op, transposed):
         flat, batch = fold(t, self.tail + 1)
         if self.exact or not torch.is_grad_enabled():
@@ -128,6 +131,13 @@ class Scatter(Gather):
     __slots__ = ()
     name = "scatter"
 
+    @property
+    def key(self):
+        return Scatter, self.axis
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return Scatter(source.of(self.index, len(in_shape)), self.size, self.axis)
+
     def push(self, t, own):
         return Gather.pull(self, t, own)
 
@@ -158,6 +168,12 @@ class Project(LinearMap):
 
     def work(self, in_shape, out_shape, reverse):
         return 7.0
+
+    def narrow(self, source, target, in_shape, out_shape):
+        unit = self.unit
+        return Project(
+            lambda: source.of(unit(), len(in_shape)), self.axes, self.count, self.centred
+        )
 
     def push(self, t, own):
         unit, source = self.unit(), t
@@ -199,6 +215,10 @@ class Softmax(LinearMap):
 
     def work(self, in_shape, out_shape, reverse):
         return 4.0
+
+    def narrow(self, source, target, in_shape, out_shape):
+        p = self.p
+        return type(self)(lambda: source.of(p(), len(in_shape)), self.axis)
 
     def push(self, t, own):
         p = self.p()
@@ -252,6 +272,10 @@ class Batched(MatMul):
     def key(self):
         return MatMul, self.side, 3
 
+    def narrow(self, source, target, in_shape, out_shape):
+        make = self._make
+        return Batched(lambda: source.of(make(), 3), self.side) if source.axis == 0 else self
+
 
 class Sample(LinearMap):
     """Images ``(N, C, *size)`` interpolated at the places of a grid ``(N, *out, 2 or 3)`` (`grid_sample`).
@@ -271,6 +295,15 @@ class Sample(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         total = 2.0 ** (len(self.size) + 1)
         return total * (prod(out_shape) / max(1, prod(in_shape)) if reverse else 1.0)
+
+    @property
+    def key(self):
+        return Sample, self.size
+
+    def narrow(self, source, target, in_shape, out_shape):
+        if source.axis != 0:
+            return self
+        return Sample(source.of(self.grid, self.grid.dim()), self.options, self.size)
 
     def _ops(self):
         """Push and pull of ``(N, channels, ...)`` blocks."""

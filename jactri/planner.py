@@ -42,7 +42,7 @@ class Term:
 class Step:
     """The block of one value: a sum of terms, stored in ``layout``; ``frees`` are blocks used for the last time.
 
-    ``flops`` and ``bytes`` (written) are for all seeds.
+    ``flops`` and ``bytes`` (written) are for all seeds. ``shares``: the block is a view of the weights or of its source.
     """
 
     value: int
@@ -51,6 +51,7 @@ class Step:
     frees: tuple[int, ...]
     flops: float
     bytes: float
+    shares: bool = False
 
 
 @dataclass
@@ -221,12 +222,14 @@ def _follow(graph, index, seed, layout, reverse, summed) -> Sweep:
             if route.moves and not free:
                 flops += route.work * route.out.numel()
                 written += route.out.numel() * values[v].dtype.itemsize
+            shares = not route.moves or (ones[other] and route.axis is not None)
             unit = unit and ones[other] and not route.moves and not route.out.free
         if len(terms) > 1:
             flops += meet.numel() * (len(terms) - 1)
             written += meet.numel() * values[v].dtype.itemsize
         layouts[v], ones[v] = meet, unit
-        steps.append(Step(v, tuple(terms), meet, tuple(frees.get(v, ())), flops, written))
+        shares = shares and len(terms) == 1
+        steps.append(Step(v, tuple(terms), meet, tuple(frees.get(v, ())), flops, written, shares))
     return Sweep(
         reverse,
         index,
@@ -247,29 +250,37 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         return layout.numel(sel)
 
     # a view shares its source's memory: blocks are counted by the value that owns the memory
-    root: dict[int, int] = {sweep.seed: -1}
+    nobody = -1
+    root: dict[int, int] = {sweep.seed: nobody}
     users: dict[int, int] = {}
-    size: dict[int, float] = {-1: 0.0}
+    size: dict[int, float] = {}
     live = worst = 0.0
     targets = {t for t in sweep.targets if t is not None}
     for step in sweep.steps:
         first = step.terms[0]
         edge = graph.values[first.owner].sources[first.edge][1]
-        alias = len(step.terms) == 1 and not first.route.moves
-        if alias:
-            root[step.value] = root[first.other]
-            users[root[step.value]] = users.get(root[step.value], 0) + 1
-            extra = 0.0
+        behind = root[first.other]
+        scaling = len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
+        # a block that is used for the last time, and by nobody else, is scaled in place
+        reused = scaling and first.other in step.frees and users.get(behind) == 1
+        extra = 0.0
+        if step.shares or reused:
+            root[step.value] = behind if reused or not first.route.moves else nobody
         else:
             root[step.value] = step.value
-            users[step.value] = 1
             size[step.value] = held(step.layout) * itemsize(graph, step.value)
             live += size[step.value]
-            extra = size[step.value] if len(step.terms) > 1 or edge.structure == "opaque" else 0.0
+            if len(step.terms) > 1 or edge.structure == "opaque":
+                extra = size[step.value]
+        if scaling:  # the derivative itself stays for other chunks
+            live += prod(step.layout.shape) * itemsize(graph, step.value)
+        here = root[step.value]
+        if here != nobody:
+            users[here] = users.get(here, 0) + 1
         worst = max(worst, live + extra)
         for f in step.frees:
-            r = root.get(f, -1)
-            if r == -1 or f in targets:
+            r = root.get(f, nobody)
+            if r == nobody or f in targets:
                 continue
             users[r] -= 1
             if users[r] == 0:

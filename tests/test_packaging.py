@@ -85,7 +85,7 @@ def test_the_wheel_works_away_from_the_checkout(unpacked, tmp_path):
         "J = jactri.jacobian(torch.tanh, torch.zeros(3))\n"
         "assert torch.equal(J, torch.eye(3)), J\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(unpacked)]
     done = subprocess.run(
         command,

@@ -105,7 +105,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False) -> list[Row]:
                 Workload("decoder: over the latent plane", autoencoder.decoder, plane_codes),
                 Workload("autoencoder: image to image", autoencoder, images),
             )
-            rounds, budget = ((2, 2), 0.0) if quick else ((5, 40), 3.0)
+            rounds, budget = ((2, 2), 0.0) if quick else ((3, 40), 3.0)
             rows, jacobians = [], []
             for work in works:
                 picks = torch.randperm(len(work.inputs))[:CHECKED]

@@ -56,6 +56,7 @@ from . import (  # noqa: E402 - registration
     linear,  # noqa: F401
     norm,  # noqa: F401
     pool,  # noqa: F401
+    recurrent,  # noqa: F401
     reduce,  # noqa: F401
     resize,  # noqa: F401
     shape,  # noqa: F401

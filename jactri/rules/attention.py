@@ -39,13 +39,13 @@ def attention(g):
     mask = g.saved(mask_name) if mask_name else None
     causal = g.saved("is_causal")
     if g.saved("dropout_p") != 0 or q.dim() != 4:
-        return g.opaque(batch_and_heads)
+        return batch_and_heads(g)
     b, heads, t, d = q.shape
     groups, s, width = k.shape[1], k.shape[2], v.shape[3]
     if v.shape[1] != groups or heads % groups or k.shape[0] != b or tuple(g.shape) != (b, heads, t, width):
-        return g.opaque(batch_and_heads)
+        return batch_and_heads(g)
     if causal and t != s and g.name != "ScaledDotProductFlashAttentionForCpuBackward0":
-        return g.opaque(batch_and_heads)  # kernels differ in which corner of the mask they align
+        return batch_and_heads(g)  # kernels differ in which corner of the mask they align
     scale = g.saved("scale")
     scale = 1 / math.sqrt(d) if scale is None else scale
 
@@ -101,11 +101,15 @@ def probabilities(q, k, mask, causal: bool, scale: float, groups: int) -> Tensor
     return aten._safe_softmax(scores, -1)
 
 
-def batch_and_heads(op, in_shape, out_shape):
-    """What a call of the node itself keeps: batch and, where they are not shared, heads."""
-    pairs = []
-    for a in range(2):
-        if len(in_shape) != 4 or len(out_shape) != 4 or in_shape[a] != out_shape[a]:
-            break
-        pairs.append((a, a))
-    return tuple(pairs)
+def batch_and_heads(g):
+    """The node is called as it is; it keeps the batch and, where they are not shared, the heads."""
+    kept = {}
+    for edge, source in enumerate(g.src):
+        own = () if source is None else g.values[source].shape
+        pairs = []
+        for a in range(2):
+            if len(own) != 4 or len(g.shape) != 4 or own[a] != g.shape[a]:
+                break
+            pairs.append((a, a))
+        kept[0, edge] = tuple(pairs)
+    return g.opaque(kept)
