@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Keep versions and processor, drop the machine's name."""
-    machine_info.pop("node", None)
+    for key in ("node", "release", "python_build"):
+        machine_info.pop(key, None)
     machine_info.update(machine.description())
 
 

@@ -26,6 +26,7 @@ from .progress import bar
 from .samples import narrow, places, probe_mixing
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode")
+_NO_BAR = contextlib.nullcontext()
 _LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
 
@@ -102,7 +103,7 @@ def jacobian(
                 return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
                 backend=backend, progress=progress,
             )  # fmt: skip
-    ys, leaves, tupled_out, tupled, result = prepare(func, inputs, create_graph)
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     rows = compute(
         ys, leaves, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
         _out_rows(out, tupled_out, tupled), progress,
@@ -206,11 +207,8 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         dests = dests or [
             [zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
         ]
-    advance = None
-    with contextlib.ExitStack() as stack:
-        if progress:
-            chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps)
-            advance = stack.enter_context(bar(chunks))
+    chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps) if progress else 0
+    with bar(chunks) if progress else _NO_BAR as advance:
         for span, part, part_plan in pieces:
             answers = _run(part, part_plan, span, ys, xs, per_sample, forward, dests, advance)
     if pieces[0][0] is not None:
@@ -339,16 +337,15 @@ def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
     )
 
 
-def prepare(func, inputs, create_graph: bool):
-    """Run ``func`` on inputs that require grad: outputs, inputs, whether each was a tuple, and the raw result."""
-    tupled, xs = as_tuple(inputs, "inputs", "jacobian")
+def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether there is a tuple of outputs, the raw result."""
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves = tuple([_leaf(x, create_graph) for x in xs])
         result = _uncompiled(func)(*leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
-    return ys, leaves, tupled_out, tupled, result
+    return ys, leaves, tupled_out, result
 
 
 def _uncompiled(func):
@@ -371,6 +368,8 @@ def _check_options(strategy, chunk_size, backend, out, create_graph) -> None:
 
 def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
     """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does."""
+    if isinstance(value, Tensor):
+        return False, (value,)
     tupled = isinstance(value, tuple)
     values = value if tupled else (value,)
     for i, v in enumerate(values):

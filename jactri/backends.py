@@ -41,7 +41,8 @@ def _linear_pointwise():
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    """``a @ b.t()``."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def probe() -> Probe:
@@ -56,36 +57,38 @@ def _measure() -> Probe:
     if _linear_pointwise() is None:
         return Probe(None, None, "this build of torch has no oneDNN product: torch.mm")
     with torch.inference_mode(False), torch.no_grad():
-        a, b = torch.ones(1024, 256), torch.ones(256, 256)
+        a, b = torch.ones(1024, 256), torch.ones(256, 256)  # square: b.t() is as good
         times = {}
-        for name, product in (("onednn", _onednn), ("mm", torch.mm)):
-            product(a, b)
+        for name, call in (("onednn", _onednn), ("mm", torch.mm)):
+            call(a, b)
             runs = []
             for _ in range(5):
                 start = time.perf_counter()
-                product(a, b)
+                call(a, b)
                 runs.append(time.perf_counter() - start)
             times[name] = 1e3 * sorted(runs)[2]
     ratio = times["mm"] / times["onednn"]
     return Probe(times["onednn"], times["mm"], f"oneDNN {ratio:.2f} times the rate of torch.mm")
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for 2-D operands, by the product that was measured faster at such sizes."""
+def product(t: Tensor, p: Tensor, transposed: bool) -> Tensor:
+    """``t @ p`` (``t @ p.t()`` if ``transposed``) for a block ``t`` and a 2-D ``p``, by what measured faster."""
     if (
-        a.shape[0] * b.numel() >= _SMALL
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
+        t.numel() * p.shape[0 if transposed else 1] >= _SMALL
+        and t.dtype == torch.float32
+        and t.device.type == "cpu"
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.enabled
         and probe().use_onednn
     ):
-        return _onednn(a, b)
-    return torch.mm(a, b)
+        out = _onednn(t.reshape(-1, t.shape[-1]), p if transposed else p.t())
+    else:
+        out = torch.mm(t.reshape(-1, t.shape[-1]), p.t() if transposed else p)
+    return out.view(*t.shape[:-1], out.shape[1])
 
 
 def product_choice(device: str, dtype: torch.dtype, flops: float) -> tuple[str, str]:
-    """What `matmul` will use for a product of ``flops``, and why (for `explain`)."""
+    """What `product` will use for a product of ``flops``, and why (for `explain`)."""
     if device != "cpu":
         return "torch.mm", f"on {device}"
     if dtype != torch.float32:

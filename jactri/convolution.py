@@ -60,37 +60,88 @@ class Geometry:
 
 
 def quick(t: Tensor) -> bool:
-    """Whether channels-last memory is the faster one here: oneDNN runs the convolution of images."""
+    """Whether channels-last memory is the faster one here: oneDNN runs the convolution."""
     return (
-        t.dim() == 4
-        and t.dtype == torch.float32
+        t.dtype == torch.float32
         and t.device.type == "cpu"
+        and t.numel() > 0
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.is_available()
         and not torch.is_grad_enabled()
     )
 
 
-def blocked_weight(w: Tensor, block: int) -> Tensor:
-    """The weight that computes ``block * block`` neighbouring outputs of a stride-1 convolution as channels.
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(
+        memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    )
 
-    ``(O, I, kh, kw)`` becomes ``(block * block * O, I, kh + block - 1, kw + block - 1)``: the kernel at every offset
-    in a larger window. With 3 output channels, 13 of oneDNN's 16 lanes idle; a block of 2 fills 12 for 16/9 of the
+
+def blocked_weight(w: Tensor, by: int, bx: int) -> Tensor:
+    """The weight that computes ``by * bx`` neighbouring outputs of a stride-1 convolution as channels.
+
+    ``(O, I, kh, kw)`` becomes ``(by * bx * O, I, kh + by - 1, kw + bx - 1)``: the kernel at every offset in a larger
+    window. With 3 output channels, 13 of oneDNN's 16 lanes idle; blocks of 2 * 2 fill 12 for 16/9 of the
     multiplications.
     """
     o, i, kh, kw = w.shape
-    out = w.new_zeros(block, block, o, i, kh + block - 1, kw + block - 1)
-    for y in range(block):
-        for x in range(block):
+    out = w.new_zeros(by, bx, o, i, kh + by - 1, kw + bx - 1)
+    for y in range(by):
+        for x in range(bx):
             out[y, x, :, :, y : y + kh, x : x + kw] = w
-    return out.view(-1, i, kh + block - 1, kw + block - 1)
+    return out.view(-1, i, kh + by - 1, kw + bx - 1)
 
 
-def deblock(y: Tensor, block: int) -> Tensor:
+def deblock(t: Tensor, by: int, bx: int) -> Tensor:
     """Outputs that `blocked_weight` computed as channels, put in their places."""
-    b, c, h, w = y.shape
-    y = y.view(b, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return y.reshape(b, c // block**2, h * block, w * block)
+    b, c, h, w = t.shape
+    c //= by * bx
+    t = t.view(b, by, bx, c, h, w).permute(0, 3, 4, 1, 5, 2)
+    return t.reshape(b, c, h * by, w * bx)
+
+
+class Packed:
+    """One direction of a convolution as oneDNN runs it best: images in channels-last memory, 1-D as 2-D.
+
+    A stride-1 convolution to few channels computes blocks of outputs at once.
+    """
+
+    __slots__ = ("block", "geometry", "padding", "size", "weight", "push")
+
+    def __init__(self, g: Geometry, w: Tensor, push: bool, size_in: tuple[int, ...], size: tuple[int, ...]):
+        """``size_in`` is the spatial size of the block that comes in, ``size`` that of the map's input."""
+        if w.dim() == 3:
+            w, size_in, size = w.unsqueeze(2), (1, *size_in), (1, *size)
+            g = Geometry(
+                (1, *g.stride), (0, *g.padding), (1, *g.dilation), g.transposed, (0, *g.output_padding), g.groups
+            )
+        self.geometry, self.size, self.block, self.push = g, size, None, push
+        if g.groups == 1 and {*g.stride, *g.dilation} == {1} and not any(g.output_padding) and w.dim() == 4:
+            flip = push == g.transposed
+            kernel = w.shape[2:]
+            self.padding = (
+                tuple(k - 1 - p for k, p in zip(kernel, g.padding, strict=True)) if flip else tuple(g.padding)
+            )
+            outs = [n + 2 * p - k + 1 for n, p, k in zip(size_in, self.padding, kernel, strict=True)]
+            channels = w.shape[1 if flip else 0]
+            for by, bx in ((4, 4), (2, 2)) if outs[0] > 1 else ((1, 8), (1, 4), (1, 2)):
+                fits = channels * by * bx <= LANES and outs[0] % by == 0 and outs[1] % bx == 0
+                if fits and min(self.padding) >= 0:
+                    self.block = by, bx
+                    w = blocked_weight(w.flip(2, 3).transpose(0, 1) if flip else w, by, bx)
+                    break
+        self.weight = channels_last(w)
+
+    def run(self, flat: Tensor) -> Tensor:
+        flat_1d = flat.dim() == 3
+        flat = channels_last(flat.unsqueeze(2) if flat_1d else flat)
+        if self.block is not None:
+            out = deblock(F.conv2d(flat, self.weight, None, self.block, self.padding), *self.block)
+        elif self.push:
+            out = self.geometry.run(flat, self.weight)
+        else:
+            out = self.geometry.run_transposed(flat, self.weight, self.size)
+        return out.squeeze(2) if flat_1d else out
 
 
 class Conv(LinearMap):
@@ -101,7 +152,7 @@ class Conv(LinearMap):
 
     def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...]):
         self.weight, self.geometry, self.size = weight, geometry, size
-        self._packed: dict[str, tuple[Tensor, int]] = {}
+        self._packed: dict[bool, Packed] = {}
 
     @property
     def key(self):
@@ -122,59 +173,24 @@ class Conv(LinearMap):
         return self if source.axis == 0 else None  # a range of channels would need a range of the weights
 
     def push(self, t, own):
-        flat, batch = fold(t, len(self.size) + 1)
-        if not quick(flat):
-            out = self.geometry.run(flat, self.weight)
-        else:
-            out = self._quick(flat, "push")
-        return unfold(out, batch, t.shape[: len(batch)])
+        return self._run(t, True)
 
     def pull(self, c, own):
-        flat, batch = fold(c, len(self.size) + 1)
-        if not quick(flat):
-            out = self.geometry.run_transposed(flat, self.weight, self.size)
+        return self._run(c, False)
+
+    def _run(self, t: Tensor, push: bool) -> tuple[Tensor, bool]:
+        flat, batch = fold(t, len(self.size) + 1)
+        if quick(flat):
+            packed = self._packed.get(push)
+            if packed is None:
+                packed = Packed(self.geometry, self.weight, push, flat.shape[2:], self.size)
+                self._packed[push] = packed
+            out = packed.run(flat)
+        elif push:
+            out = self.geometry.run(flat, self.weight)
         else:
-            out = self._quick(flat, "pull")
-        return unfold(out, batch, c.shape[: len(batch)])
-
-    def _quick(self, flat: Tensor, way: str) -> Tensor:
-        g = self.geometry
-        packed = self._packed.get(way)
-        if packed is None:
-            packed = self._packed[way] = self._pack(flat, way)
-        weight, block = packed
-        flat = flat.contiguous(memory_format=torch.channels_last)
-        if block == 0:
-            if way == "push":
-                return g.run(flat, weight)
-            return g.run_transposed(flat, weight, self.size)
-        padding = self._padding(way)
-        return deblock(F.conv2d(flat, weight, None, block, padding), block)
-
-    def _padding(self, way: str) -> tuple[int, ...]:
-        """Zeros around a block before the stride-1 convolution that `blocked_weight` serves."""
-        g = self.geometry
-        if (way == "push") != g.transposed:
-            return g.padding
-        return tuple(k - 1 - p for k, p in zip(self.weight.shape[2:], g.padding, strict=True))
-
-    def _pack(self, flat: Tensor, way: str) -> tuple[Tensor, int]:
-        """The weight as the direction needs it, and the size of the blocks of outputs (0: none)."""
-        g, w = self.geometry, self.weight
-        block = 0
-        if g.groups == 1 and {*g.stride, *g.dilation} == {1} and not any(g.output_padding):
-            padding = self._padding(way)
-            outs = [n + 2 * p - k + 1 for n, p, k in zip(flat.shape[2:], padding, w.shape[2:], strict=True)]
-            channels = w.shape[0] if (way == "push") != g.transposed else w.shape[1]
-            for size in (4, 2):
-                if channels * size**2 <= LANES and min(padding) >= 0 and not any(n % size for n in outs):
-                    block = size
-                    break
-        if block:
-            if (way == "push") == g.transposed:
-                w = w.flip(2, 3).transpose(0, 1)
-            w = blocked_weight(w, block)
-        return w.contiguous(memory_format=torch.channels_last), block
+            out = self.geometry.run_transposed(flat, self.weight, self.size)
+        return unfold(out, batch, t.shape[: len(batch)])
 
 
 class ConvWeight(LinearMap):

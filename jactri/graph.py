@@ -67,28 +67,25 @@ class Reader:
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
-        self.node = None
-        self.src: list[int | None] = []
-        self._meta: list | None = None
+
+    def _turn_to(self, node, src: list[int | None]) -> None:
+        """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first."""
+        self.node, self.src = node, src
+        self.meta = meta = node._input_metadata
+        first = meta[0]
+        self.shape: Shape = tuple(first.shape)
+        self.dtype, self.device = first.dtype, first.device
+        for m in meta:
+            if m.is_nested_tensor:
+                raise UnsupportedGraph("a nested tensor")
+            if m.dtype.is_complex:
+                raise UnsupportedGraph(f"a complex intermediate ({m.dtype})")
 
     # -- the current node -------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
         return self.node.name()
-
-    @property
-    def meta(self) -> list:
-        """What autograd knows of the node's outputs: shape, dtype, device of each."""
-        meta = self._meta
-        if meta is None:
-            meta = self._meta = self.node._input_metadata
-        return meta
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of the node's (first) output."""
-        return tuple(self.meta[0].shape)
 
     def saved(self, name: str):
         """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed."""
@@ -124,8 +121,7 @@ class Reader:
 
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
         """The values of a node's outputs, by its rule or by calling it."""
-        self.node, self.src, self._meta = node, src, None
-        _check(self.meta)
+        self._turn_to(node, src)
         rule = REGISTRY.get(node.name())
         if rule is not None:
             mark = len(self.values)
@@ -142,8 +138,9 @@ class Reader:
 
     def emit(self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None) -> int:
         """Add a value; ``dtype`` defaults to the node's. Returns its index."""
-        m = self.meta[0]
-        return self._add(op or self.name, shape, dtype or m.dtype, m.device, tuple(sources))
+        return self._add(
+            op or self.node.name(), shape, dtype or self.dtype, self.device, tuple(sources)
+        )
 
     def _add(self, op, shape, dtype, device, sources) -> int:
         values = self.values
@@ -204,16 +201,16 @@ class Reader:
 
     def cast(self, source: int) -> int:
         """To the dtype and device of the node's output."""
-        v, m = self.values[source], self.meta[0]
-        if v.dtype == m.dtype and v.device == m.device:
+        v = self.values[source]
+        if v.dtype == self.dtype and v.device == self.device:
             return source
-        edge = Cast((v.dtype, v.device), (m.dtype, m.device))
-        return self._add(self.name, v.shape, m.dtype, m.device, ((source, edge),))
+        edge = Cast((v.dtype, v.device), (self.dtype, self.device))
+        return self._add(self.name, v.shape, self.dtype, self.device, ((source, edge),))
 
     def match(self, source: int) -> int:
         """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
-        v, m = self.values[source], self.meta[0]
-        if v.shape == tuple(m.shape) and v.dtype == m.dtype and v.device == m.device:
+        v = self.values[source]
+        if v.shape == self.shape and v.dtype == self.dtype and v.device == self.device:
             return source
         return self.cast(self.expand(source, self.shape))
 
@@ -284,7 +281,7 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     for y in outputs:
         _refuse(y)
         if y.grad_fn is not None:
-            _walk(y.grad_fn, reader, leaf, wanted, stops, done)
+            _walk(y.grad_fn, reader, leaves, leaf, wanted, stops, done)
     ends: list[int | None] = []
     for y in outputs:
         if y.grad_fn is None:
@@ -298,7 +295,7 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     return Graph(reader.values, starts, ends, (tuple(reader._key), tuple(starts), tuple(ends)))
 
 
-def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
+def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
     """Read all nodes behind ``root``, producers first, without recursion; ``done`` gets their values."""
     opened: dict[object, tuple] = {}
     stack = [root]
@@ -314,8 +311,8 @@ def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
                 if p is None or p in done:
                     continue
                 if p.__class__ is _ACCUMULATE:
-                    value = leaf(p.variable)
-                    done[p] = None if value is None else (value,)
+                    x = p.variable
+                    done[p] = (leaf(x),) if id(x) in leaves else None
                 elif p not in opened:
                     stack.append(p)
             if stack[-1] is not node:
@@ -333,10 +330,9 @@ def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
                 src.append(ids[nr])
                 active = active or ids[nr] is not None
         ids = reader.visit(node, src) if active else None
-        if ids is not None:
-            for nr, value in enumerate(ids):
-                if value is not None and 0 in reader.values[value].shape:  # carries no derivative
-                    ids = (*ids[:nr], None, *ids[nr + 1 :])
+        if active and (0 in reader.shape or len(ids) > 1):  # what is empty carries no derivative
+            values = reader.values
+            ids = tuple([i if i is not None and 0 not in values[i].shape else None for i in ids])
         if node in wanted:
             meta = node._input_metadata
             made = [None] * len(meta) if ids is None else list(ids)
@@ -347,14 +343,6 @@ def _walk(root, reader: Reader, leaf, wanted, stops, done) -> None:
                 wanted[node][nr] = made[nr]
             ids = tuple(made)
         done[node] = ids
-
-
-def _check(meta) -> None:
-    for m in meta:
-        if m.is_nested_tensor:
-            raise UnsupportedGraph("a nested tensor")
-        if m.dtype.is_complex:
-            raise UnsupportedGraph(f"a complex intermediate ({m.dtype})")
 
 
 def _refuse(x: Tensor) -> None:

@@ -6,13 +6,16 @@ import torch
 from torch.func import jacfwd, jacrev, vmap
 
 
+_level = torch._C._functorch.maybe_current_level
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def transforming(xs) -> bool:
     """Whether a torch.func transform is running, or a tensor belongs to one."""
-    c = torch._C._functorch
-    if c.maybe_current_level() is not None:
+    if _level() is not None:
         return True
     for x in xs:
-        if c.is_functorch_wrapped_tensor(x):
+        if _wrapped(x):
             return True
     return False
 

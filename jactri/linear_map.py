@@ -236,6 +236,9 @@ class Diagonal(Elementwise):
         d = self._value
         if d is None:
             d = self._value = self._derivative()
+        if d.dim() > 2 and t.dim() == d.dim() + 1 and t.stride(2) == 1 and d.stride(1) > 1 < d.shape[1]:
+            # blocks of convolutions may be in channels-last memory: a product of two formats is ten times slower
+            d = self._value = d.movedim(1, -1).contiguous().movedim(-1, 1)
         if own and t.dtype == d.dtype:
             return t.mul_(d), True
         return t * d, True
@@ -472,25 +475,22 @@ class MatMul(LinearMap):
         return MatMul(source.of(self.partner, 3), self.side) if batched else self
 
     def push(self, t, own):
-        return self._multiply(t, self.partner)
+        return self._multiply(t, False)
 
     def pull(self, c, own):
-        return self._multiply(c, self.partner.transpose(-1, -2))
+        return self._multiply(c, True)
 
-    def _multiply(self, t: Tensor, p: Tensor) -> tuple[Tensor, bool]:
-        if p.dim() == 3:
-            return self._batched(t, p), True
-        if self.side == "left":
-            return torch.matmul(p, t), True
-        shape = t.shape
-        if t.dim() == 3 and (t.stride(1) or shape[1] == 1):  # the common case, for its latency
-            k, b, n = shape
-            return backends.matmul(t.reshape(k * b, n), p).view(k, b, p.shape[1]), True
-        k, *lead, n = shape
-        if prod(lead) > 1 and not any(t.stride()[1:-1]):  # the same for all samples: multiply once
-            row = backends.matmul(t[(slice(None), *([0] * len(lead)))], p)
-            return row.view(k, *([1] * len(lead)), -1).expand(k, *lead, -1), False
-        return backends.matmul(t.reshape(-1, n), p).view(k, *lead, p.shape[1]), True
+    def _multiply(self, t: Tensor, transposed: bool) -> tuple[Tensor, bool]:
+        p = self.partner
+        if p.dim() == 3 or self.side == "left":
+            if transposed:
+                p = p.transpose(-1, -2)
+            return (self._batched(t, p) if p.dim() == 3 else torch.matmul(p, t)), True
+        lead = t.shape[1:-1]
+        if not any(t.stride()[1:-1]) and prod(lead) > 1:  # the same for all samples: multiply once
+            row = backends.product(t[(slice(None), *([0] * len(lead)))], p, transposed)
+            return row.view(t.shape[0], *([1] * len(lead)), -1).expand(-1, *lead, -1), False
+        return backends.product(t, p, transposed), True
 
     def _batched(self, t: Tensor, p: Tensor) -> Tensor:
         # seeds join the rows (or columns) of each sample's product, so that the partner is never copied
@@ -506,8 +506,7 @@ class MatMul(LinearMap):
         if axis is None:
             if data is None or route.mid is not layout:
                 return super().apply(data, own, layout, route, reverse, sel, like)
-            p = self.partner
-            return self._multiply(data, p.transpose(-1, -2) if reverse else p)
+            return self._multiply(data, reverse)
         p = self.partner
         if (self.side == "right") == reverse:
             p = p.transpose(-1, -2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .api import answer_bytes, check_batch, plan_for, prepare, summed_seeds
+from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, summed_seeds
 from .graph import Graph, UnsupportedGraph, read
 from .planner import Plan, Sweep
 
@@ -99,7 +99,8 @@ def explain(
     are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
     of one backward pass a row. Arguments and errors are those of `jacobian`.
     """
-    ys, xs, _, _, _ = prepare(func, inputs, False)
+    _, given = as_tuple(inputs, "inputs", "explain")
+    ys, xs, _, _ = prepare(func, given, False)
     if per_sample:
         check_batch(ys, xs)
     with torch.no_grad():
@@ -129,7 +130,8 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     steps = [
         _step(graph, sweep, step, direction) for sweep in plan.sweeps for step in sweep.steps
     ]
-    rows = sum(y.numel() for y in ys)
+    # per sample, one backward pass of the batch's sum serves all samples
+    rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
         m.work(graph.values[s].shape, v.shape, True) * prod(graph.values[s].shape)
         for v in graph.values

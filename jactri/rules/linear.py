@@ -19,7 +19,8 @@ def product(g, a, b, left: str, right: str, shape) -> list[int]:
 def _accumulated(g, terms: list[int]) -> int:
     """``beta * bias + alpha * terms``."""
     alpha = g.saved("alpha")
-    terms = [g.scale(t, alpha) for t in terms]
+    if alpha != 1:
+        terms = [g.scale(t, alpha) for t in terms]
     if g.src[0] is not None:
         terms.append(g.scale(g.src[0], g.saved("beta")))
     return g.plus(terms)

@@ -1,12 +1,24 @@
 """The table of op cases. Adding an op is one line in the file of its family."""
 
-from . import convolution, elementwise, indexing, layers, linalg, others, reductions, views
+from . import (
+    convolution,
+    elementwise,
+    gradients,
+    indexing,
+    layers,
+    linalg,
+    others,
+    rare,
+    reductions,
+    views,
+)
 from .case import C, Case, M, graph_nodes
 
 ALL = [
     case
     for family in (
         elementwise, linalg, convolution, views, indexing, reductions, layers, others,
+        gradients, rare,
     )
     for case in family.CASES
 ]  # fmt: skip

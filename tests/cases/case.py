@@ -173,7 +173,7 @@ def M(name, module, *inputs, func=call_module, **options):
 
 def op_of(node_name):
     """"SumBackward1" -> "Sum"."""
-    return node_name.rstrip("0123456789").removesuffix("Backward") or node_name
+    return node_name.rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")
 
 
 def graph_nodes(outputs):
@@ -186,4 +186,4 @@ def graph_nodes(outputs):
             if below is not None and below not in seen:
                 seen.add(below)
                 stack.append(below)
-    return {node.name().rsplit("::", 1)[-1] for node in seen}
+    return {node.name() for node in seen}
