@@ -21,7 +21,7 @@ import torch
 
 from . import checks, machine, memory, timing
 from .peers import Peer, compiled, peers_of, to_compile
-from .workloads import ALL, Workload, problem, select
+from .workloads import ALL, Workload, problem, select, truth
 
 ROW = "  {:<28}{:>11}{:>11}{:>11}{:>7}{:>10}{:>8}{:>10}{:>10}"
 HEAD = ("", "median ms", "p20", "p80", "rounds", "GFLOP/s", "peak", "error", "first ms")
@@ -78,6 +78,7 @@ def contend(workload: Workload, options: argparse.Namespace, peak: machine.Peak)
         "rejected": rejected,
         "contenders": facts,
     }
+    truth.cache_clear()  # up to 800 MB that timing does not need
     if not calls:
         return result
     table = timing.interleave(
@@ -123,16 +124,18 @@ def ratios(w: Workload, table: timing.Rounds, facts: dict[str, Any]) -> dict[str
         return table.fastest([n for n, f in facts.items() if f["kind"] in kinds])
 
     found = {
-        "best": against(best(*COUNTED)),
+        "best torch peer": against(best(*COUNTED)),
         "best uncompiled": against(best("torch")),
-        "compiled": against(best("compiled")),
+        "best compiled": against(best("compiled")),
         "expert": against(best("expert")),
         "jax": against(best("jax")),
         "forward pass": against("forward pass" if "forward pass" in facts else None),
-        "best, jactri out=": against(best(*COUNTED), "jactri out=")
-        if "jactri out=" in facts
-        else None,
     }
+    for kind in ("best uncompiled", "best compiled"):
+        if found[kind] == found["best torch peer"]:
+            found[kind] = None
+    if "jactri out=" in facts:
+        found["best torch peer, into out="] = against(best(*COUNTED), "jactri out=")
     if w.goal:
         name = best(*COUNTED) if w.goal.peer == "best" else w.goal.peer
         if name in facts:
@@ -170,8 +173,8 @@ def show(result: dict[str, Any]) -> None:
     for key, r in result.get("ratios", {}).items():
         goal = f"; goal: at least {r['goal']:.3g}" if "goal" in r else ""
         print(
-            f"  {r['peer']} / {r['by']} = {r['median']:.2f}  (p20 {r['p20']:.2f}, "
-            f"p80 {r['p80']:.2f}, {r['count']} paired rounds)  [{key}{goal}]"
+            f"  {key + ':':<28}{r['peer']} / {r['by']} = {r['median']:.2f}  (p20 {r['p20']:.2f}, "
+            f"p80 {r['p80']:.2f}, {r['count']} paired rounds){goal}"
         )
     for name, s in result.get("above_forward_s", {}).items():
         us = [f"{1e6 * s[k]:.1f}" for k in ("median", "p20", "p80")]

@@ -85,6 +85,7 @@ def interleave(
     """Time the calls in rounds, each round in a new order, for at most `budget` seconds.
 
     `estimate` (seconds a call) sets the inner loops; `between` runs once a round, untimed.
+    Each sample follows an untimed call of the same contender.
     """
     order = random.Random(seed)
     table = Rounds(
@@ -94,7 +95,7 @@ def interleave(
     limit = dict.fromkeys(calls, rounds)
     for name in calls:
         if estimate[name] > SLOW * min(estimate.values()):
-            fits = int(SLOW_SHARE * budget / estimate[name])
+            fits = int(SLOW_SHARE * budget / (2 * estimate[name]))
             limit[name] = min(rounds, max(1, min(SLOW_ROUNDS, fits)))
     stop = time.perf_counter() + budget
     collecting = gc.isenabled()
@@ -109,6 +110,7 @@ def interleave(
             gc.disable()
             for name in names:
                 call, loops = calls[name], table.loops[name]
+                call()  # the one before left its own data in the caches, and its holes in the heap
                 start = time.perf_counter()
                 for _ in range(loops):
                     call()

@@ -35,6 +35,22 @@ class Geometry:
             groups or self.groups,
         )  # fmt: skip
 
+    def flipped(self, fine: tuple[int, ...], coarse: tuple[int, ...], kernel) -> Geometry | None:
+        """The pull's own geometry, for the image sizes of input and output; None where the pull has to cut entries off."""
+        zeros = (0,) * len(fine)
+        extra = tuple(
+            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+            for n, m, s, p, d, k in zip(
+                *((coarse, fine) if self.transposed else (fine, coarse)),
+                self.stride, self.padding, self.dilation, kernel, strict=True,
+            )
+        )  # fmt: skip
+        if not self.transposed:
+            return Geometry(self.stride, self.padding, self.dilation, True, extra, self.groups)
+        if any(e >= s for e, s in zip(extra, self.stride, strict=True)):
+            return None
+        return Geometry(self.stride, self.padding, self.dilation, False, zeros, self.groups)
+
     def run_transposed(self, c: Tensor, w: Tensor, size: tuple[int, ...]) -> Tensor:
         """The pull to inputs of the spatial ``size``: the convolution of the other kind, with the same weight."""
         zeros = (0,) * len(size)
@@ -51,7 +67,13 @@ class Geometry:
         extra = tuple(
             n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
             for n, m, s, p, d, k in zip(
-                size, c.shape[2:], self.stride, self.padding, self.dilation, w.shape[2:], strict=True
+                size,
+                c.shape[2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                w.shape[2:],
+                strict=True,
             )
         )
         return torch.convolution(
@@ -106,23 +128,39 @@ class Packed:
     A stride-1 convolution to few channels computes blocks of outputs at once.
     """
 
-    __slots__ = ("block", "geometry", "padding", "size", "weight", "push")
+    __slots__ = ("block", "geometry", "padding", "push", "size", "weight")
 
-    def __init__(self, g: Geometry, w: Tensor, push: bool, size_in: tuple[int, ...], size: tuple[int, ...]):
+    def __init__(
+        self, g: Geometry, w: Tensor, push: bool, size_in: tuple[int, ...], size: tuple[int, ...]
+    ):
         """``size_in`` is the spatial size of the block that comes in, ``size`` that of the map's input."""
         if w.dim() == 3:
             w, size_in, size = w.unsqueeze(2), (1, *size_in), (1, *size)
             g = Geometry(
-                (1, *g.stride), (0, *g.padding), (1, *g.dilation), g.transposed, (0, *g.output_padding), g.groups
+                (1, *g.stride),
+                (0, *g.padding),
+                (1, *g.dilation),
+                g.transposed,
+                (0, *g.output_padding),
+                g.groups,
             )
         self.geometry, self.size, self.block, self.push = g, size, None, push
-        if g.groups == 1 and {*g.stride, *g.dilation} == {1} and not any(g.output_padding) and w.dim() == 4:
+        if (
+            g.groups == 1
+            and {*g.stride, *g.dilation} == {1}
+            and not any(g.output_padding)
+            and w.dim() == 4
+        ):
             flip = push == g.transposed
             kernel = w.shape[2:]
             self.padding = (
-                tuple(k - 1 - p for k, p in zip(kernel, g.padding, strict=True)) if flip else tuple(g.padding)
+                tuple(k - 1 - p for k, p in zip(kernel, g.padding, strict=True))
+                if flip
+                else tuple(g.padding)
             )
-            outs = [n + 2 * p - k + 1 for n, p, k in zip(size_in, self.padding, kernel, strict=True)]
+            outs = [
+                n + 2 * p - k + 1 for n, p, k in zip(size_in, self.padding, kernel, strict=True)
+            ]
             channels = w.shape[1 if flip else 0]
             for by, bx in ((4, 4), (2, 2)) if outs[0] > 1 else ((1, 8), (1, 4), (1, 2)):
                 fits = channels * by * bx <= LANES and outs[0] % by == 0 and outs[1] % bx == 0
@@ -170,7 +208,9 @@ class Conv(LinearMap):
         return total / max(1, prod(in_shape if reverse else out_shape))
 
     def narrow(self, source, target, in_shape, out_shape):
-        return self if source.axis == 0 else None  # a range of channels would need a range of the weights
+        return (
+            self if source.axis == 0 else None
+        )  # a range of channels would need a range of the weights
 
     def push(self, t, own):
         return self._run(t, True)

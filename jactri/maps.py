@@ -125,6 +125,43 @@ class Transposed(torch.autograd.Function):
         return Transposed.apply(g, transposed, op), None, None
 
 
+class Transpose(LinearMap):
+    """Another map the other way round."""
+
+    __slots__ = ("base",)
+
+    def __init__(self, base: LinearMap):
+        self.base = base
+
+    @property
+    def name(self):
+        return self.base.name + " transposed"
+
+    @property
+    def structure(self):
+        return self.base.structure
+
+    @property
+    def key(self):
+        return Transpose, self.base.key
+
+    def kept(self, in_shape, out_shape):
+        return tuple((b, a) for a, b in self.base.kept(out_shape, in_shape))
+
+    def work(self, in_shape, out_shape, reverse):
+        return self.base.work(out_shape, in_shape, not reverse)
+
+    def narrow(self, source, target, in_shape, out_shape):
+        base = self.base.narrow(target, source, out_shape, in_shape)
+        return None if base is None else Transpose(base)
+
+    def push(self, t, own):
+        return self.base.pull(t, own)
+
+    def pull(self, c, own):
+        return self.base.push(c, own)
+
+
 class Scatter(Gather):
     """The transpose of `Gather`: ``out[..., index[..., j]] += in[..., j]`` on the last axis."""
 
@@ -156,7 +193,9 @@ class Project(LinearMap):
     __slots__ = ("axes", "centred", "count", "unit")
     name, structure = "projection", "low rank"
 
-    def __init__(self, unit: Callable[[], Tensor], axes: tuple[int, ...], count: int, centred: bool = True):
+    def __init__(
+        self, unit: Callable[[], Tensor], axes: tuple[int, ...], count: int, centred: bool = True
+    ):
         self.unit, self.axes, self.count, self.centred = unit, axes, count, centred
 
     @property
@@ -250,6 +289,86 @@ class LogSoftmax(Softmax):
         if own and not torch.is_grad_enabled() and c.dtype == p.dtype:
             return c.addcmul_(p, total, value=-1), True
         return (c - p * total).to(c.dtype), True
+
+
+class RankOne(LinearMap):
+    """``a * t - b * sum(c * t)`` over one axis, for tensors a, b, c of the value's shape."""
+
+    __slots__ = ("axis", "parts")
+    name, structure = "diagonal and rank one", "low rank"
+
+    def __init__(self, parts: Callable[[], tuple[Tensor, Tensor, Tensor]], axis: int):
+        self.parts, self.axis = parts, axis
+
+    @property
+    def key(self):
+        return RankOne, self.axis
+
+    def kept(self, in_shape, out_shape):
+        return keep_all_but((self.axis,), len(in_shape))
+
+    def work(self, in_shape, out_shape, reverse):
+        return 5.0
+
+    def narrow(self, source, target, in_shape, out_shape):
+        parts, n = self.parts, len(in_shape)
+        return RankOne(lambda: tuple(source.of(p, n) for p in parts()), self.axis)
+
+    def push(self, t, own):
+        a, b, c = self.parts()
+        return (a * t - b * (c * t).sum(self.axis + 1, keepdim=True)).to(t.dtype), True
+
+    def pull(self, c, own):
+        a, b, by = self.parts()
+        return (a * c - by * (b * c).sum(self.axis + 1, keepdim=True)).to(c.dtype), True
+
+
+class ProjectSlope(LinearMap):
+    """How ``P(h) / std`` changes with x, for the projection P of `Project` at the normalised x and a fixed h.
+
+    With r = 1/std, u = unit, q = P(h), s = mean(u h): dr = - r^2 mean(u dx) and du = r P(dx) give
+    d(r P(h)) = - r^2 (q mean(u dx) + s P(dx) + u mean(q dx)), which is symmetric.
+    """
+
+    __slots__ = ("axes", "count", "parts")
+    name, structure = "slope of a projection", "low rank"
+
+    def __init__(self, parts: Callable[[], tuple], axes: tuple[int, ...], count: int):
+        """``parts``: (r, u, h), in at least float32."""
+        self.parts, self.axes, self.count = parts, axes, count
+
+    @property
+    def key(self):
+        return ProjectSlope, self.axes
+
+    def kept(self, in_shape, out_shape):
+        return keep_all_but(self.axes, len(in_shape))
+
+    def work(self, in_shape, out_shape, reverse):
+        return 16.0
+
+    def narrow(self, source, target, in_shape, out_shape):
+        parts, n = self.parts, len(in_shape)
+        return ProjectSlope(
+            lambda: tuple(source.of(p, n) for p in parts()), self.axes, self.count
+        )
+
+    def push(self, t, own):
+        r, u, h = self.parts()
+        dims = [a + 1 for a in self.axes]
+
+        def mean(x: Tensor) -> Tensor:
+            return x.sum(dims, keepdim=True) / self.count
+
+        h = h.unsqueeze(0)
+        s = mean(u * h)
+        q = h - mean(h) - u * s
+        x = wide(t)
+        along = mean(u * x)
+        out = q * along + s * (x - mean(x) - u * along) + u * mean(q * x)
+        return (out * -r.square()).to(t.dtype), True
+
+    pull = push
 
 
 class Batched(MatMul):

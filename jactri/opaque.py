@@ -200,7 +200,7 @@ class Opaque(LinearMap):
 
     @property
     def key(self):
-        return Opaque, self.nr, self._edge, self.call.python
+        return Opaque, self.nr, self._edge, self.call.python, self._kept
 
     def kept(self, in_shape, out_shape):
         return self._kept

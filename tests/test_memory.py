@@ -91,6 +91,39 @@ def test_limited_results_are_the_same(strategy):
     )
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(strategy, per_sample, monkeypatch):
+    from jactri import api
+
+    spans = []
+
+    def spied(graph, options, real=api.split_samples):
+        pieces = real(graph, options)
+        spans.extend(span for span, _, _ in pieces)
+        return pieces
+
+    monkeypatch.setattr(api, "split_samples", spied)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 40), torch.nn.SiLU(),
+        torch.nn.Linear(40, 7),
+    ).double()  # fmt: skip
+    x = torch.randn(37, 6, dtype=torch.float64)
+    kw = dict(strategy=strategy, per_sample=per_sample)
+    whole = jactri.jacobian(net, x, **kw)
+    limit = whole.numel() * 8 + 30_000
+    torch.testing.assert_close(jactri.jacobian(net, x, memory_limit=limit, **kw), whole)
+    assert len(spans) > 1
+    assert [i for start, n in spans for i in range(start, start + n)] == list(range(37))
+
+
+def test_samples_that_mix_are_not_cut_into_ranges():
+    w = torch.randn(4000, 50, dtype=torch.float64)
+    x = torch.randn(50, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="memory_limit"):
+        jactri.jacobian(lambda x: (w @ x).tanh().sum().view(1, 1).expand(50, 1).tanh(), x, memory_limit=40_000)
+
+
 def test_a_limit_below_one_seed_is_refused():
     net = torch.nn.Linear(6, 40)
     x = torch.randn(5, 6)

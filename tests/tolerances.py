@@ -74,3 +74,26 @@ def assert_same_tree(actual, truth, dtype, **options):
             assert_same_tree(a, t, dtype, what=f"{what}[{k}]", **options)
     else:
         assert_close(actual, truth, dtype, **options)
+
+
+def assert_gradients_close(ours, theirs, dtype, *, length, factor=1.0, what="gradient"):
+    """Lists of gradients, each measured beside the largest of all: one that cancels stays near zero.
+
+    None is a gradient of zero. Differentiating a Jacobian once more loses about 3 bits.
+    """
+    present = [t for t in theirs if t is not None and t.numel()]
+    largest = max((t.detach().abs().max().item() for t in present), default=0.0)
+    for k, (g, t) in enumerate(zip(ours, theirs, strict=True)):
+        if g is None and t is None:
+            continue
+        like = t if g is None else g
+        g, t = (torch.zeros(like.shape, dtype=like.dtype) if v is None else v for v in (g, t))
+        beside = torch.tensor([largest], dtype=t.dtype)
+        assert_close(
+            torch.cat([g.reshape(-1), beside]),
+            torch.cat([t.reshape(-1), beside]),
+            dtype,
+            length=length,
+            factor=8 * factor,
+            what=f"{what} {k}",
+        )

@@ -1,8 +1,8 @@
 """Scaled dot-product attention, analytic in both directions and differentiable.
 
-The fused kernels have no derivative of their backward, so torch cannot push tangents through them. Here the node becomes
-its parts, ``S = scale * q k^T + mask``, ``P = softmax(S)``, ``O = P v``, each its own value: queries stay
-apart for tangents of q, batch and heads for tangents of k and v. P is computed again from the saved q, k and mask.
+The fused kernels have no derivative of their backward, so torch cannot push tangents through them. Here the
+node becomes its parts, ``S = scale * q k^T + mask``, ``P = softmax(S)``, ``O = P v``, each its own value: queries
+stay apart for tangents of q, batch and heads for tangents of k and v. P is computed again from q, k and the mask.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def attention(g):
         return batch_and_heads(g)
     b, heads, t, d = q.shape
     groups, s, width = k.shape[1], k.shape[2], v.shape[3]
-    if v.shape[1] != groups or heads % groups or k.shape[0] != b or tuple(g.shape) != (b, heads, t, width):
+    if (
+        v.shape[1] != groups
+        or heads % groups
+        or k.shape[0] != b
+        or tuple(g.shape) != (b, heads, t, width)
+    ):
         return batch_and_heads(g)
     if causal and t != s and g.name != "ScaledDotProductFlashAttentionForCpuBackward0":
         return batch_and_heads(g)  # kernels differ in which corner of the mask they align

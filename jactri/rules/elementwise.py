@@ -25,7 +25,7 @@ UNARY = """
 Abs Acos Acosh Asin Asinh Atan Atanh Celu.0-1 Clamp.1 ClampMax.0 ClampMin.0 Copysign.1 Cos Cosh Deg2Rad Digamma
 Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
 Log1P Log2 Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
-RreluWithNoise.0-1 Rsqrt Sgn Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
+RreluWithNoise.0-1 Rsqrt Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
 SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py.1-2 SpecialZeta.1 Tan Tanh Threshold.0-1 Xlogy.1-2
 """.split()
 
@@ -293,7 +293,7 @@ def glu(g):
     return g.sum(g.single(s, View(shape, halves), halves), (axis,))
 
 
-@rule("Ceil", "Floor", "Round.0-1", "Sign", "Trunc", "Zero", "Fill.0", "Fill.2", "Bernoulli", "Poisson")
+@rule("Ceil", "Floor", "Round.0-1", "Sgn", "Sign", "Trunc", "Zero", "Fill.0", "Fill.2", "Bernoulli", "Poisson")
 def zero(g):
     return g.single(g.src[0], Zero())
 

@@ -1,7 +1,7 @@
 """Normalisation layers and softmax: low-rank corrections of a diagonal.
 
-A normalisation ``y = w * (x - mean) / std + b`` is, in its input, a `Project` and then a diagonal ``w / std``. Where a
-graph is built (create_graph) the statistics are computed again from the input: those that autograd saved carry no graph.
+A normalisation ``y = w * (x - mean) / std + b`` is, in its input, a `Project` and then a diagonal ``w / std``. Where
+a graph is built (create_graph) the statistics are computed again from the input: the saved ones carry no graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ..maps import LogSoftmax, Once, Project, Softmax, wide
 from . import rule
 
 
-def statistics(x: Tensor, axes: tuple[int, ...], mean: Tensor, rstd: Tensor, eps: float | None, centred=True):
+def statistics(
+    x: Tensor, axes: tuple[int, ...], mean: Tensor, rstd: Tensor, eps: float | None, centred=True
+):
     """``(unit, rstd)``: the normalised input and one over its standard deviation, in at least float32.
 
     ``mean`` and ``rstd`` are what autograd saved, shaped to broadcast against ``x``. Without ``eps`` (the node did not
@@ -37,8 +39,8 @@ def statistics(x: Tensor, axes: tuple[int, ...], mean: Tensor, rstd: Tensor, eps
 def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, centred=True) -> int:
     """The edges of a normalisation.
 
-    ``stats`` gives `statistics` of the input as ``inner`` shapes it (the node's shape by default), over ``axes`` of that;
-    ``lift`` is the shape in which weight and bias broadcast against the output.
+    ``stats`` gives `statistics` of the input as ``inner`` shapes it (the node's shape by default), over ``axes`` of
+    that; ``lift`` is the shape in which weight and bias broadcast against the output.
     """
     shape = g.shape
     inner = inner or shape
@@ -158,13 +160,17 @@ def batch_norm(g):
         terms.append(
             g.diagonal(
                 x,
-                lambda: (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(dtype),
+                lambda: (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(
+                    dtype
+                ),
             )
         )
     if w is not None:
         spread = g.match(g.view(w, lift))
         terms.append(
-            g.diagonal(spread, lambda: ((wide(saved) - wide(mean).reshape(lift)) * rstd()).to(dtype))
+            g.diagonal(
+                spread, lambda: ((wide(saved) - wide(mean).reshape(lift)) * rstd()).to(dtype)
+            )
         )
     if b is not None:
         terms.append(g.view(b, lift))

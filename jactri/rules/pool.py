@@ -1,4 +1,7 @@
-"""Pooling. A max pool picks entries; an average pool is a fixed linear op of each channel's image."""
+"""Pooling. A max pool picks entries; an average pool is a fixed linear op of each channel's image.
+
+The derivative of such an op is its transpose: the graph of a gradient holds it as a node of its own, read here too.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..linear_map import Gather
-from ..maps import Fixed, Scatter
+from ..maps import Fixed, Scatter, Transpose
 from . import rule
+from .elementwise import Zero
 
 aten = torch.ops.aten
 
@@ -24,32 +28,45 @@ MAX_POOLS = {
 }
 
 
-@rule(*MAX_POOLS)
+def with_transposes(names) -> list[str]:
+    """Ops, and the ops that are their derivatives."""
+    return [full for name in names for full in (name, name + "Backward")]
+
+
+def op_of(g) -> tuple[str, bool]:
+    """The op of a node, and whether the node is its transpose, from the graph of a gradient."""
+    name = g.name.removesuffix("Backward0")
+    return name.removesuffix("Backward"), name.endswith("Backward")
+
+
+@rule(*with_transposes(MAX_POOLS))
 def max_pool(g):
-    tail = MAX_POOLS[g.name.removesuffix("Backward0")]
-    (x,) = g.src
-    return rearrange(g, x, g.tensor("result1"), tail, Gather)
+    op, transposed = op_of(g)
+    tail = MAX_POOLS[op]
+    if transposed:
+        return rearrange(g, g.tensor("indices"), tail, Scatter)
+    return rearrange(g, g.tensor("result1"), tail, Gather)
 
 
 @rule("MaxUnpool2D", "MaxUnpool3D")
 def max_unpool(g):
-    tail = 2 if "2D" in g.name else 3
-    return rearrange(g, g.src[0], g.tensor("indices"), tail, Scatter)
+    return rearrange(g, g.tensor("indices"), 2 if "2D" in g.name else 3, Scatter)
 
 
-def rearrange(g, x: int, index: Tensor, tail: int, kind):
+def rearrange(g, index: Tensor, tail: int, kind):
     """Gather from, or scatter into, the last ``tail`` axes as one."""
+    x = g.src[0]
+    if x is None:  # the graph of a gradient leads to the input too, on which the gradient does not depend
+        return g.single(g.src[1], Zero())
     shape = g.values[x].shape
     lead = shape[:-tail]
     many = prod(shape[-tail:] if kind is Gather else g.shape[-tail:])
     flat = g.view(x, (*lead, prod(shape[-tail:])))
-    picked = g.single(
-        flat, kind(index.reshape(*lead, -1), many), (*lead, prod(g.shape[-tail:]))
-    )
+    picked = g.single(flat, kind(index.reshape(*lead, -1), many), (*lead, prod(g.shape[-tail:])))
     return g.view(picked, g.shape)
 
 
-@rule("AvgPool2D", "AvgPool3D")
+@rule(*with_transposes(["AvgPool2D", "AvgPool3D"]))
 def avg_pool(g):
     tail = 2 if "2D" in g.name else 3
     kernel, stride = g.saved("kernel_size"), g.saved("stride")
@@ -66,40 +83,44 @@ def avg_pool(g):
     return image_op(
         g,
         tail,
-        lambda t: pool(t, *options),
+        lambda t, out: pool(t, *options),
         lambda c, size: back(c, like(c, size), *options),
         2.0 * prod(kernel),
     )
 
 
-@rule("AdaptiveAvgPool2D", "AdaptiveAvgPool3D")
+@rule(*with_transposes(["AdaptiveAvgPool2D", "AdaptiveAvgPool3D"]))
 def adaptive_avg_pool(g):
     tail = 2 if "2D" in g.name else 3
-    out = g.shape[-tail:]
     pool = aten._adaptive_avg_pool2d if tail == 2 else aten._adaptive_avg_pool3d
     back = aten._adaptive_avg_pool2d_backward if tail == 2 else aten._adaptive_avg_pool3d_backward
-    return image_op(g, tail, lambda t: pool(t, out), lambda c, size: back(c, like(c, size)))
+    return image_op(g, tail, pool, lambda c, size: back(c, like(c, size)))
 
 
 def like(c: Tensor, size: tuple[int, ...]) -> Tensor:
     """An input of which a backward op reads the shape and the memory format only."""
     shape = (*c.shape[:2], *size)
-    if c.dim() == 4 and not c.is_contiguous() and c.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty(
-            shape, dtype=c.dtype, device=c.device, memory_format=torch.channels_last
-        )
+    if (
+        c.dim() == 4
+        and not c.is_contiguous()
+        and c.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.empty(shape, dtype=c.dtype, device=c.device, memory_format=torch.channels_last)
     return c.new_empty(shape)
 
 
 def image_op(g, tail: int, push, pull, work: float = 2.0, exact: bool = True):
-    """A fixed linear op on images, whose channels (and samples) do not mix.
+    """A fixed linear op on images, whose channels (and samples) do not mix, or the transpose of one.
 
-    ``push(t)`` and ``pull(c, size)`` take blocks ``(batch, channels, *image)``; ``size`` is the input image's.
+    ``push(t, out)`` and ``pull(c, size)`` take blocks ``(batch, channels, *image)``; ``out`` and ``size`` are the op's
+    image sizes after and before.
     """
-    (x,) = g.src
-    size = g.values[x].shape[-tail:]
-
-    def back(c: Tensor) -> Tensor:
-        return pull(c, size)
-
-    return g.single(x, Fixed(g.name, tail, push, back, work, exact), g.shape)
+    x = g.src[0]
+    if x is None:
+        return g.single(g.src[1], Zero())
+    op, transposed = op_of(g)
+    size, out = g.values[x].shape[-tail:], g.shape[-tail:]
+    if transposed:
+        size, out = out, size
+    edge = Fixed(op, tail, lambda t: push(t, out), lambda c: pull(c, size), work, exact)
+    return g.single(x, Transpose(edge) if transposed else edge, g.shape)

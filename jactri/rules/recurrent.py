@@ -1,5 +1,8 @@
-"""Fused recurrent layers. On a CPU in float32 an LSTM is one oneDNN node a layer and direction; GRUs and plain RNNs, and
-everything in other dtypes, come as their primitive parts."""
+"""Fused recurrent layers.
+
+On a CPU in float32 an LSTM is one oneDNN node a layer and direction; GRUs and plain RNNs, and everything in other
+dtypes, come as their primitive parts.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..maps import Fixed, Sample
 from . import rule
-from .pool import image_op
+from .pool import image_op, op_of, with_transposes
 
 aten = torch.ops.aten
 
@@ -31,11 +31,10 @@ UPSAMPLES = {
 }
 
 
-@rule(*UPSAMPLES)
+@rule(*with_transposes(UPSAMPLES))
 def upsample(g):
-    op, tail, has_corners, taps, exact = UPSAMPLES[g.name.removesuffix("Backward0")]
+    op, tail, has_corners, taps, exact = UPSAMPLES[op_of(g)[0]]
     forward, backward = getattr(aten, op).default, getattr(aten, op + "_backward").default
-    out = g.shape[-tail:]
     options = (g.saved("align_corners"),) if has_corners else ()
     if tail == 1:
         options += (g.saved("scales"),)
@@ -44,8 +43,8 @@ def upsample(g):
     return image_op(
         g,
         tail,
-        lambda t: forward(t, out, *options),
-        lambda c, size: backward(c, out, (*c.shape[:2], *size), *options),
+        lambda t, out: forward(t, out, *options),
+        lambda c, size: backward(c, c.shape[2:], (*c.shape[:2], *size), *options),
         2.0 * taps,
         exact,
     )

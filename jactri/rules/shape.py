@@ -271,6 +271,8 @@ def flip(g):
 @rule("Roll")
 def roll(g):
     (s,) = g.src
+    if not g.shape:
+        return s
     shifts = [normal_index(n) for n in g.saved("shifts")]
     axes = [normal_axis(d, len(g.shape)) for d in g.saved("dims")]
     back = [-n for n in shifts]
