@@ -17,10 +17,10 @@ from .opaque import refuse_or_log
 from .planner import (
     MemoryLimitTooSmall,
     Plan,
-    Sweep,
     make_plan,
     mixing_steps,
-    sample_ties,
+    simulate,
+    untied_targets,
 )
 from .progress import bar
 from .samples import narrow, places, probe_mixing
@@ -190,7 +190,7 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(ys, xs, strict, per_sample, chunk_size, dests)
+        return whole.rows(ys, xs, strict, per_sample, chunk_size, dests, str(reason))
     if strict:
         _check_dependence(graph, ys, xs)
     summed = False
@@ -318,14 +318,14 @@ def answer_bytes(ys, xs, per_sample: bool) -> int:
 def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
     """Prove that samples do not mix; True where a probe and not the algebra did. Raises where they do mix."""
     plan = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
-    lost: list[tuple[Sweep, int]] = []
-    for sweep in plan.sweeps:
-        for target in sweep.targets:
-            if target is not None and not sample_ties(sweep, sweep.layouts[target], graph):
-                lost.append((sweep, target))
-    if not lost:
+    if not any(untied_targets(graph, sweep) for sweep in plan.sweeps):
         return False
-    culprits = [v for sweep, target in lost for v in mixing_steps(graph, sweep, target)]
+    # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
+    forward = [simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None]
+    culprits = []
+    for sweep in (*forward, *plan.sweeps):
+        for target in untied_targets(graph, sweep):
+            culprits.extend(mixing_steps(graph, sweep, target))
     opaque = [v for v in culprits if any(m.structure == "opaque" for _, m in graph.values[v].sources)]
     if opaque and not probe_mixing(ys, xs):
         return True

@@ -35,50 +35,36 @@ class Geometry:
             groups or self.groups,
         )  # fmt: skip
 
-    def flipped(self, fine: tuple[int, ...], coarse: tuple[int, ...], kernel) -> Geometry | None:
-        """The pull's own geometry, for the image sizes of input and output; None where the pull has to cut entries off."""
-        zeros = (0,) * len(fine)
-        extra = tuple(
-            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-            for n, m, s, p, d, k in zip(
-                *((coarse, fine) if self.transposed else (fine, coarse)),
-                self.stride, self.padding, self.dilation, kernel, strict=True,
+    def flipped(self, size: tuple[int, ...], out: tuple[int, ...], kernel) -> Geometry:
+        """The convolution that is the pull, with the same weight, from images of ``out`` to those of ``size``.
+
+        Where not `exact`, its result has more entries behind those of ``size``.
+        """
+        transposed = not self.transposed
+        extra = (0,) * len(size)
+        if transposed:  # rows of the input that no window reached are the output padding of the pull
+            extra = tuple(
+                n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
+                for n, m, s, p, d, k in zip(
+                    size, out, self.stride, self.padding, self.dilation, kernel, strict=True
+                )
             )
-        )  # fmt: skip
-        if not self.transposed:
-            return Geometry(self.stride, self.padding, self.dilation, True, extra, self.groups)
-        if any(e >= s for e, s in zip(extra, self.stride, strict=True)):
-            return None
-        return Geometry(self.stride, self.padding, self.dilation, False, zeros, self.groups)
+        return Geometry(self.stride, self.padding, self.dilation, transposed, extra, self.groups)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the pull ends where the input does: not with an output padding that only the dilation allows."""
+        return not self.transposed or all(
+            e < s for e, s in zip(self.output_padding, self.stride, strict=True)
+        )
 
     def run_transposed(self, c: Tensor, w: Tensor, size: tuple[int, ...]) -> Tensor:
-        """The pull to inputs of the spatial ``size``: the convolution of the other kind, with the same weight."""
-        zeros = (0,) * len(size)
-        if self.transposed:
-            out = torch.convolution(
-                c, w, None, self.stride, self.padding, self.dilation, False, zeros, self.groups
-            )
-            # an output padding beyond the stride (dilation allows it) convolves to trailing extra entries
+        """The pull to inputs of the spatial ``size``."""
+        out = self.flipped(size, c.shape[2:], w.shape[2:]).run(c, w)
+        if not self.exact:
             for a, n in enumerate(size):
-                if out.shape[a + 2] != n:
-                    out = out.narrow(a + 2, 0, n)
-            return out
-        # rows of the input that no window reached are the output padding of the transposed convolution
-        extra = tuple(
-            n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
-            for n, m, s, p, d, k in zip(
-                size,
-                c.shape[2:],
-                self.stride,
-                self.padding,
-                self.dilation,
-                w.shape[2:],
-                strict=True,
-            )
-        )
-        return torch.convolution(
-            c, w, None, self.stride, self.padding, self.dilation, True, extra, self.groups
-        )
+                out = out.narrow(a + 2, 0, n)
+        return out
 
 
 def quick(t: Tensor) -> bool:

@@ -77,9 +77,9 @@ class Reader:
         self.dtype, self.device = first.dtype, first.device
         for m in meta:
             if m.is_nested_tensor:
-                raise UnsupportedGraph("a nested tensor")
+                raise UnsupportedGraph(f"a nested tensor from {node.name()}")
             if m.dtype.is_complex:
-                raise UnsupportedGraph(f"a complex intermediate ({m.dtype})")
+                raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {node.name()}")
 
     # -- the current node -------------------------------------------------------------------------
 

@@ -634,9 +634,12 @@ class Gather(LinearMap):
 
 
 class Functional(LinearMap):
-    """A map given by its push and its pull on blocks ``(K, *shape)``; ``mixed`` axes keep their places."""
+    """A map given by its push and its pull on blocks ``(K, *shape)``.
 
-    __slots__ = ("_key", "_kept", "_pull", "_push", "_work", "name")
+    ``anywhere`` says that both take any length of the kept axes, so that a range of samples needs no other map.
+    """
+
+    __slots__ = ("_anywhere", "_kept", "_pull", "_push", "_work", "name")
     structure = "function"
 
     def __init__(
@@ -645,15 +648,18 @@ class Functional(LinearMap):
         push: Callable[[Tensor], Tensor],
         pull: Callable[[Tensor], Tensor],
         kept: Kept,
-        key: object = None,
         work: tuple[float, float] = (4.0, 4.0),
+        anywhere: bool = False,
     ):
         self.name, self._push, self._pull, self._kept = name, push, pull, kept
-        self._key, self._work = key, work
+        self._work, self._anywhere = work, anywhere
 
     @property
     def key(self):
-        return Functional, self.name, self._kept, self._key
+        return Functional, self.name, self._kept, self._work
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return self if self._anywhere else None
 
     def kept(self, in_shape, out_shape):
         return self._kept

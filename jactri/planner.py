@@ -398,6 +398,13 @@ def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:
     return layout.axes[0] == own
 
 
+def untied_targets(graph: Graph, sweep: Sweep) -> list[int]:
+    """The values at the end of a sweep whose samples are not tied to those of the seed."""
+    return [
+        t for t in sweep.targets if t is not None and not sample_ties(sweep, sweep.layouts[t], graph)
+    ]
+
+
 def mixing_steps(graph: Graph, sweep: Sweep, target: int) -> list[int]:
     """The values (in sweep order) at whose op the samples' tie is lost, of all that lead to ``target``."""
     batch = {t for _, t in sweep.layout.axes[0]}

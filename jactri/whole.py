@@ -8,7 +8,7 @@ from .opaque import batched
 from .samples import probe_mixing
 
 
-def rows(ys, xs, strict, per_sample, chunk_size, dests):
+def rows(ys, xs, strict, per_sample, chunk_size, dests, reason):
     """``J[j][i]`` by vector-Jacobian products of the whole graph.
 
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
@@ -18,7 +18,8 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests):
 
     if per_sample and probe_mixing(ys, xs):
         raise RuntimeError(
-            "per_sample=True, but a probe found that samples mix; drop per_sample for the whole Jacobian"
+            f"per_sample=True, but a probe found that samples mix (the function holds {reason}, which jactri cannot "
+            "follow op by op); drop per_sample for the whole Jacobian"
         )
     create_graph = torch.is_grad_enabled()
     out = []

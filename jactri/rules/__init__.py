@@ -50,6 +50,7 @@ def normal_index(n: int) -> int:
 from . import (  # noqa: E402 - registration
     attention,  # noqa: F401
     conv,  # noqa: F401
+    distance,  # noqa: F401
     elementwise,  # noqa: F401
     index,  # noqa: F401
     inplace,  # noqa: F401

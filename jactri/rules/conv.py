@@ -36,16 +36,16 @@ def convolution_backward(g):
     c, x, w = g.src
     saved_c, saved_x, saved_w = g.tensor("grad_output"), g.tensor("input"), g.tensor("weight")
     geometry = geometry_of(g)
-    fine, coarse, kernel = saved_x.shape[2:], saved_c.shape[2:], tuple(saved_w.shape[2:])
-    back = geometry.flipped(fine, coarse, kernel)
-    if back is None:
+    size, out, kernel = tuple(saved_x.shape[2:]), saved_c.shape[2:], tuple(saved_w.shape[2:])
+    if not geometry.exact:
         return None
+    back = geometry.flipped(size, out, kernel)
     shapes = [tuple(m.shape) for m in g.meta]
     ids: list[int | None] = [None, None, None]
     terms = []
     if shapes[0] == tuple(saved_x.shape):
         if c is not None:
-            terms.append(g.single(c, Transpose(Conv(saved_w, geometry, tuple(fine))), shapes[0]))
+            terms.append(g.single(c, Transpose(Conv(saved_w, geometry, size)), shapes[0]))
         if w is not None:
             terms.append(g.single(w, ConvWeight(saved_c, back, kernel), shapes[0]))
         ids[0] = summed(g, terms, shapes[0], x)

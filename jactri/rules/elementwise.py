@@ -91,17 +91,20 @@ def _first(out) -> Tensor:
 class Partials:
     """The derivatives of a node in each of its operands, computed together at first use."""
 
-    __slots__ = ("_all", "meta", "node", "whole")
+    __slots__ = ("_all", "count", "meta", "node", "output", "whole")
 
-    def __init__(self, g, whole: bool = True):
-        """``whole``: every operand has the shape of the output."""
-        self.node, self.meta, self._all, self.whole = g.node, g.meta[0], None, whole
+    def __init__(self, g, whole: bool = True, output: int = 0):
+        """``whole``: every operand has the shape of the output; ``output``: which of them."""
+        self.node, self.count, self.output = g.node, len(g.meta), output
+        self.meta, self.whole, self._all = g.meta[output], whole, None
 
     def __call__(self, edge: int) -> Tensor:
         m = self.meta
         shape = tuple(m.shape)
         if self._all is None:
-            out = self.node(one(m).expand(shape))
+            ones: list[Tensor | None] = [None] * self.count
+            ones[self.output] = one(m).expand(shape)
+            out = self.node(*ones)
             self._all = out if isinstance(out, tuple) else (out,)
         d = self._all[edge]
         if d is None:
@@ -133,6 +136,28 @@ def elementwise(g):
             if s is not None
         ]
     )
+
+
+@rule(
+    "BinaryCrossEntropyBackward", "HuberLossBackward", "MseLossBackward", "SmoothL1LossBackward",
+    "SoftMarginLossBackward",
+)  # fmt: skip
+def loss_backward(g):
+    """The gradient of a loss; a reduced loss has a gradient of one entry, which autograd sums on its own."""
+    alike = all(s is None or g.values[s].shape == g.shape for s in g.src)
+    return elementwise(g) if alike else None
+
+
+@rule("PreluKernelBackward")
+def prelu_backward(g):
+    """The gradients in the input and in the slope."""
+    outputs = []
+    for nr in range(2):
+        partials = Partials(g, output=nr)
+        outputs.append(
+            g.plus([partials.diagonal(g, g.match(s), e) for e, s in enumerate(g.src) if s is not None])
+        )
+    return tuple(outputs)
 
 
 @rule("Addcmul", "Addcdiv")

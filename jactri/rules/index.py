@@ -227,7 +227,7 @@ def scatter(g):
     return _written(g, g.name == "ScatterAddBackward0", new)
 
 
-@rule("IndexPut")
+@rule("IndexPut", "IndexPutImpl")
 def index_put(g):
     new = _second(g)
     if new is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..linear_map import Functional, MatMul, keep_all_but
+from ..maps import Batched
 from . import rule
 
 
@@ -116,4 +119,25 @@ def cross(g):
             return -sign * c.cross(p.expand_as(c), dim=axis + 1)
 
         terms.append(g.single(g.match(s), Functional("cross", push, pull, kept)))
+    return g.plus(terms)
+
+
+@rule("Trilinear")
+def bilinear(g):
+    """``sum_ij x[n, i] w[o, i, j] z[n, j]``, as nn.Bilinear asks for it: a matrix for each of the three."""
+    pattern = tuple(tuple(g.saved(name)) for name in ("expand1", "expand2", "expand3", "sumdim"))
+    if pattern != ((1, 3), (0,), (1, 2), (2, 3)):
+        return None
+    x, w, z = g.src
+    (n, o), terms = g.shape, []
+    for s, formula, names in ((x, "oij,nj->nio", ("i2", "i3")), (z, "oij,ni->njo", ("i2", "i1"))):
+        if s is not None:
+            partners = [g.tensor(name) for name in names]
+            edge = Batched(lambda f=formula, p=partners: torch.einsum(f, *p), "right")
+            row = g.view(s, (n, 1, g.values[s].shape[1]))
+            terms.append(g.view(g.single(row, edge, (n, 1, o)), (n, o)))
+    if w is not None:
+        pairs = (g.tensor("i1").unsqueeze(2) * g.tensor("i3").unsqueeze(1)).flatten(1)
+        flat = g.view(w, (o, pairs.shape[1]))
+        terms.append(g.permute(g.single(flat, MatMul(pairs.t(), "right"), (o, n)), (1, 0)))
     return g.plus(terms)

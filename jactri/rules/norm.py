@@ -11,8 +11,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..maps import LogSoftmax, Once, Project, Softmax, wide
+from ..linear_map import Identity
+from ..maps import LogSoftmax, Once, Project, ProjectSlope, RankOne, Softmax, Transpose, wide
 from . import rule
+from .elementwise import Zero
 
 
 def statistics(
@@ -177,6 +179,99 @@ def batch_norm(g):
     return g.plus(terms)
 
 
+def normalise_backward(g, c, x, w, saved_c, weight, stats: Once, axes, outer, lift):
+    """The gradients of a normalisation, from the graph of a gradient: with u the normalised input and h = w c,
+
+    P(h) / std for the input, and sum(c u), sum(c) over the axes ``outer`` for weight and bias. An empty ``axes`` stands
+    for a normalisation by fixed statistics, in which P is the identity and u follows x.
+    """
+    shape, dtype = tuple(saved_c.shape), saved_c.dtype
+    count = prod(shape[a] for a in axes)
+    asked = [tuple(m.shape) for m in g.meta]  # a gradient that nobody asked for has shape ()
+
+    def unit() -> Tensor:
+        return stats()[0]
+
+    def rstd() -> Tensor:
+        return stats()[1].to(dtype)
+
+    def slopes() -> tuple[Tensor, ...]:
+        u, r = stats()
+        h = wide(saved_c)
+        return r, u, h if weight is None else h * wide(weight).reshape(lift)
+
+    def projected(v: int) -> int:
+        return g.single(v, Project(unit, axes, count)) if axes else v
+
+    def total(terms: list[int], out: tuple[int, ...]) -> int | None:
+        return g.add([(i, Identity()) for i in terms], out) if terms else None
+
+    ids: list[int | None] = [None, None, None]
+    if asked[0] == shape:
+        heads, terms = [], []
+        if c is not None:
+            heads.append(
+                c if weight is None else g.diagonal(c, lambda: weight.reshape(lift).to(dtype))
+            )
+        if w is not None:
+            heads.append(g.diagonal(g.expand(g.view(w, lift), shape), lambda: saved_c))
+        if heads:
+            terms.append(g.diagonal(projected(total(heads, shape)), rstd))
+        if x is not None and axes:
+            terms.append(g.single(x, ProjectSlope(slopes, axes, count)))
+        elif x is not None and not terms:
+            terms.append(g.single(x, Zero()))
+        ids[0] = total(terms, shape)
+    features = tuple(n for a, n in enumerate(shape) if a not in outer)
+    if asked[1] == features:
+        terms = []
+        if c is not None:
+            terms.append(g.sum(g.diagonal(c, lambda: unit().to(dtype)), outer))
+        if x is not None:
+            terms.append(g.sum(g.diagonal(projected(x), lambda: rstd() * saved_c), outer))
+        ids[1] = total(terms, features)
+    if asked[2] == features and c is not None:
+        ids[2] = g.sum(c, outer)
+    return tuple(ids)
+
+
+@rule("NativeLayerNormBackward")
+def layer_norm_backward(g):
+    c, x, *statistics_edges, w, _ = g.src
+    saved_c, saved = g.tensor("grad_out"), g.tensor("input")
+    if any(e is not None for e in statistics_edges) or not saved_c.numel():
+        return None
+    mean, rstd = g.tensor("mean"), g.tensor("rstd")
+    n, lift = saved_c.dim(), tuple(g.saved("normalized_shape"))
+    axes, outer = tuple(range(n - len(lift), n)), tuple(range(n - len(lift)))
+    stats = Once(lambda: statistics(saved, axes, mean, rstd, None))
+    return normalise_backward(g, c, x, w, saved_c, g.saved("weight"), stats, axes, outer, lift)
+
+
+@rule("NativeBatchNormBackward")
+def batch_norm_backward(g):
+    c, x, w, *rest = g.src
+    saved_c, saved, eps = g.tensor("grad_out"), g.tensor("input"), g.saved("eps")
+    if any(e is not None for e in rest) or not saved_c.numel():
+        return None
+    lift = (1, saved_c.shape[1], *(1,) * (saved_c.dim() - 2))
+    outer = (0, *range(2, saved_c.dim()))
+    if g.saved("train"):
+        axes = outer
+        mean, rstd = (g.tensor(k).reshape(lift) for k in ("save_mean", "save_invstd"))
+        stats = Once(lambda: statistics(saved, axes, mean, rstd, eps))
+    else:
+        axes = ()
+        mean, var = g.tensor("running_mean").reshape(lift), g.tensor("running_var").reshape(lift)
+
+        def fixed() -> tuple[Tensor, Tensor]:
+            rstd = (wide(var) + eps).rsqrt()
+            return (wide(saved) - wide(mean)) * rstd, rstd
+
+        stats = Once(fixed)
+    return normalise_backward(g, c, x, w, saved_c, g.saved("weight"), stats, axes, outer, lift)
+
+
 @rule("Softmax", "SafeSoftmax")
 def softmax(g):
     # a row that is masked as a whole has p = 0 under the "safe" softmax, and so no derivative
@@ -198,6 +293,53 @@ def along(g, kind, probabilities):
         return g.single(x, kind(p, axis))
     line = g.view(x, (1,))
     return g.view(g.single(line, kind(lambda: p().reshape(1), 0)), ())
+
+
+@rule("SoftmaxBackwardData")
+def softmax_backward(g):
+    """``p * (c - sum(p c))`` in the cotangent c and in p, from the graph of a gradient."""
+    c, y = g.src
+    p, saved, shape = g.tensor("output"), g.tensor("grad_output"), g.shape
+    if not shape:
+        return None
+    axis = g.axis("dim", len(shape))
+    terms = []
+    if c is not None:
+        terms.append(g.single(c, Softmax(lambda: wide(p), axis)))
+    if y is not None:
+        # dp (c - sum(p c)) - p sum(c dp)
+        terms.append(
+            g.single(
+                y,
+                RankOne(
+                    lambda: (
+                        wide(saved) - (wide(p) * wide(saved)).sum(axis, keepdim=True),
+                        wide(p),
+                        wide(saved),
+                    ),
+                    axis,
+                ),
+            )
+        )
+    return g.plus(terms)
+
+
+@rule("LogSoftmaxBackwardData")
+def log_softmax_backward(g):
+    """``c - exp(y) * sum(c)`` in the cotangent c and in y, from the graph of a gradient."""
+    c, y = g.src
+    out, saved, shape = g.tensor("output"), g.tensor("grad_output"), g.shape
+    if not shape:
+        return None
+    axis = g.axis("dim", len(shape))
+    terms = []
+    if c is not None:
+        terms.append(g.single(c, Transpose(LogSoftmax(lambda: wide(out).exp(), axis))))
+    if y is not None:
+        terms.append(
+            g.diagonal(y, lambda: (-wide(out).exp() * wide(saved).sum(axis, keepdim=True)).to(saved.dtype))
+        )
+    return g.plus(terms)
 
 
 @rule("MaskedSoftmax")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..layout import one
 from ..linear_map import Functional, keep_all_but
-from . import rule
+from ..maps import Once
+from . import normal_index, rule
 from .elementwise import fit
 
 
@@ -100,37 +101,57 @@ def cumsum(g):
     def pull(c):
         return c.flip(axis + 1).cumsum(axis + 1).flip(axis + 1)
 
-    edge = Functional("cumsum", lambda t: t.cumsum(axis + 1), pull, keep_all_but((axis,), n))
+    kept = keep_all_but((axis,), n)
+    edge = Functional("cumsum", lambda t: t.cumsum(axis + 1), pull, kept, anywhere=True)
     return g.single(g.cast(g.src[0]), edge)
 
 
-@rule("Logcumsumexp")
-def logcumsumexp(g):
-    """``exp(x_j - y_i)`` for ``j <= i``: a triangular matrix along the axis."""
+def _triangular(g, make) -> int:
+    """A running reduction: ``make(x)`` is the lower triangular matrix ``d y_i / d x_j`` of each line, its axis last."""
     n = len(g.shape)
+    s = g.cast(g.src[0])
     if n == 0:
-        return g.src[0]
-    axis, x, y = g.axis("dim", n), g.tensor("self"), g.tensor("result")
-    cached: list[Tensor] = []
-
-    def matrix() -> Tensor:
-        if not cached:
-            power = x.movedim(axis, -1).unsqueeze(-2) - y.movedim(axis, -1).unsqueeze(-1)
-            low = torch.ones(power.shape[-2:], dtype=torch.bool, device=x.device).tril()
-            cached.append(power.masked_fill(~low, -torch.inf).exp())
-        return cached[0]
+        return s
+    axis = g.axis("dim", n)
+    matrix = Once(make)
 
     def times(t: Tensor, m: Tensor) -> Tensor:
         return (m @ t.movedim(axis + 1, -1).unsqueeze(-1)).squeeze(-1).movedim(-1, axis + 1)
 
     edge = Functional(
-        "logcumsumexp",
+        g.name,
         lambda t: times(t, matrix()),
         lambda c: times(c, matrix().mT),
         keep_all_but((axis,), n),
         work=(2.0 * g.shape[axis],) * 2,
     )
-    return g.single(g.src[0], edge)
+    return g.single(s, edge)
+
+
+@rule("Logcumsumexp")
+def logcumsumexp(g):
+    """``exp(x_j - y_i)`` for ``j <= i``."""
+    x, y, axis = g.tensor("self"), g.tensor("result"), g.axis("dim", len(g.shape))
+
+    def matrix() -> Tensor:
+        power = x.movedim(axis, -1).unsqueeze(-2) - y.movedim(axis, -1).unsqueeze(-1)
+        above = torch.ones(power.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return power.masked_fill(above, -torch.inf).exp()
+
+    return _triangular(g, matrix)
+
+
+@rule("Cumprod")
+def cumprod(g):
+    """The product of all but ``x_j`` up to ``i``, which zeros do not disturb."""
+    x, m, axis = g.tensor("self"), g.meta[0], g.axis("dim", len(g.shape))
+
+    def matrix() -> Tensor:
+        rows = fit(x, m).movedim(axis, -1).unsqueeze(-2)  # (..., j, k): x_k, but 1 where k == j
+        eye = torch.eye(rows.shape[-1], dtype=torch.bool, device=x.device)
+        return torch.where(eye, one(m), rows).cumprod(-1).triu().mT
+
+    return _triangular(g, matrix)
 
 
 # -- losses -----------------------------------------------------------------------------------------
@@ -164,6 +185,21 @@ def class_loss(g):
     alone = g.saved("reduction") == 0 and g.shape == tuple(shape[a] for a in one_each)
     axes = tuple(a for a in range(n) if not (alone and a in one_each))
     return (g.sum(weigh(g, s), axes), *[None] * (len(g.meta) - 1))
+
+
+@rule("NllLossBackward", "NllLoss2DBackward")
+def class_loss_backward(g):
+    """The gradient of a class loss, linear in the gradient of the loss: each sample's is spread over its classes."""
+    s, shape, op = g.src[0], g.shape, g.name
+    if len(g.src) > 1 and any(e is not None for e in g.src[1:]):
+        return None
+    names = ("self", "target", "weight", "reduction", "ignore_index", "total_weight")
+    args = [normal_index(v) if isinstance(v, int) else v for v in map(g.saved, names)]
+    backward = torch.ops.aten.nll_loss2d_backward if "2D" in op else torch.ops.aten.nll_loss_backward
+    given, m = g.values[s].shape, g.meta[0]
+    lifted = (given[0], 1, *given[1:]) if len(given) == len(shape) - 1 else (1,) * len(shape)
+    s = g.expand(g.view(s, lifted), shape)
+    return g.diagonal(s, lambda: backward(one(m).expand(given), *args))
 
 
 @rule("CtcLoss.0-1")

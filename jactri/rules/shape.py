@@ -258,7 +258,7 @@ rule("ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D")(
 def _mixing(g, s: int, name: str, push, pull, axes) -> int:
     """A rearrangement within ``axes`` that leaves the others in place."""
     kept = keep_all_but(axes, len(g.shape))
-    return g.single(s, Functional(name, push, pull, kept, work=(1.0, 1.0)), g.shape)
+    return g.single(s, Functional(name, push, pull, kept, (1.0, 1.0), anywhere=True), g.shape)
 
 
 @rule("Flip")
@@ -328,7 +328,10 @@ def _diagonal_map(offset: int, d1: int, d2: int, shape) -> tuple:
         return t.diagonal(offset, d1 + 1, d2 + 1)
 
     def put(c):
-        return torch.ops.aten.diagonal_backward(c, (c.shape[0], *shape), offset, d1 + 1, d2 + 1)
+        sizes = list(c.shape[:-1])
+        for a in sorted((d1, d2)):
+            sizes.insert(a + 1, shape[a])
+        return torch.ops.aten.diagonal_backward(c, sizes, offset, d1 + 1, d2 + 1)
 
     return take, put, tuple(kept)
 
