@@ -42,7 +42,9 @@ class Geometry:
         """
         transposed = not self.transposed
         extra = (0,) * len(size)
-        if transposed:  # rows of the input that no window reached are the output padding of the pull
+        if (
+            transposed
+        ):  # rows of the input that no window reached are the output padding of the pull
             extra = tuple(
                 n - ((m - 1) * s - 2 * p + d * (k - 1) + 1)
                 for n, m, s, p, d, k in zip(

@@ -1,48 +1,21 @@
 """Whatever autograd records, jactri reads: control flow, views, custom functions, checkpoints, transforms."""
 
 import gc
-import logging
 import threading
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import F64, MODES, Cube, make, x3, x23
 from tolerances import assert_close, assert_same_tree
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import jactri
-
-F64 = torch.float64
-MODES = ["auto", "forward-mode", "reverse-mode"]
-
-
-def x3():
-    return torch.tensor([0.5, -1.5, 2.0], dtype=F64)
-
-
-def x23():
-    return torch.tensor([[0.2, -0.4, 0.9], [1.3, 0.1, -0.8]], dtype=F64)
-
-
-def make(module):
-    torch.manual_seed(0)
-    return module().double()
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 3 * g * x**2
 
 
 class StraightThrough(torch.autograd.Function):
@@ -155,12 +128,16 @@ def grad_reenabled(x):
     return a + b
 
 
-def closure_over_a_leaf(x, w=torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True)):
-    return (x * w).sin() + w
+weight = torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+grown_weight = weight.exp()
 
 
-def closure_over_a_graph(x, w=torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True).exp()):
-    return x * w
+def closure_over_a_leaf(x):
+    return (x * weight).sin() + weight
+
+
+def closure_over_a_graph(x):
+    return x * grown_weight
 
 
 def view_chain(x):
@@ -223,6 +200,9 @@ def dropped_outputs(x):
 
 shared = make(lambda: nn.Linear(3, 3))
 tied = make(lambda: nn.Linear(3, 3))
+two_layers = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+lstm = make(lambda: nn.LSTM(3, 2, batch_first=True))
+gru = make(lambda: nn.GRU(3, 2, batch_first=True))
 
 FEATURES = {
     "branch taken": (branch, x3),
@@ -252,9 +232,7 @@ FEATURES = {
     "custom, None gradient": (lambda x: NoGradientForOne.apply(x, x.sin()), x3),
     "custom, in place": (lambda x: InPlaceCustom.apply(x * 2) * x, x3),
     "custom, new style": (lambda x: NewStyle.apply(x) * x, x3),
-    "checkpoint": (
-        lambda x, f=make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))):
-        checkpoint(f, x, use_reentrant=False), x23),
+    "checkpoint": (lambda x: checkpoint(two_layers, x, use_reentrant=False), x23),
     "checkpoint between layers": (
         lambda x: checkpoint(lambda y: y.sin() * y, x * 2, use_reentrant=False).sum(-1), x23),
     "inner torch.func.vmap": (lambda x: torch.func.vmap(lambda r: r.sin() * r.sum())(x), x23),
@@ -268,8 +246,8 @@ FEATURES = {
     "inner jactri.jacobian": (
         lambda x: jactri.jacobian(lambda y: y**3, x, create_graph=True).sum(0), x3),
     "recurrence by hand": (hidden_state, x23),
-    "LSTM": (lambda x, f=make(lambda: nn.LSTM(3, 2, batch_first=True)): f(x[None])[0], x23),
-    "GRU": (lambda x, f=make(lambda: nn.GRU(3, 2, batch_first=True)): f(x[None])[0], x23),
+    "LSTM": (lambda x: lstm(x[None])[0], x23),
+    "GRU": (lambda x: gru(x[None])[0], x23),
     "weight sharing": (lambda x: shared(torch.tanh(shared(x))), x23),
     "tied weights": (lambda x: F.linear(torch.tanh(tied(x)), tied.weight.t()), x23),
     "fan-out": (fan_out, x3),
@@ -338,254 +316,6 @@ def test_retain_grad_inside_stays_silent(mode):
     assert_close(jactri.jacobian(func, x3(), strategy=mode), truth, F64)
 
 
-# jacobian_of
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_jacobian_of_leaves_and_intermediates(mode):
-    x = x23().requires_grad_()
-    h = torch.tanh(x * 2)
-    y = (h * x).cumsum(1)
-    z = y.sum(0)
-    js = jactri.jacobian_of((y, z), (x, h), strategy=mode)
-    for out, row in zip((y, z), js, strict=True):
-        for wrt, j in zip((x, h), row, strict=True):
-            rows = [
-                torch.autograd.grad(e, wrt, retain_graph=True)[0] for e in out.reshape(-1).unbind()
-            ]
-            assert_close(j, torch.stack(rows).reshape(out.shape + wrt.shape), F64, length=36)
-    assert jactri.jacobian_of(y, x).shape == (2, 3, 2, 3)
-    assert isinstance(jactri.jacobian_of((y,), x), tuple)
-    assert isinstance(jactri.jacobian_of(y, (x,)), tuple)
-
-
-def test_jacobian_of_leaves_the_graph_usable():
-    net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-    x = x23().requires_grad_()
-    y = net(x)
-    first = jactri.jacobian_of(y, x)
-    assert_close(jactri.jacobian_of(y, x, strategy="forward-mode"), first, F64, length=32)
-    assert x.grad is None
-    assert all(p.grad is None for p in net.parameters())
-    y.square().sum().backward()
-    assert x.grad is not None
-    assert net[0].weight.grad is not None
-    truth = torch.autograd.functional.jacobian(net, x.detach())
-    assert_close(first, truth, F64, length=32)
-
-
-def test_jacobian_of_parameters():
-    net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-    params = tuple(net.parameters())
-    y = net(x23())
-    js = jactri.jacobian_of(y, params)
-    for p, j in zip(params, js, strict=True):
-        rows = [torch.autograd.grad(e, p, retain_graph=True)[0] for e in y.reshape(-1).unbind()]
-        assert_close(j, torch.stack(rows).reshape(y.shape + p.shape), F64, length=32)
-
-
-def test_jacobian_of_views_of_the_input_itself():
-    x = x23().requires_grad_()
-    assert_close(jactri.jacobian_of(x, x), torch.eye(6, dtype=F64).reshape(2, 3, 2, 3), F64)
-    y = x * 2
-    view = y[0]
-    z = view.sin()
-    row = torch.diag(view.detach().cos())
-    assert_close(jactri.jacobian_of(z, view), row, F64)
-    assert_close(jactri.jacobian_of(z, y)[:, 0], row, F64)
-    assert not jactri.jacobian_of(y.sum(), view).any(), "autograd too sees no path through the view"
-
-
-def test_jacobian_of_an_independent_pair():
-    x, w = x3().requires_grad_(), x3().requires_grad_()
-    y = x.sin()
-    assert not jactri.jacobian_of(y, w).any()
-    with pytest.raises(RuntimeError, match="independent"):
-        jactri.jacobian_of(y, w, strict=True)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_jacobian_of_with_create_graph(mode):
-    x = x3().requires_grad_()
-    y = (x**3).cumsum(0)
-    j = jactri.jacobian_of(y, x, create_graph=True, strategy=mode)
-    (g,) = torch.autograd.grad(j.sum(), x, retain_graph=True)
-    assert_close(g, 6 * x.detach() * torch.tensor([3.0, 2.0, 1.0], dtype=F64), F64)
-    y.sum().backward()  # and the graph is still there
-    assert_close(x.grad, 3 * x.detach() ** 2 * torch.tensor([3.0, 2.0, 1.0], dtype=F64), F64)
-
-
-def test_jacobian_of_under_no_grad():
-    x = x3().requires_grad_()
-    y = x.sin()
-    with torch.no_grad():
-        j = jactri.jacobian_of(y, x)
-    assert_close(j, x.detach().cos().diag(), F64)
-    assert not j.requires_grad
-
-
-# inside torch.func
-
-
-def test_inside_vmap():
-    xs = torch.stack([x3(), x3() + 1])
-    ours = torch.func.vmap(lambda x: jactri.jacobian(lambda y: y**3, x))(xs)
-    assert_close(ours, torch.diag_embed(3 * xs**2), F64)
-
-
-def test_inside_grad():
-    def penalty(x):
-        return jactri.jacobian(lambda y: y.sin() * y, x).square().sum()
-
-    def truth(x):
-        return torch.func.jacrev(lambda y: y.sin() * y)(x).square().sum()
-
-    assert_close(torch.func.grad(penalty)(x3()), torch.func.grad(truth)(x3()), F64, length=9)
-
-
-@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
-def test_inside_jacrev_and_jacfwd(transform):
-    ours = transform(lambda x: jactri.jacobian(lambda y: (y**3).sum(), x))(x3())
-    theirs = transform(lambda x: torch.func.grad(lambda y: (y**3).sum())(x))(x3())
-    assert_close(ours, theirs, F64, length=27)
-
-
-def test_inside_vmap_with_options_and_structure():
-    xs = torch.stack([x3(), x3() + 1])
-
-    def func(x):
-        return x.sin(), (x * x[0]).sum()
-
-    for mode in MODES:
-        ours = torch.func.vmap(lambda x, m=mode: jactri.jacobian(func, (x,), strategy=m))(xs)
-        for n, x in enumerate(xs):
-            truth = torch.autograd.functional.jacobian(func, (x,))
-            assert_same_tree(
-                tuple(tuple(j[n] for j in row) for row in ours), truth, F64, length=9
-            )
-
-
-def test_inside_vmap_per_sample():
-    xs = torch.stack([x23(), x23() + 1])
-    ours = torch.func.vmap(lambda x: jactri.jacobian(lambda y: y**3, x, per_sample=True))(xs)
-    assert_close(ours, torch.diag_embed(3 * xs**2), F64)
-
-
-def test_forward_ad_is_not_silently_dropped():
-    """Under a dual level the tangent of the Jacobian cannot be carried: an error, or right."""
-    import torch.autograd.forward_ad as fwd
-
-    with fwd.dual_level():
-        dual = fwd.make_dual(x3(), torch.ones(3, dtype=F64))
-        try:
-            j = jactri.jacobian(lambda y: y**3, dual)
-        except RuntimeError:
-            return
-        tangent = fwd.unpack_dual(j).tangent
-        if tangent is not None:
-            assert_close(tangent, torch.diag(6 * x3()), F64)
-        assert_close(fwd.unpack_dual(j).primal, torch.diag(3 * x3() ** 2), F64)
-
-
-# modules in wrappers
-
-
-def test_autocast_bfloat16():
-    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-    x = x23().float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        theirs = torch.autograd.functional.jacobian(net, x)
-        for mode in MODES:
-            ours = jactri.jacobian(net, x, strategy=mode)
-            assert ours.dtype == (torch.bfloat16 if mode == "forward-mode" else torch.float32)
-            assert_close(ours, theirs.double(), torch.bfloat16, length=8)
-        assert torch.is_autocast_enabled("cpu")
-    exact = torch.autograd.functional.jacobian(net.double(), x.double())
-    assert_close(theirs, exact, torch.bfloat16, length=8)
-
-
-def test_autocast_inside_func():
-    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def func(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return net(x).float()
-
-    x = x23().float()
-    theirs = torch.autograd.functional.jacobian(func, x)
-    for options in ({}, {"strategy": "forward-mode"}):
-        assert_close(jactri.jacobian(func, x, **options), theirs.double(), torch.bfloat16, length=8)
-    ours = jactri.jacobian(func, x, per_sample=True)
-    truth = theirs.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    assert_close(ours, truth.double(), torch.bfloat16, length=8)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_distributed_data_parallel():
-    """One process over gloo."""
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("this build of torch has no distributed package")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        truth = torch.autograd.functional.jacobian(net, x23())
-        for options in ({}, {"strategy": "forward-mode"}, {"strategy": "reverse-mode"}):
-            ours = jactri.jacobian(wrapped, x23(), **options)
-            assert_close(ours, truth, F64, length=32)
-        j = jactri.jacobian(wrapped, x23(), per_sample=True)
-        assert_close(j, truth.diagonal(dim1=0, dim2=2).movedim(-1, 0), F64, length=32)
-        assert all(p.grad is None for p in net.parameters())
-    finally:
-        dist.destroy_process_group()
-
-
-def test_data_parallel_without_devices():
-    net = make(lambda: nn.Linear(3, 2))
-    wrapped = nn.DataParallel(net)
-    truth = torch.autograd.functional.jacobian(net, x23())
-    assert_close(jactri.jacobian(wrapped, x23()), truth, F64, length=32)
-
-
-def test_a_compiled_module_is_read_through_its_original():
-    net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-    compiled = []
-
-    def backend(graph_module, example_inputs):
-        compiled.append(graph_module)
-        return graph_module.forward
-
-    wrapped = torch.compile(net, backend=backend)
-    truth = torch.autograd.functional.jacobian(net, x23())
-    with jactri.fallback("error"):
-        for mode in MODES:
-            assert_close(jactri.jacobian(wrapped, x23(), strategy=mode), truth, F64, length=32)
-        j = jactri.jacobian(wrapped, x23(), per_sample=True)
-    assert_close(j, truth.diagonal(dim1=0, dim2=2).movedim(-1, 0), F64, length=32)
-    assert not compiled
-    assert wrapped._orig_mod is net
-
-
-def test_a_compiled_function_is_read_through_its_original():
-    compiled = []
-
-    def backend(graph_module, example_inputs):
-        compiled.append(graph_module)
-        return graph_module.forward
-
-    def func(x):
-        return torch.tanh(x) * x
-
-    wrapped = torch.compile(func, backend=backend)
-    truth = torch.autograd.functional.jacobian(func, x23())
-    assert_close(jactri.jacobian(wrapped, x23()), truth, F64)
-    assert not compiled
-
-
-# size and shape of graphs
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_chain_of_2000_ops(mode):
     def func(x):
@@ -636,7 +366,7 @@ def test_many_outputs_and_inputs():
     xs = tuple(x3() + k for k in range(20))
 
     def func(*xs):
-        return tuple((a * b).sum() for a, b in zip(xs, xs[1:], strict=False))
+        return tuple((a * b).sum() for a, b in pairwise(xs))
 
     truth = torch.autograd.functional.jacobian(func, xs)
     for mode in MODES:
@@ -675,83 +405,3 @@ def test_a_thread_without_a_main_loop():
     t.join()
     truth = torch.autograd.functional.jacobian(make(lambda: nn.Linear(3, 2)), x23())
     assert_close(results[0], truth, F64, length=32)
-
-
-def test_fallback_mode_belongs_to_its_thread():
-    errors = []
-
-    def work():
-        try:
-            jactri.jacobian(Cube.apply, x3())
-        except RuntimeError as error:
-            errors.append(error)
-
-    with jactri.fallback("error"):
-        t = threading.Thread(target=work)
-        t.start()
-        t.join()
-    assert not errors
-
-
-# falling back
-
-
-def test_a_fallback_is_logged_once_with_op_and_cost(caplog):
-    class OwnOp(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * 2
-
-    with caplog.at_level(logging.INFO, logger="jactri"):
-        for _ in range(3):
-            jactri.jacobian(OwnOp.apply, x3())
-    records = [r for r in caplog.records if r.name == "jactri" and "OwnOp" in r.getMessage()]
-    assert len(records) == 1
-    assert records[0].levelno == logging.INFO
-    assert any(c.isdigit() for c in records[0].getMessage().replace("OwnOp", ""))
-
-
-def test_no_log_without_a_fallback(caplog):
-    net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
-    with caplog.at_level(logging.INFO, logger="jactri"):
-        jactri.jacobian(net, x23())
-    assert not [r for r in caplog.records if r.name == "jactri"]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_fallback_as_an_error(mode):
-    with jactri.fallback("error"):
-        with pytest.raises(jactri.FallbackError, match="Cube"):
-            jactri.jacobian(lambda x: Cube.apply(x.sin()), x3(), strategy=mode)
-        with jactri.fallback("allow"):
-            jactri.jacobian(Cube.apply, x3(), strategy=mode)
-        with pytest.raises(jactri.FallbackError):
-            jactri.jacobian(Cube.apply, x3(), strategy=mode)
-        jactri.jacobian(torch.tanh, x3(), strategy=mode)
-    assert issubclass(jactri.FallbackError, RuntimeError)
-    jactri.jacobian(Cube.apply, x3(), strategy=mode)
-
-
-def test_fallback_mode_is_left_after_an_exception():
-    with pytest.raises(ZeroDivisionError), jactri.fallback("error"):
-        raise ZeroDivisionError
-    jactri.jacobian(Cube.apply, x3())
-
-
-def test_a_bug_in_a_custom_backward_is_not_hidden():
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, g):
-            raise KeyError("broken backward")
-
-    for mode in MODES:
-        with pytest.raises(KeyError, match="broken backward"):
-            jactri.jacobian(lambda x: Broken.apply(x).sin(), x3(), strategy=mode)

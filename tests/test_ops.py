@@ -1,6 +1,6 @@
 """Every row of the op table, in every way a Jacobian can be asked, against float64 autograd."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def reference(func, inputs, create_graph=False):
 MAIN = [case for case in ALL if not case.variant]
 
 
-@lru_cache(maxsize=None)
+@cache
 def truth(case):
     """The float64 Jacobian of a case, at the point that all of its runs share."""
     return reference(*case.build(F64))
@@ -211,7 +211,7 @@ def test_per_sample_refuses_to_mix(case, mode):
 TWICE = [case for case in MAIN if case.second]
 
 
-@lru_cache(maxsize=None)
+@cache
 def weights_of(case):
     generator = torch.Generator().manual_seed(3)
     return tuple(
@@ -279,7 +279,7 @@ def test_special_values(case, dtype):
             compare(case, rows, dtype, expected)
 
 
-@lru_cache(maxsize=None)
+@cache
 def nodes_of_table():
     produced = {}
     for case in ALL:

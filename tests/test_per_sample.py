@@ -5,13 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import Block
+from common import F64, MODES, make
 from tolerances import assert_close, assert_same_tree
 from torch import nn
 
 import jactri
-
-F64 = torch.float64
-MODES = ["auto", "forward-mode", "reverse-mode"]
 
 
 def blocks(func, *inputs):
@@ -33,11 +31,6 @@ def blocks(func, *inputs):
         tuple(torch.stack([s[i][k] for s in per_sample]) for k in range(len(inputs)))
         for i in range(len(per_sample[0]))
     )
-
-
-def make(module, seed=0):
-    torch.manual_seed(seed)
-    return module().double()
 
 
 class PerSample(torch.autograd.Function):
@@ -94,6 +87,12 @@ class NumpySin(torch.autograd.Function):
         return x.new_tensor(g.detach().numpy() * np.cos(x.detach().numpy()))
 
 
+linear = make(lambda: nn.Linear(4, 3))
+lstm = make(lambda: nn.LSTM(2, 3, batch_first=True))
+time_first = make(lambda: nn.LSTM(3, 2))
+gru = make(lambda: nn.GRU(2, 3, batch_first=True))
+batch_norm = make(lambda: nn.BatchNorm2d(3))
+
 N = 5
 ANSWERED = {
     "MLP": (make(lambda: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))), [(N, 3)]),
@@ -111,7 +110,7 @@ ANSWERED = {
         [(N, 3)]),
     "flatten and view": (lambda x: x.flatten(1).sin().view(-1, 2, 3).flatten(1), [(N, 3, 2)]),
     "batch in a merged axis": (
-        lambda x, f=make(lambda: nn.Linear(4, 3)): f(x.reshape(-1, 4)).tanh().reshape(N, 3, 3),
+        lambda x: linear(x.reshape(-1, 4)).tanh().reshape(N, 3, 3),
         [(N, 3, 4)]),
     "batch inside, then back": (lambda x: x.movedim(0, 2).cumsum(0).movedim(2, 0), [(N, 2, 3)]),
     "batch and tokens swapped": (lambda x: x.transpose(0, 1).softmax(-1).transpose(0, 1),
@@ -135,9 +134,9 @@ ANSWERED = {
     "in-place on features": (
         lambda x: (lambda y: (y[:, 1].mul_(2.0), y)[1])(x.clone()), [(N, 3)]),
     "LSTM": (
-        lambda x, f=make(lambda: nn.LSTM(2, 3, batch_first=True)): f(x)[0], [(N, 3, 2)]),
+        lambda x: lstm(x)[0], [(N, 3, 2)]),
     "GRU over the last step": (
-        lambda x, f=make(lambda: nn.GRU(2, 3, batch_first=True)): f(x)[0][:, -1], [(N, 3, 2)]),
+        lambda x: gru(x)[0][:, -1], [(N, 3, 2)]),
     "custom function": (PerSample.apply, [(N, 3)]),
     "custom function inside": (lambda x: PerSample.apply(x * 2).sum(1), [(N, 3)]),
     "custom function in numpy": (NumpySin.apply, [(N, 3)]),
@@ -201,7 +200,7 @@ REFUSED = {
         make(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))),
         "BatchNorm"),
     "BatchNorm2d in training": (
-        lambda x, f=make(lambda: nn.BatchNorm2d(3)): f(x[..., None, None]), "BatchNorm"),
+        lambda x: batch_norm(x[..., None, None]), "BatchNorm"),
     "mean over the batch, given back": (lambda x: x.mean(0).expand(N, 3), "Mean"),
     "centred": (lambda x: x - x.mean(0), "Mean"),
     "standardised": (lambda x: (x - x.mean(0)) / x.std(0), "Mean|Std"),
@@ -232,7 +231,7 @@ REFUSED = {
     "custom function, one weak pair": (MixingOnePair.apply, "MixingOnePair"),
     "custom function inside": (lambda x: Mixing.apply(x.sin()).sum(1), "Mixing"),
     "LSTM over the batch": (
-        lambda x, f=make(lambda: nn.LSTM(3, 2)): f(x[:, None])[0][:, 0], "."),
+        lambda x: time_first(x[:, None])[0][:, 0], "."),
     "solve with all samples": (
         lambda x: torch.linalg.solve(x @ x.T + torch.eye(N, dtype=F64), x), "."),
     "fft over the batch": (lambda x: torch.fft.fft(x, dim=0).real, "Fft"),

@@ -6,20 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases.layers import Block, with_math
+from common import F64, MODES, make
 from sklearn.datasets import load_digits
 from tolerances import assert_close, assert_gradients_close
 from torch import nn
 
 import jactri
-
-F64 = torch.float64
-MODES = ["forward-mode", "reverse-mode", "auto"]
-
-
-def make(module):
-    torch.manual_seed(0)
-    return module().double()
-
 
 NETWORKS = {
     "tanh MLP": (make(lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))), (2, 2)),

@@ -55,6 +55,7 @@ from . import (  # noqa: E402 - registration
     index,  # noqa: F401
     inplace,  # noqa: F401
     linear,  # noqa: F401
+    loss,  # noqa: F401
     norm,  # noqa: F401
     pool,  # noqa: F401
     recurrent,  # noqa: F401

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..linear_map import Identity
-from ..maps import Batched, Once, Softmax, wide
+from ..low_rank import Softmax
+from ..maps import Batched, Once, wide
 from . import rule
 
 aten = torch.ops.aten

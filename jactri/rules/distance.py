@@ -7,6 +7,7 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
+from ..linear_map import Take
 from ..maps import Batched, Once
 from . import rule
 
@@ -56,4 +57,18 @@ def cdist(g):
             k = len(batch)
             made = g.permute(made, (*range(k), k + 1, k))
         terms.append(made)
+    return g.plus(terms)
+
+
+@rule("Pdist")
+def pdist(g):
+    """Distances of every point of one set to those after it."""
+    (s,), x, distance, p = g.src, g.tensor("self"), g.tensor("result"), g.saved("p")
+    n, m = g.values[s].shape
+    first, second = torch.triu_indices(n, n, 1, device=x.device)
+    slopes = Once(lambda: direction(x[first] - x[second], distance, p))
+    terms = []
+    for i, sign in ((first, 1), (second, -1)):
+        ends = g.single(s, Take(0, i, n), (len(i), m))
+        terms.append(g.scale(g.sum(g.diagonal(ends, slopes, fresh=False), (1,)), sign))
     return g.plus(terms)

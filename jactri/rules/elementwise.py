@@ -138,16 +138,6 @@ def elementwise(g):
     )
 
 
-@rule(
-    "BinaryCrossEntropyBackward", "HuberLossBackward", "MseLossBackward", "SmoothL1LossBackward",
-    "SoftMarginLossBackward",
-)  # fmt: skip
-def loss_backward(g):
-    """The gradient of a loss; a reduced loss has a gradient of one entry, which autograd sums on its own."""
-    alike = all(s is None or g.values[s].shape == g.shape for s in g.src)
-    return elementwise(g) if alike else None
-
-
 @rule("PreluKernelBackward")
 def prelu_backward(g):
     """The gradients in the input and in the slope."""

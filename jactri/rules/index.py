@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Functional, Gather, Kept, LinearMap, Shape, Take, keep_all_but
+from ..linear_map import Cut, Functional, Gather, Kept, LinearMap, Shape, Take, keep_all_but
 from . import normal_index, rule
 from .elementwise import Partials
 from .shape import piece
@@ -22,9 +22,9 @@ class Pick(LinearMap):
     __slots__ = ("_kept", "in_shape", "index", "out_shape")
     name, structure = "pick", "gather"
 
-    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape):
+    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape, kept: Kept | None = None):
         self.index, self.in_shape, self.out_shape = index.reshape(-1), in_shape, out_shape
-        self._kept = unmoved(self.index, in_shape, out_shape)
+        self._kept = unmoved(self.index, in_shape, out_shape) if kept is None else kept
 
     @property
     def key(self):
@@ -32,6 +32,19 @@ class Pick(LinearMap):
 
     def kept(self, in_shape, out_shape):
         return self._kept
+
+    def narrow(self, source, target, in_shape, out_shape):
+        return type(self)(*self._cut(source, target), self._kept)
+
+    def _cut(self, source: Cut, target: Cut) -> tuple[Tensor, Shape, Shape]:
+        """The index of a range of samples, which the pair of axes (source, target) keeps in place."""
+        a, n = source.axis, self.in_shape[source.axis]
+        unit = prod(self.in_shape[a + 1 :])
+        grid = target.of(self.index.view(self.out_shape), len(self.out_shape))
+        before, after = grid // (unit * n), grid % unit
+        at = (grid // unit) % n - source.start
+        index = (before * source.length + at) * unit + after
+        return index, source.shape(self.in_shape), target.shape(self.out_shape)
 
     def push(self, t, own):
         picked = t.reshape(t.shape[0], -1).index_select(1, self.index)
@@ -49,11 +62,15 @@ class Put(Pick):
     __slots__ = ()
     name = "put"
 
-    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape):
-        super().__init__(index, out_shape, in_shape)
+    def __init__(self, index: Tensor, in_shape: Shape, out_shape: Shape, kept: Kept | None = None):
+        super().__init__(index, out_shape, in_shape, kept)
 
     def kept(self, in_shape, out_shape):
         return tuple((b, a) for a, b in self._kept)
+
+    def narrow(self, source, target, in_shape, out_shape):
+        index, small_out, small_in = self._cut(target, source)
+        return Put(index, small_in, small_out, self._kept)
 
     def push(self, t, own):
         return Pick.pull(self, t, own)
@@ -261,15 +278,19 @@ def _spread(g, s: int) -> int | None:
     n = len(g.shape)
     if n == 0 or len(g.values[s].shape) != n:
         return None
-    i, axis, size = g.tensor("index").reshape(-1), g.axis("dim", n), g.shape
+    i, axis = g.tensor("index").reshape(-1), g.axis("dim", n)
+    size = g.shape[axis]
 
     def push(t):
-        return t.new_zeros(t.shape[0], *size).index_add(axis + 1, i, t)
+        sizes = list(t.shape)
+        sizes[axis + 1] = size
+        return t.new_zeros(sizes).index_add(axis + 1, i, t)
 
     def pull(c):
         return c.index_select(axis + 1, i)
 
-    return g.single(s, Functional("spread", push, pull, keep_all_but((axis,), n)), g.shape)
+    edge = Functional("spread", push, pull, keep_all_but((axis,), n), anywhere=True)
+    return g.single(s, edge, g.shape)
 
 
 @rule("IndexAdd", "IndexCopy")

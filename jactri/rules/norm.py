@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..linear_map import Identity
-from ..maps import LogSoftmax, Once, Project, ProjectSlope, RankOne, Softmax, Transpose, wide
+from ..low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
+from ..maps import Once, Transpose, wide
 from . import rule
 from .elementwise import Zero
 
@@ -58,10 +59,10 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
     if x is not None:
         v = g.view(x, inner)
         v = g.single(v, Project(lambda: stats()[0], axes, count, centred))
-        terms.append(g.diagonal(g.view(v, shape), scale))
+        terms.append(g.diagonal(g.view(v, shape), scale, fresh=False))
     if w is not None:
         spread = g.match(g.view(w, lift))
-        terms.append(g.diagonal(spread, lambda: stats()[0].reshape(shape).to(dtype)))
+        terms.append(g.diagonal(spread, lambda: stats()[0].reshape(shape).to(dtype), fresh=False))
     if b is not None:
         terms.append(g.view(b, lift))
     return g.plus(terms)
@@ -165,6 +166,7 @@ def batch_norm(g):
                 lambda: (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(
                     dtype
                 ),
+                fresh=False,
             )
         )
     if w is not None:
@@ -211,12 +213,14 @@ def normalise_backward(g, c, x, w, saved_c, weight, stats: Once, axes, outer, li
         heads, terms = [], []
         if c is not None:
             heads.append(
-                c if weight is None else g.diagonal(c, lambda: weight.reshape(lift).to(dtype))
+                c
+                if weight is None
+                else g.diagonal(c, lambda: weight.reshape(lift).to(dtype), fresh=False)
             )
         if w is not None:
-            heads.append(g.diagonal(g.expand(g.view(w, lift), shape), lambda: saved_c))
+            heads.append(g.diagonal(g.expand(g.view(w, lift), shape), saved_c))
         if heads:
-            terms.append(g.diagonal(projected(total(heads, shape)), rstd))
+            terms.append(g.diagonal(projected(total(heads, shape)), rstd, fresh=False))
         if x is not None and axes:
             terms.append(g.single(x, ProjectSlope(slopes, axes, count)))
         elif x is not None and not terms:
@@ -226,7 +230,7 @@ def normalise_backward(g, c, x, w, saved_c, weight, stats: Once, axes, outer, li
     if asked[1] == features:
         terms = []
         if c is not None:
-            terms.append(g.sum(g.diagonal(c, lambda: unit().to(dtype)), outer))
+            terms.append(g.sum(g.diagonal(c, lambda: unit().to(dtype), fresh=False), outer))
         if x is not None:
             terms.append(g.sum(g.diagonal(projected(x), lambda: rstd() * saved_c), outer))
         ids[1] = total(terms, features)
@@ -337,7 +341,9 @@ def log_softmax_backward(g):
         terms.append(g.single(c, Transpose(LogSoftmax(lambda: wide(out).exp(), axis))))
     if y is not None:
         terms.append(
-            g.diagonal(y, lambda: (-wide(out).exp() * wide(saved).sum(axis, keepdim=True)).to(saved.dtype))
+            g.diagonal(
+                y, lambda: (-wide(out).exp() * wide(saved).sum(axis, keepdim=True)).to(saved.dtype)
+            )
         )
     return g.plus(terms)
 
@@ -376,5 +382,5 @@ def weight_norm(g):
         turned = g.single(v, Project(lambda: stats()[0], axes, 1, centred=False))
         terms.append(g.diagonal(turned, lambda: (wide(size) * stats()[1]).to(dtype)))
     if scale is not None:
-        terms.append(g.diagonal(g.match(scale), lambda: stats()[0].to(dtype)))
+        terms.append(g.diagonal(g.match(scale), lambda: stats()[0].to(dtype), fresh=False))
     return g.plus(terms)

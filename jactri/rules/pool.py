@@ -56,7 +56,9 @@ def max_unpool(g):
 def rearrange(g, index: Tensor, tail: int, kind):
     """Gather from, or scatter into, the last ``tail`` axes as one."""
     x = g.src[0]
-    if x is None:  # the graph of a gradient leads to the input too, on which the gradient does not depend
+    if (
+        x is None
+    ):  # the graph of a gradient leads to the input too, on which the gradient does not depend
         return g.single(g.src[1], Zero())
     shape = g.values[x].shape
     lead = shape[:-tail]

@@ -1,4 +1,4 @@
-"""Reductions, running reductions and losses.
+"""Reductions and running reductions.
 
 Where each entry of the input feeds exactly one entry of the output, the node applied to ones is the weight of every
 entry: a diagonal, followed by a sum over the reduced axes. So all other axes are kept.
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import one
 from ..linear_map import Functional, keep_all_but
 from ..maps import Once
-from . import normal_index, rule
+from . import rule
 from .elementwise import fit
 
 
@@ -152,61 +152,3 @@ def cumprod(g):
         return torch.where(eye, one(m), rows).cumprod(-1).triu().mT
 
     return _triangular(g, matrix)
-
-
-# -- losses -----------------------------------------------------------------------------------------
-
-
-@rule(
-    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "MseLoss", "SmoothL1Loss", "SoftMarginLoss"
-)  # fmt: skip
-def elementwise_loss(g):
-    """A function of each pair of entries, then nothing, a mean or a sum."""
-    shape, terms = tuple(g.tensor("self").shape), []
-    if tuple(g.tensor("target").shape) != shape:
-        return None
-    for edge, s in enumerate(g.src):
-        if s is None:
-            continue
-        if edge > 1 or g.values[s].shape != shape:
-            return None
-        s = weigh(g, g.cast(s), 0, edge)
-        terms.append(s if g.saved("reduction") == 0 else g.sum(s, tuple(range(len(shape)))))
-    return g.plus(terms)
-
-
-@rule("NllLoss", "NllLoss2D", "MultiMarginLoss", "MultilabelMarginLoss")
-def class_loss(g):
-    """A loss for each sample (and pixel) over the classes, then nothing, a mean or a sum."""
-    s = g.src[0]
-    shape = g.values[s].shape
-    n = len(shape)
-    one_each = (0, *range(2, n)) if n > 1 else ()
-    alone = g.saved("reduction") == 0 and g.shape == tuple(shape[a] for a in one_each)
-    axes = tuple(a for a in range(n) if not (alone and a in one_each))
-    return (g.sum(weigh(g, s), axes), *[None] * (len(g.meta) - 1))
-
-
-@rule("NllLossBackward", "NllLoss2DBackward")
-def class_loss_backward(g):
-    """The gradient of a class loss, linear in the gradient of the loss: each sample's is spread over its classes."""
-    s, shape, op = g.src[0], g.shape, g.name
-    if len(g.src) > 1 and any(e is not None for e in g.src[1:]):
-        return None
-    names = ("self", "target", "weight", "reduction", "ignore_index", "total_weight")
-    args = [normal_index(v) if isinstance(v, int) else v for v in map(g.saved, names)]
-    backward = torch.ops.aten.nll_loss2d_backward if "2D" in op else torch.ops.aten.nll_loss_backward
-    given, m = g.values[s].shape, g.meta[0]
-    lifted = (given[0], 1, *given[1:]) if len(given) == len(shape) - 1 else (1,) * len(shape)
-    s = g.expand(g.view(s, lifted), shape)
-    return g.diagonal(s, lambda: backward(one(m).expand(given), *args))
-
-
-@rule("CtcLoss.0-1")
-def ctc(g):
-    """A loss for each sequence of ``log_probs`` (time, batch, class)."""
-    s = g.src[0]
-    shape = g.values[s].shape
-    if len(shape) != 3 or g.shape != shape[1:2]:
-        return None
-    return (g.sum(weigh(g, s), (0, 2)), *[None] * (len(g.meta) - 1))

@@ -1,4 +1,4 @@
-"""Ops that resize, cut up or resample images: fixed linear maps of each channel."""
+"""Ops that resize, rearrange, cut up or resample images."""
 
 from __future__ import annotations
 
@@ -48,6 +48,37 @@ def upsample(g):
         2.0 * taps,
         exact,
     )
+
+
+@rule("PixelShuffle")
+def pixel_shuffle(g):
+    (x,) = g.src
+    r = g.saved("upscale_factor")
+    *lead, c, h, w = g.values[x].shape
+    n = len(lead)
+    split = g.view(x, (*lead, c // r**2, r, r, h, w))
+    moved = g.permute(split, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+    return g.view(moved, g.shape)
+
+
+@rule("PixelUnshuffle")
+def pixel_unshuffle(g):
+    (x,) = g.src
+    r = g.saved("downscale_factor")
+    *lead, c, h, w = g.values[x].shape
+    n = len(lead)
+    split = g.view(x, (*lead, c, h // r, r, w // r, r))
+    moved = g.permute(split, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
+    return g.view(moved, g.shape)
+
+
+@rule("ChannelShuffle")
+def channel_shuffle(g):
+    (x,) = g.src
+    groups = g.saved("groups")
+    n, c, *tail = g.values[x].shape
+    split = g.view(x, (n, groups, c // groups, *tail))
+    return g.view(g.permute(split, (0, 2, 1, *range(3, len(tail) + 3))), g.shape)
 
 
 def windows(g):

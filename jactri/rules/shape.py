@@ -302,12 +302,12 @@ def _triangle(op: str):
     """A mask on the last two axes, so that all axes are kept."""
 
     def run(g):
-        k = normal_index(g.saved("diagonal"))
+        m, corner, k = g.meta[0], g.shape[-2:], normal_index(g.saved("diagonal"))
 
-        def mask(t):
-            return getattr(t, op)(k)
+        def mask():
+            return getattr(torch.ones(corner, dtype=m.dtype, device=m.device), op)(k)
 
-        return _mixing(g, g.src[0], op, mask, mask, ())
+        return g.diagonal(g.src[0], mask)
 
     return run
 
@@ -316,13 +316,16 @@ rule("Tril")(_triangle("tril"))
 rule("Triu")(_triangle("triu"))
 
 
-def _diagonal_map(offset: int, d1: int, d2: int, shape) -> tuple:
-    """``diagonal`` of a value of ``shape``, its transpose, and the (value, diagonal) axis pairs that it keeps."""
-    rest = [a for a in range(len(shape)) if a not in (d1, d2)]
+def _diagonal_map(g, s: int, shape, transposed: bool) -> int:
+    """``Tensor.diagonal`` of a value of ``shape``, or its transpose."""
+    n = len(shape)
+    offset, d1, d2 = normal_index(g.saved("offset")), g.axis("dim1", n), g.axis("dim2", n)
+    rest = [a for a in range(n) if a not in (d1, d2)]
     kept = [(a, i) for i, a in enumerate(rest)]
     length = min(shape[d1] + min(offset, 0), shape[d2] - max(offset, 0))
-    if offset == 0 and length == shape[d1]:  # entry i of the diagonal is at index i of d1
-        kept.append((d1, len(rest)))
+    whole = offset == 0 and length == shape[d1]
+    if whole:  # entry i of the diagonal is at index i of d1
+        kept.append((d1, n - 2))
 
     def take(t):
         return t.diagonal(offset, d1 + 1, d2 + 1)
@@ -333,45 +336,39 @@ def _diagonal_map(offset: int, d1: int, d2: int, shape) -> tuple:
             sizes.insert(a + 1, shape[a])
         return torch.ops.aten.diagonal_backward(c, sizes, offset, d1 + 1, d2 + 1)
 
-    return take, put, tuple(kept)
+    push, pull = take, put
+    if transposed:
+        push, pull, kept = put, take, [(b, a) for a, b in kept]
+    edge = Functional("diagonal", push, pull, tuple(kept), (1.0, 1.0), anywhere=not whole)
+    return g.single(s, edge, g.shape)
 
 
 @rule("Diagonal")
 def diagonal(g):
-    shape = g.values[g.src[0]].shape
-    n = len(shape)
-    offset = normal_index(g.saved("offset"))
-    take, put, kept = _diagonal_map(offset, g.axis("dim1", n), g.axis("dim2", n), shape)
-    return g.single(g.src[0], Functional("diagonal", take, put, kept, work=(1.0, 1.0)), g.shape)
-
-
-def _put_diagonal(g, s: int) -> int:
-    n = len(g.shape)
-    offset = normal_index(g.saved("offset"))
-    take, put, kept = _diagonal_map(offset, g.axis("dim1", n), g.axis("dim2", n), g.shape)
-    kept = tuple((b, a) for a, b in kept)
-    return g.single(s, Functional("diag_embed", put, take, kept, work=(1.0, 1.0)), g.shape)
+    return _diagonal_map(g, g.src[0], g.values[g.src[0]].shape, False)
 
 
 @rule("DiagEmbed", "DiagonalBackward")
 def diag_embed(g):
-    return _put_diagonal(g, g.src[0])
+    return _diagonal_map(g, g.src[0], g.shape, True)
 
 
 def _windows(g, s: int, shape, transposed: bool) -> int:
     """``Tensor.unfold`` of a value of ``shape``, or its transpose."""
     dim = "dim" if transposed else "dimension"
     axis, size, step = g.axis(dim, len(shape)), g.saved("size"), g.saved("step")
-    kept = keep_all_but((axis,), len(shape))
 
     def cut(t):
         return t.unfold(axis + 1, size, step)
 
     def join(c):
-        return torch.ops.aten.unfold_backward(c, (c.shape[0], *shape), axis + 1, size, step)
+        sizes = list(c.shape[:-1])
+        sizes[axis + 1] = shape[axis]
+        return torch.ops.aten.unfold_backward(c, sizes, axis + 1, size, step)
 
     push, pull = (join, cut) if transposed else (cut, join)
-    return g.single(s, Functional("unfold", push, pull, kept), g.shape)
+    edge = Functional("unfold", push, pull, keep_all_but((axis,), len(shape)), anywhere=True)
+    return g.single(s, edge, g.shape)
 
 
 @rule("Unfold")
@@ -438,4 +435,4 @@ def slice_backward(g):
 
 @rule("DiagonalScatter")
 def diagonal_scatter(g):
-    return _overwritten(g, lambda s: _put_diagonal(g, s))
+    return _overwritten(g, lambda s: _diagonal_map(g, s, g.shape, True))

@@ -96,6 +96,7 @@ POOLS = [
     ("AdaptiveMaxPool2d", lambda: nn.AdaptiveMaxPool2d((2, 2)), D(2, 2, 3, 3)),
     ("AdaptiveMaxPool3d", lambda: nn.AdaptiveMaxPool3d(1), D(1, 2, 2, 2, 2)),
     ("Upsample_nearest", lambda: nn.Upsample(scale_factor=2), R(2, 2, 3)),
+    ("ChannelShuffle_groups_of_3", lambda: nn.ChannelShuffle(3), R(2, 6, 1, 2)),
     ("PixelShuffle", lambda: nn.PixelShuffle(2), R(2, 4, 2, 1)),
     ("PixelUnshuffle", lambda: nn.PixelUnshuffle(2), R(2, 1, 2, 4)),
     ("ChannelShuffle", lambda: nn.ChannelShuffle(2), R(2, 4, 2, 1)),
