@@ -79,8 +79,8 @@ def jacobian(
 
     Raises:
         TypeError: inputs or outputs that are not tensors or tuples of them.
-        RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix (the
-            message names the op); an ``out`` that does not fit.
+        RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix
+            (the op is named); an ``out`` that does not fit.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend, no common
             batch axis under ``per_sample``.
         AssertionError: an unknown strategy.
@@ -338,7 +338,7 @@ def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
 
 
 def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
-    """Run ``func`` on inputs that require grad: outputs, inputs, whether there is a tuple of outputs, the raw result."""
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result."""
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():

@@ -89,8 +89,8 @@ def check(
     """Compare `jactri.jacobian` with ``torch.autograd.functional.jacobian`` in the inputs' dtype and in float64.
 
     ``func`` is run several times, each with the same random state (which is restored afterwards); in float64 every
-    tensor that it uses is converted. The check passes if jactri in float64 agrees with float64 autograd to rounding, and
-    if in the inputs' dtype its error is no more than ten times torch's own (or a few hundred units of rounding).
+    tensor that it uses is converted. The check passes if jactri in float64 agrees with float64 autograd to rounding,
+    and if in the inputs' dtype its error is no more than ten times torch's own (or a few hundred units of rounding).
 
     Args:
         func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum

@@ -35,8 +35,8 @@ _IDENTITY = Identity()
 Source = tuple[int, LinearMap]
 
 
-class UnsupportedGraph(Exception):  # noqa: N818 - control flow: the whole function falls back
-    """The graph holds values that blocks cannot represent (complex, sparse, nested, subclasses)."""
+class UnsupportedGraph(Exception):
+    """The graph holds values that blocks cannot represent (complex, sparse, nested)."""
 
 
 class Value:
@@ -253,7 +253,7 @@ class Reader:
         return tuple(ids)
 
 
-class MissingValue(Exception):  # noqa: N818 - control flow: this node is called instead
+class MissingValue(Exception):
     """A rule needs a tensor that the node did not save."""
 
 

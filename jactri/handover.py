@@ -5,19 +5,13 @@ from __future__ import annotations
 import torch
 from torch.func import jacfwd, jacrev, vmap
 
-
 _level = torch._C._functorch.maybe_current_level
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def transforming(xs) -> bool:
     """Whether a torch.func transform is running, or a tensor belongs to one."""
-    if _level() is not None:
-        return True
-    for x in xs:
-        if _wrapped(x):
-            return True
-    return False
+    return _level() is not None or any([_wrapped(x) for x in xs])
 
 
 def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out):

@@ -31,7 +31,7 @@ Selection = dict[int, tuple[int, int]]
 """Seed factor -> (start, length): the part of a free seed factor that a chunk computes."""
 
 
-class SplitSeed(Exception):  # noqa: N818 - control flow of the planner, never seen by a user
+class SplitSeed(Exception):
     """A view splits a tied factor: the sweep must start again with the seed factor split alike."""
 
     def __init__(self, factor: int, sizes: tuple[int, ...]):
@@ -164,7 +164,7 @@ class Layout:
         mine, theirs = _positions(self), _positions(other)
         common = frozenset(t for t in mine if theirs.get(t) == mine[t])
         axes = []
-        for size, a, b in zip(self.shape, self.axes, other.axes, strict=True):
+        for size, a in zip(self.shape, self.axes, strict=True):
             ties = {t for _, t in a if t in common}
             if not ties:
                 axes.append(((size, FREE),))

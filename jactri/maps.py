@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .linear_map import Gather, LinearMap, MatMul
+from .linear_map import LinearMap, MatMul
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -161,26 +161,6 @@ class Transpose(LinearMap):
 
     def pull(self, c, own):
         return self.base.push(c, own)
-
-
-class Scatter(Gather):
-    """The transpose of `Gather`: ``out[..., index[..., j]] += in[..., j]`` on the last axis."""
-
-    __slots__ = ()
-    name = "scatter"
-
-    @property
-    def key(self):
-        return Scatter, self.axis
-
-    def narrow(self, source, target, in_shape, out_shape):
-        return Scatter(source.of(self.index, len(in_shape)), self.size, self.axis)
-
-    def push(self, t, own):
-        return Gather.pull(self, t, own)
-
-    def pull(self, c, own):
-        return Gather.push(self, c, own)
 
 
 class Batched(MatMul):

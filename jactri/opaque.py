@@ -146,8 +146,8 @@ _verified: set[tuple] = set()
 def batched(one_row, block: Tensor, name: str) -> tuple[Tensor, ...]:
     """``one_row`` over the first axis of ``block``: by vmap, or row by row where vmap cannot be trusted.
 
-    Some ops have no vmap rule, and some have a wrong one (the backward of a batched ``torch.cdist`` in torch 2.13): the first
-    time that an op is seen at some shape, two rows are computed without vmap and compared.
+    Some ops have no vmap rule, and some have a wrong one (the backward of a batched ``torch.cdist`` in torch 2.13):
+    the first time that an op is seen at some shape, two rows are computed without vmap and compared.
     """
     if block.shape[0] == 1:
         return tuple(o.unsqueeze(0) for o in one_row(block[0]))

@@ -18,7 +18,7 @@ CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
 
 USABLE = 0.85
-"""The part of a memory limit that is planned for; the rest is for what the prediction does not see (scratch, padding)."""
+"""The part of a memory limit that is planned for; the rest is for what is not predicted (scratch, padding)."""
 
 RATES = {"cpu": (1e11, 1e10, 4e-6), "cuda": (5e13, 2e12, 8e-6)}
 """Rough flops a second, bytes a second and seconds a step, by device type: they only rank alternatives."""
@@ -42,7 +42,7 @@ class Term:
 class Step:
     """The block of one value: a sum of terms, stored in ``layout``; ``frees`` are blocks used for the last time.
 
-    ``flops`` and ``bytes`` (written) are for all seeds. ``shares``: the block is a view of the weights or of its source.
+    ``flops`` and ``bytes`` (written) are for all seeds. ``shares``: the block is a view of weights or of its source.
     """
 
     value: int

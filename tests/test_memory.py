@@ -109,7 +109,7 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(strategy, per_
         torch.nn.Linear(40, 7),
     ).double()  # fmt: skip
     x = torch.randn(37, 6, dtype=torch.float64)
-    kw = dict(strategy=strategy, per_sample=per_sample)
+    kw = {"strategy": strategy, "per_sample": per_sample}
     whole = jactri.jacobian(net, x, **kw)
     limit = whole.numel() * 8 + 30_000
     torch.testing.assert_close(jactri.jacobian(net, x, memory_limit=limit, **kw), whole)

@@ -1,6 +1,7 @@
 """The planner by tables: known networks with known structure, direction and cost; plans hold no tensor."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def graph_of(func, *shapes):
 
 def mlp(*widths, act=nn.Tanh):
     layers = []
-    for i, o in zip(widths[:-1], widths[1:], strict=True):
+    for i, o in itertools.pairwise(widths):
         layers += [nn.Linear(i, o), act()]
     return nn.Sequential(*layers[:-1])
 

@@ -7,8 +7,8 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Take
 from ..maps import Batched, Once
+from ..selection import Take
 from . import rule
 
 

@@ -13,7 +13,6 @@ from ..layout import one
 from ..linear_map import Elementwise, View
 from . import rule
 
-
 FORMULAS = {
     # node: (saved value, derivative as a function of it)
     "Sin": ("self", torch.cos),
@@ -70,11 +69,14 @@ for _node, (_name, _derivative) in FORMULAS.items():
 @rule(*UNARY)
 def unary(g):
     node, meta = g.node, g.meta
-    if len(meta) == 1:
-        return g.diagonal(g.match(g.src[0]), lambda: _first(node(one(meta[0]))))
-    ones = (one(meta[0]), *[None] * (len(meta) - 1))
-    value = g.diagonal(g.match(g.src[0]), lambda: _first(node(*ones)))
-    return (value, *[None] * (len(meta) - 1))
+    m = meta[0]
+
+    def derivative() -> Tensor:
+        ones = one(m) if m.device.type == "cpu" else one(m).expand(tuple(m.shape))
+        return _first(node(ones, *[None] * (len(meta) - 1)))
+
+    value = g.diagonal(g.match(g.src[0]), derivative)
+    return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
 
 
 @rule("Gelu", "LogSigmoid")
@@ -109,7 +111,7 @@ class Partials:
         d = self._all[edge]
         if d is None:
             return torch.zeros((), dtype=m.dtype, device=m.device)
-        if self.whole and d.shape != shape:  # a node that sums over broadcasts has lost the derivative of each entry
+        if self.whole and d.shape != shape:  # summed over broadcasts: the entries are lost
             raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
         return fit(d, m)
 
@@ -130,11 +132,7 @@ def elementwise(g):
     """Any number of operands."""
     partials = Partials(g)
     return g.plus(
-        [
-            partials.diagonal(g, g.match(s), edge)
-            for edge, s in enumerate(g.src)
-            if s is not None
-        ]
+        [partials.diagonal(g, g.match(s), edge) for edge, s in enumerate(g.src) if s is not None]
     )
 
 
@@ -145,7 +143,9 @@ def prelu_backward(g):
     for nr in range(2):
         partials = Partials(g, output=nr)
         outputs.append(
-            g.plus([partials.diagonal(g, g.match(s), e) for e, s in enumerate(g.src) if s is not None])
+            g.plus(
+                [partials.diagonal(g, g.match(s), e) for e, s in enumerate(g.src) if s is not None]
+            )
         )
     return tuple(outputs)
 
@@ -278,20 +278,20 @@ def copysign(g):
 
 @rule("Where")
 def where(g):
-    condition, m = g.tensor("condition"), g.meta[0]
+    condition, m = g.tensor("condition").bool(), g.meta[0]
     terms = []
     for s, wanted in zip(g.src[-2:], (True, False), strict=True):  # a bool operand has no edge
         if s is not None:
-            terms.append(
-                g.diagonal(g.match(s), lambda w=wanted: (condition if w else ~condition).to(m.dtype))
-            )
+            terms.append(g.diagonal(g.match(s), lambda w=wanted: (condition == w).to(m.dtype)))
     return g.plus(terms)
 
 
 @rule("MaskedFill.0-1")
 def masked_fill(g):
     mask, m = g.tensor("mask"), g.meta[0]
-    terms = [g.diagonal(g.match(g.src[0]), lambda: (~mask).to(m.dtype))] if g.src[0] is not None else []
+    terms = []
+    if g.src[0] is not None:
+        terms.append(g.diagonal(g.match(g.src[0]), lambda: (~mask).to(m.dtype)))
     if len(g.src) > 1 and g.src[1] is not None:
         terms.append(g.diagonal(g.match(g.src[1]), lambda: mask.to(m.dtype)))
     return g.plus(terms)
@@ -308,7 +308,9 @@ def glu(g):
     return g.sum(g.single(s, View(shape, halves), halves), (axis,))
 
 
-@rule("Ceil", "Floor", "Round.0-1", "Sgn", "Sign", "Trunc", "Zero", "Fill.0", "Fill.2", "Bernoulli", "Poisson")
+@rule(
+    "Bernoulli", "Ceil", "Fill.0", "Fill.2", "Floor", "Poisson", "Round.0-1", "Sgn", "Sign", "Trunc", "Zero"
+)  # fmt: skip
 def zero(g):
     return g.single(g.src[0], Zero())
 

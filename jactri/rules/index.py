@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Cut, Functional, Gather, Kept, LinearMap, Shape, Take, keep_all_but
+from ..linear_map import Cut, Functional, Kept, LinearMap, Shape, keep_all_but
+from ..selection import Gather, Take
 from . import normal_index, rule
 from .elementwise import Partials
 from .shape import piece
@@ -170,7 +171,9 @@ def along(g, i: Tensor) -> int:
     return g.view(g.single(s, Gather(i, shape[axis], axis), tuple(i.shape)), g.shape)
 
 
-@rule("Cummax", "Cummin", "Kthvalue", "Max", "Median.1", "Min", "Mode", "Nanmedian.1", "Sort.0-1", "Topk")
+@rule(
+    "Cummax", "Cummin", "Kthvalue", "Max", "Median.1", "Min", "Mode", "Nanmedian.1", "Sort.0-1", "Topk"
+)  # fmt: skip
 def by_order(g):
     """The chosen entries; the second result, their indices, has no derivative."""
     values = along(g, g.tensor("indices"))

@@ -1,8 +1,8 @@
 """Writes into a part of a tensor: ``out[:, 0] = f(x)``.
 
-Autograd records such a write as a CopySlices node, which does not show where it wrote. The node itself tells: applied to
-the numbers 1, 2, 3, ... it returns, for every entry of the source, the number of the place that it went to. If those places
-are a regular slice of the result, the write is a `Place`; the answer is confirmed with random integers, to the bit.
+Autograd records such a write as a CopySlices node, which does not show where it wrote. The node itself tells:
+applied to the numbers 1, 2, 3, ... it returns, for every entry of the source, the number of the place that it went
+to. If those places are a regular slice of the result, the write is a `Place`; other numbers must confirm it, exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Place, Slice
+from ..selection import Place, Slice
 from . import rule
 
 _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}

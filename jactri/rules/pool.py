@@ -10,8 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Gather
-from ..maps import Fixed, Scatter, Transpose
+from ..maps import Fixed, Transpose
+from ..selection import Gather, Scatter
 from . import rule
 from .elementwise import Zero
 

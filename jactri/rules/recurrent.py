@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear_map import Identity, LinearMap, MatMul, Place, Slice
+from ..linear_map import Identity, LinearMap, MatMul
 from ..maps import Batched, Once
+from ..selection import Place, Slice
 from . import rule
 
 _LSTM = 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..linear_map import Functional, LinearMap, Place, Slice, Take, keep_all_but
+from ..linear_map import Functional, keep_all_but
+from ..selection import Place, Select, Slice, Take
 from . import normal_axis, normal_index, rule
 from .elementwise import Partials
 
@@ -59,34 +60,6 @@ def repeat(g):
 
 
 # -- pieces of one axis -----------------------------------------------------------------------------
-
-
-class Select(LinearMap):
-    """One entry of ``axis``, which is left out: a view in the push."""
-
-    __slots__ = ("axis", "index", "size")
-    name, structure = "select", "gather"
-
-    def __init__(self, axis: int, index: int, size: int):
-        self.axis, self.index, self.size = axis, index, size
-
-    @property
-    def key(self):
-        return Select, self.axis, self.index
-
-    def kept(self, in_shape, out_shape):
-        return tuple((a, a - (a > self.axis)) for a in range(len(in_shape)) if a != self.axis)
-
-    def narrow(self, source, target, in_shape, out_shape):
-        return self
-
-    def push(self, t, own):
-        return t.select(self.axis + 1, self.index), False
-
-    def pull(self, c, own):
-        shape = list(c.shape)
-        shape.insert(self.axis + 1, self.size)
-        return torch.ops.aten.select_backward(c, shape, self.axis + 1, self.index), True
 
 
 def piece(g, s: int, axis: int, start: int, length: int, step: int = 1) -> int:
@@ -238,7 +211,9 @@ def _edge_pad(index):
             n = shape[axis]
             if low or high:
                 source = index(torch.arange(-low, n + high, device=device), n)
-                s = g.single(s, Take(axis, source, n), (*shape[:axis], n + low + high, *shape[axis + 1 :]))
+                s = g.single(
+                    s, Take(axis, source, n), (*shape[:axis], n + low + high, *shape[axis + 1 :])
+                )
         return s
 
     return run

@@ -1,0 +1,92 @@
+"""Ranges of samples: what is computed for a part of the batch is that part of what is computed for all."""
+
+import pytest
+import torch
+from cases import ALL
+
+import jactri
+from jactri import api
+from jactri.graph import read
+from jactri.planner import make_plan
+from jactri.samples import halves, narrow, places, probe_mixing
+
+SAMPLED = [
+    c
+    for c in ALL
+    if c.samples == tuple(range(len(c.inputs)))
+    and c.inputs[0].shape[0] > 1
+    and c.poison
+    and not c.variant
+]
+
+
+def prepared(case):
+    func, inputs = case.build(frozen=True)
+    xs = tuple(x.detach().requires_grad_() for x in inputs)
+    ys = func(*xs)
+    return (ys if isinstance(ys, tuple) else (ys,)), xs
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+@pytest.mark.parametrize("case", SAMPLED, ids=repr)
+def test_cut_graphs_give_the_blocks_of_their_samples(case, strategy, monkeypatch):
+    ys, xs = prepared(case)
+    with torch.no_grad():
+        try:
+            graph = read(ys, xs)
+        except api.UnsupportedGraph:
+            return  # computed as a whole
+        if not any(v is not None for v in graph.inputs):
+            return  # nothing depends on anything: zeros
+        where = places(graph, make_plan(graph, strategy).sweeps)
+        n = xs[0].shape[0]
+        part = None if where is None else narrow(graph, where, 0, 1)
+        if part is None:
+            return  # some op is opaque: a memory limit must be refused, not answered wrongly
+        whole = jactri.jacobian_of(ys, xs, per_sample=True, strategy=strategy)
+        cuts = []
+
+        def too_small_for_all(graph, *options, real=api.plan_for):
+            size = graph.values[next(v for v in graph.inputs if v is not None)].shape[0]
+            if size > max(1, n // 2):
+                raise api.MemoryLimitTooSmall("forced by a test")
+            cuts.append(size)
+            return real(graph, *options)
+
+        monkeypatch.setattr(api, "summed_seeds", lambda *a: False)
+        monkeypatch.setattr(api, "plan_for", too_small_for_all)
+        pieces = jactri.jacobian_of(ys, xs, per_sample=True, strategy=strategy)
+    assert sum(cuts) == n and len(cuts) > 1
+    for row, want_row in zip(pieces, whole, strict=True):
+        for got, want in zip(row, want_row, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11, equal_nan=True)
+
+
+def test_most_cases_can_be_cut():
+    cut = 0
+    for case in SAMPLED:
+        ys, xs = prepared(case)
+        try:
+            graph = read(ys, xs)
+        except api.UnsupportedGraph:
+            continue
+        where = places(graph, make_plan(graph).sweeps)
+        cut += where is not None and narrow(graph, where, 0, 1) is not None
+    assert cut > 0.8 * len(SAMPLED)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 33])
+def test_every_two_samples_are_told_apart(n):
+    masks = list(halves(n, "cpu"))
+    for i in range(n):
+        for j in range(n):
+            if i != j:
+                assert any(bool(m[i]) and not bool(m[j]) for m in masks)
+
+
+@pytest.mark.parametrize("n", [2, 5, 16])
+def test_the_probe_finds_a_single_leak(n):
+    for a, b in [(0, 1), (1, 0), (n - 1, 0), (n // 2, n - 1)]:
+        x = torch.randn(n, 3, requires_grad=True)
+        leak = torch.zeros(n, 3).index_put((torch.tensor([a]), torch.tensor([1])), x[b, 2])
+        assert probe_mixing((x.sin() + (a != b) * leak,), (x,)) == (a != b)
