@@ -11,7 +11,7 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 def transforming(xs) -> bool:
     """Whether a torch.func transform is running, or a tensor belongs to one."""
-    return _level() is not None or any([_wrapped(x) for x in xs])
+    return _level() is not None or any(_wrapped(x) for x in xs)
 
 
 def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out):
