@@ -94,7 +94,15 @@ def jacobian(
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
     if handover.transforming(xs):
         return handover.jacobian(
-            _uncompiled(func), xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out
+            _uncompiled(func),
+            xs,
+            tupled,
+            strategy,
+            strict,
+            per_sample,
+            return_output,
+            chunk_size,
+            out,
         )
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -321,12 +329,16 @@ def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
     if not any(untied_targets(graph, sweep) for sweep in plan.sweeps):
         return False
     # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
-    forward = [simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None]
+    forward = [
+        simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None
+    ]
     culprits = []
     for sweep in (*forward, *plan.sweeps):
         for target in untied_targets(graph, sweep):
             culprits.extend(mixing_steps(graph, sweep, target))
-    opaque = [v for v in culprits if any(m.structure == "opaque" for _, m in graph.values[v].sources)]
+    opaque = [
+        v for v in culprits if any(m.structure == "opaque" for _, m in graph.values[v].sources)
+    ]
     if opaque and not probe_mixing(ys, xs):
         return True
     value = graph.values[(opaque or culprits)[0]]
@@ -357,13 +369,17 @@ def _uncompiled(func):
 
 def _check_options(strategy, chunk_size, backend, out, create_graph) -> None:
     if strategy not in STRATEGIES:
-        raise AssertionError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+        raise AssertionError(
+            f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
+        )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
     if out is not None and create_graph:
-        raise RuntimeError("out= and create_graph=True exclude each other: a result written in place has no graph")
+        raise RuntimeError(
+            "out= and create_graph=True exclude each other: a result written in place has no graph"
+        )
 
 
 def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
@@ -412,7 +428,9 @@ def block_shape(y: Tensor, x: Tensor, per_sample: bool) -> tuple[int, ...]:
     return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)
 
 
-def zero_block(y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None) -> Tensor:
+def zero_block(
+    y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
+) -> Tensor:
     """The block of an output that does not depend on an input."""
     if dest is not None:
         return dest.zero_()
@@ -446,19 +464,25 @@ def _out_rows(out, tupled_out: bool, tupled: bool):
 
 def _check_out(dests, ys, xs, per_sample: bool) -> None:
     if len(dests) != len(ys) or any(len(row) != len(xs) for row in dests):
-        raise RuntimeError("out must be nested as the result is: a tuple level for each of outputs and inputs")
+        raise RuntimeError(
+            "out must be nested as the result is: a tuple level for each of outputs and inputs"
+        )
     for j, y in enumerate(ys):
         for i, x in enumerate(xs):
             dest, want = dests[j][i], block_shape(y, x, per_sample)
             if not isinstance(dest, Tensor):
-                raise TypeError(f"out must hold tensors, got {type(dest)} for output {j}, input {i}")
+                raise TypeError(
+                    f"out must hold tensors, got {type(dest)} for output {j}, input {i}"
+                )
             if tuple(dest.shape) != want or dest.dtype != x.dtype or dest.device != x.device:
                 raise RuntimeError(
                     f"out for output {j}, input {i} must have shape {want}, dtype {x.dtype} and device {x.device}, "
                     f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
                 )
             if dest.requires_grad:
-                raise RuntimeError(f"out for output {j}, input {i} requires grad; pass a detached tensor")
+                raise RuntimeError(
+                    f"out for output {j}, input {i} requires grad; pass a detached tensor"
+                )
 
 
 def _nest(rows, tupled_out: bool, tupled: bool):

@@ -132,7 +132,9 @@ def check(
             lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample)
         )
         mixes = per_sample and same_random(lambda: _mixes(func, xs))
-    report = _compare(mine, theirs, mine64, truth, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks)
+    report = _compare(
+        mine, theirs, mine64, truth, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks
+    )
     if raise_on_error and not report.ok:
         raise JacobianMismatch(str(report))
     return report
@@ -208,7 +210,9 @@ def _scale(block: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _compare(mine, theirs, mine64, truth, dtype, mixes, jactri_ms, torch_ms, fallbacks) -> CheckReport:
+def _compare(
+    mine, theirs, mine64, truth, dtype, mixes, jactri_ms, torch_ms, fallbacks
+) -> CheckReport:
     lists = [[b for _, _, b in _blocks(nested, True)] for nested in (mine, theirs, mine64, truth)]
     where = [(j, i) for j, i, _ in _blocks(mine, True)]
     eps, eps64 = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
@@ -231,5 +235,15 @@ def _compare(mine, theirs, mine64, truth, dtype, mixes, jactri_ms, torch_ms, fal
     if mixes:
         ok, reason = False, "a probe found that samples mix"
     return CheckReport(
-        ok, worst_abs, worst_rel, worst, torch_rel, same, rel64, jactri_ms, torch_ms, fallbacks, reason
+        ok,
+        worst_abs,
+        worst_rel,
+        worst,
+        torch_rel,
+        same,
+        rel64,
+        jactri_ms,
+        torch_ms,
+        fallbacks,
+        reason,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph
-from .layout import Layout, Selection, one, scatter
+from .layout import Layout, Selection, convert, one, scatter
 from .linear_map import Shape
 from .planner import Plan, Step, Sweep
 
@@ -23,7 +23,9 @@ class Answer:
     block; a block that already is the whole answer is returned as it is, through a view.
     """
 
-    def __init__(self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest):
+    def __init__(
+        self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest
+    ):
         self.sweep, self.layout, self.like = sweep, layout, like
         self.out, self.into, self.per_sample = out, into, per_sample
         self.dest: Tensor | None = dest
@@ -42,7 +44,9 @@ class Answer:
         seed, value = self._seed_and_value()
         make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
         if self.dest is None:
-            return make((*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device)
+            return make(
+                (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
+            )
         if make is torch.zeros:
             self.dest.zero_()
         # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
@@ -156,7 +160,13 @@ def _steps(
             dying = other in frees and other not in pinned
             edge = values[term.owner].sources[term.edge][1]
             blocks[step.value] = edge.apply(
-                data, own and dying and writable, layouts[other], term.route, reverse, sel, values[other]
+                data,
+                own and dying and writable,
+                layouts[other],
+                term.route,
+                reverse,
+                sel,
+                values[other],
             )
             if dying:
                 del blocks[other]
@@ -177,10 +187,21 @@ def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):
     for term in step.terms:
         edge = graph.values[term.owner].sources[term.edge][1]
         data, _ = blocks[term.other]
+        plain = term.route.out.tied == step.layout.tied
+        if own and writable and plain and data is not None and edge.places(sweep.reverse):
+            at = sweep.layouts[term.other]
+            edge.window(total).add_(convert(data, at, term.route.mid, sel, total))
+            continue
         data, fresh = edge.apply(
-            data, False, sweep.layouts[term.other], term.route, sweep.reverse, sel, graph.values[term.other]
+            data,
+            False,
+            sweep.layouts[term.other],
+            term.route,
+            sweep.reverse,
+            sel,
+            graph.values[term.other],
         )
-        if term.route.out.tied != step.layout.tied:
+        if not plain:
             sparse.append((data, term.route.out))
             continue
         if data is None:

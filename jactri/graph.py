@@ -45,7 +45,13 @@ class Value:
     __slots__ = ("device", "dtype", "op", "shape", "sources")
 
     def __init__(self, op: str, shape: Shape, dtype, device, sources: tuple[Source, ...]):
-        self.op, self.shape, self.dtype, self.device, self.sources = op, shape, dtype, device, sources
+        self.op, self.shape, self.dtype, self.device, self.sources = (
+            op,
+            shape,
+            dtype,
+            device,
+            sources,
+        )
 
 
 class Graph:
@@ -136,7 +142,9 @@ class Reader:
 
     # -- values -----------------------------------------------------------------------------------
 
-    def emit(self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None) -> int:
+    def emit(
+        self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None
+    ) -> int:
         """Add a value; ``dtype`` defaults to the node's. Returns its index."""
         return self._add(
             op or self.node.name(), shape, dtype or self.dtype, self.device, tuple(sources)
@@ -188,12 +196,16 @@ class Reader:
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
         if axes:
             source = self.single(source, Sum(tuple(axes), shape), kept)
-        return source if keepdim else self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
+        return (
+            source
+            if keepdim
+            else self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
+        )
 
     def diagonal(
-        self, source: int, derivative: Callable[[], Tensor] | Tensor, fresh: bool = True
+        self, source: int, derivative: Callable[[], Tensor] | Tensor, fresh: bool = False
     ) -> int:
-        """Scaling by a derivative; ``fresh=False`` where the callable may return a tensor that others hold."""
+        """Scaling by a derivative; ``fresh=True`` where the callable returns memory that nobody else holds."""
         return self.single(source, Diagonal(derivative, fresh))
 
     def scale(self, source: int, factor: float) -> int:
@@ -261,7 +273,9 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
     reader = Reader()
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
-    wanted: dict[object, dict[int, int | None]] = {}  # node of an input that is not -> output -> value
+    wanted: dict[
+        object, dict[int, int | None]
+    ] = {}  # node of an input that is not -> output -> value
     for x in inputs:
         _refuse(x)
         if x.grad_fn is not None:

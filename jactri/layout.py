@@ -255,9 +255,7 @@ def convert(
     if source.tied == to.tied:
         return data
     ref = data if data is not None else like
-    target = torch.zeros(
-        to.columns(sel), *to.shape, dtype=ref.dtype, device=ref.device
-    )
+    target = torch.zeros(to.columns(sel), *to.shape, dtype=ref.dtype, device=ref.device)
     return scatter(target, to, data, source, sel)
 
 

@@ -98,12 +98,22 @@ class LinearMap:
         out = mid.carry(kept, in_shape if reverse else out_shape)
         return Route(mid, out, None, self.work(in_shape, out_shape, reverse))
 
-    def narrow(self, source: Cut, target: Cut, in_shape: Shape, out_shape: Shape) -> LinearMap | None:
+    def narrow(
+        self, source: Cut, target: Cut, in_shape: Shape, out_shape: Shape
+    ) -> LinearMap | None:
         """The map of a range of samples, of which the input keeps ``source`` and the output ``target``.
 
         Shapes are those of all samples. None where the map cannot be cut.
         """
         return None
+
+    def places(self, reverse: bool) -> bool:
+        """Whether the result is the data itself in a `window` and zero elsewhere: a sum need not write the zeros."""
+        return False
+
+    def window(self, total: Tensor) -> Tensor:
+        """The part of a result, as a view, in which a map that ``places`` its data puts them."""
+        raise NotImplementedError
 
     def push(self, t: Tensor, own: bool) -> tuple[Tensor, bool]:
         raise NotImplementedError
@@ -207,19 +217,24 @@ class Cast(Elementwise):
         return c.to(device=self.source[1], dtype=self.source[0]), False
 
     def apply(self, data, own, layout, route, reverse, sel, like):
-        return super().apply(data, own, layout, route, reverse, sel, like) if data is not None else (None, False)
+        return (
+            super().apply(data, own, layout, route, reverse, sel, like)
+            if data is not None
+            else (None, False)
+        )
 
 
 class Diagonal(Elementwise):
     """Elementwise: multiplication by the local derivative, which is computed at first use.
 
-    ``fresh`` says that a callable returns memory that nobody else holds.
+    ``fresh`` says that the callable returns memory that nobody else holds: under an identity seed it then becomes
+    the block, and may be written to.
     """
 
     __slots__ = ("_derivative", "_fresh", "_value")
     name, structure = "diagonal", "diagonal"
 
-    def __init__(self, derivative: Callable[[], Tensor] | Tensor, fresh: bool = True):
+    def __init__(self, derivative: Callable[[], Tensor] | Tensor, fresh: bool = False):
         self._derivative, self._fresh = derivative, fresh
         self._value = derivative if isinstance(derivative, Tensor) else None
 
@@ -236,7 +251,12 @@ class Diagonal(Elementwise):
         d = self._value
         if d is None:
             d = self._value = self._derivative()
-        if d.dim() > 2 and t.dim() == d.dim() + 1 and t.stride(2) == 1 and d.stride(1) > 1 < d.shape[1]:
+        if (
+            d.dim() > 2
+            and t.dim() == d.dim() + 1
+            and t.stride(2) == 1
+            and d.stride(1) > 1 < d.shape[1]
+        ):
             # blocks of convolutions may be in channels-last memory: a product of two formats is ten times slower
             d = self._value = d.movedim(1, -1).contiguous().movedim(-1, 1)
         if own and t.dtype == d.dtype:
@@ -511,7 +531,13 @@ class MatMul(LinearMap):
         if (self.side == "right") == reverse:
             p = p.transpose(-1, -2)
         out = route.out
-        if data is None and not layout.free and not sel and len(layout.axes[axis]) == 1 and p.dim() == 2:
+        if (
+            data is None
+            and not layout.free
+            and not sel
+            and len(layout.axes[axis]) == 1
+            and p.dim() == 2
+        ):
             # an identity seed: the answer is the matrix itself, for every sample
             n, m = p.shape
             shape = [n] + [1] * len(out.shape)

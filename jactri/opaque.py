@@ -153,10 +153,14 @@ def batched(one_row, block: Tensor, name: str) -> tuple[Tensor, ...]:
         return tuple(o.unsqueeze(0) for o in one_row(block[0]))
     if name not in _no_vmap:
         try:
-            with warnings.catch_warnings():  # that vmap loops over an op without a rule is right, and no news
+            with (
+                warnings.catch_warnings()
+            ):  # that vmap loops over an op without a rule is right, and no news
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 out = torch.vmap(one_row)(block)
-        except RuntimeError as error:  # no vmap rule for the op: the loop below raises any other fault again
+        except (
+            RuntimeError
+        ) as error:  # no vmap rule for the op: the loop below raises any other fault again
             _distrust(name, str(error).split("\n")[0])
         else:
             use = (name, tuple(block.shape), block.dtype)
@@ -177,7 +181,11 @@ def _agrees(one_row, block: Tensor, out: tuple[Tensor, ...]) -> bool:
     """Whether the middle and the last row of a vmapped result are what the op gives for them alone."""
     for k in {block.shape[0] // 2, block.shape[0] - 1}:
         for got, want in zip(out, one_row(block[k]), strict=True):
-            tolerance = 1e4 * torch.finfo(want.dtype).eps * float(want.detach().abs().max() if want.numel() else 0)
+            tolerance = (
+                1e4
+                * torch.finfo(want.dtype).eps
+                * float(want.detach().abs().max() if want.numel() else 0)
+            )
             gap = (got[k] - want).detach().abs()
             if bool((gap > tolerance).any()):  # a NaN in both is no disagreement
                 return False
@@ -233,7 +241,13 @@ class Opaque(LinearMap):
 
     def _double_vjp(self, t: Tensor) -> Tensor | None:
         """Tangents through the node, or None where its backward has no (right) derivative."""
-        use = (self.name, self._edge, tuple(self.value.shape), tuple(self.call.meta[self.nr].shape), t.dtype)
+        use = (
+            self.name,
+            self._edge,
+            tuple(self.value.shape),
+            tuple(self.call.meta[self.nr].shape),
+            t.dtype,
+        )
         if use in _no_push:
             return None
         try:
@@ -241,9 +255,13 @@ class Opaque(LinearMap):
                 raise NotImplementedError("its second derivative contradicts its first")
             out = self._twice(t, torch.is_grad_enabled())
         except RuntimeError as error:
-            if not isinstance(error, NotImplementedError) and "is not implemented" not in str(error):
+            if not isinstance(error, NotImplementedError) and "is not implemented" not in str(
+                error
+            ):
                 raise
-            logger.info("fallback: %s has no push (%s); its matrix is built by rows", self.name, error)
+            logger.info(
+                "fallback: %s has no push (%s); its matrix is built by rows", self.name, error
+            )
             _no_push.add(use)
             return None
         _pushes.add(use)

@@ -209,7 +209,7 @@ def _follow(graph, index, seed, layout, reverse, summed) -> Sweep:
     for v in order:
         if v == seed:
             continue
-        terms, meet, flops, written = [], None, 0.0, 0.0
+        terms, meet, flops, written, sums = [], None, 0.0, 0.0, 0
         unit = len(incoming[v]) == 1
         for other, owner, e in incoming[v]:
             source, edge = values[owner].sources[e]
@@ -219,13 +219,16 @@ def _follow(graph, index, seed, layout, reverse, summed) -> Sweep:
             meet = route.out if meet is None else meet.meet(route.out)
             # under an identity seed a scaling is its derivative, a contraction its matrix
             free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
+            itself = len(terms) > 1 and edge.places(reverse)  # added where it belongs
+            sums += len(terms) > 1 and not itself
             if route.moves and not free:
-                flops += route.work * route.out.numel()
-                written += route.out.numel() * values[v].dtype.itemsize
+                made = (route.mid if itself else route.out).numel()
+                flops += route.work * made
+                written += made * values[v].dtype.itemsize
             shares = not route.moves or (ones[other] and route.axis is not None)
             unit = unit and ones[other] and not route.moves and not route.out.free
-        if len(terms) > 1:
-            flops += meet.numel() * (len(terms) - 1)
+        if sums:
+            flops += meet.numel() * sums
             written += meet.numel() * values[v].dtype.itemsize
         layouts[v], ones[v] = meet, unit
         shares = shares and len(terms) == 1
@@ -401,7 +404,9 @@ def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:
 def untied_targets(graph: Graph, sweep: Sweep) -> list[int]:
     """The values at the end of a sweep whose samples are not tied to those of the seed."""
     return [
-        t for t in sweep.targets if t is not None and not sample_ties(sweep, sweep.layouts[t], graph)
+        t
+        for t in sweep.targets
+        if t is not None and not sample_ties(sweep, sweep.layouts[t], graph)
     ]
 
 

@@ -50,7 +50,17 @@ class Explanation:
     note: str = ""
 
     def __str__(self) -> str:
-        head = ("step", "op", "structure", "shape", "seeds", "tied axes", "flops", "bytes", "backend")
+        head = (
+            "step",
+            "op",
+            "structure",
+            "shape",
+            "seeds",
+            "tied axes",
+            "flops",
+            "bytes",
+            "backend",
+        )
         rows = [
             (
                 str(i), s.op, s.structure, "x".join(map(str, s.shape)) or "scalar", str(s.columns), s.tied,
@@ -60,7 +70,10 @@ class Explanation:
         ]  # fmt: skip
         widths = [max(len(r[c]) for r in (head, *rows)) for c in range(len(head))]
         lines = [f"{self.direction}: {self.reason}"]
-        lines += ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in (head, *rows)]
+        lines += [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+            for r in (head, *rows)
+        ]
         ratio = self.naive_flops / self.flops if self.flops else float("inf")
         lines.append(
             f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B beside the answer's "
@@ -127,9 +140,7 @@ def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
 def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     """The report of a plan."""
     direction = "reverse-mode" if plan.reverse else "forward-mode"
-    steps = [
-        _step(graph, sweep, step, direction) for sweep in plan.sweeps for step in sweep.steps
-    ]
+    steps = [_step(graph, sweep, step, direction) for sweep in plan.sweeps for step in sweep.steps]
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
@@ -159,11 +170,7 @@ def _step(graph: Graph, sweep: Sweep, step, direction: str) -> StepReport:
         free = t.route.axis is not None and edge.name == "matmul"
         structures.append(edge.structure + (", no product" if free else ""))
     op = graph.values[step.terms[0].owner].op
-    tied = [
-        str(a)
-        for a, axis in enumerate(step.layout.axes)
-        if any(t != -1 for _, t in axis)
-    ]
+    tied = [str(a) for a, axis in enumerate(step.layout.axes) if any(t != -1 for _, t in axis)]
     opaque = any(e.structure == "opaque" for e in edges)
     device = graph.values[step.value].device.type
     if opaque:

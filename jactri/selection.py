@@ -27,13 +27,20 @@ class Slice(LinearMap):
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
-    def _window(self, t: Tensor) -> Tensor:
+    def places(self, reverse):
+        return reverse
+
+    def window(self, t: Tensor) -> Tensor:
+        if self.step == 1:
+            return t.narrow(self.axis + 1, self.start, self.length)
         index = [slice(None)] * t.dim()
-        index[self.axis + 1] = slice(self.start, self.start + (self.length - 1) * self.step + 1, self.step)
+        index[self.axis + 1] = slice(
+            self.start, self.start + (self.length - 1) * self.step + 1, self.step
+        )
         return t[tuple(index)]
 
     def push(self, t, own):
-        return self._window(t), False
+        return self.window(t), False
 
     def pull(self, c, own):
         shape = list(c.shape)
@@ -48,6 +55,9 @@ class Place(Slice):
 
     __slots__ = ()
     name = "place"
+
+    def places(self, reverse):
+        return not reverse
 
     def push(self, t, own):
         return Slice.pull(self, t, own)
@@ -134,8 +144,14 @@ class Select(LinearMap):
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
+    def places(self, reverse):
+        return reverse
+
+    def window(self, t):
+        return t.select(self.axis + 1, self.index)
+
     def push(self, t, own):
-        return t.select(self.axis + 1, self.index), False
+        return self.window(t), False
 
     def pull(self, c, own):
         shape = list(c.shape)

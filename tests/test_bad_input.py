@@ -154,6 +154,17 @@ def test_a_saved_tensor_written_to_is_autograds_own_error():
             jactri.jacobian(func, x, strategy=strategy)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "forward-mode", "reverse-mode"])
+def test_an_op_without_a_derivative_is_autograds_own_error(strategy):
+    def func(x):
+        return torch.floor_divide(x, 0.7) * x
+
+    with pytest.raises(RuntimeError, match="floor_divide is not implemented"):
+        torch.autograd.functional.jacobian(func, x3())
+    with pytest.raises(RuntimeError, match="floor_divide is not implemented"):
+        jactri.jacobian(func, x3(), strategy=strategy)
+
+
 def test_sparse_inputs_are_right_or_refused():
     x = x3().diag().to_sparse()
     try:
@@ -178,7 +189,9 @@ def test_nothing_of_the_callers_is_touched(strategy):
     x.register_hook(hooks.append)
     rng = torch.get_rng_state()
     for options in ({}, {"per_sample": True}, {"create_graph": True}):
-        jactri.jacobian(model, x[None] if "per_sample" in options else x, strategy=strategy, **options)
+        jactri.jacobian(
+            model, x[None] if "per_sample" in options else x, strategy=strategy, **options
+        )
     assert torch.equal(rng, torch.get_rng_state())
     assert not hooks, "hooks of the caller's tensor ran, though nothing was propagated to it"
     assert model.training

@@ -28,9 +28,7 @@ def dense(data, layout, sel=None):
 
 def random_block(layout, seed=0):
     gen = torch.Generator().manual_seed(seed)
-    return torch.randn(
-        layout.columns(), *layout.shape, generator=gen, dtype=torch.float64
-    )
+    return torch.randn(layout.columns(), *layout.shape, generator=gen, dtype=torch.float64)
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
@@ -135,7 +133,17 @@ def test_a_view_across_a_factor_drops_the_tie():
 @given(st.permutations([2, 3, 4]), st.data())
 def test_viewed_blocks_are_reshaped_blocks(sizes, data):
     shape = tuple(sizes)
-    targets = [(24,), (sizes[0], -1), (-1, sizes[2]), (6, 4), (4, 6), (2, 12), (3, 8), (8, 3), (1, 24)]
+    targets = [
+        (24,),
+        (sizes[0], -1),
+        (-1, sizes[2]),
+        (6, 4),
+        (4, 6),
+        (2, 12),
+        (3, 8),
+        (8, 3),
+        (1, 24),
+    ]
     target = data.draw(st.sampled_from(targets))
     target = torch.empty(24).reshape(target).shape
     splits = {}

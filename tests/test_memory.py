@@ -83,7 +83,9 @@ def test_the_peak_stays_under_memory_limit(strategy):
 
 @pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
 def test_limited_results_are_the_same(strategy):
-    net = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 7)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 7)
+    ).double()
     x = torch.randn(5, 6, dtype=torch.float64)
     whole = jactri.jacobian(net, x, strategy=strategy)
     torch.testing.assert_close(
@@ -93,7 +95,9 @@ def test_limited_results_are_the_same(strategy):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
-def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(strategy, per_sample, monkeypatch):
+def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
+    strategy, per_sample, monkeypatch
+):
     from jactri import api
 
     spans = []
@@ -121,7 +125,9 @@ def test_samples_that_mix_are_not_cut_into_ranges():
     w = torch.randn(4000, 50, dtype=torch.float64)
     x = torch.randn(50, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="memory_limit"):
-        jactri.jacobian(lambda x: (w @ x).tanh().sum().view(1, 1).expand(50, 1).tanh(), x, memory_limit=40_000)
+        jactri.jacobian(
+            lambda x: (w @ x).tanh().sum().view(1, 1).expand(50, 1).tanh(), x, memory_limit=40_000
+        )
 
 
 def test_a_limit_below_one_seed_is_refused():
@@ -133,7 +139,15 @@ def test_a_limit_below_one_seed_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [(7, 7), ("7", 7), ("7B", 7), ("1.5KB", 1500), ("2GB", 2 * 10**9), ("2 GiB", 2 << 30), ("1mib", 1 << 20)],
+    [
+        (7, 7),
+        ("7", 7),
+        ("7B", 7),
+        ("1.5KB", 1500),
+        ("2GB", 2 * 10**9),
+        ("2 GiB", 2 << 30),
+        ("1mib", 1 << 20),
+    ],
 )
 def test_amounts_of_memory(text, count):
     assert parse_bytes(text) == count

@@ -328,7 +328,9 @@ def test_grad_mode_is_kept_when_func_raises():
 
 
 @pytest.mark.parametrize("make", [x3, lambda: x3().clone()], ids=["outside", "inside"])
-@pytest.mark.parametrize("options", [{}, {"strategy": "forward-mode"}, {"per_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"strategy": "forward-mode"}, {"per_sample": True}], ids=str
+)
 def test_inference_mode_is_right_or_an_error_and_never_zeros(make, options):
     outside = x3()
     with torch.inference_mode():
@@ -470,7 +472,9 @@ def test_a_failing_func_passes_its_own_error_on():
 
 def test_meta_tensors_give_shapes():
     ours = jactri.jacobian(lambda x: x * 2, torch.ones(3, device="meta"))
-    assert structure(ours) == structure(torch_jacobian(lambda x: x * 2, torch.ones(3, device="meta")))
+    assert structure(ours) == structure(
+        torch_jacobian(lambda x: x * 2, torch.ones(3, device="meta"))
+    )
 
 
 def test_saved_tensor_hooks_of_the_caller_are_respected():

@@ -341,7 +341,9 @@ def test_create_graph():
         j = jactri.jacobian(net, x, per_sample=True, create_graph=True, strategy=mode)
         ours = torch.autograd.grad((j**2).sum(), [x, *net.parameters()], materialize_grads=True)
         full = torch.autograd.functional.jacobian(net, x, create_graph=True)
-        theirs = torch.autograd.grad((full**2).sum(), [x, *net.parameters()], materialize_grads=True)
+        theirs = torch.autograd.grad(
+            (full**2).sum(), [x, *net.parameters()], materialize_grads=True
+        )
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a, b, F64, length=64)
 

@@ -130,7 +130,11 @@ def joined(values, draw, a, b):
 def rearranged(values, draw, a, b):
     x = values[-1]
     n, d = x.shape[0], x.shape[-1]
-    options = [lambda vs: vs[-1].flatten(1), lambda vs: vs[-1].flip(-1), lambda vs: vs[-1][..., ::2]]
+    options = [
+        lambda vs: vs[-1].flatten(1),
+        lambda vs: vs[-1].flip(-1),
+        lambda vs: vs[-1][..., ::2],
+    ]
     if x.ndim >= 2:
         options += [
             lambda vs: vs[-1].roll(1, -1),
@@ -240,9 +244,11 @@ def mixing(values, draw, a, b):
         lambda vs: vs[-1] * vs[-1][:1],
         lambda vs: torch.einsum("nm,m...->n...", m, vs[-1]),
         lambda vs: vs[-1][torch.arange(n - 1, -1, -1)],
-        lambda vs: F.batch_norm(vs[-1], None, None, training=True, eps=0.1)
-        if vs[-1].ndim >= 2 and n * vs[-1][:, 0].numel() > n
-        else vs[-1] + vs[-1].sum(0, keepdim=True),
+        lambda vs: (
+            F.batch_norm(vs[-1], None, None, training=True, eps=0.1)
+            if vs[-1].ndim >= 2 and n * vs[-1][:, 0].numel() > n
+            else vs[-1] + vs[-1].sum(0, keepdim=True)
+        ),
         lambda vs: vs[-1].reshape(-1).reshape(*x.shape[::-1]).movedim(-1, 0).reshape(x.shape),
     ]
     return options[(a * 3 + b) % len(options)]
@@ -290,7 +296,9 @@ class Network:
 @st.composite
 def networks(draw, ops, longest=9):
     n = draw(st.integers(1, 3))
-    trail = draw(st.sampled_from([(3,), (4,), (1,), (2, 3), (3, 2), (1, 4), (2, 2, 3), (1, 3, 3), ()]))
+    trail = draw(
+        st.sampled_from([(3,), (4,), (1,), (2, 3), (3, 2), (1, 4), (2, 2, 3), (1, 3, 3), ()])
+    )
     several = draw(st.integers(1, 2))
     code = st.tuples(st.sampled_from(ops), st.integers(0, 5), st.integers(0, 5))
     codes = draw(st.lists(code, min_size=2, max_size=longest))

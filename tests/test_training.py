@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from cases.layers import Block, with_math
 from common import F64, MODES, make
-from sklearn.datasets import load_digits
 from tolerances import assert_close, assert_gradients_close
 from torch import nn
 
@@ -37,9 +36,7 @@ def test_gradcheck_of_the_jacobian(name, mode, per_sample):
     x = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
     def jacobian(x):
-        return jactri.jacobian(
-            func, x, create_graph=True, strategy=mode, per_sample=per_sample
-        )
+        return jactri.jacobian(func, x, create_graph=True, strategy=mode, per_sample=per_sample)
 
     assert jacobian(x).requires_grad
     assert torch.autograd.gradcheck(jacobian, (x,), fast_mode=True)
@@ -104,6 +101,8 @@ def test_the_graph_of_the_penalty_is_freed():
 @pytest.mark.parametrize("mode", ["forward-mode", "reverse-mode"])
 def test_a_jacobian_penalty_trains_a_digit_classifier(mode):
     """On real images: the penalised network has a much smaller Jacobian, and still reads digits."""
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32) / 16
     labels = torch.tensor(labels)
@@ -163,7 +162,9 @@ def test_the_attention_of_torch_cannot_do_it_and_jactri_can():
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.functional.jacobian(block, x, create_graph=True).sum().backward()
     truth = torch.autograd.functional.jacobian(with_math(block), x, create_graph=True)
-    expected = torch.autograd.grad(truth.square().sum(), list(block.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(
+        truth.square().sum(), list(block.parameters()), allow_unused=True
+    )
     for mode in MODES:
         j = jactri.jacobian(block, x, create_graph=True, strategy=mode)
         grads = torch.autograd.grad(j.square().sum(), list(block.parameters()), allow_unused=True)

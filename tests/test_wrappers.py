@@ -43,9 +43,7 @@ def test_inside_vmap_with_options_and_structure():
         ours = torch.func.vmap(lambda x, m=mode: jactri.jacobian(func, (x,), strategy=m))(xs)
         for n, x in enumerate(xs):
             truth = torch.autograd.functional.jacobian(func, (x,))
-            assert_same_tree(
-                tuple(tuple(j[n] for j in row) for row in ours), truth, F64, length=9
-            )
+            assert_same_tree(tuple(tuple(j[n] for j in row) for row in ours), truth, F64, length=9)
 
 
 def test_inside_vmap_per_sample():

@@ -79,13 +79,14 @@ def assert_same_tree(actual, truth, dtype, **options):
         assert_close(actual, truth, dtype, **options)
 
 
-def assert_gradients_close(ours, theirs, dtype, *, length, factor=1.0, what="gradient"):
+def assert_gradients_close(ours, theirs, dtype, *, length, factor=1.0, floor=0.0, what="gradient"):
     """Lists of gradients, each measured beside the largest of all: one that cancels stays near zero.
 
-    None is a gradient of zero. Differentiating a Jacobian once more loses about 3 bits.
+    None is a gradient of zero. Differentiating a Jacobian once more loses about 3 bits. `floor` is the size
+    of what was differentiated: all of the gradients may cancel.
     """
     present = [t for t in theirs if t is not None and t.numel()]
-    largest = max((t.detach().abs().max().item() for t in present), default=0.0)
+    largest = max([floor, *(t.detach().abs().max().item() for t in present)])
     for k, (g, t) in enumerate(zip(ours, theirs, strict=True)):
         if g is None and t is None:
             continue

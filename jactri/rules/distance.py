@@ -70,5 +70,5 @@ def pdist(g):
     terms = []
     for i, sign in ((first, 1), (second, -1)):
         ends = g.single(s, Take(0, i, n), (len(i), m))
-        terms.append(g.scale(g.sum(g.diagonal(ends, slopes, fresh=False), (1,)), sign))
+        terms.append(g.scale(g.sum(g.diagonal(ends, slopes), (1,)), sign))
     return g.plus(terms)

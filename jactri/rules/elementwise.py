@@ -75,7 +75,7 @@ def unary(g):
         ones = one(m) if m.device.type == "cpu" else one(m).expand(tuple(m.shape))
         return _first(node(ones, *[None] * (len(meta) - 1)))
 
-    value = g.diagonal(g.match(g.src[0]), derivative)
+    value = g.diagonal(g.match(g.src[0]), derivative, fresh=True)
     return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
 
 
@@ -117,7 +117,7 @@ class Partials:
 
     def diagonal(self, g, s: int, edge: int) -> int:
         """Scaling of the value ``s``, which has the operand's shape, by its derivative."""
-        return g.diagonal(s, lambda: self(edge), fresh=False)
+        return g.diagonal(s, lambda: self(edge))
 
 
 def fit(d: Tensor, meta) -> Tensor:
@@ -257,7 +257,7 @@ def pow_scalar(g):
     if g.saved("exponent") != 2:
         return unary(g)
     x = g.tensor("self")
-    return g.diagonal(g.match(g.src[0]), lambda: x + x)
+    return g.diagonal(g.match(g.src[0]), lambda: x + x, fresh=True)
 
 
 @rule("Lerp")

@@ -73,7 +73,7 @@ def gradient(g):
     if s is not None:
         given, op = g.values[s].shape, getattr(aten, name)
         args = [g.saved(operand) for operand in operands.split()]
-        terms.append(g.diagonal(g.match(s), lambda: op(one(m).expand(given), *args), fresh=False))
+        terms.append(g.diagonal(g.match(s), lambda: op(one(m).expand(given), *args)))
     for edge, s in enumerate(rest, 1):
         if s is not None:
             terms.append(partials.diagonal(g, g.match(s), edge))

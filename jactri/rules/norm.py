@@ -59,10 +59,10 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
     if x is not None:
         v = g.view(x, inner)
         v = g.single(v, Project(lambda: stats()[0], axes, count, centred))
-        terms.append(g.diagonal(g.view(v, shape), scale, fresh=False))
+        terms.append(g.diagonal(g.view(v, shape), scale))
     if w is not None:
         spread = g.match(g.view(w, lift))
-        terms.append(g.diagonal(spread, lambda: stats()[0].reshape(shape).to(dtype), fresh=False))
+        terms.append(g.diagonal(spread, lambda: stats()[0].reshape(shape).to(dtype)))
     if b is not None:
         terms.append(g.view(b, lift))
     return g.plus(terms)
@@ -166,7 +166,6 @@ def batch_norm(g):
                 lambda: (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(
                     dtype
                 ),
-                fresh=False,
             )
         )
     if w is not None:
@@ -213,14 +212,12 @@ def normalise_backward(g, c, x, w, saved_c, weight, stats: Once, axes, outer, li
         heads, terms = [], []
         if c is not None:
             heads.append(
-                c
-                if weight is None
-                else g.diagonal(c, lambda: weight.reshape(lift).to(dtype), fresh=False)
+                c if weight is None else g.diagonal(c, lambda: weight.reshape(lift).to(dtype))
             )
         if w is not None:
             heads.append(g.diagonal(g.expand(g.view(w, lift), shape), saved_c))
         if heads:
-            terms.append(g.diagonal(projected(total(heads, shape)), rstd, fresh=False))
+            terms.append(g.diagonal(projected(total(heads, shape)), rstd))
         if x is not None and axes:
             terms.append(g.single(x, ProjectSlope(slopes, axes, count)))
         elif x is not None and not terms:
@@ -230,7 +227,7 @@ def normalise_backward(g, c, x, w, saved_c, weight, stats: Once, axes, outer, li
     if asked[1] == features:
         terms = []
         if c is not None:
-            terms.append(g.sum(g.diagonal(c, lambda: unit().to(dtype), fresh=False), outer))
+            terms.append(g.sum(g.diagonal(c, lambda: unit().to(dtype)), outer))
         if x is not None:
             terms.append(g.sum(g.diagonal(projected(x), lambda: rstd() * saved_c), outer))
         ids[1] = total(terms, features)
@@ -382,5 +379,5 @@ def weight_norm(g):
         turned = g.single(v, Project(lambda: stats()[0], axes, 1, centred=False))
         terms.append(g.diagonal(turned, lambda: (wide(size) * stats()[1]).to(dtype)))
     if scale is not None:
-        terms.append(g.diagonal(g.match(scale), lambda: stats()[0].to(dtype), fresh=False))
+        terms.append(g.diagonal(g.match(scale), lambda: stats()[0].to(dtype)))
     return g.plus(terms)

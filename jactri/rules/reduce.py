@@ -33,7 +33,7 @@ def weigh(g, s: int, output: int = 0, edge: int = 0) -> int:
             raise AssertionError(f"{node.name()}: weights of shape {tuple(out.shape)} for {shape}")
         return fit(out, m)
 
-    return g.diagonal(s, weights, fresh=False)
+    return g.diagonal(s, weights)
 
 
 def _reduced(g, name: str = "dim", ndim: int | None = None) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The table of op cases. Adding an op is one line in the file of its family."""
 
+import torch
+
 from . import (
     convolution,
     elementwise,
@@ -14,7 +16,7 @@ from . import (
 )
 from .case import C, Case, M, graph_nodes
 
-ALL = [
+_every = [
     case
     for family in (
         elementwise, linalg, convolution, views, indexing, reductions, layers, others,
@@ -23,7 +25,11 @@ ALL = [
     for case in family.CASES
 ]  # fmt: skip
 
-__all__ = ["ALL", "C", "Case", "M", "graph_nodes"]
+_version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+ALL = [case for case in _every if case.since <= _version]
+LATER = [case for case in _every if case.since > _version]
 
-_names = [case.name for case in ALL]
+__all__ = ["ALL", "LATER", "C", "Case", "M", "graph_nodes"]
+
+_names = [case.name for case in _every]
 assert len(set(_names)) == len(_names), sorted({n for n in _names if _names.count(n) > 1})

@@ -81,6 +81,7 @@ class Case:
     reason: str = ""
     inner: torch.dtype | None = None  # a narrower dtype inside, which bounds the accuracy
     twin: Callable | None = None  # the same function by ops that torch can differentiate twice
+    since: tuple = (2, 11)  # the version of torch that can differentiate it
     special: tuple = ()  # values fed one at a time: kinks, poles, infinities, NaN
 
     def __post_init__(self):

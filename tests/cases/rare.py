@@ -81,8 +81,6 @@ CASES = [
     C("norm_overloads", lambda x: (aten.norm.Scalar(x, 3), aten.norm.ScalarOpt_dim(x, 3, [1]),
       aten.norm.ScalarOpt_dtype(x, 3, dtype=torch.float64),
       aten.norm.ScalarOpt_dim_dtype(x, 3, [1], True, dtype=torch.float64)), A(3, 4), nodes="Norm"),
-    C("native_channel_shuffle", lambda x: torch.native_channel_shuffle(x, 2), R(2, 4, 1, 2),
-      samples=True, second=False),
     C("unsafe_split_with_sizes", lambda x: torch.unsafe_split_with_sizes(x, (1, 3), 1), X,
       nodes="UnsafeSplitWithSizes", samples=True),
     C("max_unpool3d", lambda x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2),
