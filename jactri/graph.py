@@ -12,19 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .linear_map import (
-    Cast,
-    Diagonal,
-    Expand,
-    Identity,
-    Kept,
-    LinearMap,
-    Permute,
-    Scale,
-    Shape,
-    Sum,
-    View,
-)
+from .contraction import Expand, Sum
+from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .rules import REGISTRY, normal_axis
 from .rules.axes import kept_by

@@ -12,7 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .linear_map import LinearMap, MatMul
+from .contraction import MatMul
+from .linear_map import LinearMap
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..linear_map import Functional, MatMul, keep_all_but
+from ..contraction import MatMul
+from ..linear_map import Functional, keep_all_but
 from ..maps import Batched
 from . import rule
 

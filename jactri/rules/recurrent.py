@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linear_map import Identity, LinearMap, MatMul
+from ..contraction import MatMul
+from ..linear_map import Identity, LinearMap
 from ..maps import Batched, Once
 from ..selection import Place, Slice
 from . import rule
