@@ -61,8 +61,8 @@ def jacobian(
         strategy: ``"forward-mode"`` (a column at a time: cheap for few inputs), ``"reverse-mode"`` (a row at a time:
             cheap for few outputs) or ``"auto"``, which predicts the cost of both.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
-            one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or by a probe where
-            an op is opaque.
+            one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
+            that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros.
         return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless
             ``create_graph``.
         chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.
@@ -201,13 +201,18 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         return whole.rows(ys, xs, strict, per_sample, chunk_size, dests, str(reason))
     if strict:
         _check_dependence(graph, ys, xs)
-    summed = False
+    plan, summed = None, False
     if per_sample:
-        summed = summed_seeds(graph, ys, xs, strategy)
+        plan = plan_for(graph, strategy, False, None, None, device, ys, xs, True, dests)
+        if not plan.tied:
+            prove_by_probe(graph, plan, ys, xs)
+            plan, summed = None, True
+        elif chunk_size is not None or memory_limit is not None:
+            plan = None
     forward = strategy == "forward-mode"
     options = strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests
     try:
-        pieces = [(None, graph, plan_for(graph, *options))]
+        pieces = [(None, graph, plan or plan_for(graph, *options))]
     except MemoryLimitTooSmall:
         pieces = split_samples(graph, options)
         if pieces is None:
@@ -302,7 +307,7 @@ def plan_for(
     if plan is None:
         plan = make_plan(graph, strategy, summed, float("inf"), chunk_size, device)
         if len(_plans) >= _PLANS_KEPT:
-            _plans.pop(next(iter(_plans)))
+            _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
     if plan.peak > _LARGE and chunk_size is None:
         limit = free_bytes(xs[0].device) // 2
@@ -323,29 +328,25 @@ def answer_bytes(ys, xs, per_sample: bool) -> int:
     return total
 
 
-def summed_seeds(graph: Graph, ys, xs, strategy: str) -> bool:
-    """Prove that samples do not mix; True where a probe and not the algebra did. Raises where they do mix."""
-    plan = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
-    if not any(untied_targets(graph, sweep) for sweep in plan.sweeps):
-        return False
+def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
+    """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
+    if not probe_mixing(ys, xs):
+        return
     # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
     forward = [
         simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None
     ]
-    culprits = []
-    for sweep in (*forward, *plan.sweeps):
-        for target in untied_targets(graph, sweep):
-            culprits.extend(mixing_steps(graph, sweep, target))
-    opaque = [
-        v for v in culprits if any(m.structure == "opaque" for _, m in graph.values[v].sources)
+    culprits = [
+        v
+        for sweep in (*forward, *plan.sweeps)
+        for target in untied_targets(graph, sweep)
+        for v in mixing_steps(graph, sweep, target)
     ]
-    if opaque and not probe_mixing(ys, xs):
-        return True
-    value = graph.values[(opaque or culprits)[0]]
-    found = "a probe found that samples mix; the op" if opaque else "samples mix: the op"
+    value = graph.values[culprits[0]]
     raise RuntimeError(
-        f"per_sample=True, but {found} {value.op} (output {tuple(value.shape)}) does not keep the batch axis. "
-        "Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call eval())"
+        f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
+        "axis, and a probe found derivatives across samples. Drop per_sample for the whole Jacobian, or make the "
+        "samples independent (BatchNorm: call eval())"
     )
 
 

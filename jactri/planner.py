@@ -103,6 +103,8 @@ class Plan:
     reason: str
     seconds: dict[str, float]
     """Predicted time of each direction that was compared."""
+    tied: bool
+    """Whether the samples of every answer stay tied to the seed's: they do not mix."""
 
     @property
     def flops(self) -> float:
@@ -384,7 +386,8 @@ def make_plan(
     for sweep in sweeps:
         sweep.chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
         sweep.peak = peak_bytes(graph, sweep, sweep.chunks)
-    return Plan(chosen == "reverse-mode", sweeps, reason, cost)
+    tied = not any(untied_targets(graph, sweep) for sweep in sweeps)
+    return Plan(chosen == "reverse-mode", sweeps, reason, cost, tied)
 
 
 def _compare(cost: dict[str, float], chosen: str) -> str:
@@ -394,6 +397,8 @@ def _compare(cost: dict[str, float], chosen: str) -> str:
 
 def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:
     """Whether the first axis of a block's value is tied to the first axis of the seed, whole."""
+    if not layout.axes or not sweep.layout.axes:
+        return False
     n = graph.values[sweep.seed].shape[0]
     if n == 1:
         return layout.shape[0] == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, summed_seeds
+from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, prove_by_probe
 from .graph import Graph, UnsupportedGraph, read
 from .planner import Plan, Sweep
 
@@ -123,7 +123,12 @@ def explain(
             graph = read(ys, xs)
         except UnsupportedGraph as reason:
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
-        summed = per_sample and summed_seeds(graph, ys, xs, strategy)
+        summed = False
+        if per_sample:
+            proof = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
+            summed = not proof.tied
+            if summed:
+                prove_by_probe(graph, proof, ys, xs)
         plan = plan_for(
             graph, strategy, summed, chunk_size, memory_limit, xs[0].device.type, ys, xs, per_sample
         )

@@ -1,5 +1,6 @@
 """Every row of the op table, in every way a Jacobian can be asked, against float64 autograd."""
 
+import warnings
 from functools import cache
 
 import pytest
@@ -196,6 +197,48 @@ def test_per_sample(case):
         chosen = tuple(inputs[k] for k in case.samples)
         rows = jacobian_rows(case, batched, chosen, strategy=mode, per_sample=True)
         compare(case, rows, dtype, expected, mode)
+
+
+def runs(case, batch):
+    """Whether a case can take this many samples: some have their batch size written in."""
+    func, inputs = case.build(F64, batch=batch)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="error"):
+            outputs = as_tuple(func(*inputs))
+    except (RuntimeError, ValueError, IndexError, UserWarning):
+        return False
+    return all(y.shape[:1] == (batch,) for y in outputs)
+
+
+RESIZED = [(case, n) for case in BATCHED if not case.variant for n in (0, 1) if runs(case, n)]
+
+
+@pytest.mark.parametrize("case, batch", RESIZED, ids=[f"{c.name}-{n}" for c, n in RESIZED])
+def test_one_sample_and_none(case, batch):
+    func, inputs = case.build(F64, batch=batch)
+    expected = reference(func, inputs)
+    for mode in ("auto", *MODES):
+        compare(case, jacobian_rows(case, func, inputs, strategy=mode), F64, expected, mode)
+
+    def batched(*xs):
+        full = list(inputs)
+        for k, x in zip(case.samples, xs, strict=True):
+            full[k] = x
+        return func(*full)
+
+    chosen = tuple(inputs[k] for k in case.samples)
+    rows = jacobian_rows(case, batched, chosen, per_sample=True)
+    for ours, row, y in zip(rows, expected, as_tuple(func(*inputs)), strict=True):
+        blocks = tuple(
+            row[k].squeeze(y.ndim) if batch else row[k][:, ..., :0] for k in case.samples
+        )
+        shapes = [(*y.shape, *x.shape[1:]) for x in chosen]
+        blocks = tuple(b.reshape(s) for b, s in zip(blocks, shapes, strict=True))
+        compare(case, (ours,), F64, (blocks,), f"{batch} samples")
+
+
+def test_most_cases_take_any_number_of_samples():
+    assert len(RESIZED) > 0.8 * 2 * len([case for case in BATCHED if not case.variant])
 
 
 MIXING = [case for case in ALL if case.mixes is not None]

@@ -149,6 +149,14 @@ ANSWERED = {
     "one sample, opaque": (PerSample.apply, [(1, 3)]),
     "more samples than a chunk": (make(lambda: nn.Sequential(nn.Linear(2, 3), nn.SiLU())),
         [(150, 2)]),
+    "loop over samples": (lambda x: torch.stack([linear(row).tanh() for row in x]), [(N, 4)]),
+    "micro-batches": (
+        lambda x: torch.cat([linear(part).tanh() for part in x.split(2)]), [(N, 4)]),
+    "permuted and permuted back": (
+        lambda x: linear(x[[3, 1, 0, 4, 2]]).tanh()[[2, 1, 4, 0, 3]], [(N, 4)]),
+    "written sample by sample": (
+        lambda x: (lambda y: ([y[n].copy_(linear(x[n])) for n in range(len(x))], y)[1])(
+            x.new_zeros(len(x), 3)), [(N, 4)]),
     "max over features": (lambda x: x.max(1).values, [(N, 4)]),
     "sorted features": (lambda x: x.sort(1).values, [(N, 4)]),
     "constant": (lambda x: x.new_ones(N, 2), [(N, 3)]),

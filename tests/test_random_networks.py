@@ -381,6 +381,38 @@ def test_per_sample_is_right_or_refused(network):
 
 
 @pytest.mark.usefixtures("one_thread")
+@settings(common, max_examples=100)
+@given(
+    network=networks([*KEEPING, *KEEPING, mixing]),
+    chunk_size=st.sampled_from([None, 1, 2, 5]),
+    limit=st.sampled_from([None, 300, 1000, 3000, 10_000]),
+    mode=st.sampled_from(MODES),
+)
+def test_chunks_and_memory_limits_change_nothing(network, chunk_size, limit, mode):
+    """Seeds in chunks, samples in ranges: the same answer, or an error that names memory_limit."""
+    truth = true_jacobian(network)
+    for per_sample in (False, True):
+        whole = {"strategy": mode, "per_sample": per_sample}
+        try:
+            expected = rows_of(jactri.jacobian(network, network.inputs, **whole))
+        except RuntimeError as refusal:
+            if not (per_sample and network.mixes and "per_sample" in str(refusal)):
+                raise
+            continue
+        if not per_sample:
+            expected = truth
+        try:
+            ours = jactri.jacobian(
+                network, network.inputs, chunk_size=chunk_size, memory_limit=limit, **whole
+            )
+        except ValueError as refusal:
+            if limit is None or "memory_limit" not in str(refusal):
+                raise
+            continue
+        assert_same_tree(rows_of(ours), expected, F64, **rounding(network))
+
+
+@pytest.mark.usefixtures("one_thread")
 @settings(common, max_examples=40)
 @given(network=networks(KEEPING, longest=5))
 def test_create_graph(network):

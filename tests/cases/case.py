@@ -87,10 +87,12 @@ class Case:
     def __post_init__(self):
         assert self.factor == 1.0 or self.reason, f"{self.name}: a wider tolerance needs a reason"
 
-    def build(self, dtype=torch.float64, *, strided=False, frozen=False, twin=False):
-        """(func, inputs) in `dtype`; always the same values."""
+    def build(self, dtype=torch.float64, *, strided=False, frozen=False, twin=False, batch=None):
+        """(func, inputs) in `dtype`; always the same values, of the first `batch` samples."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         inputs = tuple(spec.draw(generator).to(dtype) for spec in self.inputs)
+        if batch is not None:
+            inputs = tuple(x[:batch] if k in self.samples else x for k, x in enumerate(inputs))
         if strided:
             inputs = tuple(make_strided(x) for x in inputs)
         func = self.twin if twin and self.twin is not None else self.func
