@@ -76,11 +76,12 @@ class Case:
     second: bool = True  # torch can differentiate the Jacobian again
     variant: bool = False  # another size of a case that has every run already: runs in float64 only
     poison: bool = True  # False where torch itself refuses or fails in poisoned memory
+    empty: bool = True  # False where torch crashes, and the process with it, without samples
     strided: bool = True  # also run on non-contiguous inputs
     factor: float = 1.0  # widens the tolerance; `reason` says why
     reason: str = ""
     inner: torch.dtype | None = None  # a narrower dtype inside, which bounds the accuracy
-    twin: Callable | None = None  # the same function by ops that torch can differentiate twice
+    twin: Callable | None = None  # the same function by ops that torch can (rightly) differentiate twice
     since: tuple = (2, 11)  # the version of torch that can differentiate it
     special: tuple = ()  # values fed one at a time: kinks, poles, infinities, NaN
 
@@ -179,14 +180,18 @@ def op_of(node_name):
     return node_name.rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")
 
 
-def graph_nodes(outputs):
-    """The names of all autograd nodes below `outputs`."""
+def graph_nodes(outputs, inputs):
+    """The names of the autograd nodes that lie on a way from `inputs`, which are leaves, to `outputs`."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs}
+    active = {}  # node -> whether it leads to a leaf
     stack = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(stack)
     while stack:
-        for below, _ in stack.pop().next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                stack.append(below)
-    return {node.name() for node in seen}
+        node = stack[-1]
+        below = [n for n, _ in node.next_functions if n is not None]
+        waiting = [n for n in below if n not in active]
+        if waiting:
+            stack += waiting
+            continue
+        active[stack.pop()] = node in leaves or any(active[n] for n in below)
+    return {node.name() for node, leads in active.items() if leads and node not in leaves}

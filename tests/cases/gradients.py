@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .case import A, C, D, M, R, S, seeded
+from .case import A, C, D, M, P, R, S, seeded
 
 X = R(3, 4)
 
@@ -115,4 +115,65 @@ CASES += [
       reason="second derivatives cancel",
       strided=name != "nll_loss_2d")  # there torch asks for contiguous memory
     for name, func, spec, samples in BACKWARDS
+]  # fmt: skip
+
+
+def gradients(func):
+    """xs -> the gradients of sum(sin(func(*xs))) in all of them."""
+
+    def call(*xs):
+        ys = tuple(x if x.requires_grad else x.clone().requires_grad_() for x in xs)
+        with torch.enable_grad():
+            return torch.autograd.grad(func(*ys).sin().sum(), ys, create_graph=True)
+
+    return call
+
+
+CANCEL = {"second": False, "factor": 16, "reason": "second derivatives cancel"}
+CASES += [
+    C("gradients_of_linear", gradients(F.linear), R(3, 2), R(2, 2), R(2), **CANCEL),
+    C("gradients_of_conv1d", gradients(F.conv1d), R(2, 2, 4), R(3, 2, 2), R(3),
+      nodes="ConvolutionBackward", **CANCEL),
+    C("gradients_of_conv2d", gradients(lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1)),
+      R(2, 1, 3, 3), R(2, 1, 2, 2), R(2), nodes="ConvolutionBackward", **CANCEL),
+    C("gradients_of_grouped_conv", gradients(lambda x, w: F.conv1d(x, w, groups=2, dilation=2)),
+      R(2, 2, 4), R(2, 1, 2), nodes="ConvolutionBackward", **CANCEL),
+    C("gradients_of_conv_transpose", gradients(lambda x, w, b: F.conv_transpose1d(x, w, b,
+      stride=2, padding=1, output_padding=1)), R(2, 2, 2), R(2, 3, 3), R(3),
+      nodes="ConvolutionBackward", **CANCEL),
+    C("gradients_of_layer_norm", gradients(lambda x, w, b: F.layer_norm(x, (4,), w, b)), R(3, 4),
+      R(4), R(4), nodes="NativeLayerNormBackward", **CANCEL),
+    C("gradients_of_layer_norm_2", gradients(lambda x, w, b: F.layer_norm(x, (3, 2), w, b)),
+      R(2, 3, 2), R(3, 2), R(3, 2), nodes="NativeLayerNormBackward", **CANCEL),
+    C("gradients_of_group_norm", gradients(lambda x, w, b: F.group_norm(x, 2, w, b)), R(2, 4, 3),
+      R(4), R(4), **CANCEL),
+    C("gradients_of_batch_norm", gradients(lambda x, w, b: F.batch_norm(x, None, None, w, b,
+      training=True)), R(4, 2, 2), R(2), R(2), nodes="NativeBatchNormBackward", **CANCEL),
+    C("gradients_of_batch_norm_eval", gradients(lambda x, w, b: F.batch_norm(x, x.new_zeros(2),
+      x.new_full((2,), 2.0), w, b)), R(4, 2, 2), R(2), R(2), nodes="NativeBatchNormBackward",
+      **CANCEL),
+    C("gradients_of_prelu", gradients(F.prelu), A(2, 3, 2), R(3), nodes="PreluKernelBackward",
+      **CANCEL),
+    C("gradients_of_embedding", gradients(lambda w: F.embedding(torch.tensor([1, 0, 1],
+      device=w.device), w)), R(3, 2), **CANCEL),
+    C("gradients_of_bmm", gradients(torch.bmm), R(2, 2, 3), R(2, 3, 2), samples=True, **CANCEL),
+    C("gradients_of_mul", gradients(torch.mul), R(3, 4), R(3, 1), samples=True, **CANCEL),
+    C("gradients_of_div", gradients(torch.div), R(3, 4), A(4), **CANCEL),
+    C("gradients_of_pow", gradients(torch.pow), P(3, 4), R(3, 4),
+      samples=True, **CANCEL),
+    C("gradients_of_where", gradients(lambda x, y: torch.where(x > 0, x * y, y)), A(3, 4), R(4),
+      **CANCEL),
+    C("gradients_of_mse", gradients(F.mse_loss), R(3, 4), R(3, 4), **CANCEL),
+    C("gradients_of_bce_with_logits", gradients(F.binary_cross_entropy_with_logits), R(3, 4),
+      R(3, 4), **CANCEL),
+    C("gradients_of_interpolated_product", gradients(lambda x, y: F.interpolate(x * y,
+      scale_factor=2, mode="bilinear")), R(1, 1, 2, 2), R(1, 1, 2, 2), samples=True, **CANCEL),
+    C("gradients_of_lstm_cell", gradients(lambda x, h, w: torch.tanh(F.linear(torch.cat([x, h], 1),
+      w)) * h), R(2, 2), R(2, 3), R(3, 5), **CANCEL),
+    C("gradients_of_attention", gradients(lambda q, k, v: (q @ k.mT).softmax(-1) @ v), R(2, 2, 2),
+      R(2, 3, 2), R(2, 3, 2), samples=True, **CANCEL),
+    C("gradients_of_weight_norm", gradients(lambda v, g: torch._weight_norm(v, g, 0)), R(3, 4),
+      R(3, 1), samples=True, empty=False, **CANCEL),
+    C("gradients_of_cdist", gradients(lambda x, y: (x[:, None] - y).norm(dim=-1)), R(3, 2), R(2, 2),
+      **CANCEL),
 ]  # fmt: skip

@@ -173,11 +173,27 @@ def boolean_mask(x):
                         device=x.device)  # fmt: skip
 
 
+def row_mask(x):
+    """The first query may look at nothing."""
+    return torch.tensor([[False] * 3, [True, True, False], [True] * 3], device=x.device)
+
+
 FLASH = "ScaledDotProductFlashAttentionForCpu"
 ATT = {"factor": 8, "reason": "the softmax of scores is rounded once more a head"}
 CASES += [
     C("sdpa", sdpa(), Q, Q, Q, twin=math_sdpa(), samples=True, **ATT),
     C("sdpa_causal", sdpa(is_causal=True), Q, Q, Q, twin=math_sdpa(is_causal=True), samples=True,
+      **ATT),
+    C("sdpa_causal_longer_keys", sdpa(is_causal=True), R(2, 1, 2, 4), R(2, 1, 4, 4), R(2, 1, 4, 4),
+      twin=math_sdpa(is_causal=True), samples=True, **ATT),
+    C("sdpa_causal_longer_queries", sdpa(is_causal=True), R(2, 1, 4, 4), R(2, 1, 2, 4),
+      R(2, 1, 2, 4), twin=math_sdpa(is_causal=True), samples=True, **ATT),
+    C("sdpa_fully_masked_row", lambda q, k, v: F.scaled_dot_product_attention(q, k, v,
+      row_mask(q)), Q, Q, Q, samples=True, second=False, **ATT),
+    C("sdpa_minus_inf_mask", lambda q, k, v: F.scaled_dot_product_attention(q, k, v,
+      torch.zeros_like(q[0, 0, :, :3]).masked_fill(~boolean_mask(q), -torch.inf)), Q, Q, Q,
+      samples=True, second=False, **ATT),
+    C("sdpa_dropout_train", seeded(sdpa(dropout_p=0.5)), Q, Q, Q, strided=False, second=False,
       **ATT),
     C("sdpa_scale", sdpa(scale=0.3), Q, Q, Q, twin=math_sdpa(scale=0.3), samples=True, **ATT),
     C("sdpa_cross", sdpa(), R(2, 2, 3, 4), R(2, 2, 5, 4), R(2, 2, 5, 4), twin=math_sdpa(),

@@ -30,7 +30,7 @@ def statistics(x):
 
 CASES = [
     C("aten_alias", aten.alias, X, nodes="Alias", samples=True),
-    C("aten_lift_fresh", aten.lift_fresh, X, nodes="LiftFresh", samples=True),
+    C("aten_lift_fresh", lambda x: aten.lift_fresh(x * 1.0), X, nodes="LiftFresh", samples=True),
     C("copy_into_fresh", lambda x: torch.empty_like(x).copy_(x).sin(), X, samples=True,
       nodes="CopyBackwards"),
     C("copy_into_wider_dtype", lambda x: torch.empty(3, 4, dtype=torch.float64, device=x.device)
@@ -81,6 +81,12 @@ CASES = [
     C("norm_overloads", lambda x: (aten.norm.Scalar(x, 3), aten.norm.ScalarOpt_dim(x, 3, [1]),
       aten.norm.ScalarOpt_dtype(x, 3, dtype=torch.float64),
       aten.norm.ScalarOpt_dim_dtype(x, 3, [1], True, dtype=torch.float64)), A(3, 4), nodes="Norm"),
+    C("weight_norm_interface", lambda v, g: torch._weight_norm_interface(v, g, 0)[0], X, P(3, 1),
+      nodes="WeightNormInterface", samples=True, empty=False, strided=False,
+      twin=lambda v, g: v * (g / v.norm(dim=1, keepdim=True))),
+    C("weight_norm_interface_last", lambda v, g: torch._weight_norm_interface(v, g, 1)[0], X, P(1, 4),
+      nodes="WeightNormInterface", factor=4, reason="a projection cancels", strided=False,
+      twin=lambda v, g: v * (g / v.norm(dim=0, keepdim=True))),
     C("unsafe_split_with_sizes", lambda x: torch.unsafe_split_with_sizes(x, (1, 3), 1), X,
       nodes="UnsafeSplitWithSizes", samples=True),
     C("max_unpool3d", lambda x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2),
