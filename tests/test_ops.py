@@ -242,7 +242,13 @@ def runs(case, batch):
     return all(y.shape[:1] == (batch,) for y in outputs)
 
 
-RESIZED = [(case, n) for case in BATCHED if not case.variant for n in (0, 1)[not case.empty :] if runs(case, n)]
+RESIZED = [
+    (case, n)
+    for case in BATCHED
+    if not case.variant
+    for n in (0, 1)[not case.empty :]
+    if runs(case, n)
+]
 
 
 @pytest.mark.parametrize("case, batch", RESIZED, ids=[f"{c.name}-{n}" for c, n in RESIZED])

@@ -1,11 +1,14 @@
 """Every Python block of the README runs, in order, in one namespace; its commands exist."""
 
+import json
 import pathlib
 import re
+import runpy
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def blocks(language):
@@ -20,6 +23,12 @@ def test_python_blocks_run(capsys):
         exec(compile(code, "README.md", "exec"), scope)
     assert scope["J"].shape == (64, 8, 32)
     assert "fallbacks: none" in capsys.readouterr().out
+
+
+def test_the_measured_table_is_that_of_the_file():
+    program = runpy.run_path(str(ROOT / "benchmarks/report.py"))
+    measured = json.loads((ROOT / "benchmarks/results/cpu-2core.json").read_text())
+    assert program["table"](measured) in README.read_text()
 
 
 def commands():
