@@ -198,7 +198,7 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(ys, xs, strict, per_sample, chunk_size, dests, str(reason))
+        return whole.rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, str(reason))
     if strict:
         _check_dependence(graph, ys, xs)
     plan, summed = None, False

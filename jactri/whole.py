@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .memory import free_bytes, parse_bytes
 from .opaque import batched
 from .samples import probe_mixing
 
 
-def rows(ys, xs, strict, per_sample, chunk_size, dests, reason):
+def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
     """``J[j][i]`` by vector-Jacobian products of the whole graph.
 
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
@@ -46,7 +47,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests, reason):
             return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)
 
         n = y[0].numel() if per_sample else y.numel()
-        count = chunk_size or n
+        count = chunk_size or _rows_at_once(y, xs, memory_limit)
         pieces = []
         for start in range(0, n, count):
             k = min(count, n - start)
@@ -71,3 +72,10 @@ def rows(ys, xs, strict, per_sample, chunk_size, dests, reason):
             row.append(d.copy_(block) if d is not None else block)
         out.append(row)
     return out
+
+
+def _rows_at_once(y, xs, memory_limit) -> int:
+    """Rows that fit the memory limit, by a guess: what lies between the ends is taken for ten times as large."""
+    budget = free_bytes(y.device) // 2 if memory_limit is None else parse_bytes(memory_limit)
+    ends = y.numel() * y.element_size() + sum(x.numel() * x.element_size() for x in xs)
+    return max(1, budget // (10 * ends))

@@ -121,6 +121,28 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
     assert [i for start, n in spans for i in range(start, start + n)] == list(range(37))
 
 
+def test_functions_computed_as_a_whole_run_in_chunks_of_rows(monkeypatch):
+    from jactri import whole
+
+    blocks = []
+
+    def counted(one_row, block, name, real=whole.batched):
+        blocks.append(block.shape[0])
+        return real(one_row, block, name)
+
+    monkeypatch.setattr(whole, "batched", counted)
+    x = torch.randn(32, dtype=torch.float64)
+
+    def spectrum(x):
+        return torch.fft.fft(x).abs()
+
+    free = jactri.jacobian(spectrum, x)
+    assert blocks == [32]
+    limited = jactri.jacobian(spectrum, x, memory_limit=20_000)
+    assert len(blocks) > 3 and sum(blocks) == 64
+    torch.testing.assert_close(limited, free)
+
+
 def test_samples_that_mix_are_not_cut_into_ranges():
     w = torch.randn(4000, 50, dtype=torch.float64)
     x = torch.randn(50, 1, dtype=torch.float64)
