@@ -7,7 +7,13 @@ import pytest
 import torch
 from cases import ALL, LATER, graph_nodes
 from cases.case import op_of
-from tolerances import assert_close, assert_gradients_close, assert_same_tree, length_of
+from tolerances import (
+    assert_as_good,
+    assert_close,
+    assert_gradients_close,
+    assert_same_tree,
+    length_of,
+)
 
 import jactri
 import jactri.rules
@@ -121,6 +127,34 @@ def test_automatic_strategy_and_bystanders(case):
         assert_close(x, copy, F64, what="an input")
     assert torch.equal(inputs[0].grad, torch.ones_like(inputs[0]))
     assert all(x.grad is None for x in (*inputs[1:], *marked))
+
+
+# What networks in half precision are made of.
+HALF_NAMES = {
+    "MLP", "MLP_relu_wide_output", "Linear_3d", "LayerNorm", "LayerNorm_tokens", "layer_norm_weights",
+    "RMSNorm", "GroupNorm", "InstanceNorm1d", "BatchNorm2d_eval", "BatchNorm1d_train", "Conv1d", "Conv2d_pad",
+    "ConvTranspose2d", "small_convnet", "AvgPool2d", "MaxPool2d", "softmax", "log_softmax", "tanh", "GELU",
+    "GELU_tanh", "SiLU", "Sigmoid", "sdpa", "sdpa_causal", "Block", "TransformerEncoderLayer", "logsumexp_dim1",
+    "mean_dim1", "sum_dim1", "var_dim1", "std_dim1", "cumsum", "normalize", "mul_samples_vector", "mm", "bmm",
+    "add_3x4_with_4", "cross_entropy", "mse_loss", "gather", "index_rows", "cat", "split_products",
+    "embedding", "attention_by_hand", "vector_norm_dim1", "pow_3", "exp", "sqrt", "PReLU", "interpolate_align",
+}  # fmt: skip
+HALF = [case for case in MAIN if case.name in HALF_NAMES]
+assert len(HALF) == len(HALF_NAMES), HALF_NAMES - {case.name for case in HALF}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", HALF, ids=ids(HALF))
+def test_half_precision(case, dtype):
+    """As near to the float64 truth, at the same rounded point, as torch's own Jacobian in that dtype."""
+    exact = reference(*case.build(F64, rounded=dtype))
+    theirs = reference(*case.build(dtype))
+    for mode in ("auto", *MODES):
+        rows = jacobian_rows(case, *case.build(dtype), strategy=mode)
+        for ours, peers, truths in zip(rows, theirs, exact, strict=True):
+            for j, peer, t in zip(ours, peers, truths, strict=True):
+                assert j.dtype == peer.dtype
+                assert_as_good(j, peer, t, dtype, what=mode)
 
 
 STRIDED = [case for case in MAIN if case.strided and any(x.shape for x in case.inputs)]

@@ -77,6 +77,11 @@ STEPS = [
     lambda x, a, b: torch.einsum("...ij,...kj->...ik", x, x.detach()) if x.ndim > 1 else x,
     lambda x, a, b: x.softmax(axis(x, a)),
     lambda x, a, b: torch.layer_norm(x, x.shape[-1:], eps=0.1),
+    lambda x, a, b: x + x.reshape(x.shape[::-1]).permute(*range(x.ndim - 1, -1, -1)),
+    lambda x, a, b: x + x.mean(axis(x, a), keepdim=True),
+    lambda x, a, b: x.repeat(2, *[1] * (x.ndim - 1)) * x.repeat_interleave(2, 0).cos(),
+    lambda x, a, b: x.unsqueeze(0).expand(2, *x.shape).flatten(0, 1) + x.repeat_interleave(2, 0),
+    lambda x, a, b: x.as_strided(x.shape, x.stride(), x.storage_offset()).sin(),
     lambda x, a, b: torch.where(x > 0, x, x.roll(1, axis(x, a)) * 0.5),
 ]  # fmt: skip
 

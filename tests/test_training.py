@@ -101,9 +101,8 @@ def test_the_graph_of_the_penalty_is_freed():
 @pytest.mark.parametrize("mode", ["forward-mode", "reverse-mode"])
 def test_a_jacobian_penalty_trains_a_digit_classifier(mode):
     """On real images: the penalised network has a much smaller Jacobian, and still reads digits."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn brings the digits")
+    images, labels = datasets.load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32) / 16
     labels = torch.tensor(labels)
     train, test = slice(0, 1200), slice(1200, None)

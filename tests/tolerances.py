@@ -95,3 +95,13 @@ def assert_gradients_close(ours, theirs, dtype, *, length, factor=1.0, floor=0.0
         assert_close(
             g, t, dtype, length=length, factor=8 * factor, scale=largest, what=f"{what} {k}"
         )
+
+
+def assert_as_good(ours, theirs, truth, dtype, *, what="jacobian"):
+    """`ours` is as near to `truth` as `theirs`, but for one rounding of the result each and a factor of 2."""
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}"
+    if truth.numel() == 0:
+        return
+    error, peer = ((x.detach().double() - truth).abs().max().item() for x in (ours, theirs))
+    allowed = 2 * peer + 2 * UNIT[dtype] * truth.abs().max().item()
+    assert error <= allowed, f"{what}: error {error:.3e}, torch's own {peer:.3e}, {dtype}"

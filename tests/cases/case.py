@@ -88,10 +88,15 @@ class Case:
     def __post_init__(self):
         assert self.factor == 1.0 or self.reason, f"{self.name}: a wider tolerance needs a reason"
 
-    def build(self, dtype=torch.float64, *, strided=False, frozen=False, twin=False, batch=None):
-        """(func, inputs) in `dtype`; always the same values, of the first `batch` samples."""
+    def build(
+        self, dtype=torch.float64, *, strided=False, frozen=False, twin=False, batch=None, rounded=None
+    ):
+        """(func, inputs) in `dtype`; always the same values, of the first `batch` samples.
+
+        `rounded`: as another dtype rounds them.
+        """
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        inputs = tuple(spec.draw(generator).to(dtype) for spec in self.inputs)
+        inputs = tuple(spec.draw(generator).to(rounded or dtype).to(dtype) for spec in self.inputs)
         if batch is not None:
             inputs = tuple(x[:batch] if k in self.samples else x for k, x in enumerate(inputs))
         if strided:
@@ -100,7 +105,7 @@ class Case:
         if self.module is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(zlib.crc32(self.name.encode()))
-                module = copy.deepcopy(self.module()).to(dtype)
+                module = copy.deepcopy(self.module()).to(rounded or dtype).to(dtype)
             module.requires_grad_(not frozen)
             bare = func
 

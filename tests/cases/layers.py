@@ -119,6 +119,22 @@ for name, scale, shape in [
           samples=True)
     )  # fmt: skip
 
+
+
+def as_matrix(op):
+    """A linear op on images, by its matrix."""
+
+    def call(x):
+        shape = x.shape
+        with torch.no_grad():
+            eye = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
+            images = [op(e.reshape(shape)) for e in eye]
+            matrix = torch.stack([image.flatten() for image in images], 1)
+        return (matrix @ x.flatten()).reshape(images[0].shape)
+
+    return call
+
+
 FROM_GRID = {"second": False}
 CASES += [
     C("interpolate_align", lambda x: F.interpolate(x, size=(3, 5), mode="bilinear",
@@ -138,6 +154,21 @@ CASES += [
     C("avg_pool_unbatched", lambda x: F.avg_pool2d(x, 2), R(2, 4, 4)),
     C("avg_pool_tokens", lambda x: F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2),
       R(2, 4, 3), samples=True),
+    # torch has no derivative of these backward ops; the matrix of the op has
+    *(C(f"{name}_of_square", lambda x, f=op: f(x * x), R(*shape), samples=True,
+        twin=lambda x, f=op: as_matrix(f)(x * x)) for name, op, shape in [
+        ("antialias", lambda x: F.interpolate(x, size=(2, 2), mode="bilinear", antialias=True),
+         (1, 1, 3, 3)),
+        ("antialias_cubic", lambda x: F.interpolate(x, size=(2, 3), mode="bicubic", antialias=True),
+         (2, 1, 3, 3)),
+        ("sampled_image", lambda x: F.grid_sample(x, x.new_tensor([[[[0.3, -0.2], [0.9, 1.1]]]])
+         .expand(len(x), 1, 2, 2), align_corners=False), (2, 1, 3, 3)),
+        ("sampled_volume", lambda x: F.grid_sample(x, x.new_full((1, 1, 1, 2, 3), 0.3),
+         align_corners=True), (1, 1, 2, 2, 2)),
+        ("nearest_exact", lambda x: F.interpolate(x, size=3, mode="nearest-exact"), (2, 1, 2)),
+        ("affine_warp", lambda x: F.grid_sample(x, F.affine_grid(x.new_tensor([[[1, 0.2, 0.1],
+         [0.1, 0.9, 0]]]), (1, 1, 3, 3), align_corners=False), align_corners=False), (1, 1, 3, 3)),
+    ]),
     C("fractional_max_pool2d", seeded(lambda x: F.fractional_max_pool2d(x, 2, output_size=(2, 2))),
       D(1, 2, 4, 4), nodes="FractionalMaxPool2D", second=False),
     C("fractional_max_pool3d", seeded(lambda x: F.fractional_max_pool3d(x, 2, output_size=1)),
@@ -310,6 +341,17 @@ CASES += [
     M("LSTM_two_layers_both_ways", rnn(nn.LSTM, 2, 2, num_layers=2, bidirectional=True,
       batch_first=True), R(2, 2, 2), func=first, samples=True, **DEEP),
     M("LSTM_projection", rnn(nn.LSTM, 2, 4, proj_size=2), SEQ, func=quietly(first), **DEEP),
+    C("lstm_in_everything", lambda x, h, c, wi, wh, bi, bh: torch.lstm(x, (h, c), (wi, wh, bi, bh),
+      True, 1, 0.0, False, False, False)[0], R(3, 2, 2), R(1, 2, 3), R(1, 2, 3), R(12, 2), R(12, 3),
+      R(12), R(12), **DEEP),
+    C("lstm_final_states", lambda x, h, c, wi, wh: torch.lstm(x, (h, c), (wi, wh), False, 1, 0.0,
+      False, False, False)[1:], R(3, 2, 2), R(1, 2, 3), R(1, 2, 3), R(12, 2), R(12, 3), **DEEP),
+    M("LSTM_one_step", rnn(nn.LSTM, 2, 3, batch_first=True), R(2, 1, 2), func=first, samples=True,
+      **DEEP),
+    M("LSTM_backwards_last_state", rnn(nn.LSTM, 2, 3, bidirectional=True), SEQ,
+      func=lambda m, x: m(x)[1][0], **DEEP),
+    C("gru_in_everything", lambda x, h, wi, wh, bi, bh: torch.gru(x, h, (wi, wh, bi, bh), True, 1,
+      0.0, False, False, False)[0], R(3, 2, 2), R(1, 2, 3), R(9, 2), R(9, 3), R(9), R(9), **DEEP),
     M("GRU", rnn(nn.GRU, 2, 3, batch_first=True), SEQ, func=first, samples=True, **DEEP),
     M("GRU_states", rnn(nn.GRU, 2, 3), SEQ, func=whole, **DEEP),
     M("RNN", rnn(nn.RNN, 2, 3, batch_first=True), SEQ, func=first, samples=True, **DEEP),
