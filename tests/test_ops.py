@@ -447,6 +447,31 @@ def test_every_rule_has_a_case():
     assert not missing, f"rules that no case in tests/cases runs: {sorted(missing)}"
 
 
+# Where a rule leaves its op to autograd, which is right: arguments that it does not cover.
+DECLINED = {
+    "as_strided_overlapping", "fill_row_in_place", "grid_sample", "pad_replicate_-1_2_on_2x2x3",
+    "uniform_in_place", "write_diagonal_fill", "write_element", "write_transposed",
+    "write_view_of_view",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_a_rule_is_used_where_there_is_one(case):
+    """A rule that gave up without need would still be right, and slow."""
+    func, inputs = case.build(F64)
+    for x in inputs:
+        x.requires_grad_()
+    if not graph_nodes(func(*inputs), inputs) <= set(jactri.rules.REGISTRY):
+        return
+    for mode in MODES:
+        with jactri.fallback("error"):
+            if case.name in DECLINED:
+                with pytest.raises(jactri.FallbackError):
+                    jactri.jacobian(func, inputs, strategy=mode)
+            else:
+                jactri.jacobian(func, inputs, strategy=mode)
+
+
 def test_the_registry_holds_the_ops_of_the_common_networks():
     """Falling back on these would be right, and slow: they are what jactri is for."""
     common = {

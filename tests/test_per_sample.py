@@ -139,6 +139,9 @@ ANSWERED = {
         lambda x: gru(x)[0][:, -1], [(N, 3, 2)]),
     "custom function": (PerSample.apply, [(N, 3)]),
     "custom function inside": (lambda x: PerSample.apply(x * 2).sum(1), [(N, 3)]),
+    "custom function along another axis": (lambda x: Mixing.apply(x.T).T, [(N, 3)]),
+    "custom function along another of three axes": (
+        lambda x: Mixing.apply(x.transpose(0, 1)).transpose(0, 1), [(N, 3, 2)]),
     "custom function in numpy": (NumpySin.apply, [(N, 3)]),
     "inverse": (lambda x: torch.linalg.inv(x + 3 * torch.eye(2, dtype=F64)), [(N, 2, 2)]),
     "log-determinant": (
@@ -244,6 +247,10 @@ REFUSED = {
     "custom function": (Mixing.apply, "Mixing"),
     "custom function, one weak pair": (MixingOnePair.apply, "MixingOnePair"),
     "custom function inside": (lambda x: Mixing.apply(x.sin()).sum(1), "Mixing"),
+    "custom function on three axes": (
+        lambda x: Mixing.apply(x[:, :, None].expand(N, 3, 2) * 1.0).sum(-1), "Mixing"),
+    "custom function over features, batch last": (
+        lambda x: Mixing.apply(x[:, None, :] * 1.0).squeeze(1), "Mixing"),
     "LSTM over the batch": (
         lambda x: time_first(x[:, None])[0][:, 0], "."),
     "solve with all samples": (
