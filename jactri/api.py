@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import handover, whole
+from . import backends, handover, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .memory import free_bytes, parse_bytes
@@ -69,7 +69,8 @@ def jacobian(
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the answer included;
             by default half of what is free. Sizes the chunks.
         out: a tensor to write the Jacobian to, or tuples of tensors nested as the result is.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"torch"``; ``"triton"``, jactri's kernels wherever they cover a step (CUDA, or Triton's interpreter);
+            or ``"auto"``, the faster of the two.
         progress: show a progress bar over the chunks.
 
     Returns:
@@ -91,8 +92,9 @@ def jacobian(
         One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
     """
-    _check_options(strategy, chunk_size, backend, out, create_graph)
+    _check_options(strategy, chunk_size, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     if handover.transforming(xs):
         return handover.jacobian(
             _uncompiled(func),
@@ -115,7 +117,7 @@ def jacobian(
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     rows = compute(
         ys, leaves, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
-        _out_rows(out, tupled_out, tupled), progress,
+        _out_rows(out, tupled_out, tupled), progress, backend,
     )  # fmt: skip
     answer = _nest(rows, tupled_out, tupled)
     if not return_output:
@@ -143,8 +145,9 @@ def jacobian_of(
     again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
     is raised for an input that does not require grad, and by autograd if the graph was freed.
     """
-    _check_options(strategy, chunk_size, backend, out, create_graph)
+    _check_options(strategy, chunk_size, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
@@ -156,13 +159,23 @@ def jacobian_of(
             )
     rows = compute(
         ys, xs, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
-        _out_rows(out, tupled_out, tupled), progress,
+        _out_rows(out, tupled_out, tupled), progress, backend,
     )  # fmt: skip
     return _nest(rows, tupled_out, tupled)
 
 
 def compute(
-    ys, xs, strategy, create_graph, strict, per_sample, chunk_size, memory_limit, dests, progress
+    ys,
+    xs,
+    strategy,
+    create_graph,
+    strict,
+    per_sample,
+    chunk_size,
+    memory_limit,
+    dests,
+    progress,
+    backend="auto",
 ) -> list[list[Tensor]]:
     """``J[j][i]`` for every output and input of a recorded computation."""
     if not ys:
@@ -178,7 +191,7 @@ def compute(
         check_batch(ys, xs)
     if dests is not None:
         _check_out(dests, ys, xs, per_sample)
-    with torch.set_grad_enabled(create_graph):
+    with torch.set_grad_enabled(create_graph), backends.use(backend):
         rows = _rows(
             ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress
         )
@@ -369,15 +382,13 @@ def _uncompiled(func):
     return getattr(func, "_torchdynamo_orig_callable", func)
 
 
-def _check_options(strategy, chunk_size, backend, out, create_graph) -> None:
+def _check_options(strategy, chunk_size, out, create_graph) -> None:
     if strategy not in STRATEGIES:
         raise AssertionError(
             f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend must be 'auto' or 'torch', got {backend!r}")
     if out is not None and create_graph:
         raise RuntimeError(
             "out= and create_graph=True exclude each other: a result written in place has no graph"

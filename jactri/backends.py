@@ -1,17 +1,92 @@
 """Which implementation runs a step, and why.
 
-On the CPU a product of a tangent block with a weight goes to oneDNN or to ``torch.mm``: on some machines
-``torch.mm`` (MKL) reaches half of oneDNN's rate, on others there is nothing to gain. Both are timed once a
-process, on one product that stays in cache, when the first large product comes by.
+On a CUDA device (and in Triton's interpreter, when it is asked for) blocks go to Triton kernels where those cover the
+step; see `kernels_for`, and `chooser` for which. On the CPU a product of a tangent block with a weight goes to oneDNN
+or to ``torch.mm``: on some machines ``torch.mm`` (MKL) reaches half of oneDNN's rate, on others there is nothing to
+gain. Both are timed once a process, on one product that stays in cache, when the first large product comes by.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .kernels import support
+
+BACKENDS = ("auto", "torch", "triton")
+
+_asked: ContextVar[str] = ContextVar("backend", default="auto")
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Blocks are computed by this backend inside."""
+    token = _asked.set(backend)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def kernels_on(device: torch.device) -> bool:
+    """Whether Triton kernels run for tensors on a device: they have no derivative, so only without grad mode."""
+    asked = _asked.get()
+    if asked == "torch" or not (device.type == "cuda" or asked == "triton"):
+        return False
+    return not torch.is_grad_enabled() and support.missing() is None
+
+
+def kernels_for(t: Tensor) -> bool:
+    """Whether blocks like ``t`` go to Triton kernels, where one covers the step."""
+    return kernels_on(t.device) and t.dtype in support.DTYPES
+
+
+def check_asked(backend: str, device: torch.device, create_graph: bool) -> None:
+    """Raise for a backend that does not exist, or Triton where it cannot run."""
+    if backend not in BACKENDS:
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    if backend != "triton":
+        return
+    if create_graph:
+        raise RuntimeError(
+            "backend='triton' and create_graph=True exclude each other: the kernels have no derivative; "
+            "pass backend='auto'"
+        )
+    if (why := support.missing()) is not None:
+        raise RuntimeError(f"backend='triton': {why}; install triton, or pass backend='auto'")
+    if device is not None and device.type != "cuda" and not support.interpreted():
+        raise RuntimeError(
+            f"backend='triton' needs inputs on a CUDA device, got {device}; pass backend='auto', or set "
+            "TRITON_INTERPRET=1 before Python starts, to run the kernels slowly on the CPU"
+        )
+
+
+_log = logging.getLogger("jactri")
+_warned = False
+
+
+def unfit(kernel: str, error: support.Unfit) -> None:
+    """Note that a kernel does not run for a shape on this device: logged, and one warning a process."""
+    global _warned
+    _log.info("the kernel %s is not used: %s", kernel, error)
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"jactri: the Triton kernel {kernel} does not run here ({error}); torch takes its place. Further "
+            "kernels are reported by the logger 'jactri' only",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
 
 _SMALL = 1 << 21
 """Products below this many multiply-adds are bound by call overhead, where torch.mm is the cheapest."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import backends, launch
+from .fusion import Fused, Item, fuse
 from .graph import Graph
 from .layout import Layout, Selection, convert, one, scatter
 from .linear_map import Shape
@@ -33,6 +35,7 @@ class Answer:
         keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
         self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
         self.store: Tensor | None = None
+        self.written: Tensor | None = None
 
     def _seed_and_value(self) -> tuple[Shape, Shape]:
         """The shapes of the two ends; the seed's without the samples where they are not seeds."""
@@ -64,17 +67,34 @@ class Answer:
         if self.store is None:
             self.store = self._allocate()
 
-    def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
-        """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
-        if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
-            self.store = data.to(device=self.like.device, dtype=self.like.dtype)
-            return
+    def window(self, sel: Selection) -> Tensor | None:
+        """Where the block ``(K, *value)`` of a chunk belongs, if a kernel can write it there itself."""
+        if self.final.tied != self.layout.tied or (self.dest is None and not sel):
+            return None
         self.reserve()
+        part = self._part(sel)
+        try:
+            self.written = part.view(-1, *part.shape[len(self.final.free) :])
+        except RuntimeError:  # the seed's axes do not merge into one
+            return None
+        return self.written
+
+    def _part(self, sel: Selection) -> Tensor:
         part = self.store
         for i, s in enumerate(self.final.free):
             if s in sel:
                 part = part.narrow(i, *sel[s])
-        scatter(part, self.final, data, self.layout, sel)
+        return part
+
+    def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
+        """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
+        if data is not None and data is self.written:
+            return
+        if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
+            self.store = data.to(device=self.like.device, dtype=self.like.dtype)
+            return
+        self.reserve()
+        scatter(self._part(sel), self.final, data, self.layout, sel)
 
     def finish(self) -> Tensor:
         """The Jacobian, in the caller's shape."""
@@ -111,8 +131,13 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
     blocks: Blocks = {sweep.seed: (None, False)}
+    items = sweep.steps
+    if backends.kernels_on(graph.values[sweep.seed].device):
+        if sweep.items is None:
+            sweep.items = fuse(graph, sweep)
+        items = sweep.items
     if not sweep.chunks:
-        _steps(graph, sweep, sweep.steps, blocks, None, writable, frozenset())
+        _steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
         for v, answer in ends:
             answer.put(*blocks[v], {})
         if advance:
@@ -122,14 +147,14 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
         answer.reserve()
     # steps in which every cut factor is still tied are the same for all chunks
     cut = frozenset(sweep.chunks)
-    shared = [s for s in sweep.steps if cut <= s.layout.tied]
-    body = [s for s in sweep.steps if not cut <= s.layout.tied]
-    used = frozenset(t.other for s in body for t in s.terms)
+    shared = [s for s in items if cut <= s.layout.tied]
+    body = [s for s in items if not cut <= s.layout.tied]
+    used = frozenset(v for s in body for v in s.reads)
     pinned = used.intersection([sweep.seed, *(s.value for s in shared)]).union(v for v, _ in ends)
     _steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
         local = dict(blocks)
-        _steps(graph, sweep, body, local, sel, writable, pinned)
+        _steps(graph, sweep, body, local, sel, writable, pinned, ends)
         for v, answer in ends:
             lay = sweep.layouts[v]
             mine = {f: r for f, r in sel.items() if f not in lay.tied}
@@ -144,14 +169,18 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
 def _steps(
     graph: Graph,
     sweep: Sweep,
-    steps: list[Step],
+    items: list[Item],
     blocks: Blocks,
     sel: Selection | None,
     writable: bool,
     pinned: frozenset[int],
+    ends=(),
 ) -> None:
     values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
-    for step in steps:
+    for step in items:
+        if step.__class__ is Fused:
+            _fused(graph, sweep, step, blocks, sel, writable, pinned, ends)
+            continue
         terms, frees = step.terms, step.frees
         if len(terms) == 1:
             term = terms[0]
@@ -177,6 +206,24 @@ def _steps(
             for f in frees:
                 if f not in pinned:
                     del blocks[f]
+
+
+def _fused(graph, sweep, item: Fused, blocks: Blocks, sel, writable: bool, pinned, ends) -> None:
+    """Run an item by kernels; where none covers these blocks, its steps one after another."""
+    data = [blocks[v][0] for v in item.reads]
+    direct = None
+    for v, answer in ends:
+        if v == item.value and direct is None:
+            direct = answer.window(sel or {})
+    made = launch.run(graph, item, data, sweep.reverse, item.layout.columns(sel), direct)
+    if made is not None:
+        blocks[item.value] = (made, made is not direct)
+    else:
+        kept = pinned.union(item.reads)
+        _steps(graph, sweep, list(item.steps), blocks, sel, writable, kept)
+    for f in item.frees:
+        if f not in pinned:
+            del blocks[f]
 
 
 def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .contraction import Expand, Sum
+from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .rules import REGISTRY, normal_axis
@@ -192,10 +193,26 @@ class Reader:
         )
 
     def diagonal(
-        self, source: int, derivative: Callable[[], Tensor] | Tensor, fresh: bool = False
+        self,
+        source: int,
+        derivative: Callable[[], Tensor] | Tensor,
+        fresh: bool = False,
+        activation: Callable[[], Factor] | None = None,
     ) -> int:
         """Scaling by a derivative; ``fresh=True`` where the callable returns memory that nobody else holds."""
-        return self.single(source, Diagonal(derivative, fresh))
+        return self.single(source, Diagonal(derivative, fresh, activation))
+
+    def factor(self, name: str, saved: str, constants: Callable[..., tuple[float, ...]]):
+        """The derivative of the current node as kernels compute it: a callable that gives a `Factor`.
+
+        ``constants`` takes a function that reads the node's saved values by name.
+        """
+        node = self.node
+
+        def read(key: str):
+            return getattr(node, "_saved_" + key)
+
+        return lambda: Factor(read(saved), name, tuple(map(float, constants(read))))
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))

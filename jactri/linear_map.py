@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .kernels.support import Factor
 from .layout import (
     Layout,
     Selection,
@@ -223,14 +224,19 @@ class Diagonal(Elementwise):
     """Elementwise: multiplication by the local derivative, which is computed at first use.
 
     ``fresh`` says that the callable returns memory that nobody else holds: under an identity seed it then becomes
-    the block, and may be written to.
+    the block, and may be written to. ``activation`` gives the same derivative as kernels compute it themselves.
     """
 
-    __slots__ = ("_derivative", "_fresh", "_value")
+    __slots__ = ("_derivative", "_fresh", "_value", "activation")
     name, structure = "diagonal", "diagonal"
 
-    def __init__(self, derivative: Callable[[], Tensor] | Tensor, fresh: bool = False):
-        self._derivative, self._fresh = derivative, fresh
+    def __init__(
+        self,
+        derivative: Callable[[], Tensor] | Tensor,
+        fresh: bool = False,
+        activation: Callable[[], Factor] | None = None,
+    ):
+        self._derivative, self._fresh, self.activation = derivative, fresh, activation
         self._value = derivative if isinstance(derivative, Tensor) else None
 
     @property

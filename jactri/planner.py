@@ -53,10 +53,18 @@ class Step:
     bytes: float
     shares: bool = False
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values whose blocks it takes."""
+        return tuple(t.other for t in self.terms)
+
 
 @dataclass
 class Sweep:
-    """All steps for one seed. ``targets`` are the values whose blocks are the answer."""
+    """All steps for one seed. ``targets`` are the values whose blocks are the answer.
+
+    ``items`` are the same steps as kernels run them (see `fusion`), filled in where kernels run.
+    """
 
     reverse: bool
     index: int
@@ -68,6 +76,7 @@ class Sweep:
     summed: bool = False
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
+    items: list | None = None
 
     @property
     def flops(self) -> float:

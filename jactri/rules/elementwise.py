@@ -37,6 +37,53 @@ SigmoidBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackwa
 """The second part of the list are derivatives of activations, as they occur in the graph of a gradient."""
 
 
+def _none(read) -> tuple[float, ...]:
+    return ()
+
+
+def _elu(read) -> tuple[float, ...]:
+    return read("alpha"), read("scale"), read("input_scale")
+
+
+def _celu(read) -> tuple[float, ...]:
+    return read("alpha"), 1.0, 1 / read("alpha")
+
+
+KERNELS = {
+    # node: (derivative in kernels.activations, saved value, its constants out of what the node saved)
+    "ReluBackward0": ("relu", "result", _none),
+    "LeakyReluBackward0": ("leaky_relu", "self", lambda read: (read("negative_slope"),)),
+    "LeakyReluBackward1": ("leaky_relu", "result", lambda read: (read("negative_slope"),)),
+    "EluBackward0": ("elu", "self", _elu),
+    "EluBackward1": ("elu_result", "result", _elu),
+    "CeluBackward0": ("elu", "self", _celu),
+    "CeluBackward1": ("elu_result", "result", _celu),
+    "GeluBackward0": ("gelu", "self", _none),
+    "SiluBackward0": ("silu", "self", _none),
+    "MishBackward0": ("mish", "self", _none),
+    "SigmoidBackward0": ("sigmoid", "result", _none),
+    "TanhBackward0": ("tanh", "result", _none),
+    "SoftplusBackward0": ("softplus", "self", lambda read: (read("beta"), read("threshold"))),
+    "HardtanhBackward0": ("hardtanh", "self", lambda read: (read("min_val"), read("max_val"))),
+    "HardswishBackward0": ("hardswish", "self", _none),
+    "HardsigmoidBackward0": ("hardsigmoid", "self", _none),
+    "LogSigmoidBackward0": ("logsigmoid", "self", _none),
+    "SinBackward0": ("sin", "self", _none),
+    "ExpBackward0": ("exp", "result", _none),
+}
+"""Activations whose derivative kernels compute themselves; others, in-place variants among them, arrive ready."""
+
+
+def _kernel(g):
+    """How kernels compute the derivative of the current node, or None."""
+    name = g.name
+    if name == "GeluBackward0" and g.saved("approximate") == "tanh":
+        found = ("gelu_tanh", "self", _none)
+    else:
+        found = KERNELS.get(name)
+    return None if found is None else g.factor(*found)
+
+
 class Zero(Elementwise):
     """A dependence whose derivative is exactly zero (rounding, a value written over)."""
 
@@ -52,14 +99,14 @@ class Zero(Elementwise):
 def _formula(name: str, derivative):
     def run(g):
         saved = g.tensor(name)
-        return g.diagonal(g.src[0], lambda: derivative(saved))
+        return g.diagonal(g.src[0], lambda: derivative(saved), activation=_kernel(g))
 
     return run
 
 
 @rule("Exp")
 def exp(g):
-    return g.diagonal(g.src[0], g.tensor("result"))
+    return g.diagonal(g.src[0], g.tensor("result"), activation=_kernel(g))
 
 
 for _node, (_name, _derivative) in FORMULAS.items():
@@ -75,7 +122,7 @@ def unary(g):
         ones = one(m) if m.device.type == "cpu" else one(m).expand(tuple(m.shape))
         return _first(node(ones, *[None] * (len(meta) - 1)))
 
-    value = g.diagonal(g.match(g.src[0]), derivative, fresh=True)
+    value = g.diagonal(g.match(g.src[0]), derivative, True, _kernel(g))
     return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
 
 
@@ -83,7 +130,7 @@ def unary(g):
 def unary_full(g):
     """Nodes whose kernels want a cotangent of the full shape."""
     node, m = g.node, g.meta[0]
-    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))))
+    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=_kernel(g))
 
 
 def _first(out) -> Tensor:

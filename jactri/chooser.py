@@ -1,0 +1,319 @@
+"""Which kernels run a chain of products: predicted at first sight, measured where that pays, and remembered.
+
+A chain can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by torch. On a
+GPU the few ways that cover a shape are timed once for each device, dtype, precision, widths, seeds and power of two of
+rows, if the chain has at least `WORTH` flops; a way may only win if its result, on the data at hand, is at most twice
+as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the way with the fewest launches is taken. A
+kernel that a device cannot run is not tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .kernels import support
+from .kernels.support import Factor, Unfit
+
+WORTH = 2e8
+"""Flops from which ways are timed: below, a chain takes microseconds, and launches cost more than any kernel."""
+
+_CHECKED_ROWS = 64
+_TIMED_ENTRIES = 1 << 24
+"""Timing takes no more entries a block than this: rows are left out."""
+
+_SLACK = {"fp32": 2.0**-22, "tf32": 1e-3}
+"""What a way may be off by beside twice torch's own error: small problems may come out exact by chance."""
+
+
+@dataclass
+class Chain:
+    """One chain to run: ``t`` (K, R, w_0), matrices (w_l, w_(l+1)), a factor (R, w_l) or None for each width.
+
+    ``diagonals`` gives the factors' derivatives as tensors, for torch.
+    """
+
+    t: Tensor
+    matrices: tuple[Tensor, ...]
+    factors: tuple[Factor | None, ...]
+    diagonals: Callable[[], list[Tensor | None]]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.t.shape[2], *(m.shape[1] for m in self.matrices))
+
+    def kind(self) -> Kind:
+        K, R, _ = self.t.shape
+        names = tuple("" if f is None else f.name for f in self.factors)
+        shared = R > 1 and self.t.stride(1) == 0
+        return Kind.of(K, R, self.widths, names, shared, self.t.dtype, self.t.device)
+
+    def first(self, rows: int) -> Chain:
+        """The same chain for the first rows only."""
+        cut = tuple(
+            None if f is None else Factor(f.values[:rows], f.name, f.constants)
+            for f in self.factors
+        )
+        return Chain(
+            self.t[:, :rows], self.matrices, cut,
+            lambda: [None if d is None else d[:rows] for d in self.diagonals()],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a choice depends on; ``rows`` is the power of two at or above the number of rows."""
+
+    seeds: int
+    rows: int
+    widths: tuple[int, ...]
+    factors: tuple[str, ...]
+    shared: bool
+    dtype: torch.dtype
+    precision: str
+    device: torch.device
+
+    @classmethod
+    def of(cls, seeds, rows, widths, factors, shared, dtype, device) -> Kind:
+        size = support.power_of_two(rows)
+        return cls(
+            seeds, size, tuple(widths), factors, shared, dtype, support.precision(dtype), device
+        )
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.seeds * self.rows * sum(a * b for a, b in pairwise(self.widths))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A sequence of kernels: names with how many products each takes; how these are multiplied; the tile."""
+
+    kernels: tuple[tuple[str, int], ...]
+    dot: str = ""
+    config: object = None
+
+    def __str__(self) -> str:
+        names = " + ".join(n if c == 1 else f"{c} {n}s" for n, c in self._counted())
+        if not self.dot:
+            return names
+        c = self.config
+        tile = "x".join(str(s) for s in (c.rows, c.out, c.inner) if s)
+        return f"{names} ({self.dot}, tile {tile}, {c.warps} warps)"
+
+    def _counted(self) -> list[tuple[str, int]]:
+        out: list[tuple[str, int]] = []
+        for name, _ in self.kernels:
+            if out and out[-1][0] == name:
+                out[-1] = (name, out[-1][1] + 1)
+            else:
+                out.append((name, 1))
+        return out
+
+
+TORCH = Way((("torch", 0),))
+
+
+@dataclass
+class Choice:
+    """The way that runs a kind of chain, why, and what came of the others: milliseconds, or why not."""
+
+    way: Way
+    why: str
+    tried: dict[str, float | str] = field(default_factory=dict)
+
+
+_choices: dict[Kind, Choice] = {}
+_refused: dict[tuple[Kind, Way], str] = {}
+
+
+def compositions(widths: Sequence[int], device: torch.device) -> list[tuple[tuple[str, int], ...]]:
+    """The sequences of kernels that cover a chain, fewest launches first."""
+    from .kernels.chain import chain_covers, pair_covers
+
+    products = len(widths) - 1
+    found: list[tuple[tuple[str, int], ...]] = []
+    if products > 1 and chain_covers(widths, device):
+        found.append((("chain", products),))
+    if products > 1 and pair_covers(widths[-3:]):
+        found.append((*(("step", 1),) * (products - 2), ("pair", 2)))
+    found.append((("step", 1),) * products)
+    return found
+
+
+def configs(composition) -> tuple:
+    """The tiles to try for a sequence: those of its most demanding kernel."""
+    from .kernels import chain, linear
+
+    return {"chain": chain.CHAIN_CONFIGS, "pair": chain.PAIR_CONFIGS, "step": linear.CONFIGS}[
+        composition[-1][0]
+    ]
+
+
+def dots(precision: str) -> tuple[str, ...]:
+    """How tensor cores can multiply at a precision, the predicted best first."""
+    if precision != "fp32":
+        return (precision,)
+    return ("bf16x6",) if torch.version.hip else ("bf16x6", "tf32x3")
+
+
+def run(chain: Chain, out: Tensor | None = None) -> Tensor:
+    """The chain's result (K, R, w_L), in ``out`` if given, by the way that was chosen for its kind."""
+    choice = _choice(chain)
+    while True:
+        try:
+            return _run(choice.way, chain, out)
+        except Unfit as error:
+            kind = chain.kind()
+            _refused[kind, choice.way] = str(error)
+            backends.unfit(str(choice.way), error)
+            choice = _choices[kind] = _predicted(kind)
+
+
+def forget() -> None:
+    """Drop all choices, so that the next chain of each kind is timed again."""
+    _choices.clear()
+    _refused.clear()
+
+
+def described(kind: Kind) -> tuple[str, str]:
+    """What runs a kind of chain, and why, for `explain`: as chosen in this process, or as predicted."""
+    choice = _choices.get(kind) or _predicted(kind)
+    return ("torch" if choice.way is TORCH else "triton"), f"{choice.way}: {choice.why}"
+
+
+def _choice(chain: Chain) -> Choice:
+    kind = chain.kind()
+    choice = _choices.get(kind)
+    if choice is None:
+        choice = _tuned(kind, chain) if _tunable(kind) else _predicted(kind)
+        if choice is None:
+            return _predicted(kind)
+        _choices[kind] = choice
+    return choice
+
+
+def _tunable(kind: Kind) -> bool:
+    return (
+        kind.device.type == "cuda"
+        and kind.flops >= WORTH
+        and os.environ.get("JACTRI_TUNE", "1") != "0"
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _predicted(kind: Kind) -> Choice:
+    """The covered way with the fewest launches whose kernels were not refused yet."""
+    for composition in compositions(kind.widths, kind.device):
+        for config in configs(composition):
+            for dot in dots(kind.precision):
+                way = Way(composition, dot, config)
+                if (kind, way) not in _refused:
+                    launches = len(composition)
+                    why = f"{launches} launch{'es' if launches > 1 else ''}"
+                    if _tunable(kind):
+                        why += ", to be timed against other ways at the first use"
+                    return Choice(way, why)
+    return Choice(TORCH, "this device runs none of the kernels")
+
+
+def _tuned(kind: Kind, chain: Chain) -> Choice | None:
+    """Time every way on the chain's own data; None if these are no measure (not finite)."""
+    K, R, _ = chain.t.shape
+    chain = chain.first(max(_CHECKED_ROWS, min(R, _TIMED_ENTRIES // (K * max(kind.widths)))))
+    few = chain.first(_CHECKED_ROWS)
+    truth = _torch(few, torch.float64)
+    if not torch.isfinite(truth).all():
+        return None
+    slack = _SLACK.get(kind.precision, 2 * torch.finfo(kind.dtype).eps)
+    bound = 2 * _distance(_torch(few), truth) + slack
+    tried: dict[str, float | str] = {"torch": _milliseconds(lambda: _torch(chain))}
+    best, fastest = TORCH, tried["torch"]
+    open_dots = dots(kind.precision)
+    for composition in compositions(kind.widths, kind.device):
+        for config in configs(composition):
+            times: dict[str, float] = {}
+            for dot in open_dots:
+                way = Way(composition, dot, config)
+                try:
+                    off = _distance(_run(way, chain)[:, :_CHECKED_ROWS], truth)
+                    if not off <= bound:
+                        tried[str(way)] = f"off by {off:.1e}, {bound:.1e} allowed"
+                        continue
+                    times[dot] = _milliseconds(lambda way=way: _run(way, chain))
+                except Unfit as error:
+                    _refused[kind, way] = tried[str(way)] = str(error)
+                    continue
+                tried[str(way)] = times[dot]
+                if times[dot] < fastest:
+                    best, fastest = way, times[dot]
+            if len(times) > 1:  # which parts are faster depends on the device, not on the tile
+                open_dots = (min(times, key=times.get),)
+    why = f"{fastest:.3g} ms measured, torch {tried['torch']:.3g} ms"
+    return Choice(best, why, tried)
+
+
+def _run(way: Way, chain: Chain, out: Tensor | None = None) -> Tensor:
+    if way is TORCH:
+        made = _torch(chain)
+        return made if out is None else out.copy_(made)
+    from .kernels import chain as chains
+    from .kernels import linear
+
+    t, at = chain.t, 0
+    for i, (name, count) in enumerate(way.kernels):
+        end = at + count
+        into = out if i == len(way.kernels) - 1 else None
+        matrices = chain.matrices[at:end]
+        factors = (chain.factors[0] if at == 0 else None, *chain.factors[at + 1 : end + 1])
+        config = way.config if i == len(way.kernels) - 1 or name == way.kernels[-1][0] else None
+        options = {"precision": way.dot, "out": into, "config": config}
+        if name == "step":
+            t = linear.step(t, *matrices, *factors, **options)
+        else:
+            t = (chains.chain if name == "chain" else chains.pair)(t, matrices, factors, **options)
+        at = end
+    return t
+
+
+def _torch(chain: Chain, dtype: torch.dtype | None = None) -> Tensor:
+    """The chain by torch's own products and scalings."""
+    t, own = chain.t if dtype is None else chain.t.to(dtype), False
+    diagonals = [d if d is None else d.to(t.dtype) for d in chain.diagonals()]
+    for l, d in enumerate(diagonals):
+        if d is not None:
+            t, own = (t.mul_(d) if own else t * d), True
+        if l < len(chain.matrices):
+            m = chain.matrices[l].to(t.dtype)
+            if t.stride(1) == 0 and t.shape[1] > 1:  # one product for all rows
+                t, own = (t[:, 0] @ m).unsqueeze(1).expand(-1, t.shape[1], -1), False
+            else:
+                t, own = torch.mm(t.reshape(-1, t.shape[2]), m).view(*t.shape[:2], -1), True
+    return t
+
+
+def _distance(got: Tensor, truth: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    off = torch.linalg.vector_norm(got.double() - truth)
+    return (off / torch.linalg.vector_norm(truth).clamp_min(1e-300)).item()
+
+
+def _milliseconds(call: Callable[[], object], runs: int = 7) -> float:
+    """Median device time of a call, after one that compiles and warms up."""
+    call()
+    times = []
+    for _ in range(runs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,150 @@
+"""Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
+
+Two patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations), whose
+blocks in between nobody else reads; and a *scaled sum* of two blocks (a product of two values that both depend on the
+input). The executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from .graph import Graph
+from .layout import Layout
+from .linear_map import LinearMap
+from .planner import Step, Sweep
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
+
+    ``kind`` is "chain" (each step reads the one before) or "sum" (the last step adds up the two blocks of ``reads``,
+    each scaled by the step among the others that reads it, if any).
+    """
+
+    kind: str
+    steps: tuple[Step, ...]
+    reads: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+    @property
+    def value(self) -> int:
+        return self.steps[-1].value
+
+    @property
+    def layout(self) -> Layout:
+        return self.steps[-1].layout
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in self.steps)
+
+
+Item = Step | Fused
+
+
+def edge_of(graph: Graph, step: Step, term: int = 0) -> LinearMap:
+    """The map of one term of a step."""
+    t = step.terms[term]
+    return graph.values[t.owner].sources[t.edge][1]
+
+
+def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
+    """The steps of a sweep, in an order that can be run, with what kernels can run together in one item."""
+    uses = Counter(t.other for s in sweep.steps for t in s.terms)
+    uses.update(t for t in sweep.targets if t is not None)
+    reader = {t.other: s for s in sweep.steps for t in s.terms}
+    maker = {s.value: s for s in sweep.steps}
+    links = {s.value for s in sweep.steps if _links(graph, sweep, s)}
+    absorbed: set[int] = set()
+    groups: dict[int, Fused] = {}
+    for step in sweep.steps:
+        if step.value in absorbed:
+            continue
+        if step.value in links:
+            run = [step]
+            while uses[run[-1].value] == 1:
+                after = reader.get(run[-1].value)
+                if after is None or after.value not in links:
+                    break
+                run.append(after)
+            run = _trim(graph, run)
+            if run:
+                absorbed.update(s.value for s in run)
+                groups[run[0].value] = Fused("chain", tuple(run), (run[0].terms[0].other,))
+        elif len(step.terms) == 2 and all(
+            edge_of(graph, step, i).name == "identity" and _plain(sweep, step, i) for i in range(2)
+        ):
+            scalings = [
+                maker[t.other]
+                for t in step.terms
+                if uses[t.other] == 1
+                and t.other in maker
+                and t.other not in absorbed
+                and _scales(graph, sweep, maker[t.other])
+            ]
+            if scalings:
+                inner = {s.value: s.terms[0].other for s in scalings}
+                absorbed.update(inner)
+                reads = tuple(inner.get(t.other, t.other) for t in step.terms)
+                groups[step.value] = Fused("sum", (*scalings, step), reads)
+    return _schedule(sweep, groups, absorbed)
+
+
+def _schedule(sweep: Sweep, groups: dict[int, Fused], absorbed: set[int]) -> list[Item]:
+    """Items in the order of the steps; a chain runs where its first step was. What is freed where is found anew."""
+    items: list[Item] = []
+    for step in sweep.steps:
+        if step.value in groups:
+            items.append(groups[step.value])
+        elif step.value not in absorbed:
+            items.append(step)
+    keep = {t for t in sweep.targets if t is not None}
+    seen, out = set(keep), []
+    for item in reversed(items):
+        frees = tuple(dict.fromkeys(v for v in item.reads if v not in seen))
+        seen.update(frees)
+        out.append(replace(item, frees=frees))
+    return out[::-1]
+
+
+def _plain(sweep: Sweep, step: Step, term: int = 0) -> bool:
+    """Whether a term takes its block as it is stored, and gives a whole block of the step."""
+    t = step.terms[term]
+    return t.route.mid is sweep.layouts[t.other] and t.route.out.tied == step.layout.tied
+
+
+def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    return (
+        len(step.terms) == 1
+        and edge_of(graph, step).structure == "diagonal"
+        and edge_of(graph, step).name == "diagonal"
+        and _plain(sweep, step)
+    )
+
+
+def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a step can be a link of a chain."""
+    if len(step.terms) != 1 or not _plain(sweep, step):
+        return False
+    edge, route = edge_of(graph, step), step.terms[0].route
+    if edge.name == "matmul":
+        return edge.structure == "shared matrix" and edge.side == "right" and route.axis is None
+    if edge.structure == "view" and edge.name == "view":
+        shape, other = step.layout.shape, sweep.layouts[step.terms[0].other].shape
+        return not route.moves and shape[-1:] == other[-1:] != ()
+    return _scales(graph, sweep, step)
+
+
+def _trim(graph: Graph, run: list[Step]) -> list[Step]:
+    """Without views at the ends (they cost nothing), and nothing at all unless a product is in it."""
+    names = [edge_of(graph, s).name for s in run]
+    if "matmul" not in names:
+        return []
+    while names[0] == "view":
+        del names[0], run[0]
+    while names[-1] == "view":
+        del names[-1], run[-1]
+    return run

@@ -1,0 +1,198 @@
+"""Several steps of a chain in one launch: between its first and its last step no tangent leaves the chip.
+
+    out = D_L M_L ... D_1 M_1 D_0 t
+
+row by row, for blocks (K, R, width) as in `linear`. Two kernels, for two shapes of network:
+
+- `chain`: any depth, widths up to 128. A program holds its rows of the block in registers and streams every matrix
+  through once: ``sum(w_l w_(l+1))`` loads for each tile of rows.
+- `pair`: two matrices, any inner widths, up to 128 features out. The inner features are taken BO at a time: as soon
+  as a tile of them is complete it is multiplied by its part of the second matrix and forgotten. The first product
+  reads the block once for each tile; where the block is a weight that all rows share, that is a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear import Config, factor, scaled
+from .operands import multiply, prepare
+from .support import Factor, fitting, on_device, power_of_two, wide
+
+WIDEST, WIDEST_BEFORE_HOPPER = 128, 64
+"""The widest layer of a `chain`. Wider, its tile, the next one's and their parts overflow the registers: at 256 on
+sm_90, 3 to 8 KB a thread are spilled, with the layer in one piece or in several; at 128 on sm_80, where the matrix
+passes through registers too, 60 KB."""
+
+WIDEST_OUT = 128
+"""The widest result of a `pair`: it is held in registers beside the tile of inner features."""
+
+CHAIN_CONFIGS = (
+    # the tiles of features are the layers: only rows and warps vary
+    Config(128, 0, 0, 8, 1),
+    Config(64, 0, 0, 4, 1),
+)
+
+PAIR_CONFIGS = (
+    Config(128, 64, 32, 8, 3),
+    Config(128, 128, 32, 8, 2),
+    Config(64, 64, 32, 4, 3),
+)
+
+
+@triton.jit
+def _chain(
+    T, MS, ZS, OUT, K, R, t_k, t_r, t_i, o_k, o_r, o_o, m_s, z_s, padded,
+    WIDTHS: tl.constexpr, TILES: tl.constexpr, DS: tl.constexpr, PS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    row, i = tl.program_id(0), tl.arange(0, TILES[0])
+    if WIDE:
+        row, i = row.to(tl.int64), i.to(tl.int64)
+    row = row * BM + tl.arange(0, BM)
+    r, k = row // K, row % K
+    inside = r < R
+    mask = inside[:, None] & (i < WIDTHS[0])[None, :]
+    t = tl.load(T + k[:, None] * t_k + r[:, None] * t_r + i[None, :] * t_i, mask=mask, other=0.0)
+    t = scaled(t, ZS[0], DS[0], PS[0], r[:, None] * z_s[0][0] + i[None, :] * z_s[0][1], mask)
+    for l in tl.static_range(len(MS)):
+        i, o = tl.arange(0, TILES[l]), tl.arange(0, TILES[l + 1])
+        if WIDE:
+            o = o.to(tl.int64)
+        at = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
+        mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
+        acc = tl.zeros((BM, TILES[l + 1]), tl.float32)
+        acc = multiply(t, at, m_s[l][0], mask, acc, PRECISION)
+        mask = inside[:, None] & (o < WIDTHS[l + 1])[None, :]
+        at = r[:, None] * z_s[l + 1][0] + o[None, :] * z_s[l + 1][1]
+        t = scaled(acc, ZS[l + 1], DS[l + 1], PS[l + 1], at, mask)
+    o = tl.arange(0, TILES[len(MS)])
+    if WIDE:
+        o = o.to(tl.int64)
+    to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
+    mask = inside[:, None] & (o < WIDTHS[len(MS)])[None, :]
+    tl.store(to, t.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pair(
+    T, M1, M2, Z0, Z1, Z2, OUT, K, R, I, H, O, padded1, padded2,
+    t_k, t_r, t_i, m1_p, m1_i, m1_o, m2_p, m2_i, m2_o, z0_r, z0_i, z1_r, z1_i, z2_r, z2_i, o_k, o_r, o_o,
+    D0: tl.constexpr, P0: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    i0, h0, o = tl.arange(0, BI), tl.arange(0, BH), tl.arange(0, BO)
+    if WIDE:
+        row, i0, h0, o = row.to(tl.int64), i0.to(tl.int64), h0.to(tl.int64), o.to(tl.int64)
+    row = row * BM + tl.arange(0, BM)
+    r, k = row // K, row % K
+    inside, outside = r < R, o < O
+    t_at = T + k[:, None] * t_k + r[:, None] * t_r
+    out = tl.zeros((BM, BO), tl.float32)
+    for h_start in range(0, H, BH):
+        h = h_start + h0
+        acc = tl.zeros((BM, BH), tl.float32)
+        for i_start in range(0, I, BI):
+            i = i_start + i0
+            mask = inside[:, None] & (i < I)[None, :]
+            t = tl.load(t_at + i[None, :] * t_i, mask=mask, other=0.0)
+            t = scaled(t, Z0, D0, P0, r[:, None] * z0_r + i[None, :] * z0_i, mask)
+            at = M1 + i[:, None] * m1_i + h[None, :] * m1_o
+            acc = multiply(t, at, m1_p, (i < padded1)[:, None] & (h < H)[None, :], acc, PRECISION)
+        mask = inside[:, None] & (h < H)[None, :]
+        acc = scaled(acc, Z1, D1, P1, r[:, None] * z1_r + h[None, :] * z1_i, mask)
+        at = M2 + h[:, None] * m2_i + o[None, :] * m2_o
+        out = multiply(acc, at, m2_p, (h < padded2)[:, None] & outside[None, :], out, PRECISION)
+    mask = inside[:, None] & outside[None, :]
+    out = scaled(out, Z2, D2, P2, r[:, None] * z2_r + o[None, :] * z2_i, mask)
+    to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
+    tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
+
+
+def chain_covers(widths: Sequence[int], device: torch.device) -> bool:
+    """Whether `chain` takes layers of these widths, the block's first, on a device."""
+    modern = device.type != "cuda" or (
+        torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    )
+    return min(widths) > 0 and max(widths) <= (WIDEST if modern else WIDEST_BEFORE_HOPPER)
+
+
+def pair_covers(widths: Sequence[int]) -> bool:
+    """Whether `pair` takes (features in, between, out)."""
+    return len(widths) == 3 and min(widths) > 0 and widths[2] <= WIDEST_OUT
+
+
+def chain(
+    t: Tensor,
+    matrices: Sequence[Tensor],
+    factors: Sequence[Factor | None],
+    *,
+    precision: str,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``D_L M_L ... D_1 M_1 D_0 t`` for each row, tangents held on chip.
+
+    t: (K, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each or None; ``precision``
+    and ``out`` as in `linear.step`. See `chain_covers` for widths. Raises Unfit where the device cannot run it.
+    Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
+    """
+    K, R, _ = t.shape
+    widths = (t.shape[2], *(m.shape[1] for m in matrices))
+    if out is None:
+        out = torch.empty(K, R, widths[-1], dtype=t.dtype, device=t.device)
+    if out.numel() == 0:
+        return out
+    c = config or CHAIN_CONFIGS[0]
+    parts = [factor(f) for f in factors]
+    values = tuple(p[0] for p in parts)
+    operands = prepare(matrices, precision)
+    far = wide(t, out, *values, *matrices) or K * R >= 1 << 31
+    with on_device(t), fitting():
+        _chain[(triton.cdiv(K * R, c.rows),)](
+            t, tuple(m.values for m in operands), values, out, K, R, *t.stride(), *out.stride(),
+            tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
+            widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
+            precision, c.rows, far,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def pair(
+    t: Tensor,
+    matrices: Sequence[Tensor],
+    factors: Sequence[Factor | None],
+    *,
+    precision: str,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`chain` for two matrices of any inner widths and at most `WIDEST_OUT` features out."""
+    K, R, I = t.shape
+    first, second = matrices
+    H, O = second.shape
+    if out is None:
+        out = torch.empty(K, R, O, dtype=t.dtype, device=t.device)
+    if out.numel() == 0:
+        return out
+    c = config or PAIR_CONFIGS[0]
+    (z0, s0, d0, p0), (z1, s1, d1, p1), (z2, s2, d2, p2) = map(factor, factors)
+    a, b = prepare(matrices, precision)
+    far = wide(t, out, z0, z1, z2, first, second) or K * R >= 1 << 31
+    with on_device(t), fitting():
+        _pair[(triton.cdiv(K * R, c.rows),)](
+            t, a.values, b.values, z0, z1, z2, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
+            *a.strides, *b.strides,
+            *s0, *s1, *s2, *out.stride(), d0, p0, d1, p1, d2, p2, precision, c.rows,
+            min(c.out, power_of_two(H, 16)), min(c.inner, power_of_two(I, 16)), power_of_two(O, 16), far,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,165 @@
+"""Matrices made ready for the tensor cores, once a call, and the product of a tile of a block with them.
+
+Tensor cores multiply tf32 or bf16 and add in float32. A float32 product of float32's own accuracy is a sum of such
+products, of parts that add up to the operand (Henry, Tang, Heinecke 2019, arXiv:1904.06376):
+
+- "tf32x3": two parts each (11 + 11 bits), three products; low * low is left out.
+- "bf16x6": three parts each (8 + 8 + 8 bits), six products; those below 2^-24 are left out.
+
+The parts of a block's tile are made in registers. Those of a matrix are the same for every tile, and tensor cores
+of the Hopper kind read them from shared memory: `prepare` writes them once, so that a tile's parts are copied
+there without passing through registers, with the contracted axis contiguous, as these cores want tf32, and padded to
+aligned rows. An infinite entry becomes NaN, for inf - inf is.
+
+Tensor cores round their sums towards zero, which over a long contraction costs more than the parts win (Ootomo, Yokota
+2022, arXiv:2203.03341): `multiply` adds the parts of one tile, small ones first, and the sums of tiles are added by the
+ordinary units, rounding to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .support import HALF, fitting, on_device, wide
+
+PARTS = {"ieee": 1, "tf32": 1, "half": 1, "tf32x3": 2, "bf16x6": 3}
+"""Precisions of a product, and the parts that a matrix is split into."""
+
+ALIGNED = 16
+"""Entries that a row of a prepared matrix is padded to a multiple of: the widest loads are aligned in every dtype."""
+
+_TILE = 1024
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix (I, O) for a kernel: part p of entry (i, o) is at ``p * parts + i * rows + o * columns``.
+
+    Rows from I to ``padded`` are there and zero.
+    """
+
+    values: Tensor
+    parts: int
+    rows: int
+    columns: int
+    padded: int
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return self.parts, self.rows, self.columns
+
+
+@triton.jit
+def _prepare(
+    WS,
+    OUT,
+    SIZES,
+    STRIDES,
+    STARTS,
+    PITCHES,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    at = tl.program_id(0)
+    if WIDE:
+        at = at.to(tl.int64)
+    at = at * TILE + tl.arange(0, TILE)
+    for l in tl.static_range(len(WS)):
+        if tl.program_id(1) == l:
+            i, o = at % PITCHES[l], at // PITCHES[l]
+            inside = o < SIZES[l][1]
+            w = tl.load(
+                WS[l] + i * STRIDES[l][0] + o * STRIDES[l][1],
+                mask=inside & (i < SIZES[l][0]),
+                other=0.0,
+            )
+            to = OUT + STARTS[l] + at
+            if PARTS == 1:
+                tl.store(to, w, mask=inside)
+            else:
+                size = PITCHES[l] * SIZES[l][1]
+                for p in tl.static_range(PARTS):
+                    part = high(w, PARTS)
+                    tl.store(to + p * size, part, mask=inside)
+                    w -= part.to(tl.float32)
+
+
+@triton.jit
+def high(x, PARTS: tl.constexpr):
+    """The part of float32 values that one operand of a tensor core holds: tf32 of two parts, bf16 of three."""
+    if PARTS == 2:
+        # rounded, not cut: low * low, which is left out, is then below 2^-24. What this does to a NaN's bits is
+        # of no account: the low part is x - high, a NaN again
+        bits = x.to(tl.uint32, bitcast=True) + 0x1000
+        return (bits & 0xFFFFE000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr):
+    """``acc + t @ m`` for a tile of a block and the tile at ``M`` of a prepared matrix, its parts ``size`` apart."""
+    m = tl.load(M, mask=mask, other=0.0)
+    if PRECISION == "bf16x6":
+        m1 = tl.load(M + size, mask=mask, other=0.0)
+        m2 = tl.load(M + 2 * size, mask=mask, other=0.0)
+        t0 = high(t, 3)
+        rest = t - t0.to(tl.float32)
+        t1 = high(rest, 3)
+        t2 = high(rest - t1.to(tl.float32), 3)
+        s = tl.dot(t2, m, input_precision="ieee")
+        s = tl.dot(t1, m1, s, input_precision="ieee")
+        s = tl.dot(t0, m2, s, input_precision="ieee")
+        s = tl.dot(t1, m, s, input_precision="ieee")
+        s = tl.dot(t0, m1, s, input_precision="ieee")
+        return acc + tl.dot(t0, m, s, input_precision="ieee")
+    elif PRECISION == "tf32x3":
+        m1 = tl.load(M + size, mask=mask, other=0.0)
+        t0 = high(t, 2)
+        s = tl.dot(t - t0, m, input_precision="tf32")
+        s = tl.dot(t0, m1, s, input_precision="tf32")
+        return acc + tl.dot(t0, m, s, input_precision="tf32")
+    elif PRECISION == "half":
+        return tl.dot(t.to(m.dtype), m, acc, input_precision="ieee")
+    else:
+        return tl.dot(t, m, acc, input_precision=PRECISION)
+
+
+def prepare(matrices: Sequence[Tensor], precision: str) -> list[Operand]:
+    """The matrices (I, O) as `multiply` wants them for ``precision``: by one launch for all, or as they are.
+
+    Writes ``PARTS[precision]`` times their size.
+    """
+    parts = PARTS[precision]
+    if parts == 1 and all(_ready(m) for m in matrices):
+        return [Operand(m, 0, *m.stride(), m.shape[0]) for m in matrices]
+    pitches = [triton.cdiv(m.shape[0], ALIGNED) * ALIGNED for m in matrices]
+    sizes = [p * m.shape[1] for p, m in zip(pitches, matrices, strict=True)]
+    starts = [parts * sum(sizes[:l]) for l in range(len(sizes))]
+    first = matrices[0]
+    dtype = torch.bfloat16 if precision == "bf16x6" else first.dtype
+    out = torch.empty(parts * sum(sizes), dtype=dtype, device=first.device)
+    with on_device(first), fitting():
+        _prepare[(triton.cdiv(max(sizes), _TILE), len(matrices))](
+            tuple(matrices), out, tuple(tuple(m.shape) for m in matrices),
+            tuple(tuple(m.stride()) for m in matrices), tuple(starts), tuple(pitches),
+            parts, _TILE, wide(out, *matrices), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return [Operand(out[s:], n, 1, p, p) for s, n, p in zip(starts, sizes, pitches, strict=True)]
+
+
+def _ready(m: Tensor) -> bool:
+    """Whether a kernel may read a matrix of one part where it lies."""
+    rows, columns = m.stride()
+    if m.data_ptr() % 16:
+        return False
+    if m.dtype in HALF and columns == 1:  # tensor cores take 16-bit operands in either order
+        return rows % ALIGNED == 0
+    return rows == 1 and columns % ALIGNED == 0

@@ -1,0 +1,104 @@
+"""What every launcher needs: whether Triton runs here, torch's precision, offsets, and which faults mean "not here"."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)
+"""The oldest triton that the kernels were written for and are compiled with in the tests."""
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+"""What the kernels compute in; float64 goes to torch, where the tensor cores have it natively."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A diagonal for a kernel: ``name`` of `activations.DERIVATIVES` applied to ``values``.
+
+    ``values`` has the shape of one block without its seeds, through strides of 0 where it is broadcast.
+    """
+
+    values: Tensor
+    name: str = "ready"
+    constants: tuple[float, ...] = ()
+
+
+class Unfit(Exception):
+    """A kernel cannot run for these shapes on this device: out of resources, or it does not compile there."""
+
+
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot be used in this process, or None where it can. Imports triton."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    version = tuple(int(p) for p in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
+    return None
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How exact products of this dtype have to be: "fp32", "tf32" where torch allows it, or "half".
+
+    Follows ``torch.backends.cuda.matmul.fp32_precision``, which ``torch.set_float32_matmul_precision`` and
+    ``allow_tf32`` set too.
+    """
+    if dtype in HALF:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether an element of any of the tensors is 2^31 or more elements away from its first."""
+    return any(
+        sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) >= 1 << 31
+        for t in tensors
+        if t is not None and t.numel()
+    )
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one: Triton launches there, on torch's current stream."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _faults() -> tuple[type[Exception], ...]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, CompilationError, PTXASError
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Turns the faults that say "not for this shape, or not on this device" into `Unfit`; others pass."""
+    try:
+        yield
+    except _faults() as error:
+        raise Unfit(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:  # what a failed lowering pass raises has no type of its own
+        if "PassManager" not in str(error):
+            raise
+        raise Unfit(f"the compiler failed: {str(error).strip().splitlines()[0]}") from error
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``n`` and ``least``."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
