@@ -8,11 +8,9 @@ gain. Both are timed once a process, on one product that stays in cache, when th
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import warnings
-from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -26,14 +24,19 @@ BACKENDS = ("auto", "torch", "triton")
 _asked: ContextVar[str] = ContextVar("backend", default="auto")
 
 
-@contextlib.contextmanager
-def use(backend: str) -> Iterator[None]:
-    """Blocks are computed by this backend inside."""
-    token = _asked.set(backend)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+class use:
+    """A context in which blocks are computed by this backend."""
+
+    __slots__ = ("_backend", "_token")
+
+    def __init__(self, backend: str):
+        self._backend = backend
+
+    def __enter__(self) -> None:
+        self._token = _asked.set(self._backend)
+
+    def __exit__(self, *error) -> None:
+        _asked.reset(self._token)
 
 
 def kernels_on(device: torch.device) -> bool:
@@ -51,6 +54,8 @@ def kernels_for(t: Tensor) -> bool:
 
 def check_asked(backend: str, device: torch.device, create_graph: bool) -> None:
     """Raise for a backend that does not exist, or Triton where it cannot run."""
+    if backend == "auto":
+        return
     if backend not in BACKENDS:
         names = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend must be one of {names}, got {backend!r}")

@@ -197,22 +197,15 @@ class Reader:
         source: int,
         derivative: Callable[[], Tensor] | Tensor,
         fresh: bool = False,
-        activation: Callable[[], Factor] | None = None,
+        activation: Callable[[], Factor | None] | None = None,
     ) -> int:
         """Scaling by a derivative; ``fresh=True`` where the callable returns memory that nobody else holds."""
         return self.single(source, Diagonal(derivative, fresh, activation))
 
-    def factor(self, name: str, saved: str, constants: Callable[..., tuple[float, ...]]):
-        """The derivative of the current node as kernels compute it: a callable that gives a `Factor`.
-
-        ``constants`` takes a function that reads the node's saved values by name.
-        """
+    def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
+        """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""
         node = self.node
-
-        def read(key: str):
-            return getattr(node, "_saved_" + key)
-
-        return lambda: Factor(read(saved), name, tuple(map(float, constants(read))))
+        return lambda: function(node.name(), lambda key: getattr(node, "_saved_" + key))
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))

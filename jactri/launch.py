@@ -70,8 +70,8 @@ def _factor(scalings: list[Diagonal], shape: tuple[int, int]) -> Factor | None:
     """The scalings between two products as one factor; a lone activation is left to the kernel."""
     if not scalings:
         return None
-    if len(scalings) == 1 and scalings[0].activation is not None:
-        f = scalings[0].activation()
+    if len(scalings) == 1:
+        f = scalings[0].factor()
         return Factor(_rows(f.values, shape), f.name, f.constants)
     return Factor(_diagonal(scalings, shape))
 
@@ -105,8 +105,7 @@ def _scaled_sum(graph: Graph, item: Fused, data: list[Tensor], columns: int, out
         step = inner.get(term.other)
         f = None
         if step is not None:
-            edge = edge_of(graph, step)
-            f = edge.activation() if edge.activation is not None else Factor(edge.d)
+            f = edge_of(graph, step).factor()
             f = Factor(f.values.expand(shape), f.name, f.constants)
         terms.append((block, f))
     try:

@@ -224,20 +224,26 @@ class Diagonal(Elementwise):
     """Elementwise: multiplication by the local derivative, which is computed at first use.
 
     ``fresh`` says that the callable returns memory that nobody else holds: under an identity seed it then becomes
-    the block, and may be written to. ``activation`` gives the same derivative as kernels compute it themselves.
+    the block, and may be written to. ``activation`` gives the same derivative as kernels compute it themselves,
+    or None where they do not.
     """
 
-    __slots__ = ("_derivative", "_fresh", "_value", "activation")
+    __slots__ = ("_activation", "_derivative", "_fresh", "_value")
     name, structure = "diagonal", "diagonal"
 
     def __init__(
         self,
         derivative: Callable[[], Tensor] | Tensor,
         fresh: bool = False,
-        activation: Callable[[], Factor] | None = None,
+        activation: Callable[[], Factor | None] | None = None,
     ):
-        self._derivative, self._fresh, self.activation = derivative, fresh, activation
+        self._derivative, self._fresh, self._activation = derivative, fresh, activation
         self._value = derivative if isinstance(derivative, Tensor) else None
+
+    def factor(self) -> Factor:
+        """The derivative for a kernel: what it computes it from, or the derivative."""
+        found = None if self._activation is None else self._activation()
+        return Factor(self.d) if found is None else found
 
     @property
     def d(self) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
 from . import rule
@@ -74,14 +75,14 @@ KERNELS = {
 """Activations whose derivative kernels compute themselves; others, in-place variants among them, arrive ready."""
 
 
-def _kernel(g):
-    """How kernels compute the derivative of the current node, or None."""
-    name = g.name
-    if name == "GeluBackward0" and g.saved("approximate") == "tanh":
-        found = ("gelu_tanh", "self", _none)
-    else:
-        found = KERNELS.get(name)
-    return None if found is None else g.factor(*found)
+def _kernel(node: str, read) -> Factor | None:
+    """How kernels compute the derivative of a node of this name, or None; ``read`` gives what it saved."""
+    if node not in KERNELS:
+        return None
+    name, saved, constants = KERNELS[node]
+    if name == "gelu" and read("approximate") == "tanh":
+        name = "gelu_tanh"
+    return Factor(read(saved), name, tuple(map(float, constants(read))))
 
 
 class Zero(Elementwise):
@@ -99,14 +100,14 @@ class Zero(Elementwise):
 def _formula(name: str, derivative):
     def run(g):
         saved = g.tensor(name)
-        return g.diagonal(g.src[0], lambda: derivative(saved), activation=_kernel(g))
+        return g.diagonal(g.src[0], lambda: derivative(saved), activation=g.later(_kernel))
 
     return run
 
 
 @rule("Exp")
 def exp(g):
-    return g.diagonal(g.src[0], g.tensor("result"), activation=_kernel(g))
+    return g.diagonal(g.src[0], g.tensor("result"), activation=g.later(_kernel))
 
 
 for _node, (_name, _derivative) in FORMULAS.items():
@@ -122,7 +123,7 @@ def unary(g):
         ones = one(m) if m.device.type == "cpu" else one(m).expand(tuple(m.shape))
         return _first(node(ones, *[None] * (len(meta) - 1)))
 
-    value = g.diagonal(g.match(g.src[0]), derivative, True, _kernel(g))
+    value = g.diagonal(g.match(g.src[0]), derivative, True, g.later(_kernel))
     return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
 
 
@@ -130,7 +131,9 @@ def unary(g):
 def unary_full(g):
     """Nodes whose kernels want a cotangent of the full shape."""
     node, m = g.node, g.meta[0]
-    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=_kernel(g))
+    return g.diagonal(
+        g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=g.later(_kernel)
+    )
 
 
 def _first(out) -> Tensor:
