@@ -1,8 +1,9 @@
 """Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
 
-Two patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations), whose
-blocks in between nobody else reads; and a *scaled sum* of two blocks (a product of two values that both depend on the
-input). The executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
+Three patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations),
+whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation) with the scalings around it; and a
+scaled *sum* of two blocks (a product of two values that both depend on the input). The executor runs the result where
+kernels run (see `backends`), and the steps themselves elsewhere.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .planner import Step, Sweep
 class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
-    ``kind`` is "chain" (each step reads the one before) or "sum" (the last step adds up the two blocks of ``reads``,
-    each scaled by the step among the others that reads it, if any).
+    ``kind`` is "chain" or "rows" (each step reads the one before) or "sum" (the last step adds up the two blocks of
+    ``reads``, each scaled by the step among the others that reads it, if any).
     """
 
     kind: str
@@ -74,6 +75,22 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
             if run:
                 absorbed.update(s.value for s in run)
                 groups[run[0].value] = Fused("chain", tuple(run), (run[0].terms[0].other,))
+        elif _mixes_rows(graph, sweep, step):
+            run = [step]
+            while (
+                uses[run[0].terms[0].other] == 1
+                and (before := maker.get(run[0].terms[0].other)) is not None
+                and before.value not in absorbed
+                and _scales(graph, sweep, before)
+            ):
+                run.insert(0, before)
+            while uses[run[-1].value] == 1:
+                after = reader.get(run[-1].value)
+                if after is None or not _scales(graph, sweep, after):
+                    break
+                run.append(after)
+            absorbed.update(s.value for s in run)
+            groups[run[0].value] = Fused("rows", tuple(run), (run[0].terms[0].other,))
         elif len(step.terms) == 2 and all(
             edge_of(graph, step, i).name == "identity" and _plain(sweep, step, i) for i in range(2)
         ):
@@ -123,6 +140,13 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
         and edge_of(graph, step).name == "diagonal"
         and _plain(sweep, step)
     )
+
+
+def _mixes_rows(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a step is a map that a kernel runs over rows."""
+    if len(step.terms) != 1 or not _plain(sweep, step):
+        return False
+    return edge_of(graph, step).rows(len(step.layout.shape), sweep.reverse) is not None
 
 
 def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:

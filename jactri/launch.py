@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from math import prod
+from operator import mul
+
 from torch import Tensor
 
 from . import backends, chooser
 from .fusion import Fused, edge_of
 from .graph import Graph
-from .kernels.support import Factor, Unfit
+from .kernels.support import DTYPES, Factor, Unfit
 from .linear_map import Diagonal
+from .planner import Sweep
 
 
 def run(
@@ -33,7 +38,35 @@ def run(
         out = None
     if item.kind == "sum":
         return _scaled_sum(graph, item, data, columns, out)
+    if item.kind == "rows":
+        return _mapped_rows(graph, item, t, reverse, out)
     return _chain(graph, item, t, reverse, out)
+
+
+def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
+    """The backend that runs a fused item, and why, for `explain`."""
+    first = item.reads[0]
+    dtype, device = graph.values[first].dtype, graph.values[first].device
+    if dtype not in DTYPES:
+        return "torch", f"{str(dtype).removeprefix('torch.')} has no kernels"
+    if item.kind != "chain":
+        what = "one pass over rows" if item.kind == "rows" else "two blocks added in one pass"
+        return "triton", what
+    widths, names = [sweep.layouts[first].shape[-1]], [""]
+    for step in item.steps:
+        edge = edge_of(graph, step)
+        if edge.name == "matmul":
+            widths.append(step.layout.shape[-1])
+            names.append("")
+        elif edge.name == "diagonal":
+            names[-1] = "ready" if names[-1] else edge.formula
+    # the block of the first layer under an identity seed is its weight, the same for all rows
+    shared = any(s.value == first and s.shares for s in sweep.steps)
+    rows = prod(sweep.layouts[first].shape[:-1])
+    seeds = item.layout.columns((sweep.selections() or [None])[0])
+    return chooser.described(
+        chooser.Kind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
+    )
 
 
 def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
@@ -92,6 +125,47 @@ def _rows(values: Tensor, shape: tuple[int, int]) -> Tensor:
     if values.shape[:-1].numel() == shape[0]:
         return values.reshape(shape[0], -1).expand(shape)
     raise AssertionError(f"a diagonal of shape {tuple(values.shape)} for rows of {shape}")
+
+
+def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+    from .kernels.rows import rows
+
+    shape = item.layout.shape
+    around: list[list[Diagonal]] = [[], []]
+    found = None
+    for step in item.steps:
+        edge = edge_of(graph, step)
+        if edge.name == "diagonal":
+            around[found is not None].append(edge)
+        else:
+            found = edge.rows(len(shape), reverse)
+    name, saved, axes = found
+    n = prod(shape[-axes:])
+    flat = (prod(shape[:-axes]), n)
+
+    def features(values: Tensor) -> Tensor:
+        return values.expand(shape).reshape(flat)
+
+    def joined(scalings: list[Diagonal]) -> Factor | None:
+        if not scalings:
+            return None
+        if len(scalings) == 1:
+            f = scalings[0].factor()
+            return Factor(features(f.values), f.name, f.constants)
+        return Factor(features(reduce(mul, (s.d for s in scalings))))
+
+    try:
+        into = None if out is None else out.view(t.shape[0], *flat)
+    except RuntimeError:  # the rows of the caller's tensor have no common stride
+        into = None
+    try:
+        made = rows(
+            t.reshape(t.shape[0], *flat), features(saved()), name, *map(joined, around), out=into
+        )
+    except Unfit as error:
+        backends.unfit("rows", error)
+        return None
+    return out if into is not None else made.view(t.shape[0], *shape)
 
 
 def _scaled_sum(graph: Graph, item: Fused, data: list[Tensor], columns: int, out: Tensor | None):

@@ -111,6 +111,11 @@ class LinearMap:
         """The part of a result, as a view, in which a map that ``places`` its data puts them."""
         raise NotImplementedError
 
+    def rows(self, ndim: int, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
+        """For values of ``ndim`` axes: the map of `kernels.rows` that this is, its saved values, and how many of the
+        last axes it runs over; None if it is none of them."""
+        return None
+
     def push(self, t: Tensor, own: bool) -> tuple[Tensor, bool]:
         raise NotImplementedError
 
@@ -244,6 +249,12 @@ class Diagonal(Elementwise):
         """The derivative for a kernel: what it computes it from, or the derivative."""
         found = None if self._activation is None else self._activation()
         return Factor(self.d) if found is None else found
+
+    @property
+    def formula(self) -> str:
+        """The name of the derivative that a kernel would compute; "ready" where it takes ours."""
+        found = None if self._activation is None else self._activation()
+        return "ready" if found is None else found.name
 
     @property
     def d(self) -> Tensor:

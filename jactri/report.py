@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, launch
 from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, prove_by_probe
+from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .planner import Plan, Sweep
 
@@ -105,14 +106,17 @@ def explain(
     per_sample: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
+    backend: str = "auto",
 ) -> Explanation:
     """How `jactri.jacobian` would compute the Jacobian of ``func`` at ``inputs``, without computing it.
 
     Runs ``func`` once. Print the result: a row a step with op, structure, shape of the value, seeds carried, which axes
     are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
-    of one backward pass a row. Arguments and errors are those of `jacobian`.
+    of one backward pass a row. Steps that one kernel runs say so; how it was chosen stands at the last of them.
+    Arguments and errors are those of `jacobian`.
     """
     _, given = as_tuple(inputs, "inputs", "explain")
+    backends.check_asked(backend, given[0].device if given else None, False)
     ys, xs, _, _ = prepare(func, given, False)
     if per_sample:
         check_batch(ys, xs)
@@ -132,7 +136,8 @@ def explain(
         plan = plan_for(
             graph, strategy, summed, chunk_size, memory_limit, xs[0].device.type, ys, xs, per_sample
         )
-    return describe(graph, plan, ys, xs, per_sample)
+        with backends.use(backend):
+            return describe(graph, plan, ys, xs, per_sample)
 
 
 def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
@@ -145,7 +150,10 @@ def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
 def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     """The report of a plan."""
     direction = "reverse-mode" if plan.reverse else "forward-mode"
-    steps = [_step(graph, sweep, step, direction) for sweep in plan.sweeps for step in sweep.steps]
+    steps = []
+    for sweep in plan.sweeps:
+        fused = _fused(graph, sweep)
+        steps += [_step(graph, sweep, s, direction, fused.get(s.value)) for s in sweep.steps]
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
@@ -168,7 +176,21 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     )
 
 
-def _step(graph: Graph, sweep: Sweep, step, direction: str) -> StepReport:
+def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
+    """What kernels run together: value -> backend and why."""
+    if not backends.kernels_on(graph.values[sweep.seed].device):
+        return {}
+    found = {}
+    for item in fuse(graph, sweep):
+        if isinstance(item, Fused):
+            backend, why = launch.described(graph, sweep, item)
+            for step in item.steps[:-1]:
+                found[step.value] = backend, "in the step below" if backend == "triton" else why
+            found[item.value] = backend, why
+    return found
+
+
+def _step(graph: Graph, sweep: Sweep, step, direction: str, fused) -> StepReport:
     edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
     structures = []
     for t, edge in zip(step.terms, edges, strict=True):
@@ -180,6 +202,8 @@ def _step(graph: Graph, sweep: Sweep, step, direction: str) -> StepReport:
     device = graph.values[step.value].device.type
     if opaque:
         backend, why = "autograd", "no rule"
+    elif fused is not None:
+        backend, why = fused
     elif any(e.name == "matmul" for e in edges) and step.flops:
         backend, why = backends.product_choice(device, graph.values[step.value].dtype, step.flops)
     else:

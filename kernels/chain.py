@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import Config, factor, scaled
+from .linear import Config, scaled
 from .operands import multiply, prepare
-from .support import Factor, fitting, on_device, power_of_two, wide
+from .support import Factor, factor, fitting, on_device, power_of_two, wide
 
 WIDEST, WIDEST_BEFORE_HOPPER = 128, 64
 """The widest layer of a `chain`. Wider, its tile, the next one's and their parts overflow the registers: at 256 on

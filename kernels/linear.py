@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import DERIVATIVES
 from .operands import multiply, prepare
-from .support import Factor, fitting, on_device, power_of_two, wide
+from .support import Factor, factor, fitting, on_device, power_of_two, wide
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,6 @@ def _step(
     acc = scaled(acc, ZA, AFTER, PA, r[:, None] * a_r + o[None, :] * a_o, mask)
     at = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
-
-
-def factor(f: Factor | None):
-    """A diagonal as a kernel takes it: tensor, strides, derivative, constants."""
-    if f is None:
-        return None, (0, 0), None, ()
-    return f.values, f.values.stride(), DERIVATIVES[f.name].function, f.constants
 
 
 def step(

@@ -31,6 +31,15 @@ class Factor:
     constants: tuple[float, ...] = ()
 
 
+def factor(f: Factor | None):
+    """A diagonal as a launcher takes it: tensor, strides of a (rows, features) one, derivative, constants."""
+    from .activations import DERIVATIVES
+
+    if f is None:
+        return None, (0, 0), None, ()
+    return f.values, f.values.stride(), DERIVATIVES[f.name].function, f.constants
+
+
 class Unfit(Exception):
     """A kernel cannot run for these shapes on this device: out of resources, or it does not compile there."""
 
