@@ -43,9 +43,14 @@ def gelu(x, P: tl.constexpr):
 
 @triton.jit
 def gelu_tanh(x, P: tl.constexpr):
-    # with s = sigmoid(2 u): (1 + tanh u) / 2 = s and (1 - tanh^2 u) / 4 = s (1 - s), without cancellation
-    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406768 * x * x)
+    # with s = sigmoid(2 u) and e = exp(-2 |u|): (1 + tanh u) / 2 = s, (1 - tanh^2 u) / 4 = s (1 - s) = e / (1 + e)^2,
+    # without the cancellation of 1 - s, which x^3 would blow up
+    v = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    e = tl.exp(-tl.abs(v))
+    r = 1.0 / (1.0 + e)
+    return tl.where(v >= 0, r, e * r) + x * (e * r * r) * (
+        1.5957691216057308 + 0.2140644488178008 * x * x
+    )
 
 
 @triton.jit

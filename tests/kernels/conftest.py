@@ -1,0 +1,36 @@
+"""Kernels in Triton's interpreter (``TRITON_INTERPRET=1 pytest tests/kernels``) or on a CUDA device (without)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jactri.kernels import support
+
+if support.interpreted():
+    from honest import install
+
+    install()
+
+
+def pytest_configure(config):
+    if not support.interpreted() and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            "tests/kernels needs Triton's interpreter or a CUDA device: "
+            "TRITON_INTERPRET=1 pytest tests/kernels"
+        )
+
+
+def pytest_collection_modifyitems(items):
+    # the interpreter computes with numpy, which warns where a GPU gives inf or NaN
+    quiet = pytest.mark.filterwarnings(
+        "ignore:(overflow|underflow|invalid value|divide by zero) encountered:RuntimeWarning"
+    )
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(quiet)
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cpu" if support.interpreted() else "cuda")
