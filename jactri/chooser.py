@@ -92,11 +92,15 @@ class Kind:
         return 2.0 * self.seeds * self.rows * sum(a * b for a, b in pairwise(self.widths))
 
 
+Kernels = tuple[tuple[str, int], ...]
+"""Names of kernels in the order of their launches, each with how many products it takes."""
+
+
 @dataclass(frozen=True)
 class Way:
-    """A sequence of kernels: names with how many products each takes; how these are multiplied; the tile."""
+    """A sequence of kernels, how they multiply, and the tile."""
 
-    kernels: tuple[tuple[str, int], ...]
+    kernels: Kernels
     dot: str = ""
     config: object = None
 
@@ -134,27 +138,18 @@ _choices: dict[Kind, Choice] = {}
 _refused: dict[tuple[Kind, Way], str] = {}
 
 
-def compositions(widths: Sequence[int], device: torch.device) -> list[tuple[tuple[str, int], ...]]:
-    """The sequences of kernels that cover a chain, fewest launches first."""
-    from .kernels.chain import chain_covers, pair_covers
-
-    products = len(widths) - 1
-    found: list[tuple[tuple[str, int], ...]] = []
-    if products > 1 and chain_covers(widths, device):
-        found.append((("chain", products),))
-    if products > 1 and pair_covers(widths[-3:]):
-        found.append((*(("step", 1),) * (products - 2), ("pair", 2)))
-    found.append((("step", 1),) * products)
-    return found
-
-
-def configs(composition) -> tuple:
-    """The tiles to try for a sequence: those of its most demanding kernel."""
+def compositions(widths: Sequence[int], device: torch.device) -> list[tuple[Kernels, tuple]]:
+    """The sequences of kernels that cover a chain, fewest launches first, and the tiles to try for each."""
     from .kernels import chain, linear
 
-    return {"chain": chain.CHAIN_CONFIGS, "pair": chain.PAIR_CONFIGS, "step": linear.CONFIGS}[
-        composition[-1][0]
-    ]
+    products = len(widths) - 1
+    found: list[tuple[Kernels, tuple]] = []
+    if products > 1:
+        found.append(((("chain", products),), chain.chain_configs(widths, device)))
+        pair = (*(("step", 1),) * (products - 2), ("pair", 2))
+        found.append((pair, chain.pair_configs(widths[-3:], device)))
+    found.append(((("step", 1),) * products, linear.CONFIGS))
+    return found
 
 
 def dots(precision: str) -> tuple[str, ...]:
@@ -211,8 +206,8 @@ def _tunable(kind: Kind) -> bool:
 
 def _predicted(kind: Kind) -> Choice:
     """The covered way with the fewest launches whose kernels were not refused yet."""
-    for composition in compositions(kind.widths, kind.device):
-        for config in configs(composition):
+    for composition, configs in compositions(kind.widths, kind.device):
+        for config in configs:
             for dot in dots(kind.precision):
                 way = Way(composition, dot, config)
                 if (kind, way) not in _refused:
@@ -237,8 +232,8 @@ def _tuned(kind: Kind, chain: Chain) -> Choice | None:
     tried: dict[str, float | str] = {"torch": _milliseconds(lambda: _torch(chain))}
     best, fastest = TORCH, tried["torch"]
     open_dots = dots(kind.precision)
-    for composition in compositions(kind.widths, kind.device):
-        for config in configs(composition):
+    for composition, configs in compositions(kind.widths, kind.device):
+        for config in configs:
             times: dict[str, float] = {}
             for dot in open_dots:
                 way = Way(composition, dot, config)

@@ -35,14 +35,21 @@ WIDEST_OUT = 128
 CHAIN_CONFIGS = (
     # the tiles of features are the layers: only rows and warps vary
     Config(128, 0, 0, 8, 1),
-    Config(64, 0, 0, 4, 1),
+    Config(64, 0, 0, 4, 1),  # up to 64 features: at 128 it spills five times as much as the first
 )
 
 PAIR_CONFIGS = (
     Config(128, 64, 32, 8, 3),
-    Config(128, 128, 32, 8, 2),
     Config(64, 64, 32, 4, 3),
+    Config(
+        128, 128, 32, 8, 2
+    ),  # forms the first block half as often; from Hopper on: it spills 1 KB on sm_80
 )
+
+
+@triton.jit
+def _zeros(BM: tl.constexpr, BO: tl.constexpr):
+    return tl.zeros((BM, BO), tl.float32)
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def _chain(
             o = o.to(tl.int64)
         at = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
         mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
-        acc = tl.zeros((BM, TILES[l + 1]), tl.float32)
+        acc = _zeros(BM, TILES[l + 1])
         acc = multiply(t, at, m_s[l][0], mask, acc, PRECISION)
         mask = inside[:, None] & (o < WIDTHS[l + 1])[None, :]
         at = r[:, None] * z_s[l + 1][0] + o[None, :] * z_s[l + 1][1]
@@ -116,17 +123,26 @@ def _pair(
     tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
 
 
-def chain_covers(widths: Sequence[int], device: torch.device) -> bool:
-    """Whether `chain` takes layers of these widths, the block's first, on a device."""
-    modern = device.type != "cuda" or (
-        torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-    )
-    return min(widths) > 0 and max(widths) <= (WIDEST if modern else WIDEST_BEFORE_HOPPER)
+def _hopper(device: torch.device) -> bool:
+    """Whether tensor cores read matrices from shared memory; anything that is no GPU counts as the newest."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def pair_covers(widths: Sequence[int]) -> bool:
-    """Whether `pair` takes (features in, between, out)."""
-    return len(widths) == 3 and min(widths) > 0 and widths[2] <= WIDEST_OUT
+def chain_configs(widths: Sequence[int], device: torch.device) -> tuple[Config, ...]:
+    """How `chain` can run layers of these widths, the block's first; empty where it cannot."""
+    widest = max(widths)
+    if min(widths) < 1 or widest > (WIDEST if _hopper(device) else WIDEST_BEFORE_HOPPER):
+        return ()
+    return CHAIN_CONFIGS if widest <= 64 else CHAIN_CONFIGS[:1]
+
+
+def pair_configs(widths: Sequence[int], device: torch.device) -> tuple[Config, ...]:
+    """How `pair` can run (features in, between, out); empty where it cannot."""
+    if len(widths) != 3 or min(widths) < 1 or widths[2] > WIDEST_OUT:
+        return ()
+    return PAIR_CONFIGS if _hopper(device) else PAIR_CONFIGS[:2]
 
 
 def chain(
@@ -141,7 +157,7 @@ def chain(
     """``D_L M_L ... D_1 M_1 D_0 t`` for each row, tangents held on chip.
 
     t: (K, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each or None; ``precision``
-    and ``out`` as in `linear.step`. See `chain_covers` for widths. Raises Unfit where the device cannot run it.
+    and ``out`` as in `linear.step`. See `chain_configs` for widths. Raises Unfit where the device cannot run it.
     Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
     """
     K, R, _ = t.shape

@@ -79,7 +79,8 @@ def _step(
         )
         t = scaled(t, ZB, BEFORE, PB, r[:, None] * b_r + i[None, :] * b_i, mask)
         m_at = M + i[:, None] * m_i + o[None, :] * m_o
-        acc = multiply(t, m_at, m_p, (i < padded)[:, None] & outside[None, :], acc, PRECISION)
+        within = (i < padded)[:, None] & outside[None, :]
+        acc = multiply(t, m_at, m_p, within, acc, PRECISION, BEFORE is not None)
     mask = inside[:, None] & outside[None, :]
     acc = scaled(acc, ZA, AFTER, PA, r[:, None] * a_r + o[None, :] * a_o, mask)
     at = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o

@@ -104,8 +104,12 @@ def high(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr):
-    """``acc + t @ m`` for a tile of a block and the tile at ``M`` of a prepared matrix, its parts ``size`` apart."""
+def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr = False):
+    """``acc + t @ m`` for a tile of a block and the tile at ``M`` of a prepared matrix, its parts ``size`` apart.
+
+    FORMED: t is computed, not loaded. Then, and with some versions of Triton for tf32, ptxas waits after every
+    instruction that adds to ``acc`` in a loop; it does not for a sum of the tile's own.
+    """
     m = tl.load(M, mask=mask, other=0.0)
     if PRECISION == "bf16x6":
         m1 = tl.load(M + size, mask=mask, other=0.0)
@@ -126,10 +130,12 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr):
         s = tl.dot(t - t0, m, input_precision="tf32")
         s = tl.dot(t0, m1, s, input_precision="tf32")
         return acc + tl.dot(t0, m, s, input_precision="tf32")
-    elif PRECISION == "half":
-        return tl.dot(t.to(m.dtype), m, acc, input_precision="ieee")
+    elif PRECISION == "tf32" or FORMED:
+        # subtracted, not added: Triton would make one running sum of it again
+        how: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
+        return acc - tl.dot((-t).to(m.dtype), m, input_precision=how)
     else:
-        return tl.dot(t, m, acc, input_precision=PRECISION)
+        return tl.dot(t.to(m.dtype), m, acc, input_precision="ieee")
 
 
 def prepare(matrices: Sequence[Tensor], precision: str) -> list[Operand]:

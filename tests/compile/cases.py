@@ -1,0 +1,136 @@
+"""What is compiled: every kernel with every configuration, at the sizes of the workloads that it is for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from driver import TARGETS
+
+from jactri.kernels import chain as chains
+from jactri.kernels import elementwise, linear, operands, rows
+from jactri.kernels.activations import DERIVATIVES
+from jactri.kernels.support import Factor
+
+MODERN = ("sm_90", "sm_100")
+DTYPES = {"half": torch.bfloat16}
+
+
+def _network(widths, K, R, dtype, name, reverse=False, shared=True):
+    """A chain's operands: the block of the first layer is a weight that all rows share, or a block of its own."""
+    t = torch.empty(K, 1 if shared else R, widths[0], dtype=dtype).expand(K, R, widths[0])
+    matrices = [
+        torch.empty(a, b, dtype=dtype) if reverse else torch.empty(b, a, dtype=dtype).t()
+        for a, b in pairwise(widths)
+    ]
+    factors = [Factor(torch.empty(R, w, dtype=dtype), name) for w in widths[:-1]]
+    return t, matrices, [*factors, None]
+
+
+def _step(config, shared):
+    def run(way):
+        dtype = DTYPES.get(way, torch.float32)
+        if shared:  # W2, 784-512-512-10 in reverse: rows of the last weight, ReLU before and after
+            t, (m,), (before, _) = _network((512, 512), 10, 1024, dtype, "relu", True)
+            after = before
+        else:  # W3, 32-256-512-784 forward: the last step, sigmoid at the end
+            t, (m,), _ = _network((512, 784), 32, 1024, dtype, "tanh", shared=False)
+            before, after = None, Factor(torch.empty(1024, 784, dtype=dtype), "sigmoid")
+        linear.step(t, m, before, after, precision=way, config=config)
+
+    return run
+
+
+def _whole(kernel, widths, K, R, name, config, reverse=False):
+    def run(way):
+        given = _network(widths, K, R, DTYPES.get(way, torch.float32), name, reverse)
+        getattr(chains, kernel)(*given, precision=way, config=config)
+
+    return run
+
+
+def _rows(name, n):
+    def run(way):
+        t = torch.empty(64, 1024, n, dtype=DTYPES.get(way, torch.float32))
+        std, weight = torch.empty(1024, 1).expand(1024, n), torch.empty(n).expand(1024, n)
+        rows.rows(t, torch.empty(1024, n), name, Factor(std), Factor(weight))
+
+    return run
+
+
+def _sum(terms):
+    def run(way):
+        dtype = DTYPES.get(way, torch.float32)
+        t, y = torch.empty(32, 1024, 256, dtype=dtype), torch.empty(1024, 256, dtype=dtype)
+        elementwise.scaled_sum([(t, Factor(y, "sigmoid")), (t, Factor(y))][:terms], t.shape)
+
+    return run
+
+
+def _derivative(name):
+    def run(way):
+        f = Factor(torch.empty(1024, 256), name, (0.5,) * len(DERIVATIVES[name].constants))
+        elementwise.scaled_sum([(torch.empty(32, 1024, 256), f)], (32, 1024, 256))
+
+    return run
+
+
+def _prepare(way):
+    operands.prepare([torch.empty(256, 256).t(), torch.empty(32, 256).t()], way)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What launches a kernel, at which precisions, for which targets; ``products``: tensor cores must be used."""
+
+    kernel: str
+    launch: Callable[[str], None]
+    ways: tuple[str, ...]
+    targets: tuple[str, ...] = tuple(TARGETS)
+    products: bool = True
+
+
+MORE = ("bf16x6", "tf32x3")
+"""The two fp32-grade ways; the first configuration of a kernel is compiled for the other precisions as well."""
+
+
+def _ways(i):
+    return (*MORE, "tf32", "half") if i == 0 else MORE
+
+
+CASES: dict[str, Case] = {"prepare": Case("prepare", _prepare, MORE, products=False)}
+for _i, _c in enumerate(linear.CONFIGS):
+    CASES[f"step/W2 first/{_i}"] = Case("step", _step(_c, True), _ways(_i))
+    CASES[f"step/W3 last/{_i}"] = Case("step", _step(_c, False), _ways(_i))
+for _i, _c in enumerate(chains.PAIR_CONFIGS):
+    _w1 = _whole("pair", (256, 256, 32), 32, 16384, "tanh", _c)
+    _targets = MODERN if _c.out > 64 else tuple(TARGETS)
+    CASES[f"pair/W1 256-256-32/{_i}"] = Case("pair", _w1, _ways(_i), _targets)
+_w8 = _whole("pair", (256, 256, 64), 64, 8192, "tanh", chains.PAIR_CONFIGS[0])
+CASES["pair/W8 256-256-64/0"] = Case("pair", _w8, MORE)
+for _i, _c in enumerate(chains.CHAIN_CONFIGS):
+    _w9 = _whole("chain", (64, 64, 8), 32, 2048, "tanh", _c)
+    CASES[f"chain/W9 64-64-8/{_i}"] = Case("chain", _w9, _ways(_i))
+_w8 = _whole("chain", (128, 128, 128, 3), 1, 65536, "tanh", chains.CHAIN_CONFIGS[0], True)
+CASES["chain/W8 128-128-128-3/0"] = Case("chain", _w8, _ways(0), MODERN)
+for _n in (16, 784, 2 * rows.WHOLE):
+    CASES[f"rows/softmax/{_n}"] = Case(
+        "rows", _rows("softmax", _n), ("fp32",), ("sm_90", "gfx942"), False
+    )
+CASES["rows/centred/64"] = Case("rows", _rows("centred", 64), ("fp32", "half"), products=False)
+CASES["rows/log_pull/784"] = Case("rows", _rows("log_pull", 784), ("fp32",), products=False)
+for _n in (1, 2):
+    CASES[f"scaled_sum/{_n}"] = Case("scaled_sum", _sum(_n), ("fp32", "half"), products=False)
+for _name in DERIVATIVES:
+    CASES[f"derivative/{_name}"] = Case(
+        "scaled_sum", _derivative(_name), ("fp32",), ("sm_90",), False
+    )
+
+
+def jobs():
+    """(case, precision, target) of everything that can be chosen there: not tf32x3 on AMD, see `chooser.dots`."""
+    for name, case in CASES.items():
+        for target in case.targets:
+            for way in case.ways:
+                if not (way == "tf32x3" and target == "gfx942"):
+                    yield name, way, target

@@ -1,0 +1,59 @@
+"""Every kernel compiles for every target, uses tensor cores, and stays inside its budget of registers and memory."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pool import LIMIT, run
+
+from jactri.kernels import support
+
+if support.interpreted():
+    raise pytest.UsageError("tests/compile compiles: run it without TRITON_INTERPRET")
+
+from cases import CASES, jobs
+
+BUDGETS = json.loads(Path(__file__).with_name("budgets.json").read_text())
+"""{case precision target: registers, bytes spilled, bytes shared}: the most of the versions of triton tried."""
+
+TENSOR_CORES = {"sm_80": r"HMMA\.", "sm_90": r"HGMMA\.", "sm_100": r"UTCHMMA", "gfx942": r"v_mfma_"}
+CLIFF = 32
+"""ptxas gives up on a kernel with this many registers, and spills all it has."""
+
+MOST_SPILLED = 768
+VECTORS = {"rows/centred/64", "rows/softmax/784", "scaled_sum/1", "scaled_sum/2"}
+JOBS = list(jobs())
+
+
+@pytest.fixture(scope="session")
+def results():
+    return run(JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=" ".join)
+def test_compiles_inside_its_budget(job, results):
+    name, _, target = job
+    found = results[job]
+    assert not isinstance(found, str), found
+    used, case = found["resources"], CASES[name]
+    registers, spilled, shared = BUDGETS[" ".join(job)]
+    assert used["registers"] <= registers + 8
+    assert used["spilled"] <= min(spilled * 1.25 + 32, max(MOST_SPILLED, spilled))
+    assert used["shared"] <= shared
+    assert found["seconds"] < LIMIT
+    assert not used["serialised"], "ptxas waits after every wgmma"
+    if case.products:
+        assert used["registers"] > CLIFF
+        wanted = re.compile(TENSOR_CORES[target])
+        assert used["matrix"] and all(wanted.match(m) for m in used["matrix"])
+    else:
+        assert not used["matrix"]
+    if name in VECTORS:
+        assert used["widest_load"] == 128
+
+
+def test_every_budget_is_of_a_job_and_bounded():
+    assert set(BUDGETS) == {" ".join(j) for j in JOBS}
+    over = {k: v[1] for k, v in BUDGETS.items() if v[1] > MOST_SPILLED}
+    assert not over
