@@ -24,6 +24,12 @@ def _start():
     )  # fmt: skip
 
 
+def _end(process):
+    process.stdin.close()
+    process.stdout.close()
+    return process.wait()
+
+
 def run(jobs):
     """{job: the compiled kernel, or a string that says what went wrong}."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
@@ -47,12 +53,11 @@ def run(jobs):
                 results[job] = json.loads(line)
                 continue
             process.kill()
-            code = process.wait()
+            code = _end(process)
             results[job] = f"no result after {LIMIT} s" if not ready else f"ended with code {code}"
             process = None
         if process is not None:
-            process.stdin.close()
-            process.wait()
+            _end(process)
 
     threads = [threading.Thread(target=serve) for _ in range(PROCESSES)]
     for t in threads:
