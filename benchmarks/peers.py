@@ -66,7 +66,7 @@ def _summed(net: nn.Module) -> Call:
 
 def _shared(x: Tensor) -> Tensor:
     """A zero perturbation that all samples share: the forward-mode twin of the sum."""
-    return torch.zeros(x.shape[1:], dtype=x.dtype)
+    return torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
 
 
 def _jactri(w: Workload, net: nn.Module) -> Call:

@@ -49,7 +49,7 @@ def kernels_on(device: torch.device) -> bool:
 
 def kernels_for(t: Tensor) -> bool:
     """Whether blocks like ``t`` go to Triton kernels, where one covers the step."""
-    return kernels_on(t.device) and t.dtype in support.DTYPES
+    return kernels_on(t.device) and support.computes(t.dtype)
 
 
 def check_asked(backend: str, device: torch.device, create_graph: bool) -> None:

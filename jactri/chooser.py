@@ -156,6 +156,8 @@ def dots(precision: str) -> tuple[str, ...]:
     """How tensor cores can multiply at a precision, the predicted best first."""
     if precision != "fp32":
         return (precision,)
+    if support.interpreted() and not support.interpreter_rounds:
+        return ("ieee",)
     return ("bf16x6",) if torch.version.hip else ("bf16x6", "tf32x3")
 
 
@@ -176,6 +178,17 @@ def forget() -> None:
     """Drop all choices, so that the next chain of each kind is timed again."""
     _choices.clear()
     _refused.clear()
+
+
+def chosen() -> list[dict[str, object]]:
+    """All choices of this process, as plain data: for reports."""
+    return [
+        {
+            "widths": k.widths, "seeds": k.seeds, "rows": k.rows, "precision": k.precision, "dtype": str(k.dtype),
+            "factors": k.factors, "way": str(c.way), "why": c.why, "tried": c.tried,
+        }
+        for k, c in _choices.items()
+    ]  # fmt: skip
 
 
 def described(kind: Kind) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import backends, chooser
 from .fusion import Fused, edge_of
 from .graph import Graph
-from .kernels.support import DTYPES, Factor, Unfit
+from .kernels import support
+from .kernels.support import Factor, Unfit
 from .linear_map import Diagonal
 from .planner import Sweep
 
@@ -47,7 +48,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
     """The backend that runs a fused item, and why, for `explain`."""
     first = item.reads[0]
     dtype, device = graph.values[first].dtype, graph.values[first].device
-    if dtype not in DTYPES:
+    if not support.computes(dtype):
         return "torch", f"{str(dtype).removeprefix('torch.')} has no kernels"
     if item.kind != "chain":
         what = "one pass over rows" if item.kind == "rows" else "two blocks added in one pass"

@@ -49,6 +49,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+interpreter_rounds = False
+"""Set by the tests, whose interpreter multiplies bfloat16: Triton's own does not, and gives garbage without a word."""
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether kernels take blocks of this dtype in this process."""
+    if dtype is torch.bfloat16 and interpreted():
+        return interpreter_rounds
+    return dtype in DTYPES
+
+
 @functools.cache
 def missing() -> str | None:
     """Why Triton cannot be used in this process, or None where it can. Imports triton."""

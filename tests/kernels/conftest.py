@@ -11,6 +11,7 @@ if support.interpreted():
     from honest import install
 
     install()
+    support.interpreter_rounds = True
 
 
 def pytest_configure(config):
