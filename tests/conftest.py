@@ -1,10 +1,48 @@
-"""What every test starts from: fixed seeds, and fresh memory full of NaN."""
+"""What every test starts from: fixed seeds, and fresh memory full of NaN.
+
+``pytest --device cuda`` runs the suite with tensors on a GPU, without the files that are about the CPU.
+"""
 
 import random
 
 import numpy as np
 import pytest
 import torch
+
+CPU_ONLY = {
+    "test_backends.py": "oneDNN and torch.mm on the CPU",
+    "test_memory.py": "memory of the process",
+    "test_cli.py": "the command line, whose demo and doctor look at the CPU",
+    "test_packaging.py": "wheels and imports",
+    "test_gpu_command.py": "starts this suite itself",
+    "test_layout.py": "index arithmetic alone",
+    "test_planner.py": "plans, which hold no tensor",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests put their tensors")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cpu":
+        return
+    left_out = [i for i in items if i.path.name in CPU_ONLY]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [i for i in items if i.path.name not in CPU_ONLY]
+
+
+@pytest.fixture(autouse=True)
+def _tensors_on_the_device(request, monkeypatch):
+    device = request.config.getoption("device")
+    if device == "cpu":
+        yield
+        return
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda d=None: generator(device if d is None else d))
+    with torch.device(device):
+        yield
 
 
 def pytest_configure(config):

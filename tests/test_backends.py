@@ -1,10 +1,16 @@
-"""The choice between oneDNN and torch.mm: right with either, measured once, and never needed."""
+"""Which backend runs: oneDNN or torch.mm, right with either; Triton where it can run, refused elsewhere."""
+
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
 import jactri
 from jactri import backends
+from jactri.kernels import support
 
 
 @pytest.fixture
@@ -78,9 +84,80 @@ def test_explain_tells_the_choice(device, dtype, flops, chosen, monkeypatch):
     assert name == chosen and why
 
 
-def test_importing_jactri_does_not_import_triton():
-    import subprocess
-    import sys
+def run_in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**kept, **environment}
+    )  # fmt: skip
 
-    code = "import jactri, sys; sys.exit('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+def test_a_cpu_user_never_imports_triton():
+    code = """
+import sys, torch, jactri
+net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3), torch.nn.Softmax(-1))
+jactri.jacobian(net, torch.randn(7, 4), per_sample=True)
+jactri.explain(net, torch.randn(7, 4))
+sys.exit("triton" in sys.modules)
+"""
+    done = run_in_a_process(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_on_a_cpu_tensor_is_refused(net):
+    if support.interpreted():
+        pytest.fail("the main suite runs without TRITON_INTERPRET")
+    for call in (jactri.jacobian, jactri.explain):
+        with pytest.raises(
+            RuntimeError, match=r"needs inputs on a CUDA device, got cpu; pass backend='auto'"
+        ):
+            call(net, torch.randn(3, 96), backend="triton")
+    x = torch.randn(3, 96, requires_grad=True)
+    with pytest.raises(RuntimeError, match="needs inputs on a CUDA device"):
+        jactri.jacobian_of(net(x), x, backend="triton")
+
+
+@pytest.mark.parametrize("call", [jactri.jacobian, jactri.explain])
+def test_an_unknown_backend_is_refused(net, call):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'torch', 'triton', got 'cuda'"
+    ):
+        call(net, torch.randn(3, 96), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    "why", ["triton does not import (no module)", "triton 3.1.0 is older than 3.6"]
+)
+def test_without_triton_torch_computes_and_says_so(net, monkeypatch, why):
+    monkeypatch.setattr(support, "missing", lambda: why)
+    with pytest.raises(RuntimeError, match="pass backend='auto'") as error:
+        jactri.jacobian(net, torch.randn(3, 96), backend="triton")
+    assert why in str(error.value)
+    assert not backends.kernels_on(torch.device("cuda"))
+    jactri.jacobian(net, torch.randn(3, 96))
+
+
+def test_an_old_triton_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.1.0"))
+    assert support.missing.__wrapped__() == "triton 3.1.0 is older than 3.6"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "does not import" in support.missing.__wrapped__()
+
+
+def test_the_interpreter_as_it_comes_computes_what_it_can():
+    """Triton's own interpreter multiplies no bfloat16: float32 takes plain products there, bfloat16 goes to torch."""
+    code = """
+import torch, jactri
+torch.manual_seed(0)
+from torch.nn import Linear, Sequential, Tanh
+net = Sequential(Linear(9, 20), Tanh(), Linear(20, 20), Tanh(), Linear(20, 3))
+x = torch.randn(5, 9)
+got = jactri.jacobian(net, x, per_sample=True, backend="triton")
+torch.testing.assert_close(got, jactri.jacobian(net, x, per_sample=True, backend="torch"))
+assert "chain (ieee" in str(jactri.explain(net, x, per_sample=True, backend="triton"))
+net, x = net.bfloat16(), x.bfloat16()
+got = jactri.jacobian(net, x, per_sample=True, backend="triton")
+torch.testing.assert_close(got, jactri.jacobian(net, x, per_sample=True, backend="torch"))
+assert "bfloat16 has no kernels" in str(jactri.explain(net, x, per_sample=True, backend="triton"))
+"""
+    done = run_in_a_process(code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ class StraightThrough(torch.autograd.Function):
 class NumpyExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        y = x.new_tensor(np.exp(x.detach().numpy()))
+        y = x.new_tensor(np.exp(x.detach().cpu().numpy()))
         ctx.save_for_backward(y)
         return y
 
@@ -41,7 +41,7 @@ class NumpyExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (y,) = ctx.saved_tensors
-        return g.new_tensor(g.numpy() * y.numpy())
+        return g.new_tensor(g.cpu().numpy() * y.cpu().numpy())
 
 
 class TwoInTwoOut(torch.autograd.Function):
@@ -111,7 +111,7 @@ def by_item(x):
 
 
 def numpy_inside(x):
-    return x * float(np.tanh(x.detach().numpy()).sum())
+    return x * float(np.tanh(x.detach().cpu().numpy()).sum())
 
 
 def under_no_grad(x):

@@ -79,12 +79,12 @@ class NumpySin(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return x.new_tensor(np.sin(x.detach().numpy()))
+        return x.new_tensor(np.sin(x.detach().cpu().numpy()))
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
-        return x.new_tensor(g.detach().numpy() * np.cos(x.detach().numpy()))
+        return x.new_tensor(g.detach().cpu().numpy() * np.cos(x.detach().cpu().numpy()))
 
 
 linear = make(lambda: nn.Linear(4, 3))
