@@ -1,17 +1,24 @@
-"""Markdown from measured files: ``python -m benchmarks.report benchmarks/results/cpu-2core.json``.
+"""Markdown and a plot from measured files: ``python -m benchmarks.report [FILES] [--plot FILE.png]``.
 
-The table of the README is this program's output, word for word; a test compares the two.
+Without files, all in benchmarks/results/. The tables of the README are this program's output, word for word; a test
+compares them.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 BEST = "best torch peer"
+RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
+    """The table of one file of benchmarks.compare or of ``benchmarks.gpu bench``."""
+    return _gpu(measured) if measured.get("kind") == "gpu" else _cpu(measured)
+
+
+def _cpu(measured: dict) -> str:
     """One row a workload: the fastest peer of all, compiled ones included, and jactri."""
     machine = measured["machine"]
     lines = [
@@ -28,12 +35,37 @@ def table(measured: dict) -> str:
         own, peer = (
             row["contenders"][name]["seconds"]["median"] for name in (ratio["by"], ratio["peer"])
         )
-        shape = " x ".join(map(str, row["shape"]))
         lines.append(
-            f"| {row['title']} | {shape} | {_ms(own)} | {_ms(peer)} ({ratio['peer']}) "
+            f"| {row['title']} | {_shape(row)} | {_ms(own)} | {_ms(peer)} ({ratio['peer']}) "
             f"| {_ratio(ratio['median'])} |"
         )
     return "\n".join(lines)
+
+
+def _gpu(measured: dict) -> str:
+    """One row a workload and precision: the fastest peer, jactri, and its share of the card's lower bound."""
+    m = measured["machine"]
+    versions = f"torch {m['torch']}, triton {m['triton']}"
+    lines = [
+        f"GPU: {m['device']}, {versions}, {m['date']}, commit {(m['commit'] or 'unknown')[:9]}; medians of "
+        "interleaved calls with a cold L2 cache; the bound is the larger of flops and bytes at the card's measured "
+        "rates.",
+        "",
+        "| workload | J | float32 products | jactri ms | of the bound | best peer ms | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured["results"]:
+        if "best" in row:
+            b = row["best"]
+            lines.append(
+                f"| {row['title']} | {_shape(row)} | {row['setting']} | {_ms(1e-3 * b['own_ms'])} | {b['share']:.0%} "
+                f"| {_ms(1e-3 * b['peer_ms'])} ({b['peer']}) | {_ratio(b['ratio'])} |"
+            )
+    return "\n".join(lines)
+
+
+def _shape(row: dict) -> str:
+    return " x ".join(map(str, row["shape"]))
 
 
 def _ms(seconds: float) -> str:
@@ -44,12 +76,86 @@ def _ratio(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value >= 1 else f"{value:.2f}"
 
 
+GROUPS = {
+    # kinds of contenders: how they are drawn
+    ("torch", "compiled"): ("torch", {"marker": "|", "s": 90, "color": "0.55"}),
+    ("expert", "jax"): ("written by hand, jax", {"marker": "x", "s": 40, "color": "0.35"}),
+    ("jactri",): ("jactri", {"marker": "o", "s": 46, "color": "#1b9e77"}),
+}
+
+
+def rows(measured: dict) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """(workload, {group: milliseconds}) of everything that was timed, for plots."""
+    for row in measured["results"]:
+        times: dict[str, list[float]] = {}
+        for fact in row.get("contenders", {}).values():
+            ms = fact["ms"]["median"] if "ms" in fact else None
+            if "seconds" in fact:
+                ms = 1e3 * fact["seconds"]["median"]
+            for kinds, (group, _) in GROUPS.items():
+                if ms is not None and fact["kind"] in kinds:
+                    times.setdefault(group, []).append(ms)
+        if times:
+            setting = f" {row['setting']}" if "setting" in row else ""
+            yield row["workload"] + setting, times
+
+
+def plot(files: Sequence[dict], path: Path) -> None:
+    """Times a call of jactri and all others, a row a workload; the ratio is that of the best of torch to jactri."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [(f, list(rows(f))) for f in files]
+    found = [(f, r) for f, r in found if r]
+    if not found:
+        raise SystemExit("none of the files holds times")
+    heights = [len(r) for _, r in found]
+    figure, axes = plt.subplots(
+        len(found), 1, figsize=(9, 1.2 + 0.42 * sum(heights) + 0.9 * len(found)), squeeze=False,
+        gridspec_kw={"height_ratios": heights}, layout="constrained",
+    )  # fmt: skip
+    for axis, (measured, entries) in zip(axes[:, 0], found, strict=True):
+        for group, style in GROUPS.values():
+            points = [(ms, y) for y, (_, t) in enumerate(entries) for ms in t.get(group, [])]
+            if points:
+                axis.scatter(*zip(*points, strict=True), zorder=3, label=group, **style)
+        for y, (_, times) in enumerate(entries):
+            if "torch" in times and "jactri" in times:
+                own, best = min(times["jactri"]), min(times["torch"])
+                axis.plot([own, best], [y, y], color="0.8", zorder=1)
+                axis.annotate(
+                    f"{_ratio(best / own)} times", (max(own, best), y), (0, 8), textcoords="offset points",
+                    fontsize=8, color="0.3", ha="center",
+                )  # fmt: skip
+        machine = measured["machine"]
+        axis.set_yticks(range(len(entries)), [name for name, _ in entries])
+        axis.invert_yaxis()
+        axis.margins(y=0.5 / max(len(entries), 1) + 0.04)
+        axis.set_xscale("log")
+        axis.grid(axis="x", color="0.92")
+        axis.set_title(machine.get("device") or machine.get("cpu", ""), fontsize=10, loc="left")
+        axis.set_xlabel("milliseconds a call (median)")
+        axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of each file."""
+    """Print the table of each file that holds times; draw the plot if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files of benchmarks.compare")
-    for path in parser.parse_args(argv).files:
-        print(table(json.loads(path.read_text())))
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="JSON files; default: benchmarks/results/*.json"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all times")
+    options = parser.parse_args(argv)
+    files = [json.loads(p.read_text()) for p in options.files or sorted(RESULTS.glob("*.json"))]
+    for measured in files:
+        if measured.get("kind") != "gpu" or measured.get("command") == "bench":
+            print(table(measured))
+    if options.plot:
+        plot(files, options.plot)
     return 0
 
 
