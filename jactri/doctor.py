@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
-import pkgutil
 import platform
 import re
 import subprocess
@@ -17,6 +15,7 @@ import torch
 
 import jactri
 from jactri import backends
+from jactri.kernels import support
 
 # The extras of setup.cfg as {extra: {module: package}}, as far as a user of the package can miss them.
 EXTRAS = {
@@ -60,7 +59,6 @@ def examine() -> Report:
         problems.append(f"torch {torch.__version__} is too old: run pip install 'torch>={wanted}'")
     triton, triton_note = _triton()
     devices = _devices()
-    kernels = _kernels()
     return Report(
         {
             "versions": [
@@ -88,7 +86,7 @@ def examine() -> Report:
                 ("vectors", torch.backends.cpu.get_cpu_capability()),
             ],
             "GPU": devices,
-            "what runs where": _placement(triton, kernels),
+            "what runs where": _placement(triton, triton_note),
             "extras": [(extra, _extra(packages)) for extra, packages in EXTRAS.items()],
             "self-test": [("y = tanh(A x)", _self_test(problems))],
         },
@@ -123,7 +121,11 @@ def _triton() -> tuple[str | None, str]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return None, f"installed, but does not import: {last}"
-    return done.stdout.strip(), done.stdout.strip()
+    version = done.stdout.strip()
+    if _release(version) < support.OLDEST:
+        wanted = ".".join(map(str, support.OLDEST))
+        return None, f"{version} is too old for the kernels: run pip install 'triton>={wanted}'"
+    return version, version
 
 
 def _onednn() -> str:
@@ -159,24 +161,15 @@ def _devices() -> list[tuple[str, str]]:
     ]
 
 
-def _kernels() -> list[str]:
-    """The names of jactri's kernel files, found without importing them, and so without triton."""
-    try:
-        package = importlib.import_module("jactri.kernels")
-    except ModuleNotFoundError:
-        return []  # run from a checkout that is not installed
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-def _placement(triton: str | None, kernels: list[str]) -> list[tuple[str, str]]:
+def _placement(triton: str | None, note: str) -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         cuda = "no GPU here"
-    elif not kernels:
-        cuda = "torch ops: this version has no Triton kernels"
     elif triton is None:
-        cuda = "torch ops: triton is missing"
+        cuda = f"torch ops, for triton is not there: {note}"
     else:
-        cuda = f"Triton kernels ({', '.join(kernels)}), torch ops for the rest"
+        cuda = (
+            "Triton kernels for Linear chains, softmax, norms and products; torch ops for the rest"
+        )
     probe = backends.probe()
     product = "oneDNN" if probe.use_onednn else "torch.mm"
     cpu = f"torch ops; large float32 products by {product} ({probe.reason})"
