@@ -201,9 +201,14 @@ def _choice(chain: Chain) -> Choice:
     kind = chain.kind()
     choice = _choices.get(kind)
     if choice is None:
-        choice = _tuned(kind, chain) if _tunable(kind) else _predicted(kind)
-        if choice is None:
-            return _predicted(kind)
+        if not _tunable(kind):
+            choice = _predicted(kind)
+        elif kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return _predicted(kind)  # nothing can be timed inside a CUDA graph: another time
+        else:
+            choice = _tuned(kind, chain)
+            if choice is None:
+                return _predicted(kind)
         _choices[kind] = choice
     return choice
 
@@ -213,7 +218,6 @@ def _tunable(kind: Kind) -> bool:
         kind.device.type == "cuda"
         and kind.flops >= WORTH
         and os.environ.get("JACTRI_TUNE", "1") != "0"
-        and not torch.cuda.is_current_stream_capturing()
     )
 
 

@@ -146,7 +146,7 @@ def _mixes_rows(graph: Graph, sweep: Sweep, step: Step) -> bool:
     """Whether a step is a map that a kernel runs over rows."""
     if len(step.terms) != 1 or not _plain(sweep, step):
         return False
-    return edge_of(graph, step).rows(len(step.layout.shape), sweep.reverse) is not None
+    return edge_of(graph, step).row_map(len(step.layout.shape), sweep.reverse) is not None
 
 
 def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:

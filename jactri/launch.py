@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from math import prod
-from operator import mul
 
 from torch import Tensor
 
@@ -73,7 +71,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
 def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
     matrices: list[Tensor] = []
     scalings: list[list[Diagonal]] = [[]]
-    widths = [t.shape[-1]]
+    shapes = [t.shape[1:]]
     for step in item.steps:
         edge = edge_of(graph, step)
         if edge.name == "matmul":
@@ -82,50 +80,61 @@ def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | No
                 return None
             matrices.append(m)
             scalings.append([])
-            widths.append(m.shape[1])
+            shapes.append(step.layout.shape)
         elif edge.name == "diagonal":
             scalings[-1].append(edge)
-    K, shape = t.shape[0], item.layout.shape
-    R = t.shape[1:-1].numel()
-    factors = tuple(_factor(s, (R, w)) for s, w in zip(scalings, widths, strict=True))
+            shapes[-1] = step.layout.shape
+    K = t.shape[0]
     problem = chooser.Chain(
-        t.reshape(K, R, widths[0]), tuple(matrices), factors,
-        lambda: [_diagonal(s, (R, w)) for s, w in zip(scalings, widths, strict=True)],
-    )  # fmt: skip
-    try:
-        into = None if out is None else out.view(K, R, widths[-1])
-    except RuntimeError:  # the rows of the caller's tensor have no common stride
-        into = None
+        _rows(t, 1),
+        tuple(matrices),
+        tuple(_factor(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)),
+        lambda: [_diagonal(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)],
+    )
+    into = _into(out, 1)
     made = chooser.run(problem, into)
-    return out if into is not None else made.view(K, *shape)
+    return out if into is not None else made.view(K, *item.layout.shape)
 
 
-def _factor(scalings: list[Diagonal], shape: tuple[int, int]) -> Factor | None:
-    """The scalings between two products as one factor; a lone activation is left to the kernel."""
+def _rows(block: Tensor, axes: int) -> Tensor:
+    """A block (K, *value) as (K, rows, features): the features are the last ``axes``."""
+    shape = block.shape[1:]
+    return block.reshape(block.shape[0], prod(shape[:-axes]), prod(shape[-axes:]))
+
+
+def _into(out: Tensor | None, axes: int) -> Tensor | None:
+    """The caller's tensor as (K, rows, features), or None where its rows have no common stride."""
+    if out is None:
+        return None
+    shape = out.shape[1:]
+    try:
+        return out.view(out.shape[0], prod(shape[:-axes]), prod(shape[-axes:]))
+    except RuntimeError:
+        return None
+
+
+def _factor(scalings: list[Diagonal], shape, axes: int) -> Factor | None:
+    """The scalings of a value of ``shape`` as one factor (rows, features); a lone activation is left to the kernel."""
     if not scalings:
         return None
     if len(scalings) == 1:
         f = scalings[0].factor()
-        return Factor(_rows(f.values, shape), f.name, f.constants)
-    return Factor(_diagonal(scalings, shape))
+        return Factor(_features(f.values, shape, axes), f.name, f.constants)
+    return Factor(_diagonal(scalings, shape, axes))
 
 
-def _diagonal(scalings: list[Diagonal], shape: tuple[int, int]) -> Tensor | None:
+def _diagonal(scalings: list[Diagonal], shape, axes: int) -> Tensor | None:
     """The product of the derivatives of scalings, as (rows, features)."""
     whole = None
     for edge in scalings:
-        d = _rows(edge.d, shape)
+        d = _features(edge.d, shape, axes)
         whole = d if whole is None else whole * d
     return whole
 
 
-def _rows(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Values that broadcast against ``(..., features)`` as ``(rows, features)``."""
-    if values.dim() < 2:
-        return values.expand(shape)
-    if values.shape[:-1].numel() == shape[0]:
-        return values.reshape(shape[0], -1).expand(shape)
-    raise AssertionError(f"a diagonal of shape {tuple(values.shape)} for rows of {shape}")
+def _features(values: Tensor, shape, axes: int) -> Tensor:
+    """What broadcasts against a value of ``shape``, as (rows, features)."""
+    return values.expand(shape).reshape(prod(shape[:-axes]), prod(shape[-axes:]))
 
 
 def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
@@ -139,30 +148,12 @@ def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         if edge.name == "diagonal":
             around[found is not None].append(edge)
         else:
-            found = edge.rows(len(shape), reverse)
+            found = edge.row_map(len(shape), reverse)
     name, saved, axes = found
-    n = prod(shape[-axes:])
-    flat = (prod(shape[:-axes]), n)
-
-    def features(values: Tensor) -> Tensor:
-        return values.expand(shape).reshape(flat)
-
-    def joined(scalings: list[Diagonal]) -> Factor | None:
-        if not scalings:
-            return None
-        if len(scalings) == 1:
-            f = scalings[0].factor()
-            return Factor(features(f.values), f.name, f.constants)
-        return Factor(features(reduce(mul, (s.d for s in scalings))))
-
+    before, after = (_factor(s, shape, axes) for s in around)
+    into = _into(out, axes)
     try:
-        into = None if out is None else out.view(t.shape[0], *flat)
-    except RuntimeError:  # the rows of the caller's tensor have no common stride
-        into = None
-    try:
-        made = rows(
-            t.reshape(t.shape[0], *flat), features(saved()), name, *map(joined, around), out=into
-        )
+        made = rows(_rows(t, axes), _features(saved(), shape, axes), name, before, after, out=into)
     except Unfit as error:
         backends.unfit("rows", error)
         return None

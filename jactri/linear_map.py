@@ -111,7 +111,7 @@ class LinearMap:
         """The part of a result, as a view, in which a map that ``places`` its data puts them."""
         raise NotImplementedError
 
-    def rows(self, ndim: int, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
+    def row_map(self, ndim: int, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
         """For values of ``ndim`` axes: the map of `kernels.rows` that this is, its saved values, and how many of the
         last axes it runs over; None if it is none of them."""
         return None

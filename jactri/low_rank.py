@@ -37,7 +37,7 @@ class Project(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         return 7.0
 
-    def rows(self, ndim, reverse):
+    def row_map(self, ndim, reverse):
         if self.axes != tuple(range(ndim - len(self.axes), ndim)):
             return None
         return "centred" if self.centred else "uncentred", self.unit, len(self.axes)
@@ -125,7 +125,7 @@ class Softmax(LinearMap):
     def __init__(self, p: Callable[[], Tensor], axis: int):
         self.p, self.axis = p, axis
 
-    def rows(self, ndim, reverse):
+    def row_map(self, ndim, reverse):
         return ("softmax", self.p, 1) if self.axis == ndim - 1 else None
 
     @property
@@ -159,7 +159,7 @@ class LogSoftmax(Softmax):
     __slots__ = ()
     name = "log_softmax"
 
-    def rows(self, ndim, reverse):
+    def row_map(self, ndim, reverse):
         return ("log_pull" if reverse else "log_push", self.p, 1) if self.axis == ndim - 1 else None
 
     def push(self, t, own):

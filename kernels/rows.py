@@ -52,6 +52,18 @@ def _mapped(t, p, s1, s2, count, MAP: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    t_at, p_at, ZB, r, i, inside, n, t_n, p_n, b_r, b_n, DB: tl.constexpr, PB: tl.constexpr
+):  # fmt: skip
+    """The scaled block and the saved values at columns i, and which of them exist."""
+    mask = inside[:, None] & (i < n)[None, :]
+    t = tl.load(t_at + i[None, :] * t_n, mask=mask, other=0.0).to(tl.float32)
+    t = scaled(t, ZB, DB, PB, r[:, None] * b_r + i[None, :] * b_n, mask)
+    p = tl.load(p_at + i[None, :] * p_n, mask=mask, other=0.0).to(tl.float32)
+    return t, p, mask
+
+
+@triton.jit
 def _rows(
     T, P, ZB, ZA, OUT, K, R, n, t_k, t_r, t_n, p_r, p_n, b_r, b_n, a_r, a_n, o_k, o_r, o_n,
     MAP: tl.constexpr, DB: tl.constexpr, PB: tl.constexpr, DA: tl.constexpr, PA: tl.constexpr,
@@ -69,25 +81,16 @@ def _rows(
     if LOOP:
         for start in range(0, n, BN):
             i = start + i0
-            mask = inside[:, None] & (i < n)[None, :]
-            t = tl.load(t_at + i[None, :] * t_n, mask=mask, other=0.0).to(tl.float32)
-            t = scaled(t, ZB, DB, PB, r[:, None] * b_r + i[None, :] * b_n, mask)
-            p = tl.load(p_at + i[None, :] * p_n, mask=mask, other=0.0).to(tl.float32)
+            t, p, _ = _tile(t_at, p_at, ZB, r, i, inside, n, t_n, p_n, b_r, b_n, DB, PB)
             s1, s2 = _sums(t, p, s1, s2, MAP)
         for start in range(0, n, BN):
             i = start + i0
-            mask = inside[:, None] & (i < n)[None, :]
-            t = tl.load(t_at + i[None, :] * t_n, mask=mask, other=0.0).to(tl.float32)
-            t = scaled(t, ZB, DB, PB, r[:, None] * b_r + i[None, :] * b_n, mask)
-            p = tl.load(p_at + i[None, :] * p_n, mask=mask, other=0.0).to(tl.float32)
+            t, p, mask = _tile(t_at, p_at, ZB, r, i, inside, n, t_n, p_n, b_r, b_n, DB, PB)
             out = _mapped(t, p, s1, s2, n, MAP)
             out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i[None, :] * a_n, mask)
             tl.store(o_at + i[None, :] * o_n, out.to(OUT.dtype.element_ty), mask=mask)
     else:
-        mask = inside[:, None] & (i0 < n)[None, :]
-        t = tl.load(t_at + i0[None, :] * t_n, mask=mask, other=0.0).to(tl.float32)
-        t = scaled(t, ZB, DB, PB, r[:, None] * b_r + i0[None, :] * b_n, mask)
-        p = tl.load(p_at + i0[None, :] * p_n, mask=mask, other=0.0).to(tl.float32)
+        t, p, mask = _tile(t_at, p_at, ZB, r, i0, inside, n, t_n, p_n, b_r, b_n, DB, PB)
         s1, s2 = _sums(t, p, s1, s2, MAP)
         out = _mapped(t, p, s1, s2, n, MAP)
         out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i0[None, :] * a_n, mask)

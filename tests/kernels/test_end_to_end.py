@@ -219,6 +219,26 @@ def test_networks(f, wanted, mode, device, launched):
         assert {wanted, "step", "pair", "chain"} & set(launched)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (9,), (1, 9), (3, 1), (3, 9), (1, 1, 9), (2, 1, 1), (2, 3, 9), (2, 1, 9)]
+)
+def test_scalings_that_broadcast(shape, mode, device, launched):
+    """A constant factor of any shape that broadcasts, between two layers and after a softmax."""
+    a, b, c = nn.Linear(6, 9).to(device), nn.Linear(9, 9).to(device), nn.Linear(9, 3).to(device)
+    factor = torch.rand(shape, device=device) + 0.5
+
+    def f(x):
+        dtype = x.dtype
+        h = torch.tanh(F.linear(x, a.weight.to(dtype), a.bias.to(dtype)))
+        h = torch.tanh(F.linear(h, b.weight.to(dtype)) * factor.to(dtype))
+        h = torch.softmax(h * factor.to(dtype), -1) * factor.to(dtype)
+        return F.linear(h, c.weight.to(dtype))
+
+    check(f, torch.randn(2, 3, 6, device=device), strategy=mode)
+    assert launched
+
+
 def test_several_outputs(device):
     a, b = nn.Linear(6, 20).to(device), nn.Linear(20, 5).to(device)
 
