@@ -1,0 +1,37 @@
+"""The op table in float32, and whole networks, with every call as if ``backend="triton"`` were given.
+
+What no kernel covers must go on as ever: an op that only looks like one, blocks in float64, sums, views, fallbacks.
+"""
+
+import pytest
+import torch
+from test_ops import test_float32
+from test_real_networks import test_networks_are_right_without_fallbacks
+
+from jactri import backends, launch
+from jactri.kernels import support
+
+__all__ = ["test_float32", "test_networks_are_right_without_fallbacks"]
+RAN = []
+
+
+@pytest.fixture(autouse=True)
+def _every_call_asks_for_triton(monkeypatch, device):
+    plain, run = backends.use.__init__, launch.run
+    monkeypatch.setattr(
+        backends.use, "__init__", lambda self, asked: plain(self, "triton" if asked == "auto" else asked)
+    )  # fmt: skip
+    monkeypatch.setattr(launch, "run", lambda *args: RAN.append(made := run(*args)) or made)
+    if support.interpreted():
+        yield
+        return
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda d=None: generator(device if d is None else d))
+    with device:
+        yield
+
+
+def test_kernels_ran():
+    """Last in the file: what is above has asked for kernels, and got some."""
+    assert sum(made is not None for made in RAN) > 100
+    assert sum(made is None for made in RAN) > 10
