@@ -14,18 +14,12 @@ from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
-from .planner import (
-    MemoryLimitTooSmall,
-    Plan,
-    make_plan,
-    mixing_steps,
-    simulate,
-    untied_targets,
-)
+from .planner import MemoryLimitTooSmall, Plan, make_plan
 from .progress import bar
 from .samples import narrow, places, probe_mixing
+from .sweep import mixing_steps, simulate, untied_targets
 
-STRATEGIES = ("auto", "forward-mode", "reverse-mode")
+STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 _NO_BAR = contextlib.nullcontext()
 _LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
@@ -279,7 +273,8 @@ def split_samples(graph: Graph, options):
     n = xs[0].shape[0] if xs[0].dim() else 0
     if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
         return None
-    where = places(graph, make_plan(graph, strategy, device=device).sweeps)
+    direction = strategy if strategy.endswith("-mode") else "reverse-mode"
+    where = places(graph, make_plan(graph, direction, device=device).sweeps)
     ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
     if where is None or any(where.get(v) != (0, 1) for v in ends):
         return None
@@ -352,7 +347,7 @@ def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
     ]
     culprits = [
         v
-        for sweep in (*forward, *plan.sweeps)
+        for sweep in (*forward, *(s for s in plan.sweeps if s.steps))
         for target in untied_targets(graph, sweep)
         for v in mixing_steps(graph, sweep, target)
     ]

@@ -122,6 +122,10 @@ class MatMul(LinearMap):
         self.partner, self.side = partner, side
 
     @property
+    def uniform(self):
+        return self.side == "right" and self.partner.dim() == 2
+
+    @property
     def structure(self):
         return "shared matrix" if self.partner.dim() == 2 else "batched matrix"
 

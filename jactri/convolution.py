@@ -174,7 +174,7 @@ class Conv(LinearMap):
     """A convolution (or a transposed one) as a map of its input ``(N, C, *size)``."""
 
     __slots__ = ("_packed", "geometry", "size", "weight")
-    name, structure = "convolution", "convolution"
+    name, structure, uniform = "convolution", "convolution", True
 
     def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...]):
         self.weight, self.geometry, self.size = weight, geometry, size

@@ -12,55 +12,32 @@ from .fusion import Fused, Item, fuse
 from .graph import Graph
 from .layout import Layout, Selection, convert, one, scatter
 from .linear_map import Shape
-from .planner import Plan, Step, Sweep
+from .mixed import Join
+from .planner import Plan
+from .products import multiply
+from .sweep import Step, Sweep
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
 """Value -> (data, whether the executor may overwrite it)."""
 
+Made = dict[tuple[int, int], Tensor]
+"""(id of a part of the plan, value) -> its whole block."""
 
-class Answer:
-    """One Jacobian being assembled: of output ``j`` with respect to input ``i``.
 
-    ``per_sample`` answers have shape ``(N, *out, *in)``, others ``(*out, *in)``. Memory is taken at the first
-    block; a block that already is the whole answer is returned as it is, through a view.
-    """
+class Store:
+    """The block of one value, whole, as chunks fill it: ``(free seed factors..., value axes...)``."""
 
-    def __init__(
-        self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest
-    ):
-        self.sweep, self.layout, self.like = sweep, layout, like
-        self.out, self.into, self.per_sample = out, into, per_sample
-        self.dest: Tensor | None = dest
-        tied = per_sample and not sweep.summed and out[0] != 1
-        keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
-        self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
+    def __init__(self, layout: Layout, like):
+        self.layout = self.final = layout
+        self.like = like
+        self.dest: Tensor | None = None
         self.store: Tensor | None = None
         self.written: Tensor | None = None
 
-    def _seed_and_value(self) -> tuple[Shape, Shape]:
-        """The shapes of the two ends; the seed's without the samples where they are not seeds."""
-        seed, value = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
-        return (seed[1:] if self.per_sample else seed), value
-
     def _allocate(self) -> Tensor:
-        """A tensor ``(free seed factors..., value axes...)`` for chunks to be written to."""
-        seed, value = self._seed_and_value()
-        make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
-        if self.dest is None:
-            return make(
-                (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
-            )
-        if make is torch.zeros:
-            self.dest.zero_()
-        # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
-        n, m = len(seed), self.dest.dim()
-        if not self.sweep.reverse:
-            dims = [*range(m - n, m), *range(m - n)]
-        elif self.per_sample:
-            dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
-        else:
-            dims = list(range(m))
-        return self.dest.permute(dims).view((*self.final.seeds(), *value))
+        """The memory that chunks are written to."""
+        shape = (*self.final.seeds(), *self.final.shape)
+        return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
 
     def reserve(self) -> None:
         """Take the memory of the answer."""
@@ -96,6 +73,56 @@ class Answer:
         self.reserve()
         scatter(self._part(sel), self.final, data, self.layout, sel)
 
+    def block(self) -> Tensor:
+        """The whole block, ``(K, *value)``."""
+        shape = self.layout.shape
+        if self.store is None:  # an identity seed
+            return one(self.like).expand(1, *shape)
+        return self.store.reshape(-1, *shape)
+
+
+class Answer(Store):
+    """One Jacobian being assembled: of output ``j`` with respect to input ``i``.
+
+    ``per_sample`` answers have shape ``(N, *out, *in)``, others ``(*out, *in)``. Memory is taken at the first
+    block; a block that already is the whole answer is returned as it is, through a view.
+    """
+
+    def __init__(
+        self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest
+    ):
+        super().__init__(layout, like)
+        self.sweep, self.out, self.into, self.per_sample = sweep, out, into, per_sample
+        self.dest = dest
+        tied = per_sample and not sweep.summed and out[0] != 1
+        keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
+        self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
+
+    def _seed_and_value(self) -> tuple[Shape, Shape]:
+        """The shapes of the two ends; the seed's without the samples where they are not seeds."""
+        seed, value = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
+        return (seed[1:] if self.per_sample else seed), value
+
+    def _allocate(self) -> Tensor:
+        """A tensor ``(free seed factors..., value axes...)`` for chunks to be written to."""
+        seed, value = self._seed_and_value()
+        make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
+        if self.dest is None:
+            return make(
+                (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
+            )
+        if make is torch.zeros:
+            self.dest.zero_()
+        # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
+        n, m = len(seed), self.dest.dim()
+        if not self.sweep.reverse:
+            dims = [*range(m - n, m), *range(m - n)]
+        elif self.per_sample:
+            dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
+        else:
+            dims = list(range(m))
+        return self.dest.permute(dims).view((*self.final.seeds(), *value))
+
     def finish(self) -> Tensor:
         """The Jacobian, in the caller's shape."""
         if self.dest is not None:
@@ -116,7 +143,12 @@ def run(
     answers: dict[tuple[int, int], Answer],
     advance: Callable[[], None] | None = None,
 ) -> None:
-    """Execute every sweep of a plan; ``answers[j, i]`` receive the blocks. ``advance`` is called a chunk."""
+    """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``advance`` is called a chunk."""
+    made: Made = {}
+    for part in plan.parts:
+        stores = {v: Store(part.layouts[v], graph.values[v]) for v in part.targets if v is not None}
+        _stage(graph, part, list(stores.items()), None, made)
+        made.update(((id(part), v), store.block()) for v, store in stores.items())
     for sweep in plan.sweeps:
         ends = []
         for k, v in enumerate(sweep.targets):
@@ -124,7 +156,27 @@ def run(
                 pair = (sweep.index, k) if plan.reverse else (k, sweep.index)
                 if pair in answers:
                     ends.append((v, answers[pair]))
+        _stage(graph, sweep, ends, advance, made)
+
+
+def _stage(graph: Graph, sweep: Sweep, ends, advance, made: Made) -> None:
+    if isinstance(sweep, Join):
+        _join(sweep, ends, advance, made)
+    else:
         _sweep(graph, sweep, ends, advance)
+
+
+def _join(join: Join, ends, advance, made: Made) -> None:
+    """Multiply the partial Jacobians of a cut, chunk by chunk of the result's seeds."""
+    second = made[id(join.second.made), join.second.value]
+    for sel in join.selections():
+        for v, answer in ends:
+            first = made[id(join.first[v].made), join.first[v].value]
+            direct = answer.window(sel)
+            block = multiply(join.products[v], join.layouts[v], first, second, sel, direct)
+            answer.put(block, True, {f: r for f, r in sel.items() if f not in join.layouts[v].tied})
+        if advance:
+            advance()
 
 
 def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:

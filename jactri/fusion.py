@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from .graph import Graph
 from .layout import Layout
 from .linear_map import LinearMap
-from .planner import Step, Sweep
+from .sweep import Step, Sweep
 
 
 @dataclass(frozen=True)

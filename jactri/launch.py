@@ -12,7 +12,7 @@ from .graph import Graph
 from .kernels import support
 from .kernels.support import Factor, Unfit
 from .linear_map import Diagonal
-from .planner import Sweep
+from .sweep import Sweep
 
 
 def run(

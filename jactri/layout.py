@@ -77,6 +77,11 @@ class Layout:
     def tied(self) -> frozenset[int]:
         return frozenset(t for axis in self.axes for _, t in axis if t != FREE)
 
+    @property
+    def tied_axes(self) -> tuple[int, ...]:
+        """The value's axes that are tied as a whole."""
+        return tuple(a for a in range(len(self.axes)) if self.is_tied(a))
+
     @cached_property
     def free(self) -> tuple[int, ...]:
         return tuple(s for s in range(len(self.seed)) if s not in self.tied)

@@ -71,6 +71,8 @@ class LinearMap:
     __slots__ = ()
     name = "linear map"
     structure = "dense"
+    uniform = False
+    """Whether a block that all samples share (expanded over them) is multiplied once, and shared again."""
 
     @property
     def key(self) -> object:
@@ -169,7 +171,7 @@ class Identity(Elementwise):
     """A contribution that is passed on as it is (an addition)."""
 
     __slots__ = ()
-    name, structure = "identity", "identity"
+    name, structure, uniform = "identity", "identity", True
 
     def route(self, layout, in_shape, out_shape, reverse):
         return Route(layout, layout, moves=False)
@@ -340,7 +342,7 @@ class Permute(Structural):
     """A permutation of the axes: output axis ``i`` is input axis ``dims[i]``."""
 
     __slots__ = ("_pull", "_push", "dims")
-    name, structure = "permute", "view"
+    name, structure, uniform = "permute", "view", True
 
     def __init__(self, dims: Shape):
         self.dims = dims

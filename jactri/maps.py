@@ -70,7 +70,7 @@ class Fixed(LinearMap):
     """
 
     __slots__ = ("_pull", "_push", "_work", "exact", "name", "tail")
-    structure = "window"
+    structure, uniform = "window", True
 
     def __init__(
         self,
@@ -175,6 +175,8 @@ class Batched(MatMul):
     @property
     def partner(self) -> Tensor:
         return self._make()
+
+    uniform = False
 
     @property
     def structure(self):

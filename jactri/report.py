@@ -14,7 +14,10 @@ from . import backends, launch
 from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, prove_by_probe
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
-from .planner import Plan, Sweep
+from .layout import FREE, Layout
+from .mixed import Join
+from .planner import Plan
+from .sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,13 @@ def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
 
 def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     """The report of a plan."""
-    direction = "reverse-mode" if plan.reverse else "forward-mode"
     steps = []
-    for sweep in plan.sweeps:
+    for sweep in (*plan.parts, *plan.sweeps):
+        if isinstance(sweep, Join):
+            steps += [_product(graph, sweep, v) for v in sweep.first]
+            continue
         fused = _fused(graph, sweep)
-        steps += [_step(graph, sweep, s, direction, fused.get(s.value)) for s in sweep.steps]
+        steps += [_step(graph, sweep, s, fused.get(s.value)) for s in sweep.steps]
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
@@ -164,7 +169,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     )
     return Explanation(
         tuple(steps),
-        direction,
+        plan.strategy,
         plan.reason,
         plan.flops,
         plan.bytes,
@@ -190,14 +195,30 @@ def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _step(graph: Graph, sweep: Sweep, step, direction: str, fused) -> StepReport:
+def _product(graph: Graph, join: Join, source: int) -> StepReport:
+    """The product of two partial Jacobians."""
+    value, layout, p = graph.values[source], join.layouts[source], join.products[source]
+    at = "x".join(map(str, graph.values[join.at].shape))
+    return StepReport(
+        "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), 2.0 * prod(p.sizes),
+        float(layout.numel() * value.dtype.itemsize), "torch.bmm", "two partial Jacobians", False,
+    )  # fmt: skip
+
+
+def _tied(layout: Layout) -> str:
+    return (
+        ",".join(str(a) for a, axis in enumerate(layout.axes) if any(t != FREE for _, t in axis))
+        or "-"
+    )
+
+
+def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
     edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
     structures = []
     for t, edge in zip(step.terms, edges, strict=True):
         free = t.route.axis is not None and edge.name == "matmul"
         structures.append(edge.structure + (", no product" if free else ""))
     op = graph.values[step.terms[0].owner].op
-    tied = [str(a) for a, axis in enumerate(step.layout.axes) if any(t != -1 for _, t in axis)]
     opaque = any(e.structure == "opaque" for e in edges)
     device = graph.values[step.value].device.type
     if opaque:
@@ -209,6 +230,7 @@ def _step(graph: Graph, sweep: Sweep, step, direction: str, fused) -> StepReport
     else:
         backend, why = "torch", "view" if not step.flops else "elementwise"
     return StepReport(
-        op, " + ".join(structures), direction, graph.values[step.value].shape, step.layout.columns(),
-        ",".join(tied) or "-", step.flops, step.bytes, backend, why, opaque,
+        op, " + ".join(structures), "reverse-mode" if sweep.reverse else "forward-mode",
+        graph.values[step.value].shape, step.layout.columns(), _tied(step.layout), step.flops,
+        step.bytes, backend, why, opaque,
     )  # fmt: skip

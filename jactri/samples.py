@@ -10,7 +10,7 @@ from torch import Tensor
 from .graph import Graph, Value
 from .layout import FREE
 from .linear_map import Cut
-from .planner import Sweep
+from .sweep import Sweep
 
 
 def halves(n: int, device) -> Iterator[Tensor]:

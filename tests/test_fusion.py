@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from jactri.fusion import Fused, fuse
 from jactri.graph import read
-from jactri.planner import Step, simulate
+from jactri.sweep import Step, simulate
 
 MODES = [False, True]
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import jactri
 from jactri.graph import read
-from jactri.planner import make_plan, peak_bytes
+from jactri.planner import make_plan
+from jactri.sweep import peak_bytes
 
 
 def graph_of(func, *shapes):

@@ -1,0 +1,326 @@
+"""A sweep: the steps that accumulate a Jacobian from one seed, found by following layouts through the graph.
+
+The seed is the identity at one value: at an input or a cut (forward mode: its columns), at an output or a cut (reverse
+mode: its rows). Pure: it reads layouts and map structures, and holds no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from .graph import Graph
+from .layout import Layout, Selection, SplitSeed
+from .linear_map import Route
+
+
+@dataclass(frozen=True)
+class Term:
+    """One contribution to a step: the block of ``other``, through edge ``edge`` of value ``owner``."""
+
+    other: int
+    owner: int
+    edge: int
+    route: Route
+
+
+@dataclass(frozen=True)
+class Step:
+    """The block of one value: a sum of terms, stored in ``layout``; ``frees`` are blocks used for the last time.
+
+    ``flops`` and ``bytes`` (written) are for all seeds. ``shares``: the block is a view of weights or of its source.
+    """
+
+    value: int
+    terms: tuple[Term, ...]
+    layout: Layout
+    frees: tuple[int, ...]
+    flops: float
+    bytes: float
+    shares: bool = False
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values whose blocks it takes."""
+        return tuple(t.other for t in self.terms)
+
+
+@dataclass
+class Sweep:
+    """All steps for one seed. ``targets`` are the values whose blocks are the answer.
+
+    ``items`` are the same steps as kernels run them (see `fusion`), filled in where kernels run.
+    """
+
+    reverse: bool
+    index: int
+    seed: int
+    layout: Layout
+    steps: list[Step]
+    layouts: dict[int, Layout]
+    targets: list[int | None]
+    summed: bool = False
+    chunks: dict[int, int] = field(default_factory=dict)
+    peak: float = 0.0
+    items: list | None = None
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in self.steps)
+
+    @property
+    def bytes(self) -> float:
+        return sum(s.bytes for s in self.steps)
+
+    def columns(self) -> int:
+        """The most seeds that any block carries."""
+        return max((lay.columns() for lay in self.layouts.values()), default=1)
+
+    def selections(self) -> list[Selection]:
+        """The chunks, as ranges of the seed factors that are cut."""
+        out: list[Selection] = [{}]
+        for factor, size in self.chunks.items():
+            total = self.layout.seed[factor]
+            out = [
+                {**sel, factor: (start, min(size, total - start))}
+                for sel in out
+                for start in range(0, total, size)
+            ]
+        return out
+
+
+def itemsize(graph: Graph, value: int) -> int:
+    return graph.values[value].dtype.itemsize
+
+
+def simulate(graph: Graph, index: int, reverse: bool, summed: bool) -> Sweep:
+    """The sweep of input ``index`` to all outputs (forward), or of output ``index`` to all inputs (reverse).
+
+    ``summed``: the seeds are summed over the first axis of the seed, as for samples known not to mix.
+    """
+    seed = (graph.outputs if reverse else graph.inputs)[index]
+    targets = list(graph.inputs if reverse else graph.outputs)
+    return follow(graph, seed, reverse, targets, index, summed)
+
+
+def follow(
+    graph: Graph,
+    seed: int,
+    reverse: bool,
+    targets: list[int | None],
+    index: int = 0,
+    summed: bool = False,
+) -> Sweep:
+    """The sweep from an identity seed at one value to the values of ``targets``; ``index`` is kept with it."""
+    shape = graph.values[seed].shape
+    splits: dict[int, tuple[int, ...]] = {}
+    while True:
+        layout = Layout.identity(shape, splits, 0 if summed else None)
+        try:
+            return _follow(graph, index, seed, layout, reverse, targets, summed)
+        except SplitSeed as split:
+            _refine(splits, shape, split, 0 if summed else None)
+
+
+def _refine(splits, shape, split: SplitSeed, summed: int | None) -> None:
+    """Record that one seed factor must be split, in the axis that it belongs to."""
+    at = 0
+    for a, size in enumerate(shape):
+        if a == summed or size == 1:
+            continue
+        factors = splits.get(a, (size,))
+        if at + len(factors) > split.factor:
+            i = split.factor - at
+            splits[a] = factors[:i] + split.sizes + factors[i + 1 :]
+            return
+        at += len(factors)
+    raise AssertionError("a seed factor belongs to no axis")
+
+
+def _relevant(graph: Graph, seed: int, targets: list[int | None], reverse: bool) -> list[int]:
+    """The values on a path between the seed and a target, in sweep order, the seed first."""
+    wanted = {t for t in targets if t is not None}
+    values = graph.values
+    if reverse:
+        up = {seed}
+        for v in range(seed, -1, -1):
+            if v in up:
+                up.update(s for s, _ in values[v].sources)
+        down = set(wanted)
+        for v in range(seed + 1):
+            if v not in down and any(s in down for s, _ in values[v].sources):
+                down.add(v)
+        return [v for v in range(seed, -1, -1) if v in up and v in down]
+    up = set()
+    last = max(wanted, default=-1)
+    for v in range(last, -1, -1):
+        if v in up or v in wanted:
+            up.add(v)
+            up.update(s for s, _ in values[v].sources)
+    down = {seed}
+    for v in range(seed + 1, last + 1):
+        if any(s in down for s, _ in values[v].sources):
+            down.add(v)
+    return [v for v in range(seed, last + 1) if v in up and v in down]
+
+
+def _follow(graph, index, seed, layout, reverse, targets, summed) -> Sweep:
+    values = graph.values
+    order = _relevant(graph, seed, targets, reverse)
+    present = set(order)
+    incoming: dict[int, list[tuple[int, int, int]]] = {v: [] for v in order}
+    for v in order:
+        for e, (s, _) in enumerate(values[v].sources):
+            if s in present:
+                if reverse:
+                    incoming[s].append((v, v, e))
+                else:
+                    incoming[v].append((s, v, e))
+    last_use: dict[int, int] = {}
+    for v in order:
+        for other, _, _ in incoming[v]:
+            last_use[other] = v
+    frees: dict[int, list[int]] = {}
+    keep = {t for t in targets if t is not None}
+    for other, v in last_use.items():
+        if other not in keep:
+            frees.setdefault(v, []).append(other)
+    layouts: dict[int, Layout] = {}
+    ones: dict[int, bool] = {}
+    alike: dict[
+        int, bool
+    ] = {}  # made of weights alone: the same for all samples, and computed once
+    steps = []
+    if seed in present:
+        layouts[seed], ones[seed], alike[seed] = layout, True, True
+    for v in order:
+        if v == seed:
+            continue
+        terms, meet, flops, written, sums = [], None, 0.0, 0.0, 0
+        unit = len(incoming[v]) == 1
+        for other, owner, e in incoming[v]:
+            source, edge = values[owner].sources[e]
+            at = layouts[other]
+            route = edge.route(at, values[source].shape, values[owner].shape, reverse)
+            terms.append(Term(other, owner, e, route))
+            meet = route.out if meet is None else meet.meet(route.out)
+            # under an identity seed a scaling is its derivative, a contraction its matrix
+            free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
+            itself = len(terms) > 1 and edge.places(reverse)  # added where it belongs
+            sums += len(terms) > 1 and not itself
+            if route.moves and not free:
+                made = (route.mid if itself else route.out).numel()
+                if alike[other] and edge.uniform:
+                    made //= prod(route.out.shape[a] for a in route.out.tied_axes)
+                flops += route.work * made
+                written += made * values[v].dtype.itemsize
+            shares = not route.moves or (ones[other] and route.axis is not None)
+            unit = unit and ones[other] and not route.moves and not route.out.free
+        if sums:
+            flops += meet.numel() * sums
+            written += meet.numel() * values[v].dtype.itemsize
+        layouts[v], ones[v] = meet, unit
+        alike[v] = len(terms) == 1 and alike[terms[0].other] and edge.uniform
+        shares = shares and len(terms) == 1
+        steps.append(Step(v, tuple(terms), meet, tuple(frees.get(v, ())), flops, written, shares))
+    return Sweep(
+        reverse,
+        index,
+        seed,
+        layout,
+        steps,
+        layouts,
+        [t if t in present else None for t in targets],
+        summed,
+    )
+
+
+def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
+    """Predicted bytes of live blocks at the worst step, with the largest chunk of ``chunks`` in flight."""
+    if not sweep.steps:  # a product: only its result is new
+        sel = {f: (0, c) for f, c in chunks.items()}
+        targets = {t for t in sweep.targets if t is not None}
+        return float(sum(sweep.layouts[t].numel(sel) * itemsize(graph, t) for t in targets))
+    sel = {f: (0, c) for f, c in chunks.items()}
+
+    def held(layout: Layout) -> int:
+        return layout.numel(sel)
+
+    # a view shares its source's memory: blocks are counted by the value that owns the memory
+    nobody = -1
+    root: dict[int, int] = {sweep.seed: nobody}
+    users: dict[int, int] = {}
+    size: dict[int, float] = {}
+    live = worst = 0.0
+    targets = {t for t in sweep.targets if t is not None}
+    for step in sweep.steps:
+        first = step.terms[0]
+        edge = graph.values[first.owner].sources[first.edge][1]
+        behind = root[first.other]
+        scaling = len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
+        # a block that is used for the last time, and by nobody else, is scaled in place
+        reused = scaling and first.other in step.frees and users.get(behind) == 1
+        extra = 0.0
+        if step.shares or reused:
+            root[step.value] = behind if reused or not first.route.moves else nobody
+        else:
+            root[step.value] = step.value
+            size[step.value] = held(step.layout) * itemsize(graph, step.value)
+            live += size[step.value]
+            if len(step.terms) > 1 or edge.structure == "opaque":
+                extra = size[step.value]
+        if scaling:  # the derivative itself stays for other chunks
+            live += prod(step.layout.shape) * itemsize(graph, step.value)
+        here = root[step.value]
+        if here != nobody:
+            users[here] = users.get(here, 0) + 1
+        worst = max(worst, live + extra)
+        for f in step.frees:
+            r = root.get(f, nobody)
+            if r == nobody or f in targets:
+                continue
+            users[r] -= 1
+            if users[r] == 0:
+                live -= size[r]
+    return worst
+
+
+def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:
+    """Whether the first axis of a block's value is tied to the first axis of the seed, whole."""
+    if not layout.axes or not sweep.layout.axes:
+        return False
+    n = graph.values[sweep.seed].shape[0]
+    if n == 1:
+        return layout.shape[0] == 1
+    own = sweep.layout.axes[0]
+    return layout.axes[0] == own
+
+
+def untied_targets(graph: Graph, sweep: Sweep) -> list[int]:
+    """The values at the end of a sweep whose samples are not tied to those of the seed."""
+    return [
+        t
+        for t in sweep.targets
+        if t is not None and not sample_ties(sweep, sweep.layouts[t], graph)
+    ]
+
+
+def mixing_steps(graph: Graph, sweep: Sweep, target: int) -> list[int]:
+    """The values (in sweep order) at whose op the samples' tie is lost, of all that lead to ``target``."""
+    batch = {t for _, t in sweep.layout.axes[0]}
+    by_value = {s.value: s for s in sweep.steps}
+    leads, stack = set(), [target]
+    while stack:
+        v = stack.pop()
+        if v not in leads:
+            leads.add(v)
+            stack.extend(t.other for t in (by_value[v].terms if v in by_value else ()))
+    lost = []
+    for step in sweep.steps:
+        if step.value in leads:
+            for t in step.terms:
+                had = batch <= sweep.layouts[t.other].tied
+                if had and not (batch <= t.route.out.tied):
+                    lost.append(t.owner)
+    # a tie can also survive on another axis (a transposed batch): then the last op is named
+    return lost or [by_value[target].terms[0].owner if target in by_value else target]
