@@ -12,17 +12,13 @@ from torch import Tensor
 from . import backends, handover, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
-from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
-from .planner import MemoryLimitTooSmall, Plan, make_plan
+from .planner import MemoryLimitTooSmall
+from .planning import plan_for, prove_by_probe, split_samples
 from .progress import bar
-from .samples import narrow, places, probe_mixing
-from .sweep import mixing_steps, simulate, untied_targets
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 _NO_BAR = contextlib.nullcontext()
-_LARGE = 1 << 26
-"""Predicted bytes from which the free memory is looked up."""
 
 
 def jacobian(
@@ -201,7 +197,6 @@ def compute(
 
 
 def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress):
-    device = xs[0].device.type
     try:
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
@@ -211,14 +206,14 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         _check_dependence(graph, ys, xs)
     plan, summed = None, False
     if per_sample:
-        plan = plan_for(graph, strategy, False, None, None, device, ys, xs, True, dests)
+        plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests)
         if not plan.tied:
             prove_by_probe(graph, plan, ys, xs)
             plan, summed = None, True
         elif chunk_size is not None or memory_limit is not None:
             plan = None
     forward = strategy == "forward-mode"
-    options = strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests
+    options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample, dests
     try:
         pieces = [(None, graph, plan or plan_for(graph, *options))]
     except MemoryLimitTooSmall:
@@ -265,98 +260,6 @@ def _run(graph, plan, span, ys, xs, per_sample, forward, dests, advance):
             )
     run(graph, plan, answers, advance)
     return answers
-
-
-def split_samples(graph: Graph, options):
-    """Plans for ranges of samples that fit the memory limit, as (span, graph, plan), or None where there are none."""
-    strategy, summed, _, _, device, ys, xs, *_ = options
-    n = xs[0].shape[0] if xs[0].dim() else 0
-    if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
-        return None
-    direction = strategy if strategy.endswith("-mode") else "reverse-mode"
-    where = places(graph, make_plan(graph, direction, device=device).sweeps)
-    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
-    if where is None or any(where.get(v) != (0, 1) for v in ends):
-        return None
-    count = n
-    while True:
-        count //= 2
-        pieces = []
-        try:
-            for start in range(0, n, count):
-                span = (start, min(count, n - start))
-                part = narrow(graph, where, *span)
-                if part is None:
-                    return None
-                pieces.append((span, part, plan_for(part, *options)))
-            return pieces
-        except MemoryLimitTooSmall:
-            if count == 1:
-                raise
-
-
-_plans: dict[tuple, Plan] = {}
-_PLANS_KEPT = 256
-
-
-def plan_for(
-    graph, strategy, summed, chunk_size, memory_limit, device, ys, xs, per_sample, dests=None
-) -> Plan:
-    """The plan for a graph, remembered by everything that it depends on.
-
-    Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
-    """
-    if memory_limit is not None:
-        limit = parse_bytes(memory_limit)
-        if dests is None:
-            limit -= answer_bytes(ys, xs, per_sample)
-        return make_plan(graph, strategy, summed, limit, chunk_size, device)
-    key = (graph.key, strategy, summed, chunk_size, device)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = make_plan(graph, strategy, summed, float("inf"), chunk_size, device)
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[key] = plan
-    if plan.peak > _LARGE and chunk_size is None:
-        limit = free_bytes(xs[0].device) // 2
-        if dests is None:
-            limit -= answer_bytes(ys, xs, per_sample)
-        if plan.peak > limit:
-            return make_plan(graph, strategy, summed, max(limit, _LARGE), chunk_size, device)
-    return plan
-
-
-def answer_bytes(ys, xs, per_sample: bool) -> int:
-    """Bytes of all Jacobian blocks."""
-    total = 0
-    for y in ys:
-        for x in xs:
-            n = y.numel() * x.numel()
-            total += (n // max(x.shape[0], 1) if per_sample else n) * x.element_size()
-    return total
-
-
-def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
-    """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
-    if not probe_mixing(ys, xs):
-        return
-    # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
-    forward = [
-        simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None
-    ]
-    culprits = [
-        v
-        for sweep in (*forward, *(s for s in plan.sweeps if s.steps))
-        for target in untied_targets(graph, sweep)
-        for v in mixing_steps(graph, sweep, target)
-    ]
-    value = graph.values[culprits[0]]
-    raise RuntimeError(
-        f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
-        "axis, and a probe found derivatives across samples. Drop per_sample for the whole Jacobian, or make the "
-        "samples independent (BatchNorm: call eval())"
-    )
 
 
 def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):

@@ -211,4 +211,5 @@ class MatMul(LinearMap):
         if rows is None:
             full = matrix.expand(*out.seeds(sel), *out.shape)
             return full.reshape(out.columns(sel), *out.shape), False
-        return (rows * matrix).reshape(out.columns(sel), *out.shape), True
+        # a product takes the memory order of its operands, and the features must come last
+        return (rows.contiguous() * matrix).reshape(out.columns(sel), *out.shape), True

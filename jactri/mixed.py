@@ -9,6 +9,7 @@ between two of them is a forward sweep, a reverse sweep, or a product of two sho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -50,6 +51,41 @@ class Product:
     """By letter."""
     seeds: tuple[Letter, ...]
     """The letter of each seed factor of the result."""
+    free: int
+    """How many letters of the result are seeds; those of the value's axes follow."""
+
+    @property
+    def groups(self) -> dict[str, tuple[Letter, ...]]:
+        """The letters by their part in a batched product; rows are those of ``second``, columns of ``first``."""
+        a, b = set(self.first), set(self.second)
+        return {
+            "batch": tuple(c for c in self.out if c in a and c in b),
+            "rows": tuple(c for c in self.out if c not in a),
+            "inner": tuple(c for c in self.first if c not in self.out),
+            "columns": tuple(c for c in self.out if c not in b),
+        }
+
+    def copies(self, sel: dict[Letter, int]) -> int:
+        """Elements that are copied to bring operands and result into the order of a batched product, or out of it.
+
+        ``sel``: by letter, how much of it a chunk takes. Blocks are taken to be contiguous.
+        """
+        g = self.groups
+        total = 0
+        for dims, parts in (
+            (self.first, (g["batch"], g["inner"], g["columns"])),
+            (self.second, (g["batch"], g["rows"], g["inner"])),
+            ((*g["batch"], *g["rows"], *g["columns"]), (self.out[: self.free],)),
+        ):
+            if not all(_merge(dims, part) for part in parts):
+                total += prod(sel.get(c, self.sizes[c]) for c in dims)
+        return total
+
+
+def _merge(dims, part) -> bool:
+    """Whether dims that are contiguous in the order of ``dims`` merge to one in the order of ``part``."""
+    at = [dims.index(c) for c in part]
+    return all(b == a + 1 for a, b in itertools.pairwise(at))
 
 
 @dataclass
@@ -70,9 +106,20 @@ class Join(Sweep):
 
     @property
     def bytes(self) -> float:
-        return sum(float(self.layouts[v].numel() * self.itemsizes[v]) for v in self.products)
+        return self.peak_bytes({})
 
     itemsizes: dict[int, int] = field(default_factory=dict)
+
+    def peak_bytes(self, chunks: dict[int, int], copies: bool = False) -> float:
+        """Bytes of the results with the largest chunk in flight; with the ``copies`` that the last one makes."""
+        sel = {f: (0, c) for f, c in chunks.items()}
+        total, last = 0.0, 0.0
+        for v, p in self.products.items():
+            total += self.layouts[v].numel(sel) * self.itemsizes[v]
+            if copies:
+                taken = {p.seeds[f]: c for f, c in chunks.items()}
+                last = max(last, p.copies(taken) * self.itemsizes[v])
+        return total + last
 
 
 class _Letters:
@@ -152,8 +199,9 @@ def product(first: Piece, second: Piece) -> tuple[Product, Layout, Layout] | Non
         return tuple(used[c] for c in letters)
 
     found = Product(
-        short(a.dims), short(b.dims), short(out), tuple(sizes[c] for c in used), short(seeds)
-    )
+        short(a.dims), short(b.dims), short(out), tuple(sizes[c] for c in used), short(seeds),
+        len(out) - len(values),
+    )  # fmt: skip
     return found, layout, identity
 
 
@@ -208,11 +256,11 @@ class Table:
 
 def best(
     graph: Graph, at: list[int], seconds: Callable[[Sweep], float], joined: bool = False
-) -> Table:
+) -> Table | None:
     """The cheapest way to the Jacobians of all outputs, by a dynamic program over the cuts ``at``.
 
-    ``seconds`` predicts the time of a sweep or product. ``joined``: a product is the last stage in any case. Raises
-    ValueError if it must be and cannot.
+    ``seconds`` predicts the time of a sweep or product. ``joined``: a product is the last stage in any case; None if
+    it must be and cannot.
     """
     if len(at) > MOST_CUTS:
         at = sorted(sorted(at, key=lambda v: prod(graph.values[v].shape))[:MOST_CUTS])
@@ -234,13 +282,7 @@ def best(
                 if table is not None:
                     options.append(table)
             tables[a, b] = min(options, key=lambda t: t.seconds, default=None)
-    found = tables[0, n - 1]
-    if found is None:
-        raise ValueError(
-            "strategy='mixed' needs a tensor inside of func through which every path from the inputs to the outputs "
-            "goes, and there is none; pass 'auto'"
-        )
-    return found
+    return tables[0, n - 1]
 
 
 def _sweeps(graph: Graph, sources, targets, seconds) -> list[Table]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
+from typing import NoReturn
 
 from . import mixed
+from . import sweep as sweeping
 from .graph import Graph
+from .layout import FREE
 from .rates import Rates, rough
-from .sweep import Sweep, itemsize, peak_bytes, simulate, untied_targets
+from .sweep import Sweep, itemsize, simulate, untied_targets
 
 CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
 
-USABLE = 0.85
-"""The part of a memory limit that is planned for; the rest is for what is not predicted (scratch, padding)."""
+SLACK = 0.15
+"""The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
 
 
 class MemoryLimitTooSmall(ValueError):
@@ -57,12 +60,17 @@ class Plan:
 
 
 def choose_chunks(
-    graph: Graph, sweep: Sweep, limit: float, chunk_size: int | None, device: str
+    graph: Graph,
+    sweep: Sweep,
+    limit: float,
+    chunk_size: int | None,
+    device: str,
+    answer: Asked | None = None,
 ) -> dict[int, int]:
     """How many indices of each free seed factor to run at once.
 
     The last factors stay whole as long as possible. The seeds at once are at most ``chunk_size``; else as many
-    as keep the predicted peak under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
+    as keep the predicted `footprint` under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
     Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
     """
     freed = set()
@@ -83,6 +91,8 @@ def choose_chunks(
         return chunks
 
     if total <= 1:
+        if needs(graph, sweep, {}, answer) > limit:
+            _refuse(needs(graph, sweep, {}, answer), limit)
         return {}
     if chunk_size is not None:
         return cut(chunk_size) if chunk_size < total else {}
@@ -97,18 +107,75 @@ def choose_chunks(
     if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
         count = max(1, int(CACHE_BYTES // max(widest, 1)))
     chunks = cut(count) if count < total else {}
-    limit *= USABLE
-    while peak_bytes(graph, sweep, chunks) > limit:
+    while needs(graph, sweep, chunks, answer) > limit:
         if count <= 1:
-            need = int(peak_bytes(graph, sweep, cut(1)) / USABLE) + 1
-            limit /= USABLE
-            raise MemoryLimitTooSmall(
-                f"memory_limit leaves {int(limit)} bytes for the sweep, and one seed at a time needs {need}; "
-                f"pass at least {need - int(limit)} bytes more"
-            )
+            _refuse(needs(graph, sweep, cut(1), answer), limit)
         count = max(1, count // 2)
         chunks = cut(count)
     return chunks
+
+
+def _refuse(need: float, limit: float) -> NoReturn:
+    raise MemoryLimitTooSmall(
+        f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(need) + 1} with its "
+        "answer; raise memory_limit, or pass out= to write the answer elsewhere"
+    )
+
+
+def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
+    """The bytes that must be free for a sweep: its `footprint`, and `SLACK`."""
+    return footprint(graph, sweep, chunks, answer) + SLACK * peak_bytes(graph, sweep, chunks)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
+
+    per_sample: bool
+    given: bool
+
+
+def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
+    """Predicted bytes of live blocks at the worst moment of a sweep or product."""
+    if isinstance(sweep, mixed.Join):
+        return sweep.peak_bytes(chunks, copies=True)
+    return sweeping.peak_bytes(graph, sweep, chunks)
+
+
+def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool) -> float:
+    """Bytes of the Jacobian between the seed of a sweep and a target."""
+    seed, value = graph.values[sweep.seed].shape, graph.values[target].shape
+    numel = prod(seed) * prod(value)
+    if per_sample:
+        numel //= seed[0]
+    return float(numel * itemsize(graph, target))
+
+
+def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
+    """Predicted bytes that a sweep takes at its worst, its part of the answer included (None: blocks are the answer).
+
+    Chunks are written to an answer that is there from the start; a block that comes whole becomes the answer if it
+    has its form, and is copied to it at the end if not.
+    """
+    peak = peak_bytes(graph, sweep, chunks)
+    if answer is None or answer.given:
+        return peak
+    targets = {t for t in sweep.targets if t is not None}
+    whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
+    if chunks:
+        return peak + whole
+    shares = {s.value: s.shares for s in sweep.steps}
+    keep = frozenset()
+    if answer.per_sample and not sweep.summed and sweep.layout.axes:
+        keep = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
+    end = 0.0
+    for t in targets:
+        layout = sweep.layouts[t]
+        if not shares.get(t, False):
+            end += layout.numel() * itemsize(graph, t)
+        if shares.get(t, False) or layout.tied != keep:
+            end += answer_bytes(graph, sweep, t, answer.per_sample)
+    return max(peak, end)
 
 
 def seconds(sweeps: list[Sweep], rates: Rates) -> float:
@@ -133,37 +200,44 @@ def make_plan(
     chunk_size: int | None = None,
     device: str = "cpu",
     rates: Rates | None = None,
+    answer: Asked | None = None,
 ) -> Plan:
     """Choose the order of accumulation (the cheapest prediction under "auto") and the chunks of every sweep.
 
-    "auto" compares forward, reverse and, where the graph has a cut narrower than both ends, mixed mode; samples that
-    are only known by a probe not to mix (``summed``) are not followed through cuts.
+    "auto" compares forward, reverse and, where the graph has a cut narrower than both ends, mixed mode; "mixed" takes
+    mixed mode wherever there is a cut. Samples that are only known by a probe not to mix (``summed``) are not followed
+    through cuts.
     """
     rates = rates or rough(device)
+    both = strategy in ("auto", "mixed")
     ways: dict[str, list[Sweep]] = {}
-    if strategy in ("auto", "reverse-mode"):
+    if both or strategy == "reverse-mode":
         ways["reverse-mode"] = _direction(graph, True, summed)
-    if strategy in ("auto", "forward-mode"):
+    if both or strategy == "forward-mode":
         ways["forward-mode"] = _direction(graph, False, summed)
     cost = {name: seconds(sweeps, rates) for name, sweeps in ways.items()}
     table = None
-    if not summed and all(ways.values()):
+    if both and not summed and all(ways.values()):
         table = _meeting(graph, strategy, rates)
     if table is not None:
         cost["mixed"] = table.seconds
-    for chosen in sorted(cost, key=cost.get):
+    for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
         parts, sweeps = _stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
-        if chosen == "mixed" and ways and _untied(graph, sweeps):
-            continue  # a proof that samples do not mix, which a direction may have, is worth more
+        if (
+            chosen == "mixed"
+            and _untied(graph, sweeps)
+            and not _untied(graph, ways["reverse-mode"])
+        ):
+            continue  # a proof that samples do not mix is worth more
         try:
-            _cut(graph, parts, sweeps, limit, chunk_size, device)
+            _cut(graph, parts, sweeps, limit, chunk_size, device, answer)
         except MemoryLimitTooSmall as error:
             refused = error
             continue
         break
     else:
         raise refused
-    reason = "asked for" if strategy != "auto" else "predicted " + _compare(cost, chosen)
+    reason = "asked for" if chosen == strategy else "predicted " + _compare(cost, chosen)
     if chosen == "mixed":
         reason += f", {table.name}"
     return Plan(
@@ -171,16 +245,20 @@ def make_plan(
     )
 
 
-def _cut(graph: Graph, parts, sweeps, limit: float, chunk_size: int | None, device: str) -> None:
-    """Choose the chunks of all stages, and predict their peaks: what parts leave stays until the end."""
+def _cut(graph: Graph, parts, sweeps, limit, chunk_size, device: str, answer: Asked | None) -> None:
+    """Choose the chunks of all stages, and predict their peaks: what earlier stages leave stays until the end."""
     held = 0.0
     for part in parts:
         part.chunks = choose_chunks(graph, part, limit - held, None, device)
         part.peak = held + peak_bytes(graph, part, part.chunks)
         held += sum(part.layouts[t].numel() * itemsize(graph, t) for t in {*part.targets} - {None})
     for sweep in sweeps:
-        sweep.chunks = choose_chunks(graph, sweep, limit - held, chunk_size, device)
-        sweep.peak = held + peak_bytes(graph, sweep, sweep.chunks)
+        sweep.chunks = choose_chunks(graph, sweep, limit - held, chunk_size, device, answer)
+        sweep.peak = held + footprint(graph, sweep, sweep.chunks, answer)
+        if answer is not None and not answer.given:
+            held += sum(
+                answer_bytes(graph, sweep, t, answer.per_sample) for t in {*sweep.targets} - {None}
+            )
 
 
 def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
@@ -188,14 +266,9 @@ def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
 
 
 def _meeting(graph: Graph, strategy: str, rates: Rates) -> mixed.Table | None:
-    """The cheapest mixed plan, or None where none is worth a look."""
-    if strategy == "mixed":
-        return mixed.best(graph, mixed.cuts(graph), lambda s: seconds([s], rates), joined=True)
-    at = mixed.narrow_cuts(graph) if strategy == "auto" else []
-    if not at:
-        return None
-    table = mixed.best(graph, at, lambda s: seconds([s], rates))
-    return table if isinstance(table.makes[-1], mixed.Join) else None
+    """The cheapest mixed plan, or None where there is no cut that is worth a look."""
+    at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
+    return mixed.best(graph, at, lambda s: seconds([s], rates), joined=True) if at else None
 
 
 def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:

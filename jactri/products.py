@@ -43,7 +43,7 @@ def multiply(
     left = [c for c in how.out if c not in in_a and c in in_b]
     right = [c for c in how.out if c in in_a and c not in in_b]
     alike = [c for c in how.out if c not in in_a and c not in in_b]
-    inner = [c for c in in_a if c not in how.out]
+    inner = [c for c in how.first if c not in how.out]
     a = a.permute([in_a.index(c) for c in (*both, *inner, *right)])
     b = b.permute([in_b.index(c) for c in (*both, *left, *inner)])
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from . import backends, launch
-from .api import answer_bytes, as_tuple, check_batch, plan_for, prepare, prove_by_probe
+from .api import as_tuple, check_batch, prepare
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout
 from .mixed import Join
 from .planner import Plan
+from .planning import answer_bytes, plan_for, prove_by_probe
 from .sweep import Sweep
 
 
@@ -80,7 +81,7 @@ class Explanation:
         ]
         ratio = self.naive_flops / self.flops if self.flops else float("inf")
         lines.append(
-            f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B beside the answer's "
+            f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B with the answer's "
             f"{si(self.answer_bytes)}B, {self.chunks} chunk{'s' if self.chunks != 1 else ''}"
         )
         lines.append(
@@ -132,13 +133,11 @@ def explain(
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
         summed = False
         if per_sample:
-            proof = plan_for(graph, strategy, False, None, None, xs[0].device.type, ys, xs, True)
+            proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
             summed = not proof.tied
             if summed:
                 prove_by_probe(graph, proof, ys, xs)
-        plan = plan_for(
-            graph, strategy, summed, chunk_size, memory_limit, xs[0].device.type, ys, xs, per_sample
-        )
+        plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
         with backends.use(backend):
             return describe(graph, plan, ys, xs, per_sample)
 

@@ -237,10 +237,6 @@ def _follow(graph, index, seed, layout, reverse, targets, summed) -> Sweep:
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     """Predicted bytes of live blocks at the worst step, with the largest chunk of ``chunks`` in flight."""
-    if not sweep.steps:  # a product: only its result is new
-        sel = {f: (0, c) for f, c in chunks.items()}
-        targets = {t for t in sweep.targets if t is not None}
-        return float(sum(sweep.layouts[t].numel(sel) * itemsize(graph, t) for t in targets))
     sel = {f: (0, c) for f, c in chunks.items()}
 
     def held(layout: Layout) -> int:
@@ -251,13 +247,25 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     root: dict[int, int] = {sweep.seed: nobody}
     users: dict[int, int] = {}
     size: dict[int, float] = {}
-    live = worst = 0.0
+
+    def scales(step: Step) -> bool:
+        first = step.terms[0]
+        edge = graph.values[first.owner].sources[first.edge][1]
+        return len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
+
+    def derivative(step: Step) -> float:
+        return prod(step.layout.shape) * itemsize(graph, step.value)
+
+    # derivatives are kept for later chunks, which find all of them there from the start
+    live = sum(derivative(s) for s in sweep.steps if scales(s)) if chunks else 0.0
+    worst = 0.0
+    turned: set[int] = set()  # blocks in channels-last memory, which a CPU's convolutions run in
     targets = {t for t in sweep.targets if t is not None}
     for step in sweep.steps:
         first = step.terms[0]
         edge = graph.values[first.owner].sources[first.edge][1]
         behind = root[first.other]
-        scaling = len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
+        scaling = scales(step)
         # a block that is used for the last time, and by nobody else, is scaled in place
         reused = scaling and first.other in step.frees and users.get(behind) == 1
         extra = 0.0
@@ -269,8 +277,15 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
             live += size[step.value]
             if len(step.terms) > 1 or edge.structure == "opaque":
                 extra = size[step.value]
-        if scaling:  # the derivative itself stays for other chunks
-            live += prod(step.layout.shape) * itemsize(graph, step.value)
+        if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
+            if first.other not in turned:
+                extra += held(first.route.mid) * itemsize(graph, first.other)
+            if step.layout.shape[1] > 1 and (sweep.reverse or first.route.mid.shape[1] > 1):
+                turned.add(step.value)
+        elif scaling and first.other in turned:
+            turned.add(step.value)
+        if scaling and not chunks:
+            live += derivative(step)
         here = root[step.value]
         if here != nobody:
             users[here] = users.get(here, 0) + 1

@@ -1,5 +1,6 @@
 """Memory: the predicted and the measured peak, on the sizes at which a naive Jacobian would not fit."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,70 @@ def measured(body: str) -> list[float]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [float(word) for word in done.stdout.split()]
+
+
+def live_peak(call) -> int:
+    """The most bytes that torch's allocator held for ``call`` at one time, its result included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        result = call()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del result
+    live = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(live, default=0)
+
+
+def conv_classifier():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 64, 3, 2, 1), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(64 * 64, 10),
+    )  # fmt: skip
+
+
+def dense(*widths, act=torch.nn.Tanh):
+    layers = []
+    for i, o in itertools.pairwise(widths):
+        layers += [torch.nn.Linear(i, o), act()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def transformer_block():
+    return torch.nn.TransformerEncoderLayer(
+        64, 4, 256, 0.0, torch.nn.functional.gelu, batch_first=True, norm_first=True
+    )
+
+
+PREDICTED = {
+    # the shapes of benchmarks/workloads.py: dynamics, classifier, decoder, autoencoder, images, drop-in shape
+    "W1": (dense(32, 256, 256, 32), (1024, 32), True),
+    "W2": (dense(784, 512, 512, 10, act=torch.nn.ReLU), (64, 784), True),
+    "W3": (torch.nn.Sequential(dense(32, 256, 512, 784), torch.nn.Sigmoid()), (64, 32), True),
+    "W4": (dense(784, 256, 32, 256, 784), (16, 784), True),
+    "W5": (conv_classifier(), (16, 3, 16, 16), True),
+    "W7": (transformer_block(), (4, 16, 64), True),
+    "drop-in": (dense(32, 256, 256, 32), (64, 32), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+@pytest.mark.parametrize("limit", [None, 0.7], ids=["free", "limited"])
+def test_the_predicted_peak_is_the_measured_one(name, limit):
+    net, shape, per_sample = PREDICTED[name]
+    x = torch.randn(shape, requires_grad=True)
+    y = net(x)
+    kw = {"per_sample": per_sample}
+    if limit is not None:
+        answer = jactri.explain(net, x, **kw).answer_bytes
+        free = jactri.explain(net, x, **kw).peak_bytes
+        kw["memory_limit"] = int(max(limit * free, answer + 0.6 * (free - answer)) * 1.15)
+    plan = jactri.explain(net, x, **kw)
+    jactri.jacobian_of(y, x, **kw)
+    found = live_peak(lambda: jactri.jacobian_of(y, x, **kw))
+    assert 0.8 <= plan.peak_bytes / found <= 1.2, (
+        f"{plan.peak_bytes} predicted, {found} measured, {plan.chunks} chunks"
+    )
+    if limit is not None:
+        assert found <= kw["memory_limit"]
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to measure the peak")
@@ -148,8 +213,21 @@ def test_samples_that_mix_are_not_cut_into_ranges():
     x = torch.randn(50, 1, dtype=torch.float64)
     with pytest.raises(ValueError, match="memory_limit"):
         jactri.jacobian(
-            lambda x: (w @ x).tanh().sum().view(1, 1).expand(50, 1).tanh(), x, memory_limit=40_000
-        )
+            lambda x: (w @ x).tanh().sum().view(1, 1).expand(50, 1).tanh(), x, memory_limit=30_000,
+            strategy="reverse-mode",
+        )  # fmt: skip
+
+
+def test_auto_takes_the_way_that_fits():
+    # in reverse the wide layer alone, 64 * 4000 * 8 bytes, is above the limit
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4000), torch.nn.Tanh(), torch.nn.Linear(4000, 2))
+    x = torch.randn(1, 3)
+    limit = 20_000
+    with pytest.raises(ValueError, match="memory_limit"):
+        jactri.jacobian(net, x, memory_limit=limit, strategy="forward-mode")
+    torch.testing.assert_close(
+        jactri.jacobian(net, x, memory_limit=40_000), jactri.jacobian(net, x)
+    )
 
 
 def test_a_limit_below_one_seed_is_refused():

@@ -10,6 +10,7 @@ from torch import nn
 import jactri
 from jactri.graph import read
 from jactri.planner import make_plan
+from jactri.rates import Rates, measured
 from jactri.sweep import peak_bytes
 
 
@@ -150,3 +151,21 @@ def test_replanning_after_a_change_of_the_function_is_never_stale():
     for x in (torch.ones(3), -torch.ones(3), torch.ones(3)):
         want = torch.diag(x.exp() if x.sum() > 0 else x.cos())
         torch.testing.assert_close(jactri.jacobian(f, x), want)
+
+
+def test_rates_of_the_device_decide():
+    # few flops and many bytes one way, the reverse the other
+    graph = graph_of(mlp(300, 100, 30), (64, 300))
+    slow_memory = make_plan(graph, rates=Rates(1e15, 1e6, 0.0))
+    slow_products = make_plan(graph, rates=Rates(1e6, 1e15, 0.0))
+    for plan, of in ((slow_memory, "bytes"), (slow_products, "flops")):
+        least = min(
+            getattr(make_plan(graph, s), of) for s in ("forward-mode", "reverse-mode", "mixed")
+        )
+        assert getattr(plan, of) <= 1.001 * least
+
+
+def test_rates_are_measured_once_and_plausible():
+    found = measured(torch.device("cpu"))
+    assert found is measured(torch.device("cpu"))
+    assert 1e8 < found.flops < 1e14 and 1e7 < found.bandwidth < 1e13 and 0 < found.step < 1e-2

@@ -3,13 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import F64, MODES
+from common import F64
+from common import MODES as DIRECTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, assert_same_tree
 
 import jactri
 
+MODES = [*DIRECTIONS, "mixed"]
 LARGEST = 72  # elements of an intermediate value
 
 

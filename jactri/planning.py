@@ -1,0 +1,124 @@
+"""Plans for a recorded computation: remembered, under the device's rates and memory, and in ranges of samples."""
+
+from __future__ import annotations
+
+from . import rates
+from .graph import Graph
+from .memory import free_bytes, parse_bytes
+from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan
+from .samples import narrow, places, probe_mixing
+from .sweep import mixing_steps, simulate, untied_targets
+
+_plans: dict[tuple, Plan] = {}
+_PLANS_KEPT = 256
+
+_LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+_LONG = 2e-3
+"""Predicted seconds from which it pays to measure the device's rates."""
+
+_CLOSE = 8.0
+"""Ways whose predicted times differ by more than this factor are told apart by rough rates too."""
+
+
+def split_samples(graph: Graph, options):
+    """Plans for ranges of samples that fit the memory limit, as (span, graph, plan), or None where there are none.
+
+    ``options`` are those of `plan_for`. The answer is there as a whole while the ranges are written to it.
+    """
+    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests = options
+    n = xs[0].shape[0] if xs[0].dim() else 0
+    if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
+        return None
+    direction = strategy if strategy.endswith("-mode") else "reverse-mode"
+    where = places(graph, make_plan(graph, direction).sweeps)
+    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
+    if where is None or any(where.get(v) != (0, 1) for v in ends):
+        return None
+    if limit is not None and dests is None:
+        limit = parse_bytes(limit) - answer_bytes(ys, xs, per_sample)
+        if limit <= 0:
+            return None
+    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True
+    count = n
+    while True:
+        count //= 2
+        pieces = []
+        try:
+            for start in range(0, n, count):
+                span = (start, min(count, n - start))
+                part = narrow(graph, where, *span)
+                if part is None:
+                    return None
+                pieces.append((span, part, plan_for(part, *options)))
+            return pieces
+        except MemoryLimitTooSmall:
+            if count == 1:
+                raise
+
+
+def plan_for(
+    graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample, dests=None
+) -> Plan:
+    """The plan for a graph, remembered by everything that it depends on.
+
+    Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
+    """
+    device, answer = xs[0].device, Asked(per_sample, dests is not None)
+    if memory_limit is not None:
+        return _plan(graph, strategy, summed, parse_bytes(memory_limit), chunk_size, device, answer)
+    key = (graph.key, strategy, summed, chunk_size, device.type, answer)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(graph, strategy, summed, float("inf"), chunk_size, device, answer)
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[key] = plan
+    if plan.peak > _LARGE and chunk_size is None:
+        limit = max(free_bytes(device) // 2, _LARGE)
+        if plan.peak > limit:
+            return _plan(graph, strategy, summed, limit, chunk_size, device, answer)
+    return plan
+
+
+def _plan(graph: Graph, strategy, summed, limit, chunk_size, device, answer: Asked) -> Plan:
+    """A plan under rough rates or, where these may pick the wrong one of long ways, under measured ones."""
+    options = graph, strategy, summed, limit, chunk_size, device.type
+    plan = make_plan(*options, answer=answer)
+    times = sorted(plan.seconds.values())
+    if len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
+        return plan
+    return make_plan(*options, rates.measured(device), answer)
+
+
+def answer_bytes(ys, xs, per_sample: bool) -> int:
+    """Bytes of all Jacobian blocks."""
+    total = 0
+    for y in ys:
+        for x in xs:
+            n = y.numel() * x.numel()
+            total += (n // max(x.shape[0], 1) if per_sample else n) * x.element_size()
+    return total
+
+
+def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
+    """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
+    if not probe_mixing(ys, xs):
+        return
+    # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
+    forward = [
+        simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None
+    ]
+    culprits = [
+        v
+        for sweep in (*forward, *(s for s in plan.sweeps if s.steps))
+        for target in untied_targets(graph, sweep)
+        for v in mixing_steps(graph, sweep, target)
+    ]
+    value = graph.values[culprits[0]]
+    raise RuntimeError(
+        f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
+        "axis, and a probe found derivatives across samples. Drop per_sample for the whole Jacobian, or make the "
+        "samples independent (BatchNorm: call eval())"
+    )
