@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from . import backends, handover, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
+from .journal import Journal, identity, on_disk
+from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
 from .planner import MemoryLimitTooSmall
 from .planning import plan_for, prove_by_probe, split_samples
-from .progress import bar
+from .progress import Watch, bar
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
-_NO_BAR = contextlib.nullcontext()
 
 
 def jacobian(
@@ -36,6 +39,7 @@ def jacobian(
     out: Any = None,
     backend: str = "auto",
     progress: bool = False,
+    resume: bool = True,
 ) -> Any:
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
@@ -58,10 +62,14 @@ def jacobian(
         chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the answer included;
             by default half of what is free. Sizes the chunks.
-        out: a tensor to write the Jacobian to, or tuples of tensors nested as the result is.
+        out: a tensor, numpy array or ``numpy.memmap`` to write the Jacobian to, or tuples of them nested as the result
+            is; it is returned. It may be on the CPU for inputs on another device. Into a memmap, a Jacobian larger
+            than memory is streamed chunk by chunk.
         backend: ``"torch"``; ``"triton"``, jactri's kernels wherever they cover a step (CUDA, or Triton's interpreter);
             or ``"auto"``, the faster of the two.
         progress: show a progress bar over the chunks.
+        resume: go on where an interrupted call left a memmap ``out`` (opened with mode ``"r+"``); with False, start
+            over. What was left is known by the file ``.progress`` beside the memmap's.
 
     Returns:
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
@@ -102,14 +110,15 @@ def jacobian(
             return jacobian(
                 func, inputs, create_graph, strict, vectorize, strategy, per_sample=per_sample,
                 return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
-                backend=backend, progress=progress,
+                backend=backend, progress=progress, resume=resume,
             )  # fmt: skip
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    rows = compute(
-        ys, leaves, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
-        _out_rows(out, tupled_out, tupled), progress, backend,
+    asked = Request(
+        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
+        _out_rows(out, tupled_out, tupled),
     )  # fmt: skip
-    answer = _nest(rows, tupled_out, tupled)
+    rows = compute(ys, leaves, asked)
+    answer = _nest(rows, tupled_out, tupled) if out is None else out
     if not return_output:
         return answer
     return (result if create_graph else _detached(result)), answer
@@ -128,6 +137,7 @@ def jacobian_of(
     out: Any = None,
     backend: str = "auto",
     progress: bool = False,
+    resume: bool = True,
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
@@ -147,45 +157,47 @@ def jacobian_of(
                 f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
                 "before computing outputs"
             )
-    rows = compute(
-        ys, xs, strategy, create_graph, strict, per_sample, chunk_size, memory_limit,
-        _out_rows(out, tupled_out, tupled), progress, backend,
+    asked = Request(
+        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
+        _out_rows(out, tupled_out, tupled),
     )  # fmt: skip
-    return _nest(rows, tupled_out, tupled)
+    rows = compute(ys, xs, asked)
+    return _nest(rows, tupled_out, tupled) if out is None else out
 
 
-def compute(
-    ys,
-    xs,
-    strategy,
-    create_graph,
-    strict,
-    per_sample,
-    chunk_size,
-    memory_limit,
-    dests,
-    progress,
-    backend="auto",
-) -> list[list[Tensor]]:
+@dataclass(slots=True)
+class Request:
+    """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None."""
+
+    strategy: str
+    create_graph: bool
+    strict: bool
+    per_sample: bool
+    chunk_size: int | None
+    memory_limit: int | str | None
+    progress: bool
+    backend: str
+    resume: bool
+    out: tuple | None
+
+
+def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     """``J[j][i]`` for every output and input of a recorded computation."""
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
-    if strict:
+    if asked.strict:
         for j, y in enumerate(ys):
             if not y.requires_grad:
                 raise RuntimeError(
                     f"Output {j} of the user-provided function does not require gradients. The outputs must be "
                     "computed in a differentiable manner from the input when running in strict mode."
                 )
-    if per_sample:
+    if asked.per_sample:
         check_batch(ys, xs)
-    if dests is not None:
-        _check_out(dests, ys, xs, per_sample)
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
-        rows = _rows(
-            ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress
-        )
-    if strict and create_graph:
+    dests = None if asked.out is None else _destinations(asked.out, ys, xs, asked.per_sample)
+    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
+        rows = _rows(ys, xs, asked, dests)
+    if asked.strict and asked.create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
                 if not block.requires_grad:
@@ -196,24 +208,42 @@ def compute(
     return rows
 
 
-def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests, progress):
+def _rows(ys, xs, asked: Request, dests):
+    strategy, per_sample, limit = asked.strategy, asked.per_sample, asked.memory_limit
     try:
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, str(reason))
-    if strict:
+        return whole.rows(
+            ys, xs, asked.strict, per_sample, asked.chunk_size, limit, dests, str(reason)
+        )
+    if asked.strict:
         _check_dependence(graph, ys, xs)
+    journal = None
+    if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
+        journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
+        # under one and the same limit, the chunks are those of the call that is resumed
+        limit = parse_bytes(limit or journal.limit or max(free_bytes(xs[0].device) // 2, 1))
     plan, summed = None, False
     if per_sample:
         plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests)
         if not plan.tied:
             prove_by_probe(graph, plan, ys, xs)
             plan, summed = None, True
-        elif chunk_size is not None or memory_limit is not None:
+        elif asked.chunk_size is not None or limit is not None:
             plan = None
     forward = strategy == "forward-mode"
-    options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample, dests
+    options = (
+        strategy,
+        summed,
+        asked.chunk_size,
+        limit,
+        ys,
+        xs,
+        per_sample,
+        dests,
+        journal is not None,
+    )
     try:
         pieces = [(None, graph, plan or plan_for(graph, *options))]
     except MemoryLimitTooSmall:
@@ -223,10 +253,11 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
         dests = dests or [
             [zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
         ]
-    chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps) if progress else 0
-    with bar(chunks) if progress else _NO_BAR as advance:
+    if journal is not None:
+        journal.planned([(span, p.signature) for span, _, p in pieces], limit)
+    with _watching(pieces, asked.progress, journal) as watch:
         for span, part, part_plan in pieces:
-            answers = _run(part, part_plan, span, ys, xs, per_sample, forward, dests, advance)
+            answers = _run(part, part_plan, span, ys, xs, per_sample, forward, dests, watch)
     if pieces[0][0] is not None:
         return dests
     return [
@@ -240,7 +271,23 @@ def _rows(ys, xs, strategy, strict, per_sample, chunk_size, memory_limit, dests,
     ]
 
 
-def _run(graph, plan, span, ys, xs, per_sample, forward, dests, advance):
+@contextlib.contextmanager
+def _watching(pieces, progress: bool, journal: Journal | None):
+    """What is told of every chunk, or None."""
+    if not progress and journal is None:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if progress:
+            chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps)
+            advance = stack.enter_context(bar(chunks))
+        if journal is not None:
+            stack.enter_context(journal)
+        yield Watch(advance, journal)
+
+
+def _run(graph, plan, span, ys, xs, per_sample, forward, dests, watch):
     """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
     answers: dict[tuple[int, int], Answer] = {}
     for sweep in plan.sweeps:
@@ -258,7 +305,7 @@ def _run(graph, plan, span, ys, xs, per_sample, forward, dests, advance):
             answers[j, i] = Answer(
                 sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest
             )
-    run(graph, plan, answers, advance)
+    run(graph, plan, answers, watch)
     return answers
 
 
@@ -373,27 +420,48 @@ def _out_rows(out, tupled_out: bool, tupled: bool):
     return tuple(row if tupled else (row,) for row in rows)
 
 
-def _check_out(dests, ys, xs, per_sample: bool) -> None:
-    if len(dests) != len(ys) or any(len(row) != len(xs) for row in dests):
+def _destinations(out, ys, xs, per_sample: bool) -> list[list[Tensor]]:
+    """The caller's ``out`` as tensors. Raises for what does not fit the results."""
+    if len(out) != len(ys) or any(len(row) != len(xs) for row in out):
         raise RuntimeError(
             "out must be nested as the result is: a tuple level for each of outputs and inputs"
         )
-    for j, y in enumerate(ys):
-        for i, x in enumerate(xs):
-            dest, want = dests[j][i], block_shape(y, x, per_sample)
-            if not isinstance(dest, Tensor):
-                raise TypeError(
-                    f"out must hold tensors, got {type(dest)} for output {j}, input {i}"
-                )
-            if tuple(dest.shape) != want or dest.dtype != x.dtype or dest.device != x.device:
-                raise RuntimeError(
-                    f"out for output {j}, input {i} must have shape {want}, dtype {x.dtype} and device {x.device}, "
-                    f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
-                )
-            if dest.requires_grad:
-                raise RuntimeError(
-                    f"out for output {j}, input {i} requires grad; pass a detached tensor"
-                )
+    return [
+        [
+            _destination(out[j][i], y, x, block_shape(y, x, per_sample), f"output {j}, input {i}")
+            for i, x in enumerate(xs)
+        ]
+        for j, y in enumerate(ys)
+    ]
+
+
+def _destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) -> Tensor:
+    dest = given
+    if isinstance(given, numpy.ndarray):
+        if not given.flags.writeable:
+            raise RuntimeError(
+                f"out for {name} is a read-only array; open a memmap with mode 'r+' or 'w+'"
+            )
+        try:
+            dest = torch.from_numpy(given)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"out for {name} must have dtype {x.dtype}; numpy's array of {given.dtype} cannot be a tensor: {error}"
+            ) from None
+    if not isinstance(dest, Tensor):
+        raise TypeError(f"out must hold tensors or numpy arrays, got {type(given)} for {name}")
+    if (
+        tuple(dest.shape) != want
+        or dest.dtype != x.dtype
+        or dest.device not in (x.device, torch.device("cpu"))
+    ):
+        raise RuntimeError(
+            f"out for {name} must have shape {want}, dtype {x.dtype} and device {x.device} (or cpu), "
+            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
+        )
+    if dest.requires_grad:
+        raise RuntimeError(f"out for {name} requires grad; pass a detached tensor")
+    return dest
 
 
 def _nest(rows, tupled_out: bool, tupled: bool):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,11 @@ from . import backends, launch
 from .fusion import Fused, Item, fuse
 from .graph import Graph
 from .layout import Layout, Selection, convert, one, scatter
-from .linear_map import Shape
+from .linear_map import Diagonal, Shape
 from .mixed import Join
 from .planner import Plan
 from .products import multiply
+from .progress import Watch
 from .sweep import Step, Sweep
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
@@ -48,15 +47,16 @@ class Store:
         """Where the block ``(K, *value)`` of a chunk belongs, if a kernel can write it there itself."""
         if self.final.tied != self.layout.tied or (self.dest is None and not sel):
             return None
-        self.reserve()
-        part = self._part(sel)
+        part = self.part(sel)
         try:
             self.written = part.view(-1, *part.shape[len(self.final.free) :])
         except RuntimeError:  # the seed's axes do not merge into one
             return None
         return self.written
 
-    def _part(self, sel: Selection) -> Tensor:
+    def part(self, sel: Selection) -> Tensor:
+        """Where the block of a chunk belongs."""
+        self.reserve()
         part = self.store
         for i, s in enumerate(self.final.free):
             if s in sel:
@@ -70,8 +70,7 @@ class Store:
         if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
             self.store = data.to(device=self.like.device, dtype=self.like.dtype)
             return
-        self.reserve()
-        scatter(self._part(sel), self.final, data, self.layout, sel)
+        scatter(self.part(sel), self.final, data, self.layout, sel)
 
     def block(self) -> Tensor:
         """The whole block, ``(K, *value)``."""
@@ -141,9 +140,9 @@ def run(
     graph: Graph,
     plan: Plan,
     answers: dict[tuple[int, int], Answer],
-    advance: Callable[[], None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
-    """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``advance`` is called a chunk."""
+    """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``watch`` is told of every chunk."""
     made: Made = {}
     for part in plan.parts:
         stores = {v: Store(part.layouts[v], graph.values[v]) for v in part.targets if v is not None}
@@ -156,30 +155,42 @@ def run(
                 pair = (sweep.index, k) if plan.reverse else (k, sweep.index)
                 if pair in answers:
                     ends.append((v, answers[pair]))
-        _stage(graph, sweep, ends, advance, made)
+        _stage(graph, sweep, ends, watch, made)
 
 
-def _stage(graph: Graph, sweep: Sweep, ends, advance, made: Made) -> None:
+def _stage(graph: Graph, sweep: Sweep, ends, watch: Watch | None, made: Made) -> None:
     if isinstance(sweep, Join):
-        _join(sweep, ends, advance, made)
+        _join(sweep, ends, watch, made)
     else:
-        _sweep(graph, sweep, ends, advance)
+        _sweep(graph, sweep, ends, watch)
 
 
-def _join(join: Join, ends, advance, made: Made) -> None:
+def _own(layout: Layout, sel: Selection) -> Selection:
+    """The part of a chunk's selection that a block of this layout has as seeds."""
+    return {f: r for f, r in sel.items() if f not in layout.tied}
+
+
+def _parts(ends, sel: Selection) -> list[Tensor]:
+    """Where a chunk goes in results on disk."""
+    return [a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None]
+
+
+def _join(join: Join, ends, watch: Watch | None, made: Made) -> None:
     """Multiply the partial Jacobians of a cut, chunk by chunk of the result's seeds."""
     second = made[id(join.second.made), join.second.value]
     for sel in join.selections():
+        if watch and watch.skip(_parts(ends, sel)):
+            continue
         for v, answer in ends:
             first = made[id(join.first[v].made), join.first[v].value]
             direct = answer.window(sel)
             block = multiply(join.products[v], join.layouts[v], first, second, sel, direct)
-            answer.put(block, True, {f: r for f, r in sel.items() if f not in join.layouts[v].tied})
-        if advance:
-            advance()
+            answer.put(block, True, _own(join.layouts[v], sel))
+        if watch:
+            watch.done(_parts(ends, sel))
 
 
-def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
+def _sweep(graph: Graph, sweep: Sweep, ends, watch: Watch | None) -> None:
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
     blocks: Blocks = {sweep.seed: (None, False)}
@@ -189,11 +200,13 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
             sweep.items = fuse(graph, sweep)
         items = sweep.items
     if not sweep.chunks:
+        if watch and watch.skip(_parts(ends, {})):
+            return
         _steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
         for v, answer in ends:
             answer.put(*blocks[v], {})
-        if advance:
-            advance()
+        if watch:
+            watch.done(_parts(ends, {}))
         return
     for _, answer in ends:  # before the blocks: it outlives them
         answer.reserve()
@@ -205,17 +218,18 @@ def _sweep(graph: Graph, sweep: Sweep, ends, advance) -> None:
     pinned = used.intersection([sweep.seed, *(s.value for s in shared)]).union(v for v, _ in ends)
     _steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
+        if watch and watch.skip(_parts(ends, sel)):
+            continue
         local = dict(blocks)
         _steps(graph, sweep, body, local, sel, writable, pinned, ends)
         for v, answer in ends:
-            lay = sweep.layouts[v]
-            mine = {f: r for f, r in sel.items() if f not in lay.tied}
+            mine = _own(sweep.layouts[v], sel)
             if any(start for f, (start, _) in sel.items() if f not in mine):
                 continue  # a block in which the cut factor is tied is whole: it is written once
             answer.put(*local[v], mine)
         del local
-        if advance:
-            advance()
+        if watch:
+            watch.done(_parts(ends, sel))
 
 
 def _steps(
@@ -229,6 +243,7 @@ def _steps(
     ends=(),
 ) -> None:
     values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
+    once = sweep.alone and sel is None
     for step in items:
         if step.__class__ is Fused:
             _fused(graph, sweep, step, blocks, sel, writable, pinned, ends)
@@ -249,6 +264,8 @@ def _steps(
                 sel,
                 values[other],
             )
+            if once and edge.__class__ is Diagonal:
+                edge.forget()
             if dying:
                 del blocks[other]
                 continue

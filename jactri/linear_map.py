@@ -264,6 +264,11 @@ class Diagonal(Elementwise):
             self._value = self._derivative()
         return self._value
 
+    def forget(self) -> None:
+        """Let the derivative go, if it can be computed again."""
+        if not isinstance(self._derivative, Tensor):
+            self._value = None
+
     def narrow(self, source, target, in_shape, out_shape):
         return Diagonal(target.of(self.d, len(out_shape)))
 

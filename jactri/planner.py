@@ -47,6 +47,11 @@ class Plan:
     parts: list[Sweep] = field(default_factory=list)
 
     @property
+    def signature(self) -> list:
+        """What decides which chunk comes when."""
+        return [self.strategy, [[s.index, sorted(s.chunks.items())] for s in self.sweeps]]
+
+    @property
     def flops(self) -> float:
         return sum(s.flops for s in (*self.parts, *self.sweeps))
 
@@ -247,6 +252,8 @@ def make_plan(
 
 def _cut(graph: Graph, parts, sweeps, limit, chunk_size, device: str, answer: Asked | None) -> None:
     """Choose the chunks of all stages, and predict their peaks: what earlier stages leave stays until the end."""
+    for sweep in sweeps:
+        sweep.alone = len(sweeps) == 1 and not parts
     held = 0.0
     for part in parts:
         part.chunks = choose_chunks(graph, part, limit - held, None, device)

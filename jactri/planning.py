@@ -27,7 +27,7 @@ def split_samples(graph: Graph, options):
 
     ``options`` are those of `plan_for`. The answer is there as a whole while the ranges are written to it.
     """
-    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests = options
+    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests, steady = options
     n = xs[0].shape[0] if xs[0].dim() else 0
     if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
         return None
@@ -40,7 +40,7 @@ def split_samples(graph: Graph, options):
         limit = parse_bytes(limit) - answer_bytes(ys, xs, per_sample)
         if limit <= 0:
             return None
-    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True
+    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True, steady
     count = n
     while True:
         count //= 2
@@ -59,37 +59,46 @@ def split_samples(graph: Graph, options):
 
 
 def plan_for(
-    graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample, dests=None
+    graph: Graph,
+    strategy: str,
+    summed: bool,
+    chunk_size: int | None,
+    memory_limit: int | str | None,
+    ys,
+    xs,
+    per_sample: bool,
+    dests=None,
+    steady: bool = False,
 ) -> Plan:
     """The plan for a graph, remembered by everything that it depends on.
 
     Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
+    ``steady``: a plan that any process makes, under rough rates.
     """
     device, answer = xs[0].device, Asked(per_sample, dests is not None)
+
+    def make(limit: float) -> Plan:
+        options = graph, strategy, summed, limit, chunk_size, device.type
+        plan = make_plan(*options, answer=answer)
+        times = sorted(plan.seconds.values())
+        if steady or len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
+            return plan
+        return make_plan(*options, rates.measured(device), answer)
+
     if memory_limit is not None:
-        return _plan(graph, strategy, summed, parse_bytes(memory_limit), chunk_size, device, answer)
+        return make(parse_bytes(memory_limit))
     key = (graph.key, strategy, summed, chunk_size, device.type, answer)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plan(graph, strategy, summed, float("inf"), chunk_size, device, answer)
+        plan = make(float("inf"))
         if len(_plans) >= _PLANS_KEPT:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
     if plan.peak > _LARGE and chunk_size is None:
         limit = max(free_bytes(device) // 2, _LARGE)
         if plan.peak > limit:
-            return _plan(graph, strategy, summed, limit, chunk_size, device, answer)
+            return make(limit)
     return plan
-
-
-def _plan(graph: Graph, strategy, summed, limit, chunk_size, device, answer: Asked) -> Plan:
-    """A plan under rough rates or, where these may pick the wrong one of long ways, under measured ones."""
-    options = graph, strategy, summed, limit, chunk_size, device.type
-    plan = make_plan(*options, answer=answer)
-    times = sorted(plan.seconds.values())
-    if len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
-        return plan
-    return make_plan(*options, rates.measured(device), answer)
 
 
 def answer_bytes(ys, xs, per_sample: bool) -> int:

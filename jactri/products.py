@@ -54,7 +54,7 @@ def multiply(
     order = [*both, *left, *right]
     a, b = a.reshape(-1, k, n), b.reshape(-1, m, k)
     target = None
-    if out is not None and not alike and not torch.is_grad_enabled():
+    if out is not None and not alike and out.device == a.device and not torch.is_grad_enabled():
         target = _as_matrices(out, how, sizes, order, (many(both), m, n))
     if target is not None:
         torch.bmm(b, a, out=target)

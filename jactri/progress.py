@@ -1,9 +1,35 @@
-"""A progress bar over chunks, by rich or tqdm."""
+"""What goes with every chunk: a progress bar, by rich or tqdm, and the journal of a result on disk."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from .journal import Journal
+
+
+class Watch:
+    """Told of every chunk: moves the bar, keeps the journal, and knows what is written already."""
+
+    def __init__(self, advance: Callable[[], None] | None, journal: Journal | None):
+        self.advance, self.journal = advance, journal
+
+    def skip(self, parts: list[Tensor]) -> bool:
+        """Whether the next chunk, that goes to ``parts`` of the results, is written already."""
+        if self.journal is None or not self.journal.skip(parts):
+            return False
+        if self.advance:
+            self.advance()
+        return True
+
+    def done(self, parts: list[Tensor]) -> None:
+        """A chunk was written to ``parts``."""
+        if self.journal is not None:
+            self.journal.done(parts)
+        if self.advance:
+            self.advance()
 
 
 @contextlib.contextmanager

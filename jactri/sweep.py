@@ -63,6 +63,8 @@ class Sweep:
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
     items: list | None = None
+    alone: bool = False
+    """Whether it is the only stage of its plan: a derivative that all chunks share is then used once."""
 
     @property
     def flops(self) -> float:
@@ -256,8 +258,12 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     def derivative(step: Step) -> float:
         return prod(step.layout.shape) * itemsize(graph, step.value)
 
+    def repeated(step: Step) -> bool:
+        """Whether every chunk runs the step, and so needs its derivative."""
+        return bool(chunks) and not step.layout.tied.issuperset(chunks)
+
     # derivatives are kept for later chunks, which find all of them there from the start
-    live = sum(derivative(s) for s in sweep.steps if scales(s)) if chunks else 0.0
+    live = sum(derivative(s) for s in sweep.steps if scales(s) and repeated(s))
     worst = 0.0
     turned: set[int] = set()  # blocks in channels-last memory, which a CPU's convolutions run in
     targets = {t for t in sweep.targets if t is not None}
@@ -284,8 +290,11 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
                 turned.add(step.value)
         elif scaling and first.other in turned:
             turned.add(step.value)
-        if scaling and not chunks:
-            live += derivative(step)
+        if scaling and step.flops and not repeated(step):  # with no flops, it is the block itself
+            extra += derivative(step)
+            if not sweep.alone:
+                live += derivative(step)
+                extra -= derivative(step)
         here = root[step.value]
         if here != nobody:
             users[here] = users.get(here, 0) + 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy
 import pytest
 import torch
 
@@ -261,3 +262,47 @@ def test_bad_amounts_of_memory(bad):
 
 def test_free_bytes_is_plausible():
     assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
+
+
+def test_a_kernel_residual_takes_little_more_than_its_answer():
+    """functorch#1058: 38 GiB were asked for the 74 MB Jacobian of 10^4 residuals in 1001 numbers."""
+    gen = torch.Generator().manual_seed(0)
+    data = torch.randn(10_000, 10, generator=gen, dtype=torch.float64)
+    weights = torch.randn(100, generator=gen, dtype=torch.float64)
+    target = torch.randn(10_000, generator=gen, dtype=torch.float64)
+
+    def residual(inputs):
+        points, scale = inputs[:1000].view(100, 10), inputs[1000].exp()
+        distance = (data**2).sum(1, keepdim=True) + (points**2).sum(1) - 2 * data @ points.T
+        return torch.exp(-0.5 * distance / scale) @ weights - target
+
+    inputs = torch.randn(1001, generator=gen, dtype=torch.float64)
+
+    def forward():
+        return residual(inputs.clone().requires_grad_())
+
+    kept = []
+    found = live_peak(lambda: kept.append(jactri.jacobian(residual, inputs)))
+    (J,) = kept
+    assert found <= 1.3 * J.nbytes + live_peak(forward)
+    some = torch.arange(0, 10_000, 1999)
+    leaf = inputs.clone().requires_grad_()
+    y = residual(leaf)
+    for k in some:
+        (row,) = torch.autograd.grad(y[k], leaf, retain_graph=True)
+        torch.testing.assert_close(J[k], row)
+
+
+def test_a_jacobian_larger_than_its_memory_goes_to_disk(tmp_path):
+    net = dense(300, 100, 500)
+    x = torch.randn(16, 300)
+    limit = 3_000_000  # the answer has 9.6 MB
+    out = numpy.memmap(tmp_path / "J", mode="w+", dtype="float32", shape=(16, 500, 300))
+    kw = {"per_sample": True, "out": out}
+    jactri.jacobian(net, x, memory_limit=limit, **kw)
+    assert out.nbytes > 3 * limit
+    y = net(x.requires_grad_())
+    found = live_peak(lambda: jactri.jacobian_of(y, x, memory_limit=limit, **kw))
+    assert found <= limit
+    truth = jactri.jacobian(net, x.detach(), per_sample=True)
+    torch.testing.assert_close(torch.from_numpy(out), truth)

@@ -1,0 +1,175 @@
+"""A Jacobian on disk: which chunks of it are written, so that an interrupted call goes on where it stopped.
+
+Beside a memmap ``J.npy`` lies ``J.npy.progress`` while a call writes to it: what is being computed, and for each
+finished chunk a checksum of some of its entries. It goes when the result is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("jactri")
+
+_EVERY = 1.0
+"""Seconds between two saves: a killed process loses the chunks since the last one."""
+
+_ENTRIES = 64
+"""Entries of a chunk that its checksum covers, and of the outputs that are compared."""
+
+_FORM = 1
+"""The form of the file."""
+
+
+def on_disk(arrays) -> list[np.memmap]:
+    """Those of the caller's ``out`` whose file is written to."""
+    return [a for a in arrays if isinstance(a, np.memmap) and a.filename and a.mode != "c"]
+
+
+def path_of(mapped: np.memmap) -> Path:
+    """Where the journal of a memmap lies; parts of one file have one each."""
+    whole = np.frombuffer(mapped._mmap, dtype=np.uint8)
+    start = mapped.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    name = Path(mapped.filename)
+    part = "" if start + mapped.nbytes >= whole.nbytes and start <= mapped.offset else f".{start}"
+    return name.with_name(name.name + part + ".progress")
+
+
+def identity(graph_key, ys, xs, per_sample: bool) -> dict:
+    """What makes a computation the same one: its ops and shapes, its inputs bit by bit, samples of its outputs."""
+    inputs = hashlib.sha256()
+    for x in xs:
+        inputs.update(repr((tuple(x.shape), x.dtype)).encode())
+        inputs.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    samples = []
+    for k, y in enumerate(ys):
+        flat = y.detach().reshape(-1)
+        where = _places(k, (flat.shape[0],))[0]
+        samples.append(flat[where.to(flat.device)].double().tolist())
+    return {
+        "form": _FORM,
+        "function": hashlib.sha256(repr(graph_key).encode()).hexdigest(),
+        "inputs": inputs.hexdigest(),
+        "outputs": samples,
+        "per_sample": per_sample,
+    }
+
+
+def _places(seed: int, shape) -> list[Tensor]:
+    """Some places in a tensor, the same at every call."""
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, max(n, 1), (_ENTRIES,), generator=gen) for n in shape]
+
+
+def _differs(mine: dict, theirs: dict) -> str | None:
+    """Which part of two computations is not the same, or None."""
+    for name in ("form", "function", "per_sample", "inputs"):
+        if mine[name] != theirs.get(name):
+            return name
+    for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
+        one, two = torch.tensor(a), torch.tensor(b)
+        # another number of threads may round differently; another function is further away
+        if not torch.allclose(
+            one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()), equal_nan=True
+        ):
+            return "outputs"
+    return None
+
+
+class Journal:
+    """The progress file of one call. Use as a context manager around the chunks."""
+
+    def __init__(self, maps: list[np.memmap], what: dict, resume: bool):
+        """Read what an earlier call left; raise RuntimeError if that was another computation (``resume``)."""
+        self.maps, self.path = maps, path_of(maps[0])
+        self.state = {**what, "limit": None, "plan": None, "chunks": []}
+        self.at, self._saved, self.resumed = 0, 0.0, False
+        if not self.path.exists():
+            return
+        if not resume:
+            self.path.unlink()
+            return
+        try:
+            left = json.loads(self.path.read_text())
+            reason = _differs(what, left)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            reason = "format"
+        if reason is not None:
+            raise RuntimeError(
+                f"out: {self.path} is of an interrupted call for another computation (its {reason} differs); pass "
+                "resume=False to start over, or another file"
+            )
+        self.state, self.resumed = left, True
+
+    @property
+    def limit(self) -> int | None:
+        """The memory limit under which the earlier call was planned: it decides its chunks."""
+        return self.state["limit"]
+
+    def planned(self, plan, limit: int) -> None:
+        """Note the plan. Raises RuntimeError if the earlier call ran another one."""
+        signature = json.loads(json.dumps(plan))
+        if self.resumed and signature != self.state["plan"]:
+            raise RuntimeError(
+                f"out: {self.path} is of an interrupted call with other options; pass the same strategy, chunk_size "
+                "and memory_limit, or resume=False to start over"
+            )
+        self.state.update(plan=signature, limit=limit)
+        if self.resumed:
+            _log.info("resuming %s after %d chunks", self.path, len(self.state["chunks"]))
+
+    def skip(self, parts: list[Tensor]) -> bool:
+        """Whether the next chunk is written already, to ``parts`` of the results; then it counts as done."""
+        if self.at >= len(self.state["chunks"]):
+            return False
+        if self._checksum(parts) != self.state["chunks"][self.at]:
+            raise RuntimeError(
+                f"out: the file of {self.path} does not hold what the interrupted call wrote (was it made anew with "
+                "mode 'w+'?); open it with mode 'r+', or pass resume=False to start over"
+            )
+        self.at += 1
+        return True
+
+    def done(self, parts: list[Tensor]) -> None:
+        """A chunk was written to ``parts`` of the results."""
+        self.state["chunks"].append(self._checksum(parts))
+        self.at += 1
+        if time.monotonic() - self._saved > _EVERY:
+            self.save()
+
+    def _checksum(self, parts: list[Tensor]) -> int:
+        found = 0
+        for k, part in enumerate(parts):
+            if part.numel():
+                entries = part[tuple(_places(1000 * self.at + k, part.shape))]
+                found = zlib.crc32(entries.numpy().tobytes(), found)
+        return found
+
+    def save(self) -> None:
+        """Write the results to disk, then the journal: it never claims what is not there."""
+        for mapped in self.maps:
+            mapped.flush()
+        written = self.path.with_name(self.path.name + ".new")
+        written.write_text(json.dumps(self.state))
+        os.replace(written, self.path)
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.save()
+            return
+        for mapped in self.maps:
+            mapped.flush()
+        self.path.unlink(missing_ok=True)
