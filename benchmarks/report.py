@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all times")
     options = parser.parse_args(argv)
     files = [json.loads(p.read_text()) for p in options.files or sorted(RESULTS.glob("*.json"))]
+    files = [f for f in files if "results" in f]  # counts.json holds no times
     for measured in files:
         if measured.get("kind") != "gpu" or measured.get("command") == "bench":
             print(table(measured))

@@ -1,0 +1,235 @@
+"""What a call does beside the forward pass, in whole numbers: ``python -m benchmarks.counts [--write]``.
+
+Times depend on the machine and on who else is on it; these figures do not, so a change that makes a call do more is
+seen on any machine. They are held against benchmarks/results/counts.json: exit status 1 if one differs, which
+``--write`` accepts. A test compares them too.
+
+``planned_...`` is what `jactri.explain` predicts. The others count the operations that torch was given in one call:
+``ops`` that compute something, each about one kernel launch; ``bytes_moved`` by them; the ``allocations`` of new
+memory; ``flops`` of those ops that torch can count (products), left out where there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import jactri
+from jactri import backends
+
+from .workloads import ALL, Workload
+
+FILE = Path(__file__).parent / "results" / "counts.json"
+FIGURES = (
+    "planned_flops", "planned_bytes", "planned_peak_bytes",
+    "ops", "bytes_moved", "allocations", "allocated_bytes", "flops",
+)  # fmt: skip
+PLANNED = FIGURES[:3]
+
+SAMPLES = {"square": 100}  # of 10^4: its inputs alone would take 1.2 GB to draw
+WORKLOADS = tuple(replace(w, samples=SAMPLES.get(w.name, w.samples)) for w in ALL)
+
+LIMIT = 1 << 40  # without one, chunks depend on how much memory is free now
+
+aten = torch.ops.aten
+OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}  # in place, and what was there is not read
+
+Counts = dict[str, int]
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that torch is given while ``on``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+        self.counts = dict.fromkeys(FIGURES[3:7], 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
+            return args[0]  # torch hands a number that it wrapped itself over as the number
+        result = func(*args, **kwargs)
+        if self.on:
+            self._count(func, args, kwargs, result)
+        return result
+
+    def _count(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        counts, name = self.counts, func.overloadpacket.__name__
+        given = _tensors((args, kwargs))
+        held = {_storage(t) for t in given}
+        made = [t for t in _tensors(result) if _storage(t) not in held]
+        new = {_storage(t): t.untyped_storage().nbytes() for t in made}
+        counts["allocations"] += sum(map(bool, new.values()))
+        counts["allocated_bytes"] += sum(new.values())
+        if name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in func.tags:
+            return  # memory as it comes, or another view of it: nothing runs
+        changed, lost = _written(func, args, kwargs)
+        if not made and not changed:
+            return
+        if name.startswith("new_") or name.endswith("_like"):
+            given = []  # only their shape is looked at
+        unread = {_region(t) for t in lost}
+        read = {_region(t): _extent(t) for t in given if _region(t) not in unread}
+        wrote = {_region(t): _extent(t) for t in (*made, *changed)}
+        counts["ops"] += 1
+        counts["bytes_moved"] += sum(read.values()) + sum(wrote.values())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The arguments that an operation writes to, and those of them that it does not read."""
+    changed, lost = [], []
+    for i, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            found = _tensors(args[i] if i < len(args) else kwargs.get(a.name))
+            changed += found
+            if a.is_out or func.overloadpacket in OVERWRITES:
+                lost += found
+    return changed, lost
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _region(t: Tensor) -> tuple:
+    """What makes two tensors the same entries of the same memory."""
+    return _storage(t), t.storage_offset(), t.shape, t.stride()
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes of the different entries behind a tensor: expanded axes and overlapping windows count once."""
+    if not t.numel():
+        return 0
+    axes = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if s]
+    entries = math.prod(n for n, _ in axes)
+    return t.itemsize * min(entries, 1 + sum((n - 1) * s for n, s in axes))
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """Products go to torch.mm: which of two ways runs is otherwise decided by timing them."""
+    before, backends._probe = backends._probe, backends.Probe(None, None, "not timed for counts")
+    try:
+        yield
+    finally:
+        backends._probe = before
+
+
+def counted(call: Callable[[Callable], Any], net: nn.Module) -> Counts:
+    """What ``call(func)`` does beside ``func``, which is the network."""
+    inside = 0
+    with FlopCounterMode(display=False) as flops, Counter() as counter:
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal inside
+            counter.on, before = False, flops.get_total_flops()
+            try:
+                return net(x)
+            finally:
+                counter.on = True
+                inside += flops.get_total_flops() - before
+
+        call(forward)
+    products = flops.get_total_flops() - inside
+    return {**counter.counts, **({"flops": products} if products else {})}
+
+
+def measure(workload: Workload) -> Counts:
+    """All figures of one workload."""
+    net = workload.build()
+    x = workload.draw(net)
+    options = {"per_sample": not workload.full, "memory_limit": LIMIT}
+
+    def call(func: Callable) -> Any:
+        return jactri.jacobian(func, x, **options)
+
+    with untimed():
+        plan = jactri.explain(net, x, **options)
+        planned = (plan.flops, plan.bytes, plan.peak_bytes)
+        call(net)  # what happens once a process is not part of a call
+        return {**dict(zip(PLANNED, map(int, planned), strict=True)), **counted(call, net)}
+
+
+def version() -> str:
+    """torch's version without the build: a torch for CUDA gives the CPU the same operations."""
+    return torch.__version__.split("+")[0]
+
+
+def changes(found: Counts, kept: Counts, figures: Iterable[str] = FIGURES) -> dict[str, str]:
+    """The figures that differ, each with how."""
+    differ = {}
+    for name in figures:
+        new, old = found.get(name), kept.get(name)
+        if new != old:
+            both = new is not None and old is not None
+            differ[name] = f"{new - old:+,}" if both else f"was {_text(old)}"
+    return differ
+
+
+def comparable(kept: dict[str, Any]) -> tuple[str, ...]:
+    """The figures that can be held against a file: another torch may run other ops for the same call."""
+    return FIGURES if kept.get("torch") == version() else PLANNED
+
+
+def _text(figure: int | None) -> str:
+    return "-" if figure is None else f"{figure:,}"
+
+
+def table(found: dict[str, Counts], differ: dict[str, dict[str, str]]) -> str:
+    """A row a workload, differences in brackets."""
+    rows = [("", *(f.replace("_", " ") for f in FIGURES))]
+    for name, figures in found.items():
+        cells = (
+            _text(figures.get(f)) + (f" ({differ[name][f]})" if f in differ[name] else "")
+            for f in FIGURES
+        )
+        rows.append((name, *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 1 if a figure is not the file's."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"rewrite {FILE.name}")
+    options = parser.parse_args(arguments)
+    kept = json.loads(FILE.read_text()) if FILE.exists() else {"torch": version(), "workloads": {}}
+    found = {w.name: measure(w) for w in WORKLOADS}
+    against = comparable(kept)
+    differ = {n: changes(f, kept["workloads"].get(n, {}), against) for n, f in found.items()}
+    print(table(found, differ))
+    if against == PLANNED:
+        print(f"counted with torch {version()}, {FILE.name} with {kept['torch']}: plans compared")
+    gone = [n for n in kept["workloads"] if n not in found]
+    if gone:
+        print(f"in {FILE.name} only: {', '.join(gone)}")
+    if options.write:
+        text = json.dumps({"torch": version(), "workloads": found}, indent=1)
+        FILE.write_text(text + "\n")
+        return 0
+    return 1 if gone or any(differ.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
