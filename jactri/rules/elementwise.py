@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels.support import Factor
 from ..layout import one
@@ -254,7 +256,12 @@ def neg(g):
 def _number(t: Tensor):
     """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
     if t.dim() == 0 and not t.requires_grad and t.device.type == "cpu":
-        return t.item()
+        if not _len_torch_dispatch_stack():
+            return t.item()
+        with (
+            _disable_current_modes()
+        ):  # autograd's wrapped numbers cannot be read through a dispatch mode
+            return t.item()
     return None
 
 
@@ -281,14 +288,20 @@ def mul(g):
 @rule("Div")
 def div(g):
     a, b = g.src
+    m, divisor, terms = g.meta[0], g.tensor("other"), []
+    if a is not None:
+        number = _number(divisor)
+        if number:
+            terms.append(g.scale(g.match(a), 1 / number))
+        else:
+            d = fit(
+                divisor, m
+            )  # its quotient, not its reciprocal: second derivatives then cancel as autograd's do
+            terms.append(g.diagonal(g.match(a), lambda: one(d) / d))
     if b is not None:
-        return elementwise(g)
-    divisor = g.tensor("other")
-    number = _number(divisor)
-    if number:
-        return g.scale(g.match(a), 1 / number)
-    m = g.meta[0]
-    return g.diagonal(g.match(a), lambda: fit(divisor, m).reciprocal())
+        x = g.tensor("self")
+        terms.append(g.diagonal(g.match(b), lambda: fit((x / divisor).div_(-divisor), m)))
+    return g.plus(terms)
 
 
 @rule("Mul.1")
