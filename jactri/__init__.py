@@ -2,6 +2,7 @@
 
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
+from .compiled import Compiled, compile
 from .opaque import FallbackError, fallback
 from .report import Explanation, explain
 
@@ -9,10 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckReport",
+    "Compiled",
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
     "check",
+    "compile",
     "explain",
     "fallback",
     "jacobian",

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
+from ..tape import number
 from . import rule
 
 FORMULAS = {
@@ -256,12 +255,7 @@ def neg(g):
 def _number(t: Tensor):
     """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
     if t.dim() == 0 and not t.requires_grad and t.device.type == "cpu":
-        if not _len_torch_dispatch_stack():
-            return t.item()
-        with (
-            _disable_current_modes()
-        ):  # autograd's wrapped numbers cannot be read through a dispatch mode
-            return t.item()
+        return number(t)
     return None
 
 
@@ -277,9 +271,9 @@ def mul(g):
         if s is None:
             continue
         partner = g.tensor(name)
-        number = _number(partner)
-        if number is not None:
-            terms.append(g.scale(g.match(s), number))
+        value = _number(partner)
+        if value is not None:
+            terms.append(g.scale(g.match(s), value))
         else:
             terms.append(g.diagonal(g.match(s), fit(partner, m)))
     return g.plus(terms)
@@ -290,9 +284,9 @@ def div(g):
     a, b = g.src
     m, divisor, terms = g.meta[0], g.tensor("other"), []
     if a is not None:
-        number = _number(divisor)
-        if number:
-            terms.append(g.scale(g.match(a), 1 / number))
+        value = _number(divisor)
+        if value:
+            terms.append(g.scale(g.match(a), 1 / value))
         else:
             d = fit(
                 divisor, m
@@ -311,8 +305,8 @@ def mul_scalar(g):
 
 @rule("Div.1")
 def div_scalar(g):
-    number = g.saved("other")
-    return g.scale(g.match(g.src[0]), 1 / number) if number else unary(g)
+    value = g.saved("other")
+    return g.scale(g.match(g.src[0]), 1 / value) if value else unary(g)
 
 
 @rule("Pow")
