@@ -3,6 +3,7 @@
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .opaque import FallbackError, fallback
+from .profiling import Profile, profile
 from .report import Explanation, explain
 
 __version__ = "0.1.0"
@@ -12,9 +13,11 @@ __all__ = [
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
+    "Profile",
     "check",
     "explain",
     "fallback",
     "jacobian",
     "jacobian_of",
+    "profile",
 ]

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import backends, handover, whole
+from . import backends, handover, ranges, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
@@ -315,7 +315,8 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves = tuple([_leaf(x, create_graph) for x in xs])
-        result = _uncompiled(func)(*leaves)
+        func = _uncompiled(func)
+        result = ranges.call(func, leaves) if ranges.watching() else func(*leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
 
