@@ -15,6 +15,7 @@ from . import backends, handover, ranges, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
+from .layers import watching
 from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
 from .planner import MemoryLimitTooSmall
@@ -316,7 +317,7 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
     with torch.enable_grad():
         leaves = tuple([_leaf(x, create_graph) for x in xs])
         func = _uncompiled(func)
-        result = ranges.call(func, leaves) if ranges.watching() else func(*leaves)
+        result = ranges.call(func, leaves) if watching() else func(*leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
 

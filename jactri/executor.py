@@ -14,7 +14,7 @@ from .mixed import Join
 from .planner import Plan
 from .products import multiply
 from .progress import Watch
-from .ranges import Marks, watching
+from .ranges import Marks
 from .sweep import Step, Sweep
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
@@ -145,7 +145,7 @@ def run(
 ) -> None:
     """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``watch`` is told of every chunk."""
     made: Made = {}
-    marks = Marks(graph, plan) if watching() else None
+    marks = None if graph.layers is None else Marks(graph, plan)
     stage = _stage if marks is None else marks.staged(_stage)
     for part in plan.parts:
         stores = {v: Store(part.layouts[v], graph.values[v]) for v in part.targets if v is not None}

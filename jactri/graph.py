@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import ranges
+from . import layers
 from .contraction import Expand, Sum
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
@@ -50,7 +50,7 @@ class Graph:
 
     ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
-    names the layer of each value, while a profiler is on (see `ranges`).
+    names the layers of values while somebody looks (see layers.py), and is None else.
     """
 
     __slots__ = ("inputs", "key", "layers", "outputs", "values")
@@ -270,10 +270,9 @@ class Reader:
 class _NamingReader(Reader):
     """A reader that notes which layer every value comes from, too."""
 
-    def __init__(self, log: ranges.Layers):
+    def __init__(self, log: layers.Layers):
         super().__init__()
-        self.log = log
-        self.layers: dict[int, str] = {}
+        self.log, self.layers = log, {}
 
     def visit(self, node, src):
         mark = len(self.values)
@@ -288,7 +287,7 @@ class MissingValue(Exception):
 
 def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
-    log = ranges.layers()
+    log = layers.noted() if (watched := layers.watching()) else None
     reader = Reader() if log is None else _NamingReader(log)
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
     wanted: dict[
@@ -325,7 +324,8 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
         leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
     ]
     key = (tuple(reader._key), tuple(starts), tuple(ends))
-    return Graph(reader.values, starts, ends, key, None if log is None else reader.layers)
+    names = None if not watched else {} if log is None else reader.layers
+    return Graph(reader.values, starts, ends, key, names)
 
 
 def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:

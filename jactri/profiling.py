@@ -16,9 +16,10 @@ from torch.autograd import DeviceType
 
 from . import backends, rates
 from .api import as_tuple, jacobian
+from .layers import Layers
 from .memory import si
 from .planner import predict
-from .ranges import Layers, Session
+from .ranges import Session
 from .report import StepReport, steps_of
 
 Seconds = dict[int, float]

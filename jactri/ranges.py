@@ -1,130 +1,27 @@
-"""Named ranges for profilers: which layer every value comes from, and a range around every step of a plan.
-
-Steps run without any of this while nobody looks: `watching` is asked once where the function runs, where its graph is
-read and where a plan runs. It looks who has a torch profiler on, set ``JACTRI_NVTX=1``, or calls `jactri.profile`.
-"""
+"""Named ranges for profilers around every step of a plan, and their times for `jactri.profile`."""
 
 from __future__ import annotations
 
-import inspect
-import os
-import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch._C._autograd import _profiler_type
 from torch._C._profiler import ActiveProfilerType
-from torch.autograd import _get_sequence_nr, _profiler_enabled
-from torch.nn import Module
-from torch.nn.modules import module as modules
+from torch.autograd import _profiler_enabled
 
+from . import layers
+from .layers import Layers, session_now
 from .memory import si
 from .mixed import Join
-
-NVTX = os.environ.get("JACTRI_NVTX", "0") not in ("", "0")
-"""Whether to push NVTX ranges where torch's profiler is off, as Nsight and proton need them. Read at the import."""
-
-_session: ContextVar[Session | None] = ContextVar("session", default=None)
-_thread = threading.local()
-
-
-def watching() -> bool:
-    """Whether anybody looks at what runs."""
-    return _profiler_enabled() or NVTX or _session.get() is not None
-
-
-# -- layers ---------------------------------------------------------------------------------------
-
-
-class Layers:
-    """Which layer made an autograd node, for all nodes that are made in this context, in this thread.
-
-    A call of a module covers the sequence numbers of the nodes that it makes; a node belongs to the innermost one.
-    Names are paths within ``func`` (a module or its method, or a function that holds modules in variables), and of
-    modules that are not found there, within the outermost one that is called, under its class name.
-    """
-
-    def __init__(self, func: Callable | None = None):
-        self._names: dict[Module, str] = {}
-        self._open: list[tuple[Module | None, str]] = [(None, "")]
-        self._starts = [0]
-        self._layers = [""]
-        for variable, root in _roots(func):
-            self._add(root, variable)
-
-    def _add(self, root: Module, prefix: str) -> None:
-        for path, part in root.named_modules():
-            kind = type(part).__name__
-            where = ".".join(p for p in (prefix, path) if p)
-            self._names.setdefault(part, kind if where in ("", kind) else f"{where} {kind}")
-
-    def __enter__(self) -> Layers:
-        self._hooks = [
-            modules.register_module_forward_pre_hook(self._enter),
-            # also where a module raises: the function may go on without it
-            modules.register_module_forward_hook(self._leave, always_call=True),
-        ]
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._mark("")
-        self._names.clear()  # what is kept for the reader must not keep models alive
-        self._open.clear()
-        _thread.layers = self
-
-    def _enter(self, part: Module, args) -> None:
-        if part not in self._names:
-            self._add(part, type(part).__name__)
-        self._open.append((part, self._names[part]))
-        self._mark(self._names[part])
-
-    def _leave(self, part: Module, args, result) -> None:
-        if not any(p is part for p, _ in self._open):
-            return
-        while self._open.pop()[0] is not part:
-            pass
-        self._mark(self._open[-1][1])
-
-    def _mark(self, layer: str) -> None:
-        self._starts.append(_get_sequence_nr())
-        self._layers.append(layer)
-
-    def of(self, node) -> str:
-        """The layer of an autograd node, or an empty text."""
-        return self._layers[bisect_right(self._starts, node._sequence_nr()) - 1]
-
-
-def _roots(func) -> Iterator[tuple[str, Module]]:
-    """The modules that a function is or holds in variables, with the names of those."""
-    for root in (func, getattr(func, "__self__", None)):
-        if isinstance(root, Module):
-            yield "", root
-    if inspect.isfunction(func):
-        try:
-            found = inspect.getclosurevars(func)
-        except ValueError:  # a variable that is not set yet
-            return
-        for name, value in {**found.globals, **found.nonlocals}.items():
-            if isinstance(value, Module):
-                yield name, value
-
-
-def layers() -> Layers | None:
-    """The layers of the function that this thread ran last while somebody was looking, if somebody still is."""
-    return getattr(_thread, "layers", None) if watching() else None
 
 
 def call(func: Callable, xs):
     """Run the user's function while somebody looks: under a range, its layers noted."""
-    session, start = _session.get(), time.perf_counter()
+    session, start = session_now.get(), time.perf_counter()
     if session is not None and not session.named:
         result = func(*xs)
     else:
@@ -136,14 +33,11 @@ def call(func: Callable, xs):
     return result
 
 
-# -- ranges ---------------------------------------------------------------------------------------
-
-
 def _kinds() -> tuple[bool, bool]:
     """Which ranges to open: torch's and NVTX's. Under ``emit_nvtx``, torch's are NVTX ranges already."""
     record = _profiler_enabled()
     emitted = record and _profiler_type() == ActiveProfilerType.NVTX
-    return record, NVTX and not emitted and torch.cuda.is_available()
+    return record, layers.NVTX and not emitted and torch.cuda.is_available()
 
 
 @contextmanager
@@ -172,7 +66,7 @@ class Marks:
     def __init__(self, graph, plan):
         self.graph, self.plan = graph, plan
         self.kinds = _kinds()
-        self.session = _session.get()
+        self.session = session_now.get()
         self.numbers: dict[tuple[int, int], int] = {}
         self.names: dict[tuple[int, ...], str] = {}
         for sweep in (*plan.parts, *plan.sweeps):  # in the order of `explain`
@@ -186,7 +80,8 @@ class Marks:
     def close(self) -> None:
         """The plan has run."""
         if self.session is not None:
-            _wait(self.graph.values[self.plan.sweeps[0].seed].device)
+            for value in self.graph.values[:1]:
+                _wait(value.device)
             self.session.accumulation += time.perf_counter() - self.start
 
     def staged(self, stage: Callable) -> Callable:
@@ -258,13 +153,10 @@ def _cost(flops: float, written: float, chunks: int) -> str:
 
 def layer_of(graph, step) -> str:
     """The layers whose derivatives a step multiplies with."""
-    if graph.layers is None:
+    if not graph.layers:
         return ""
     found = dict.fromkeys(graph.layers.get(t.owner, "") for t in step.terms)
     return " + ".join(name for name in found if name)
-
-
-# -- measurement ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -292,11 +184,11 @@ class Session:
         self._open: list[Entry] = []
 
     def __enter__(self) -> Session:
-        self._token = _session.set(self)
+        self._token = session_now.set(self)
         return self
 
     def __exit__(self, *error) -> None:
-        _session.reset(self._token)
+        session_now.reset(self._token)
 
     def begin(self, marks: Marks) -> None:
         """A plan starts to run."""

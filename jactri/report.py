@@ -39,7 +39,7 @@ class StepReport:
     why: str
     fallback: bool
     layer: str = ""
-    """Of which module, where that was noted (see `ranges`)."""
+    """Of which module, where that was noted (see layers.py)."""
 
 
 @dataclass(frozen=True)
