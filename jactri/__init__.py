@@ -2,6 +2,7 @@
 
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
+from .compiled import Compiled, compile
 from .opaque import FallbackError, fallback
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -10,11 +11,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckReport",
+    "Compiled",
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
     "Profile",
     "check",
+    "compile",
     "explain",
     "fallback",
     "jacobian",

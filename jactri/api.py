@@ -91,12 +91,12 @@ def jacobian(
         One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
     """
-    _check_options(strategy, chunk_size, out, create_graph)
+    check_options(strategy, chunk_size, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     if handover.transforming(xs):
         return handover.jacobian(
-            _uncompiled(func),
+            uncompiled(func),
             xs,
             tupled,
             strategy,
@@ -119,10 +119,10 @@ def jacobian(
         _out_rows(out, tupled_out, tupled),
     )  # fmt: skip
     rows = compute(ys, leaves, asked)
-    answer = _nest(rows, tupled_out, tupled) if out is None else out
+    answer = nest(rows, tupled_out, tupled) if out is None else out
     if not return_output:
         return answer
-    return (result if create_graph else _detached(result)), answer
+    return (result if create_graph else detached(result)), answer
 
 
 def jacobian_of(
@@ -146,7 +146,7 @@ def jacobian_of(
     again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
     is raised for an input that does not require grad, and by autograd if the graph was freed.
     """
-    _check_options(strategy, chunk_size, out, create_graph)
+    check_options(strategy, chunk_size, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -163,7 +163,7 @@ def jacobian_of(
         _out_rows(out, tupled_out, tupled),
     )  # fmt: skip
     rows = compute(ys, xs, asked)
-    return _nest(rows, tupled_out, tupled) if out is None else out
+    return nest(rows, tupled_out, tupled) if out is None else out
 
 
 @dataclass(slots=True)
@@ -315,21 +315,21 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
-        leaves = tuple([_leaf(x, create_graph) for x in xs])
-        func = _uncompiled(func)
+        leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
+        func = uncompiled(func)
         result = ranges.call(func, leaves) if watching() else func(*leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
 
 
-def _uncompiled(func):
+def uncompiled(func):
     """The eager function behind torch.compile: its graph can be read, a compiled one is a single opaque node."""
     if isinstance(func, torch.nn.Module):
         return func._modules.get("_orig_mod") or func
     return getattr(func, "_torchdynamo_orig_callable", func)
 
 
-def _check_options(strategy, chunk_size, out, create_graph) -> None:
+def check_options(strategy, chunk_size, out, create_graph) -> None:
     if strategy not in STRATEGIES:
         raise AssertionError(
             f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
@@ -357,7 +357,7 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
     return tupled, values
 
 
-def _leaf(x: Tensor, create_graph: bool) -> Tensor:
+def fresh_leaf(x: Tensor, create_graph: bool) -> Tensor:
     if create_graph and x.requires_grad:
         return x.view_as(x) if x.layout is torch.strided else x.clone()
     if x.is_inference():
@@ -466,7 +466,7 @@ def _destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) 
     return dest
 
 
-def _nest(rows, tupled_out: bool, tupled: bool):
+def nest(rows, tupled_out: bool, tupled: bool):
     if tupled:
         rows = tuple(tuple(row) for row in rows)
     else:
@@ -474,5 +474,5 @@ def _nest(rows, tupled_out: bool, tupled: bool):
     return rows if tupled_out else rows[0]
 
 
-def _detached(result):
+def detached(result):
     return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()

@@ -374,3 +374,8 @@ def one(like: Tensor) -> Tensor:
 
 def _ones(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return one(like).expand(1, *shape)
+
+
+def constants() -> list[Tensor]:
+    """The tensors that are the same in every call."""
+    return list(_ONES.values())

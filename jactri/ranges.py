@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_type
 from torch._C._profiler import ActiveProfilerType
 from torch.autograd import _profiler_enabled
@@ -34,8 +35,11 @@ def call(func: Callable, xs):
 
 
 def _kinds() -> tuple[bool, bool]:
-    """Which ranges to open: torch's and NVTX's. Under ``emit_nvtx``, torch's are NVTX ranges already."""
-    record = _profiler_enabled()
+    """Which ranges to open: torch's and NVTX's. Under ``emit_nvtx``, torch's are NVTX ranges already.
+
+    A dispatch mode (`compile` records ops by one) would take torch's ranges for ops of the computation.
+    """
+    record = _profiler_enabled() and not _len_torch_dispatch_stack()
     emitted = record and _profiler_type() == ActiveProfilerType.NVTX
     return record, layers.NVTX and not emitted and torch.cuda.is_available()
 

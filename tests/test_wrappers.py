@@ -157,3 +157,17 @@ def test_a_compiled_function_is_read_through_its_original():
     truth = torch.autograd.functional.jacobian(func, x23())
     assert_close(jactri.jacobian(wrapped, x23()), truth, F64)
     assert not compiled
+
+
+def test_dispatch_modes_may_watch():
+    """A flop counter sees every op, also those on the numbers that autograd wrapped."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(3, dtype=torch.float64)
+
+    def func(x):
+        return 2.0 / (x.tanh() / 2.0 * 3 + 5)
+
+    with FlopCounterMode(display=False):
+        ours = jactri.jacobian(func, x)
+    torch.testing.assert_close(ours, torch.autograd.functional.jacobian(func, x))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
+from ..tape import number
 from . import rule
 
 FORMULAS = {
@@ -254,7 +255,7 @@ def neg(g):
 def _number(t: Tensor):
     """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
     if t.dim() == 0 and not t.requires_grad and t.device.type == "cpu":
-        return t.item()
+        return number(t)
     return None
 
 
@@ -270,9 +271,9 @@ def mul(g):
         if s is None:
             continue
         partner = g.tensor(name)
-        number = _number(partner)
-        if number is not None:
-            terms.append(g.scale(g.match(s), number))
+        value = _number(partner)
+        if value is not None:
+            terms.append(g.scale(g.match(s), value))
         else:
             terms.append(g.diagonal(g.match(s), fit(partner, m)))
     return g.plus(terms)
@@ -281,14 +282,20 @@ def mul(g):
 @rule("Div")
 def div(g):
     a, b = g.src
+    m, divisor, terms = g.meta[0], g.tensor("other"), []
+    if a is not None:
+        value = _number(divisor)
+        if value:
+            terms.append(g.scale(g.match(a), 1 / value))
+        else:
+            d = fit(
+                divisor, m
+            )  # its quotient, not its reciprocal: second derivatives then cancel as autograd's do
+            terms.append(g.diagonal(g.match(a), lambda: one(d) / d))
     if b is not None:
-        return elementwise(g)
-    divisor = g.tensor("other")
-    number = _number(divisor)
-    if number:
-        return g.scale(g.match(a), 1 / number)
-    m = g.meta[0]
-    return g.diagonal(g.match(a), lambda: fit(divisor, m).reciprocal())
+        x = g.tensor("self")
+        terms.append(g.diagonal(g.match(b), lambda: fit((x / divisor).div_(-divisor), m)))
+    return g.plus(terms)
 
 
 @rule("Mul.1")
@@ -298,8 +305,8 @@ def mul_scalar(g):
 
 @rule("Div.1")
 def div_scalar(g):
-    number = g.saved("other")
-    return g.scale(g.match(g.src[0]), 1 / number) if number else unary(g)
+    value = g.saved("other")
+    return g.scale(g.match(g.src[0]), 1 / value) if value else unary(g)
 
 
 @rule("Pow")

@@ -1,0 +1,206 @@
+"""A computation on tensors, recorded once as the ATen ops that ran, and replayed as straight-line code.
+
+A `TorchDispatchMode` sees every op of the accumulation, whatever Python it came from. The replay is a generated
+function with a line an op: no layouts, maps or plans are looked at again. What Python read off a tensor (`.item()`, a
+truth value) is a guard: replayed, and compared with what it was. Ops whose result has another shape for other values,
+and random ones, cannot be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+
+MOST_OPS = 4000
+"""Ops from which on Python's overhead is a small part, and the code a long one."""
+
+
+class Stale(Exception):
+    """A recording is not one of this call's computation."""
+
+
+class Unrecordable(Exception):
+    """Why a computation cannot be replayed."""
+
+
+def number(t: Tensor):
+    """The value of a 0-d tensor on the CPU, as `.item()` reads it; a recording takes note.
+
+    Autograd's wrapped numbers cannot be read through a dispatch mode: it is handed the number itself.
+    """
+    if not _len_torch_dispatch_stack():
+        return t.item()
+    modes = _get_current_dispatch_mode_stack()
+    with _disable_current_modes():
+        value = t.item()
+    for mode in modes:
+        if isinstance(mode, Recorder):
+            mode.lines.append((torch.ops.aten._local_scalar_dense.default, (t,), {}, value))
+            mode.kept.append(t)
+    return value
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the ops that run under it. ``lines`` are (op, args, kwargs, results)."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[tuple] = []
+        self.kept: list[object] = []  # so that no tensor's id is used again
+        self.numbers: set[int] = set()  # tensors that torch.tensor made of Python's numbers
+        self.reason: str | None = None
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        tags = op.tags
+        for tag, why in (
+            (torch.Tag.dynamic_output_shape, "its result's shape depends on values"),
+            (torch.Tag.nondeterministic_seeded, "it is random"),
+        ):
+            if tag in tags:
+                self.reason = self.reason or f"{op} cannot be replayed: {why}"
+        if op is torch.ops.aten.lift_fresh.default:
+            self.numbers.add(id(args[0]))
+        self.lines.append((op, args, kwargs, out))
+        self.kept.append((args, kwargs, out))
+        return out
+
+
+def _tensors(tree) -> list[Tensor]:
+    """The tensors in nested arguments or results."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [t for item in tree for t in _tensors(item)]
+    if isinstance(tree, dict):
+        return [t for item in tree.values() for t in _tensors(item)]
+    return []
+
+
+def _written(op, args, kwargs) -> list[Tensor]:
+    """The arguments that an op writes to."""
+    found = []
+    for i, a in enumerate(op._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            found += _tensors(kwargs.get(a.name, args[i] if i < len(args) else None))
+    return found
+
+
+class Tape:
+    """Recorded lines as source code: a function of the tensors that came from outside."""
+
+    def __init__(self, recorder: Recorder, results: list[Tensor]):
+        if recorder.reason:
+            raise Unrecordable(recorder.reason)
+        if len(recorder.lines) > MOST_OPS:
+            raise Unrecordable(f"{len(recorder.lines)} ops are more than {MOST_OPS}")
+        self.names: dict[int, str] = {}
+        self.outside: list[Tensor] = []
+        self.constants: dict[str, object] = {"Stale": Stale}
+        lines = self._needed(recorder.lines, results)
+        last = self._last_uses(lines, results)
+        self.code: list[str] = []
+        for i, (op, args, kwargs, out) in enumerate(lines):
+            self._line(op, args, kwargs, out)
+            gone = sorted({self.names[k] for k in last.get(i, ()) if self.names[k][0] == "t"})
+            if gone:
+                self.code.append("del " + ", ".join(gone))
+        self.results = [self._name(t) for t in results]
+        ours = {t.untyped_storage().data_ptr() for t in self.outside}
+        for op, args, kwargs, _ in lines:
+            for t in _written(op, args, kwargs):
+                if t.numel() and t.untyped_storage().data_ptr() in ours:
+                    raise Unrecordable(f"{op} writes to a tensor that is not of the call's own")
+
+    @staticmethod
+    def _needed(lines, results) -> list[tuple]:
+        """Without the ops that nothing needs; what writes in place, or was read by Python, stays."""
+        wanted = {id(t) for t in results}
+        kept = []
+        for line in reversed(lines):
+            op, args, kwargs, out = line
+            made = _tensors(out)
+            if op._schema.is_mutable or not made or any(id(t) in wanted for t in made):
+                wanted.update(id(t) for t in _tensors(args) + _tensors(kwargs))
+                kept.append(line)
+        return kept[::-1]
+
+    @staticmethod
+    def _last_uses(lines, results) -> dict[int, list[int]]:
+        """By line, the tensors that are not needed after it."""
+        seen = {id(t) for t in results}
+        out: dict[int, list[int]] = {}
+        made = {id(t) for line in lines for t in _tensors(line[3])}
+        for i in range(len(lines) - 1, -1, -1):
+            for t in _tensors(list(lines[i][1:])):
+                if id(t) not in seen:
+                    seen.add(id(t))
+                    if id(t) in made:
+                        out.setdefault(i, []).append(id(t))
+        return out
+
+    def _name(self, t: Tensor) -> str:
+        name = self.names.get(id(t))
+        if name is None:
+            name = self.names[id(t)] = f"x{len(self.outside)}"
+            self.outside.append(t)
+        return name
+
+    def _constant(self, value) -> str:
+        if value is None or value.__class__ in (bool, int):
+            return repr(value)
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def _text(self, tree) -> str:
+        """An argument as source."""
+        if isinstance(tree, Tensor):
+            return self._name(tree)
+        if isinstance(tree, (list, tuple)) and _tensors(tree):
+            return "[" + ", ".join(self._text(item) for item in tree) + "]"
+        return self._constant(tree)
+
+    def _line(self, op, args, kwargs, out) -> None:
+        # op._op is the op without a Python frame around it
+        call = f"{self._constant(op._op)}({', '.join(self._text(a) for a in args)}"
+        call += "".join(f", {k}={self._text(v)}" for k, v in kwargs.items()) + ")"
+        if isinstance(out, Tensor):
+            if id(out) in self.names:  # in place: the same tensor comes back
+                self.code.append(call)
+                return
+            self.names[id(out)] = name = f"t{len(self.names)}"
+            self.code.append(f"{name} = {call}")
+        elif made := _tensors(out):
+            names = []
+            for t in out if isinstance(out, (list, tuple)) else made:
+                if not isinstance(t, Tensor):
+                    names.append("_")
+                    continue
+                self.names[id(t)] = f"t{len(self.names)}"
+                names.append(self.names[id(t)])
+            self.code.append(f"{', '.join(names)}, = {call}")
+        elif out is None:
+            self.code.append(call)
+        else:
+            self.code.append(
+                f"if {call} != {self._constant(out)}: raise Stale('a value that was read')"
+            )
+
+
+def function(name: str, parameters: list[str], lines: list[str], constants: dict) -> Callable:
+    """A function of generated source; its constants are globals."""
+    body = "\n".join("    " + line for line in lines) or "    pass"
+    source = f"def {name}({', '.join(parameters)}):\n{body}\n"
+    space = dict(constants)
+    exec(compile(source, f"<jactri {name}>", "exec"), space)
+    return space[name]
