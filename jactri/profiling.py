@@ -84,6 +84,10 @@ class Profile:
             f"roofline: {si(self.rates.flops)}flop/s of float32 products, {si(self.rates.bandwidth)}B/s copied; as "
             "much is taken to be read as is written",
         ]
+        if any((s.roofline or 0.0) > 1 for s in self.steps):
+            lines.append(
+                "above 100%: blocks stay in cache, or the rates were measured on a busy machine"
+            )
         if self.trace:
             lines.append(f"trace: {self.trace}")
         return "\n".join(lines)

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,3 +184,10 @@ def test_device_times_are_those_of_the_kernels_launched_inside():
         ],
     )  # fmt: skip
     assert [e.seconds for e in session.entries] == pytest.approx([430e-9, 70e-9])
+
+
+def test_more_than_the_roofline_is_explained():
+    found = jactri.profile(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), torch.ones(4, 3), repeats=1)
+    row = replace(found.steps[-1], roofline=0.5)
+    assert "above 100%" not in str(replace(found, steps=(row,)))
+    assert "above 100%" in str(replace(found, steps=(replace(row, roofline=1.2),)))

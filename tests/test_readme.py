@@ -15,7 +15,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one writes a file
     found = blocks("python")
     assert len(found) >= 4
     scope = {}

@@ -153,18 +153,25 @@ def _accuracy(device: Device, record: Record, size: Sized) -> None:
         with precision("ieee" if half else setting):
             theirs = distance(torch.func.vmap(mode(f))(given[: len(want)]), want)
             found["torch.func"] = theirs
-            for backend in device.backends:
+            for backend in (*device.backends, "compiled"):
                 name = f"{w.name} {setting} {backend}"
                 try:
-                    off = distance(
-                        jactri.jacobian(f, given, per_sample=True, backend=backend), want
-                    )
+                    if backend == "compiled":
+                        call = jactri.compile(f, torch.zeros_like(given), per_sample=True)
+                        found["compiled_how"] = repr(call)
+                        off = distance(call(given), want)
+                    else:
+                        off = distance(
+                            jactri.jacobian(f, given, per_sample=True, backend=backend), want
+                        )
                     found[backend] = off
                     if not off <= 2 * theirs + SLACK[setting]:
                         raise AssertionError(f"off by {off:.1e}, torch.func by {theirs:.1e}")
                     if backend == "auto" and not half:
                         peak = device.peak(partial(jactri.jacobian, f, given, per_sample=True))
                         found["peak_of_answer"] = peak / w.answer_bytes
+                        told = jactri.explain(f, given, per_sample=True)
+                        found["peak_of_predicted"] = peak / told.peak_bytes
                 except Exception as error:  # one backend may fail in any way: the others go on
                     record.failed(f"accuracy {name}", error)
                 device.release()
