@@ -4,6 +4,7 @@ from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .opaque import FallbackError, fallback
+from .profiling import Profile, profile
 from .report import Explanation, explain
 
 __version__ = "0.1.0"
@@ -14,10 +15,12 @@ __all__ = [
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
+    "Profile",
     "check",
     "compile",
     "explain",
     "fallback",
     "jacobian",
     "jacobian_of",
+    "profile",
 ]

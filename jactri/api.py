@@ -11,10 +11,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import backends, handover, whole
+from . import backends, handover, ranges, whole
 from .executor import Answer, run
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
+from .layers import watching
 from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
 from .planner import MemoryLimitTooSmall
@@ -315,7 +316,8 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
-        result = uncompiled(func)(*leaves)
+        func = uncompiled(func)
+        result = ranges.call(func, leaves) if watching() else func(*leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
 

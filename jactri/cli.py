@@ -1,4 +1,4 @@
-"""The command line: ``python -m jactri demo | check | explain | doctor``.
+"""The command line: ``python -m jactri demo | check | explain | profile | doctor``.
 
 Exit codes: 0 all is well, 1 a result is wrong or something is missing, 2 the call was wrong or the user's own function
 failed. A user's mistake is answered in one sentence; only an exception out of their own code shows a traceback.
@@ -7,6 +7,7 @@ failed. A user's mistake is answered in one sentence; only an exception out of t
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -30,6 +31,8 @@ examples:
       is jactri right on my model?
   python -m jactri explain model.py:net --input x.npy --per-sample
       what would jactri do, and at what cost?
+  python -m jactri profile model.py:net --input x.npy --trace trace.json
+      where does the time go, layer by layer?
   python -m jactri doctor
       what will run where, and what is missing?
 
@@ -102,6 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
             _explain,
             "show the plan for your own function: steps, structure, cost, fallbacks",
         ),
+        (
+            "profile",
+            _profile,
+            "measure the steps of that plan beside what was predicted, and write a trace",
+        ),
     ):
         command = commands.add_parser(
             name,
@@ -136,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--train", action="store_true", help="leave a module in the mode that it is in"
         )
+        if name == "profile":
+            command.add_argument(
+                "--trace",
+                metavar="FILE.json",
+                help="write a Chrome trace to this file (.json or .json.gz)",
+            )
         command.set_defaults(run=run)
 
     doctor = commands.add_parser(
@@ -203,6 +217,18 @@ def _check(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace) -> int:
     function, inputs = _load(arguments)
     print(_ask(jactri.explain, function, inputs, arguments))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    function, inputs = _load(arguments)
+    profile = functools.partial(jactri.profile, path=arguments.trace)
+    try:
+        print(_ask(profile, function, inputs, arguments))
+    except OSError as error:
+        if not _refusal(error):
+            raise
+        raise UserError(f"--trace {arguments.trace}: {error.strerror}") from error
     return 0
 
 

@@ -14,6 +14,7 @@ from .mixed import Join
 from .planner import Plan
 from .products import multiply
 from .progress import Watch
+from .ranges import Marks
 from .sweep import Step, Sweep
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
@@ -144,9 +145,11 @@ def run(
 ) -> None:
     """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``watch`` is told of every chunk."""
     made: Made = {}
+    marks = None if graph.layers is None else Marks(graph, plan)
+    stage = _stage if marks is None else marks.staged(_stage)
     for part in plan.parts:
         stores = {v: Store(part.layouts[v], graph.values[v]) for v in part.targets if v is not None}
-        _stage(graph, part, list(stores.items()), None, made)
+        stage(graph, part, list(stores.items()), None, made, marks)
         made.update(((id(part), v), store.block()) for v, store in stores.items())
     for sweep in plan.sweeps:
         ends = []
@@ -155,14 +158,16 @@ def run(
                 pair = (sweep.index, k) if plan.reverse else (k, sweep.index)
                 if pair in answers:
                     ends.append((v, answers[pair]))
-        _stage(graph, sweep, ends, watch, made)
+        stage(graph, sweep, ends, watch, made, marks)
+    if marks is not None:
+        marks.close()
 
 
-def _stage(graph: Graph, sweep: Sweep, ends, watch: Watch | None, made: Made) -> None:
+def _stage(graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None) -> None:
     if isinstance(sweep, Join):
-        _join(sweep, ends, watch, made)
+        _join(sweep, ends, watch, made, marks)
     else:
-        _sweep(graph, sweep, ends, watch)
+        _sweep(graph, sweep, ends, watch, marks)
 
 
 def _own(layout: Layout, sel: Selection) -> Selection:
@@ -175,7 +180,7 @@ def _parts(ends, sel: Selection) -> list[Tensor]:
     return [a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None]
 
 
-def _join(join: Join, ends, watch: Watch | None, made: Made) -> None:
+def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None) -> None:
     """Multiply the partial Jacobians of a cut, chunk by chunk of the result's seeds."""
     second = made[id(join.second.made), join.second.value]
     for sel in join.selections():
@@ -184,17 +189,21 @@ def _join(join: Join, ends, watch: Watch | None, made: Made) -> None:
         for v, answer in ends:
             first = made[id(join.first[v].made), join.first[v].value]
             direct = answer.window(sel)
-            block = multiply(join.products[v], join.layouts[v], first, second, sel, direct)
+            times = multiply if marks is None else marks.product(multiply, join, v)
+            block = times(join.products[v], join.layouts[v], first, second, sel, direct)
             answer.put(block, True, _own(join.layouts[v], sel))
         if watch:
             watch.done(_parts(ends, sel))
 
 
-def _sweep(graph: Graph, sweep: Sweep, ends, watch: Watch | None) -> None:
+def _sweep(
+    graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None = None
+) -> None:
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
     blocks: Blocks = {sweep.seed: (None, False)}
     items = sweep.steps
+    steps = _steps if marks is None else _marked(marks)
     if backends.kernels_on(graph.values[sweep.seed].device):
         if sweep.items is None:
             sweep.items = fuse(graph, sweep)
@@ -202,7 +211,7 @@ def _sweep(graph: Graph, sweep: Sweep, ends, watch: Watch | None) -> None:
     if not sweep.chunks:
         if watch and watch.skip(_parts(ends, {})):
             return
-        _steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
+        steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
         for v, answer in ends:
             answer.put(*blocks[v], {})
         if watch:
@@ -216,12 +225,12 @@ def _sweep(graph: Graph, sweep: Sweep, ends, watch: Watch | None) -> None:
     body = [s for s in items if not cut <= s.layout.tied]
     used = frozenset(v for s in body for v in s.reads)
     pinned = used.intersection([sweep.seed, *(s.value for s in shared)]).union(v for v, _ in ends)
-    _steps(graph, sweep, shared, blocks, None, writable, pinned)
+    steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
         if watch and watch.skip(_parts(ends, sel)):
             continue
         local = dict(blocks)
-        _steps(graph, sweep, body, local, sel, writable, pinned, ends)
+        steps(graph, sweep, body, local, sel, writable, pinned, ends)
         for v, answer in ends:
             mine = _own(sweep.layouts[v], sel)
             if any(start for f, (start, _) in sel.items() if f not in mine):
@@ -277,7 +286,23 @@ def _steps(
                     del blocks[f]
 
 
-def _fused(graph, sweep, item: Fused, blocks: Blocks, sel, writable: bool, pinned, ends) -> None:
+def _marked(marks: Marks):
+    """`_steps`, with a range around every item, and around the steps of one that no kernel covers."""
+
+    def steps(graph, sweep, items, blocks, sel, writable, pinned, ends=()):
+        for item in items:
+            with marks.step(sweep, item):
+                if item.__class__ is Fused:
+                    _fused(graph, sweep, item, blocks, sel, writable, pinned, ends, steps)
+                else:
+                    _steps(graph, sweep, [item], blocks, sel, writable, pinned, ends)
+
+    return steps
+
+
+def _fused(
+    graph, sweep, item: Fused, blocks: Blocks, sel, writable: bool, pinned, ends, steps=_steps
+) -> None:
     """Run an item by kernels; where none covers these blocks, its steps one after another."""
     data = [blocks[v][0] for v in item.reads]
     direct = None
@@ -289,7 +314,7 @@ def _fused(graph, sweep, item: Fused, blocks: Blocks, sel, writable: bool, pinne
         blocks[item.value] = (made, made is not direct)
     else:
         kept = pinned.union(item.reads)
-        _steps(graph, sweep, list(item.steps), blocks, sel, writable, kept)
+        steps(graph, sweep, list(item.steps), blocks, sel, writable, kept)
     for f in item.frees:
         if f not in pinned:
             del blocks[f]

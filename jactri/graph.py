@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import layers
 from .contraction import Expand, Sum
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
@@ -48,13 +49,15 @@ class Graph:
     """Values in an order in which sources come first, and where the inputs and outputs are among them.
 
     ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
-    output does not depend on any input. ``key`` is hashable and determines every plan for the graph.
+    output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
+    names the layers of values while somebody looks (see layers.py), and is None else.
     """
 
-    __slots__ = ("inputs", "key", "outputs", "values")
+    __slots__ = ("inputs", "key", "layers", "outputs", "values")
 
-    def __init__(self, values, inputs, outputs, key):
+    def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
+        self.layers = layers
 
 
 class Reader:
@@ -264,13 +267,28 @@ class Reader:
         return tuple(ids)
 
 
+class _NamingReader(Reader):
+    """A reader that notes which layer every value comes from, too."""
+
+    def __init__(self, log: layers.Layers):
+        super().__init__()
+        self.log, self.layers = log, {}
+
+    def visit(self, node, src):
+        mark = len(self.values)
+        ids = super().visit(node, src)
+        self.layers.update(dict.fromkeys(range(mark, len(self.values)), self.log.of(node)))
+        return ids
+
+
 class MissingValue(Exception):
     """A rule needs a tensor that the node did not save."""
 
 
 def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
-    reader = Reader()
+    log = layers.noted() if (watched := layers.watching()) else None
+    reader = Reader() if log is None else _NamingReader(log)
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
     wanted: dict[
         object, dict[int, int | None]
@@ -305,7 +323,9 @@ def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
     starts = [
         leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
     ]
-    return Graph(reader.values, starts, ends, (tuple(reader._key), tuple(starts), tuple(ends)))
+    key = (tuple(reader._key), tuple(starts), tuple(ends))
+    names = None if not watched else {} if log is None else reader.layers
+    return Graph(reader.values, starts, ends, key, names)
 
 
 def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:

@@ -1,4 +1,4 @@
-"""How much memory there is, and how a user writes an amount of it."""
+"""How much memory there is, and how amounts are written."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def parse_bytes(amount: int | str) -> int:
     if not isinstance(amount, int) or isinstance(amount, bool) or amount <= 0:
         raise ValueError(f"memory_limit must be bytes above 0 or a text like '2GB', got {amount!r}")
     return amount
+
+
+def si(number: float) -> str:
+    """A number with a decimal prefix: 1.23 M."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {letter}"
+    return f"{number:.3g} "
 
 
 def free_bytes(device: torch.device) -> int:

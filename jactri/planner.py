@@ -232,7 +232,12 @@ def seconds(sweeps: list[Sweep], rates: Rates) -> float:
     flops, moved, steps = (
         sum(s.flops for s in sweeps), sum(s.bytes for s in sweeps), sum(len(s.steps) or 1 for s in sweeps),
     )  # fmt: skip
-    return flops / rates.flops + 2 * moved / rates.bandwidth + rates.step * steps
+    return predict(flops, moved, steps, rates)
+
+
+def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
+    """Predicted seconds of some steps: blocks are read and written, one operation after the other."""
+    return flops / rates.flops + 2 * written / rates.bandwidth + rates.step * steps
 
 
 def _direction(graph: Graph, reverse: bool, summed: bool) -> list[Sweep]:

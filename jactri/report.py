@@ -15,9 +15,11 @@ from .api import as_tuple, check_batch, prepare
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout
+from .memory import si
 from .mixed import Join
 from .planner import Plan
 from .planning import answer_bytes, plan_for, prove_by_probe
+from .ranges import layer_of
 from .sweep import Sweep
 
 
@@ -36,6 +38,8 @@ class StepReport:
     backend: str
     why: str
     fallback: bool
+    layer: str = ""
+    """Of which module, where that was noted (see layers.py)."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,6 @@ class Explanation:
         return "\n".join(lines)
 
 
-def si(number: float) -> str:
-    """A number with a decimal prefix: 1.23 M."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g} {letter}"
-    return f"{number:.3g} "
-
-
 def explain(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -151,13 +147,7 @@ def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
 
 def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     """The report of a plan."""
-    steps = []
-    for sweep in (*plan.parts, *plan.sweeps):
-        if isinstance(sweep, Join):
-            steps += [_product(graph, sweep, v) for v in sweep.first]
-            continue
-        fused = _fused(graph, sweep)
-        steps += [_step(graph, sweep, s, fused.get(s.value)) for s in sweep.steps]
+    steps = steps_of(graph, plan)
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
@@ -178,6 +168,18 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         naive,
         tuple(sorted({s.op for s in steps if s.fallback})),
     )
+
+
+def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:
+    """The steps of a plan, in the order in which it runs its stages."""
+    steps = []
+    for sweep in (*plan.parts, *plan.sweeps):
+        if isinstance(sweep, Join):
+            steps += [_product(graph, sweep, v) for v in sweep.first]
+            continue
+        fused = _fused(graph, sweep)
+        steps += [_step(graph, sweep, s, fused.get(s.value)) for s in sweep.steps]
+    return steps
 
 
 def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
@@ -232,5 +234,5 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
     return StepReport(
         op, " + ".join(structures), "reverse-mode" if sweep.reverse else "forward-mode",
         graph.values[step.value].shape, step.layout.columns(), _tied(step.layout), step.flops,
-        step.bytes, backend, why, opaque,
+        step.bytes, backend, why, opaque, layer_of(graph, step),
     )  # fmt: skip

@@ -86,4 +86,4 @@ def narrow(
         shape = cuts[v].shape(value.shape)
         values.append(Value(value.op, shape, value.dtype, value.device, tuple(sources)))
         key.append((value.op, shape, value.dtype, tuple((s, m.key) for s, m in sources)))
-    return Graph(values, graph.inputs, graph.outputs, (tuple(key), graph.key))
+    return Graph(values, graph.inputs, graph.outputs, (tuple(key), graph.key), graph.layers)

@@ -1,6 +1,10 @@
 """What several test files start from."""
 
+import collections
+import re
+
 import torch
+from torch.nn.modules import module as modules
 
 F64 = torch.float64
 MODES = ["auto", "forward-mode", "reverse-mode"]
@@ -29,3 +33,22 @@ class Cube(torch.autograd.Function):
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         return 3 * g * x**2
+
+
+STEP = re.compile(r"jactri #(\d+)(?:-(\d+))? (forward|reverse|product)( .*) \[.*FLOP .*B.*\]")
+
+
+def steps(names):
+    """By step number, what its ranges say: the direction, layer and op."""
+    found = collections.defaultdict(list)
+    for name in names:
+        match = STEP.fullmatch(name)
+        if match:
+            first, last, direction, what = match.groups()
+            for number in range(int(first), int(last or first) + 1):
+                found[number].append(direction + what)
+    return dict(found)
+
+
+def hooks():
+    return len(modules._global_forward_hooks) + len(modules._global_forward_pre_hooks)

@@ -18,6 +18,8 @@ CPU_ONLY = {
     "test_layout.py": "index arithmetic alone",
     "test_counts.py": "figures of the CPU's plans and ops",
     "test_planner.py": "plans, which hold no tensor",
+    "test_ranges.py": "a range a step; kernels run steps together",
+    "test_profiling.py": "times of the CPU",
     "test_compiled.py": "replays of the CPU; benchmarks.gpu checks the captures",
     "test_journal.py": "files, written from the CPU",
     "test_active.py": "products of the CPU",

@@ -114,12 +114,12 @@ def run_process(*arguments, **environment):
 def test_help_from_a_shell_shows_every_command():
     done = run_process("--help", COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("demo", "check", "explain", "doctor", "examples:", "--version"):
+    for word in ("demo", "check", "explain", "profile", "doctor", "examples:", "--version"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "explain", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "check", "explain", "profile", "doctor"])
 def test_help_of_a_command(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
@@ -166,6 +166,18 @@ def test_check_is_content(line, folder, capsys):
 def test_explain_prints_a_plan(line, folder, capsys):
     assert cli.main(["explain", *line.split()]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_profile_prints_a_table_and_writes_a_trace(folder, capsys):
+    line = "profile cli_model:net --input x.npy --per-sample --trace trace.json"
+    assert cli.main(line.split()) == 0
+    captured = capsys.readouterr()
+    assert "measured ms" in captured.out and "trace: trace.json" in captured.out
+    assert "jactri #0 " in Path("trace.json").read_text()
+    assert cli.main(line.replace("trace.json", "no/such/trace.json").split()) == 2
+    captured = capsys.readouterr()
+    assert "error: --trace no/such/trace.json: the trace cannot be written" in captured.err
+    assert captured.out == "" and "Traceback" not in captured.err
 
 
 def test_check_reports_a_mismatch_by_its_exit_code(folder, capsys):
@@ -216,7 +228,7 @@ def test_a_module_is_put_into_eval_mode_unless_told_otherwise(folder, capsys):
         ("cli_model:net --input whole.npy", "holds int64, and Jacobians are taken in floating"),
     ],
 )
-@pytest.mark.parametrize("command", ["check", "explain"])
+@pytest.mark.parametrize("command", ["check", "explain", "profile"])
 def test_a_wrong_call_is_answered_in_a_sentence(command, line, told, folder, capsys):
     assert cli.main([command, *line.split()]) == 2
     captured = capsys.readouterr()

@@ -412,3 +412,23 @@ def test_every_item_is_described(device, monkeypatch):
     f = nn.Sequential(Gated(), nn.Tanh(), nn.Softmax(-1)).to(device)
     jactri.explain(f, torch.randn(5, 6, device=device), strategy="forward-mode", backend="triton")
     assert set(seen) == {"chain", "rows", "sum"}
+
+
+# -- profilers --------------------------------------------------------------------------------------
+
+
+def test_what_a_kernel_runs_is_one_range(device, launched):
+    f, x = mlp((3, 17, 33, 2)).to(device), torch.randn(5, 3, device=device)
+    options = {"per_sample": True, "strategy": "reverse-mode", "backend": "triton"}
+    plain = jactri.jacobian(f, x, **options)
+    launched.clear()
+    with torch.profiler.profile() as profiler:
+        assert torch.equal(jactri.jacobian(f, x, **options), plain)
+    names = sorted(e.name for e in profiler.events() if e.name.startswith("jactri #"))
+    assert launched == ["chain"]
+    (whole,) = [
+        n for n in names if n.startswith("jactri #1-4 reverse 3 Tanh 2 Linear 1 Tanh 0 Linear ")
+    ]
+    assert names == ["jactri #0 reverse 4 Linear AddmmBackward0 [0 FLOP 0 B]", whole]
+    found = jactri.profile(f, x, repeats=1, **options)
+    assert [s.measured_ms is None for s in found.steps] == [False, True, True, True, False]
