@@ -263,9 +263,7 @@ DROPIN = (
     ),
 )
 OVERHEAD = (
-    mlp(
-        "overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1
-    ),
+    mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
 )
 ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
 

@@ -12,6 +12,7 @@ import torch
 
 CPU_ONLY = {
     "test_backends.py": "oneDNN and torch.mm on the CPU",
+    "test_benchmarks.py": "benchmarks, tried on the CPU",
     "test_memory.py": "memory of the process",
     "test_cli.py": "the command line, whose demo and doctor look at the CPU",
     "test_packaging.py": "wheels and imports",
@@ -23,7 +24,7 @@ CPU_ONLY = {
 
 
 def pytest_addoption(parser):
-    with contextlib.suppress(ValueError):  # benchmarks/conftest.py has it, and both can run together
+    with contextlib.suppress(ValueError):  # benchmarks/conftest.py may have it
         parser.addoption("--device", help="where the tests put their tensors; default: cpu")
 
 
