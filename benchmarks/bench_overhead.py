@@ -5,15 +5,14 @@ from . import peers, timing, workloads
 WORKLOADS = workloads.OVERHEAD
 
 
-def test_overhead(case, timed, benchmark):
+def test_overhead(case, timed, benchmark, device):
     """Time one contender on a tiny MLP, then interleaved with the forward pass."""
     workload, peer = case
     call = timed(workload, peer)
     if peer.kind == "reference" or benchmark.stats is None:
         return
-    net, x = workloads.problem(workload)
-    forward = peers.FORWARD.make(workload, net)
-    calls = {"call": call, "forward": lambda: forward(x)}
+    forward = peers.contender(workload, peers.FORWARD, device.device, device.synchronize)
+    calls = {"call": call, "forward": forward}
     estimate = dict.fromkeys(calls, benchmark.stats.stats.median)
     table = timing.interleave(calls, estimate, rounds=51, budget=5.0)
     above = table.paired("call", "forward", lambda a, b: a - b)

@@ -39,7 +39,7 @@ def error_of(workload: Workload, result: Any) -> float:
         raise WrongResult(f"shape {shape}, not {workload.shape}")
     if result.dtype != torch.float32:
         raise WrongResult(f"dtype {result.dtype}, not torch.float32")
-    result = result.detach()
+    result = result.detach().cpu()
     worst = scale = 0.0
     step = max(1, 2**24 * len(want) // want.numel())
     for r, t in zip(result.split(step), want.split(step), strict=True):

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import checks, machine, memory, timing
-from .peers import Peer, compiled, peers_of, to_compile
-from .workloads import ALL, Workload, problem, select, truth
+from .peers import Peer, compiled, contender, peers_of, to_compile
+from .workloads import ALL, Workload, select, truth
 
 ROW = "  {:<28}{:>11}{:>11}{:>11}{:>7}{:>10}{:>8}{:>10}{:>10}"
 HEAD = ("", "median ms", "p20", "p80", "rounds", "GFLOP/s", "peak", "error", "first ms")
@@ -30,43 +32,67 @@ COUNTED = ("torch", "compiled")  # whom "best torch peer" is chosen from
 
 def prepare(workload: Workload, peer: Peer) -> tuple[Callable[[], Any], dict[str, Any]]:
     """Build a contender, check its result, and time its first and a later call."""
-    net, x = problem(workload)
-    made = peer.make(workload, net)
-
-    def call() -> Any:
-        return made(x)
-
+    call = contender(workload, peer)
     first, result = timing.once(call)
     facts: dict[str, Any] = {"kind": peer.kind, "first_call_s": first}
     if peer.kind != "reference":
         facts["error"] = checks.error_of(workload, result)
     del result
-    facts["estimate_s"] = min(timing.once(call)[0] for _ in range(3 if first < 0.1 else 1))
+    facts["estimate_s"] = timing.estimate(call)
     return call, facts
 
 
-def contend(workload: Workload, options: argparse.Namespace, peak: machine.Peak) -> dict[str, Any]:
-    """Check and time all contenders of one workload; return everything that is known."""
-    peers, left_out = peers_of(workload)
-    calls: dict[str, Callable[[], Any]] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    rejected: dict[str, str] = {}
+@dataclass
+class Field:
+    """The contenders of a workload: those that may be timed, what is known of them, and the rest."""
 
-    def add(peer: Peer) -> None:
+    workload: Workload
+    left_out: dict[str, str]
+    until: float = math.inf
+    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """Seconds a call, by the first few."""
+        return {n: f["estimate_s"] for n, f in self.facts.items()}
+
+    def add(self, peer: Peer, traceback: bool) -> None:
+        """Check a contender. From the second on, there must be time left for those before it."""
+        left = self.until - time.perf_counter()
+        if self.calls and timing.least_seconds(self.estimates) > left:
+            self.left_out[peer.name] = "no time left"
+            return
         try:
-            calls[peer.name], facts[peer.name] = prepare(workload, peer)
+            self.calls[peer.name], self.facts[peer.name] = prepare(self.workload, peer)
         except Exception as error:  # a contender that fails is reported and the rest goes on
-            if options.traceback:
+            if traceback:
                 raise
             text = str(error).strip().splitlines() or [""]
-            rejected[peer.name] = f"{type(error).__name__}: {text[0][:200]}"
+            self.rejected[peer.name] = f"{type(error).__name__}: {text[0][:200]}"
 
+
+def contend(
+    workload: Workload,
+    options: argparse.Namespace,
+    peak: machine.Peak,
+    until: float = math.inf,
+    without: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Check and time all contenders of one workload; return everything that is known.
+
+    Timing ends at `until`, on the clock of `time.perf_counter`, if `options.budget` lasts longer.
+    """
+    peers, left_out = peers_of(workload)
+    peers = [p for p in peers if p.name not in without]
+    entered = Field(workload, left_out, until)
+    calls, facts, rejected = entered.calls, entered.facts, entered.rejected
     for peer in peers:
-        add(peer)
-    if options.compile:
-        chosen = to_compile(workload, {n: f["estimate_s"] for n, f in facts.items()})
-        if chosen is not None:
-            add(compiled(chosen))
+        entered.add(peer, options.traceback)
+    chosen = to_compile(workload, entered.estimates) if options.compile else None
+    if chosen is not None:
+        entered.add(compiled(chosen), options.traceback)
     result: dict[str, Any] = {
         "workload": workload.name,
         "title": workload.title,
@@ -83,9 +109,10 @@ def contend(workload: Workload, options: argparse.Namespace, peak: machine.Peak)
         return result
     table = timing.interleave(
         calls,
-        {n: f["estimate_s"] for n, f in facts.items()},
+        entered.estimates,
         rounds=options.rounds,
-        budget=options.budget,
+        budget=min(options.budget, until - time.perf_counter()),
+        fewest=timing.FEWEST_ROUNDS if until == math.inf else 1,
         between=peak.sample,
         seed=options.seed,
     )
@@ -99,6 +126,7 @@ def contend(workload: Workload, options: argparse.Namespace, peak: machine.Peak)
             fact["gbytes_per_s"] = workload.bytes / spread.median / 1e9
             fact["share_of_peak"] = workload.flops / spread.median / peak.flops
     result["gemm_peak"] = {"by": peak.by, "gflops_per_s": peak.flops / 1e9}
+    result["copy_peak"] = {"gbytes_per_s": machine.copy_rate() / 1e9}
     if "jactri" in calls:
         result["ratios"] = ratios(workload, table, facts)
     if workload.name == "overhead":
@@ -154,7 +182,10 @@ def show(result: dict[str, Any]) -> None:
     )
     if "gemm_peak" in result:
         peak = result["gemm_peak"]
-        print(f"; GEMM peak {peak['gflops_per_s']:.0f} GFLOP/s ({peak['by']})")
+        print(
+            f"; GEMM peak {peak['gflops_per_s']:.0f} GFLOP/s ({peak['by']}), "
+            f"copy {result['copy_peak']['gbytes_per_s']:.3g} GB/s"
+        )
         print(ROW.format(*HEAD))
     timed = {n: f for n, f in result["contenders"].items() if "seconds" in f}
     for name, fact in sorted(timed.items(), key=lambda item: item[1]["seconds"]["median"]):
@@ -188,19 +219,62 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="default: all")
-    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
-    parser.add_argument("--rounds", type=int, default=21, help="default: 21")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing a workload")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _file(text: str) -> Path:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return Path(text)
+
+
+def add_options(parser: argparse.ArgumentParser, budget: float, meaning: str) -> None:
+    """What every command that times has."""
+    parser.add_argument("--rounds", type=_count, default=21, help="default: 21")
+    parser.add_argument(
+        "--budget", type=_seconds, default=budget, help=f"{meaning}; default: {budget:g}"
+    )
+    parser.add_argument("--threads", type=_count, help="default: torch's own choice")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything there")
     parser.add_argument("--seed", type=int, default=0, help="of the order of contenders")
     parser.add_argument("--traceback", action="store_true", help="stop at a failing contender")
+
+
+def start(options: argparse.Namespace) -> dict[str, Any]:
+    """Set threads, print and return what the run is taken on."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        if options.threads == 1 and "jax" not in sys.modules:
+            os.environ["XLA_FLAGS"] = (
+                os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+            )
+    warnings.simplefilter("ignore")
+    about = machine.description()
+    print(", ".join(f"{k} {v}" for k, v in about.items() if v is not None), flush=True)
+    return about
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="default: all")
+    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    add_options(parser, 60.0, "seconds of timing a workload")
     return parser.parse_args(arguments)
 
 
@@ -216,15 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyError as error:
         print(error.args[0], file=sys.stderr)
         return 2
-    if options.threads:
-        torch.set_num_threads(options.threads)
-        if options.threads == 1 and "jax" not in sys.modules:
-            os.environ["XLA_FLAGS"] = (
-                os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-            )
-    warnings.simplefilter("ignore")
-    about = machine.description()
-    print(", ".join(f"{k} {v}" for k, v in about.items() if v is not None))
+    about = start(options)
     results = []
     for workload in workloads:
         results.append(contend(workload, options, machine.gemm_peak()))

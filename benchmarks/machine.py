@@ -102,6 +102,39 @@ def gemm_peak(samples: int = 5) -> Peak:
     return min(peaks, key=lambda p: statistics.median(p.seconds))
 
 
+COPIED = 1 << 28
+
+
+def copy_rate(samples: int = 7) -> float:
+    """Bytes a second, read and written, of copying a buffer that is larger than caches are."""
+    source, target = torch.ones(2, COPIED // 4)
+    seconds = []
+    for _ in range(samples + 1):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * COPIED / statistics.median(seconds[1:])
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a machine can do: flops a second in products, by what, and bytes a second copied."""
+
+    flops: float
+    by: str
+    copied: float
+
+    def least_seconds(self, flops: int, size: int) -> float:
+        """The time below which so many flops and bytes cannot be done."""
+        return max(flops / self.flops, size / self.copied)
+
+
+def roof() -> Roof:
+    """Measure the CPU's."""
+    peak = gemm_peak()
+    return Roof(peak.flops, peak.by, copy_rate())
+
+
 def _status(key: str) -> int:
     """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -3,6 +3,7 @@
 A `Peer` turns (workload, net) into a function of the input. Whatever belongs to one user's
 one-time set-up (building a transform, compiling) happens there and is not timed.
 Every function returns (N, *out, *in), or (N, *out, N, *in) for a workload in the drop-in shape.
+folx, a peer for Laplacians, has nothing to compute here: no workload asks for a Laplacian yet.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 import jactri
 
 from . import peers_jax
-from .workloads import Workload
+from .workloads import CPU, Workload, problem
 
 Call = Callable[[Tensor], Tensor]
 Make = Callable[[Workload, nn.Module], Call]
@@ -45,7 +47,7 @@ class Peer:
     def left_out(self, w: Workload) -> str:
         """Why this peer is not run on a workload, or "" if it is."""
         if self.mode == "forward":
-            if w.no_forward:
+            if w.no_forward and not self.name.startswith("jax"):
                 return w.no_forward
             if w.columns > HOPELESS * w.rows:
                 return f"{w.columns} seeds where reverse mode needs {w.rows}"
@@ -76,8 +78,14 @@ def _jactri(w: Workload, net: nn.Module) -> Call:
 
 
 def _jactri_out(w: Workload, net: nn.Module) -> Call:
-    out = torch.empty(w.shape)
-    return lambda x: jactri.jacobian(net, x, per_sample=True, out=out)
+    kept: list[Tensor] = []
+
+    def call(x: Tensor) -> Tensor:
+        if not kept:  # not before: where it has to lie is known from the input
+            kept.append(torch.empty(w.shape, device=x.device))
+        return jactri.jacobian(net, x, per_sample=True, out=kept[0])
+
+    return call
 
 
 def _functional(vectorize: bool, strategy: str = "reverse-mode") -> Make:
@@ -102,6 +110,10 @@ def _grad_loop(w: Workload, net: nn.Module, layout: torch.memory_format | None =
     def call(x: Tensor) -> Tensor:
         x = x.detach().contiguous(memory_format=layout or torch.contiguous_format)
         x.requires_grad_()
+        if w.full:
+            y = net(x).reshape(-1)
+            rows = [torch.autograd.grad(y[k], x, retain_graph=True)[0] for k in range(len(y))]
+            return torch.stack(rows).reshape(w.shape)
         y = net(x).reshape(len(x), -1)
         rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0] for k in range(w.rows)]
         return torch.stack(rows, 1).reshape(w.shape)
@@ -155,7 +167,8 @@ def _hand_split(w: Workload, net: nn.Module) -> Call:
 def _hand_coloured(w: Workload, net: nn.Module) -> Call:
     """W6 with 49 coloured seeds: pixels 7 apart do not share an output pixel."""
     side, reach, period = w.in_shape[-1], 3, 7
-    seeds = torch.zeros(period * period, *w.in_shape)
+    place = next(net.parameters()).device
+    seeds = torch.zeros(period * period, *w.in_shape, device=place)
     for a in range(period):
         for b in range(period):
             seeds[a * period + b, 0, a::period, b::period] = 1
@@ -169,13 +182,14 @@ def _hand_coloured(w: Workload, net: nn.Module) -> Call:
     colour = (y % period * period + x % period).flatten()
     source = colour[pixel] * side * side + out
     target = out * side * side + pixel
+    source, target = source.to(place), target.to(place)
 
     def call(images: Tensor) -> Tensor:
         def along(seed: Tensor) -> Tensor:
             return jvp(net, (images,), (seed.expand_as(images),))[1]
 
         packed = vmap(along)(seeds).transpose(0, 1).reshape(len(images), -1)
-        jac = torch.zeros(len(images), math.prod(w.in_shape) ** 2)
+        jac = images.new_zeros(len(images), math.prod(w.in_shape) ** 2)
         jac[:, target] = packed[:, source]
         return jac.view(w.shape)
 
@@ -201,7 +215,7 @@ TORCH = (
     Peer("jacrev of sum", "torch", _jacrev_sum, "reverse", func=True),
     Peer("jacfwd of f(x+e)", "torch", _jacfwd_shared, "forward", func=True),
 )
-TORCH_FULL = tuple(p for p in TORCH if p.name.startswith("functional")) + (
+TORCH_FULL = tuple(p for p in TORCH if p.name.startswith("functional") or "loop" in p.name) + (
     Peer("jacrev", "torch", _per_sample(jacrev), "reverse", func=True),
     Peer("jacfwd", "torch", _per_sample(jacfwd), "forward", func=True),
 )
@@ -218,22 +232,50 @@ OVERHEAD = (
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
     FORWARD,
 )
+# All under jax.jit. lax.map takes the batch in pieces that stay in the cache.
+PIECE = 64
 JAX = (
     Peer("jax vmap(jacrev)", "jax", peers_jax.make("jacrev"), "reverse"),
     Peer("jax vmap(jacfwd)", "jax", peers_jax.make("jacfwd"), "forward"),
 )
+JAX_MAP = (
+    Peer("jax lax.map(jacrev)", "expert", peers_jax.make("jacrev", PIECE), "reverse"),
+    Peer("jax lax.map(jacfwd)", "expert", peers_jax.make("jacfwd", PIECE), "forward"),
+)
+JAX_EXPERT = (Peer("jax hand-split", "expert", peers_jax.hand_split, only=("W4",)),)
+JAX_FULL = (
+    Peer("jax jacrev", "jax", peers_jax.make("jacrev"), "reverse"),
+    Peer("jax jacfwd", "jax", peers_jax.make("jacfwd"), "forward"),
+)
 
 
-def peers_of(w: Workload) -> tuple[list[Peer], dict[str, str]]:
+def contender(
+    w: Workload, peer: Peer, device: torch.device = CPU, wait: Callable[[], Any] = lambda: None
+) -> Callable[[], Any]:
+    """A peer's call on a workload's own network and input. `wait` returns when the device is done."""
+    net, x = problem(w, device)
+    made = peer.make(w, net)
+
+    def call() -> Any:
+        result = made(x)
+        wait()
+        return result
+
+    return call
+
+
+def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[str, str]]:
     """The peers to run on a workload, jactri first, and those left out with the reason."""
+    jax = peers_jax.available(device)
     if w.name == "overhead":
-        return list(OVERHEAD), {}
+        return [*OVERHEAD, *(JAX[:1] if jax else ())], {}
     if w.full:
-        pool: tuple[Peer, ...] = (JACTRI, *TORCH_FULL)
+        pool: tuple[Peer, ...] = (JACTRI, *TORCH_FULL, *(JAX_FULL if jax else ()))
     else:
         pool = (JACTRI, JACTRI_OUT, *TORCH, *(p for p in EXPERT if w.name in p.only))
-        if peers_jax.available():
-            pool += JAX
+        if jax:
+            pool += JAX + (JAX_MAP if w.samples > PIECE else ())
+            pool += tuple(p for p in JAX_EXPERT if w.name in p.only)
     if w.name == "square":
         pool += (FORWARD,)
     reasons = {p.name: p.left_out(w) for p in pool}

@@ -1,4 +1,4 @@
-"""JAX peers, only where jax is installed: `jit(vmap(jacrev))` and `jit(vmap(jacfwd))`.
+"""JAX peers, only where jax is installed: `jacrev` and `jacfwd` under `vmap` or `lax.map`, in `jit`.
 
 The torch module is rewritten as a JAX function of (weights, sample), so that XLA treats the
 weights as arguments and not as constants.
@@ -8,50 +8,105 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .nets import SumOfSquares, TransformerBlock
 
 JaxFunction = Callable[[Any, Any], Any]
+Call = Callable[[Tensor], Any]
 
 
-def available() -> bool:
+def installed() -> bool:
     """Whether jax can be imported."""
     return importlib.util.find_spec("jax") is not None
 
 
+def available(device: torch.device) -> bool:
+    """Whether jax can compute on this device; if not, it is no peer there."""
+    if not installed():
+        return False
+    if device.type == "cpu":
+        return True
+    # What jax takes at its first use would not be there for torch.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        return bool(_devices(device))
+    except RuntimeError:  # a jax without that backend
+        return False
+
+
+def _devices(device: torch.device) -> list[Any]:
+    import jax
+
+    return jax.devices("cpu" if device.type == "cpu" else "gpu")
+
+
 def version() -> str | None:
     """jax's version, or None where it is missing."""
-    if not available():
+    if not installed():
         return None
     import jax
 
     return jax.__version__
 
 
-def make(transform: str) -> Callable:
-    """The maker of a peer: "jacrev" or "jacfwd" under vmap under jit."""
+def make(transform: str, piece: int | None = None) -> Callable:
+    """The maker of a peer: "jacrev" or "jacfwd", of the samples at once or so many at a time.
 
-    def maker(_workload, net: nn.Module) -> Callable[[Tensor], Any]:
+    In the drop-in shape the transform is taken of the whole batch.
+    """
+
+    def maker(workload, net: nn.Module) -> Call:
         import jax
-        import jax.numpy as jnp
 
         weights, function = translate(net)
-        per_sample = getattr(jax, transform)(function, argnums=1)
-        run = jax.jit(jax.vmap(per_sample, in_axes=(None, 0)))
-        moved: dict[int, Any] = {}
+        jacobian = getattr(jax, transform)
+        if workload.full:
+            batch = jacobian(jax.vmap(function, in_axes=(None, 0)), argnums=1)
+        elif piece:
+            per_sample = jacobian(function, argnums=1)
 
-        def call(x: Tensor) -> Any:
-            if id(x) not in moved:
-                moved[id(x)] = jnp.asarray(x.numpy())
-            return run(weights, moved[id(x)]).block_until_ready()
-
-        return call
+            def batch(w, xs):
+                return jax.lax.map(lambda x: per_sample(w, x), xs, batch_size=piece)
+        else:
+            batch = jax.vmap(jacobian(function, argnums=1), in_axes=(None, 0))
+        return _jitted(batch, weights)
 
     return maker
+
+
+def hand_split(_workload, net: nn.Module) -> Call:
+    """W4 cut at its bottleneck by hand: the decoder forward, the encoder in reverse."""
+    import jax
+
+    (first, encode), (second, decode) = translate(net[:4]), translate(net[4:])
+
+    def one(weights, x):
+        into = jax.jacrev(encode, argnums=1)(weights[0], x)
+        return jax.jacfwd(decode, argnums=1)(weights[1], encode(weights[0], x)) @ into
+
+    return _jitted(jax.vmap(one, in_axes=(None, 0)), (first, second))
+
+
+def _jitted(function: JaxFunction, weights: Any) -> Call:
+    """A call that moves its input once and returns when the result is there."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")  # a GPU would take tf32
+    run = jax.jit(function)
+    moved: dict[int, Any] = {}
+
+    def call(x: Tensor) -> Any:
+        if id(x) not in moved:
+            moved[id(x)] = jax.device_put((weights, x.cpu().numpy()), _devices(x.device)[0])
+        return run(*moved[id(x)]).block_until_ready()
+
+    return call
 
 
 def translate(net: nn.Module) -> tuple[Any, JaxFunction]:
@@ -61,7 +116,7 @@ def translate(net: nn.Module) -> tuple[Any, JaxFunction]:
     from jax import lax
 
     def array(t: Tensor):
-        return jnp.asarray(t.detach().numpy())
+        return t.detach().cpu().numpy()
 
     if isinstance(net, nn.Sequential):
         parts = [translate(m) for m in net]

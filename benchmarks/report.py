@@ -1,11 +1,13 @@
-"""Markdown and a plot from measured files: ``python -m benchmarks.report [FILES] [--plot FILE.png]``.
+"""Markdown and plots from measured files: ``python -m benchmarks.report [FILES] [--plots FOLDER]``.
 
 Without files, all in benchmarks/results/. The tables of the README are this program's output, word for word; a test
-compares them.
+compares them. ``--plots`` draws scaling.png (time against batch size, width and depth) and roofline.png; ``--plot``
+one picture of all times.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare or of ``benchmarks.gpu bench``."""
-    return _gpu(measured) if measured.get("kind") == "gpu" else _cpu(measured)
+    """The table of one file of benchmarks.compare, benchmarks.scaling or ``benchmarks.gpu bench``."""
+    return {"gpu": _gpu, "scaling": _scaling}.get(measured.get("kind"), _cpu)(measured)
 
 
 def _cpu(measured: dict) -> str:
@@ -29,16 +31,42 @@ def _cpu(measured: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for row in measured["results"]:
-        if BEST not in row["ratios"]:
-            continue
-        ratio = row["ratios"][BEST]
-        own, peer = (
-            row["contenders"][name]["seconds"]["median"] for name in (ratio["by"], ratio["peer"])
-        )
-        lines.append(
-            f"| {row['title']} | {_shape(row)} | {_ms(own)} | {_ms(peer)} ({ratio['peer']}) "
-            f"| {_ratio(ratio['median'])} |"
-        )
+        if BEST in row.get("ratios", {}):
+            lines.append(f"| {row['title']} | {_shape(row)} | {_against(row, BEST)} |")
+    return "\n".join(lines)
+
+
+def _against(row: dict, whom: str) -> str:
+    """Three cells: jactri's time, the peer's, and the ratio."""
+    ratio = row["ratios"][whom]
+    own, peer = (
+        row["contenders"][name]["seconds"]["median"] for name in (ratio["by"], ratio["peer"])
+    )
+    return f"{_ms(own)} | {_ms(peer)} ({ratio['peer']}) | {_ratio(ratio['median'])}"
+
+
+def along(measured: dict, axis: str) -> list[dict]:
+    """The points of a scaling file that differ from its base in this size only, in order."""
+    others = {k: v for k, v in measured["base"].items() if k != axis}
+    rows = [r for r in measured["results"] if all(r[k] == v for k, v in others.items())]
+    return sorted(rows, key=lambda r: r[axis])
+
+
+def _scaling(measured: dict) -> str:
+    """One row a point, axis by axis."""
+    machine, base = measured["machine"], measured["base"]
+    lines = [
+        f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, float32, "
+        f"{machine['date']}; one size of the dynamics MLP changed at a time, the others as in "
+        f"{', '.join(f'{k} {v}' for k, v in base.items())}.",
+        "",
+        "| size changed | jactri ms | best torch peer ms | ratio |",
+        "|---|---|---|---|",
+    ]
+    for axis in measured["axes"]:
+        for row in along(measured, axis):
+            if BEST in row.get("ratios", {}):
+                lines.append(f"| {axis} {row[axis]} | {_against(row, BEST)} |")
     return "\n".join(lines)
 
 
@@ -107,7 +135,7 @@ def plot(files: Sequence[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = [(f, list(rows(f))) for f in files]
+    found = [(f, list(rows(f))) for f in files if f.get("kind") != "scaling"]
     found = [(f, r) for f, r in found if r]
     if not found:
         raise SystemExit("none of the files holds times")
@@ -142,21 +170,48 @@ def plot(files: Sequence[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def load(path: Path) -> dict:
+    """A measured file; a ValueError says what is wrong with it."""
+    try:
+        measured = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{path}: not JSON") from None
+    if not isinstance(measured, dict):
+        raise ValueError(f"{path}: not a file of benchmarks")
+    return measured
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table of each file that holds times; draw the plot if asked."""
+    """Print the table of each file that holds times; draw the plots that are asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=Path, help="JSON files; default: benchmarks/results/*.json"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all times")
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="draw time against size, and a roofline"
+    )
     options = parser.parse_args(argv)
-    files = [json.loads(p.read_text()) for p in options.files or sorted(RESULTS.glob("*.json"))]
+    try:
+        files = [load(p) for p in options.files or sorted(RESULTS.glob("*.json"))]
+        if options.plots:
+            options.plots.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        parser.error(f"--plots {options.plots}: not a folder")
+    except ValueError as error:
+        parser.error(str(error))
     files = [f for f in files if "results" in f]  # counts.json holds no times
-    for measured in files:
-        if measured.get("kind") != "gpu" or measured.get("command") == "bench":
-            print(table(measured))
+    files = [f for f in files if f.get("kind") != "gpu" or f.get("command") == "bench"]
+    print("\n\n".join(map(table, files)))
     if options.plot:
         plot(files, options.plot)
+    if options.plots:
+        from . import plots  # not at the top: the tables need no package around this file
+
+        for line in plots.draw(files, options.plots):
+            print(line, file=sys.stderr)
     return 0
 
 

@@ -73,16 +73,31 @@ def once(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def estimate(call: Callable[[], Any], calls: int = 5, budget: float = 0.2) -> float:
+    """Seconds of the fastest of a few calls: one alone may have had to wait for a neighbour."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < calls and sum(seconds) < budget):
+        seconds.append(once(call)[0])
+    return min(seconds)
+
+
+def least_seconds(estimates: dict[str, float]) -> float:
+    """What it takes to time contenders at all: few rounds, and slow ones in one of them."""
+    slow = SLOW * min(estimates.values(), default=0.0)
+    return sum(2 * s * (1 if s > slow else FEWEST_ROUNDS) for s in estimates.values())
+
+
 def interleave(
     calls: dict[str, Callable[[], Any]],
     estimate: dict[str, float],
     *,
     rounds: int,
     budget: float,
+    fewest: int = FEWEST_ROUNDS,
     between: Callable[[], Any] = lambda: None,
     seed: int = 0,
 ) -> Rounds:
-    """Time the calls in rounds, each round in a new order, for at most `budget` seconds.
+    """Time the calls in rounds, each round in a new order, for `budget` seconds or `fewest` rounds.
 
     `estimate` (seconds a call) sets the inner loops; `between` runs once a round, untimed.
     Each sample follows an untimed call of the same contender.
@@ -101,7 +116,7 @@ def interleave(
     collecting = gc.isenabled()
     try:
         for r in range(rounds):
-            if r >= FEWEST_ROUNDS and time.perf_counter() > stop:
+            if r >= fewest and time.perf_counter() > stop:
                 break
             between()
             names = [n for n in calls if r < limit[n]]

@@ -80,11 +80,15 @@ class Workload:
         return nets.draw(net, self.samples, self.in_shape)
 
 
+CPU = torch.device("cpu")
+
+
 @lru_cache(maxsize=2)
-def problem(workload: Workload) -> tuple[nn.Module, Tensor]:
-    """The workload's network and input."""
+def problem(workload: Workload, device: torch.device = CPU) -> tuple[nn.Module, Tensor]:
+    """The workload's network and input, drawn on the CPU: every device gets the same numbers."""
     net = workload.build()
-    return net, workload.draw(net)
+    x = workload.draw(net)
+    return net.to(device), x.to(device)
 
 
 @lru_cache(maxsize=1)
@@ -158,7 +162,7 @@ def block_flops(tokens: int = 16, d: int = 64, heads: int = 4, hidden: int = 256
     return 2 * tokens * (one + tokens * pair + forward)
 
 
-def _mlp(name, title, widths, act, last=None, *, samples, **more) -> Workload:
+def mlp(name, title, widths, act, last=None, *, samples, **more) -> Workload:
     """An MLP as a workload."""
     return Workload(
         name=name,
@@ -206,20 +210,20 @@ def _block(name: str, fused: bool) -> Workload:
 DYNAMICS = (32, 256, 256, 32)
 
 MLP = (
-    _mlp("W1-tanh", "dynamics MLP", DYNAMICS, nn.Tanh, samples=1024, goal=Goal(2.3)),
-    _mlp("W1-silu", "dynamics MLP", DYNAMICS, nn.SiLU, samples=1024, goal=Goal(2.3)),
-    _mlp(
+    mlp("W1-tanh", "dynamics MLP", DYNAMICS, nn.Tanh, samples=1024, goal=Goal(2.3)),
+    mlp("W1-silu", "dynamics MLP", DYNAMICS, nn.SiLU, samples=1024, goal=Goal(2.3)),
+    mlp(
         *("W1-batch1", "dynamics MLP", DYNAMICS, nn.Tanh),
         samples=1,
         goal=Goal(1.0, "compile vmap(jacrev)"),
     ),
-    _mlp("W2", "classifier MLP", (784, 512, 512, 10), nn.ReLU, samples=64, goal=Goal(1.9)),
-    _mlp(
+    mlp("W2", "classifier MLP", (784, 512, 512, 10), nn.ReLU, samples=64, goal=Goal(1.9)),
+    mlp(
         *("W3", "VAE decoder with sigmoid output", (32, 256, 512, 784), nn.Tanh, nn.Sigmoid),
         samples=64,
         goal=Goal(2.0),
     ),
-    _mlp("W4", "autoencoder", (784, 256, 32, 256, 784), nn.Tanh, samples=16),
+    mlp("W4", "autoencoder", (784, 256, 32, 256, 784), nn.Tanh, samples=16),
 )
 CONV = (
     Workload(
@@ -251,7 +255,7 @@ ELEMENTWISE = (
     ),
 )
 DROPIN = (
-    _mlp(
+    mlp(
         *("dropin", "drop-in shape (N, out, N, in) of the dynamics MLP", DYNAMICS, nn.Tanh),
         samples=64,
         full=True,
@@ -259,9 +263,7 @@ DROPIN = (
     ),
 )
 OVERHEAD = (
-    _mlp(
-        "overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1
-    ),
+    mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
 )
 ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
 

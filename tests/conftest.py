@@ -3,6 +3,7 @@
 ``pytest --device cuda`` runs the suite with tensors on a GPU, without the files that are about the CPU.
 """
 
+import contextlib
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 CPU_ONLY = {
     "test_backends.py": "oneDNN and torch.mm on the CPU",
+    "test_benchmarks.py": "benchmarks, tried on the CPU",
     "test_memory.py": "memory of the process",
     "test_cli.py": "the command line, whose demo and doctor look at the CPU",
     "test_packaging.py": "wheels and imports",
@@ -27,11 +29,12 @@ CPU_ONLY = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where the tests put their tensors")
+    with contextlib.suppress(ValueError):  # benchmarks/conftest.py may have it
+        parser.addoption("--device", help="where the tests put their tensors; default: cpu")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("device") == "cpu":
+    if device_of(config) == "cpu":
         return
     left_out = [i for i in items if i.path.name in CPU_ONLY]
     if left_out:
@@ -39,9 +42,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if i.path.name not in CPU_ONLY]
 
 
+def device_of(config):
+    return config.getoption("device") or "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _tensors_on_the_device(request, monkeypatch):
-    device = request.config.getoption("device")
+    device = device_of(request.config)
     if device == "cpu":
         yield
         return

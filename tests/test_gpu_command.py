@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks import record as records
 from benchmarks import report
 from benchmarks.gpu import bench, check
-from benchmarks.gpu import record as records
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.device import Cpu, precision
 from benchmarks.gpu.sizes import GOALS, bound_ms, distance, problem, sized, truth

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from ..machine import ROOT
+from ..record import Record
 from . import bench, check, profile
 from .device import Cpu, Cuda, versions
-from .record import Record
 from .sizes import sized
 
 

@@ -13,10 +13,10 @@ import jactri
 from jactri import chooser
 
 from ..peers import TORCH, Peer, compiled
+from ..record import Record
 from ..timing import Spread
 from ..workloads import Workload
 from .device import SETTINGS, Device, precision, rates
-from .record import Record
 from .sizes import Sized, bound_ms, distance, problem, truth
 
 ALLOWED = {"ieee": 1e-5, "tf32": 1e-2}

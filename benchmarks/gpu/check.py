@@ -20,8 +20,8 @@ import torch
 import jactri
 
 from ..machine import ROOT
+from ..record import Record
 from .device import SETTINGS, Device, precision
-from .record import Record
 from .sizes import Sized, distance, problem, truth
 
 NEEDS = ("hypothesis", "sklearn", "matplotlib", "rich", "ruff")

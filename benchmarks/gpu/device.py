@@ -155,6 +155,16 @@ class Cpu:
 Device = Cuda | Cpu
 
 
+def chosen(name: str) -> Device:
+    """The device of a command line's word: "auto" is the GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {name}: choose auto, cpu or cuda")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    return Cuda() if there and name != "cpu" else Cpu()
+
+
 def rates(device: Device, copy_bytes: int, side: int) -> dict[str, float]:
     """What the card reaches: bytes a second of a copy (read and written), flops a second of square products."""
     found = {}

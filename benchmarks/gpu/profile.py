@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import jactri
 
+from ..record import Record
 from .device import Device
-from .record import Record
 from .sizes import Sized, problem
 
 CALLS = 5

@@ -10,12 +10,19 @@ from typing import Any
 
 
 class Record:
-    """The JSON file of one run, its failures, and its time."""
+    """The JSON file of one run (None: no file), its failures, and its time."""
 
-    def __init__(self, path: Path, command: str, about: dict[str, Any], budget: float):
+    def __init__(
+        self,
+        path: Path | None,
+        command: str,
+        about: dict[str, Any],
+        budget: float,
+        kind: str = "gpu",
+    ):
         self.path, self.budget, self.start = path, budget, time.monotonic()
         self.data: dict[str, Any] = {
-            "kind": "gpu", "command": command, "machine": about, "results": [], "failures": [], "not_run": [],
+            "kind": kind, "command": command, "machine": about, "results": [], "failures": [], "not_run": [],
         }  # fmt: skip
         self.write()
 
@@ -49,8 +56,9 @@ class Record:
 
     def write(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.start, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 
     def close(self) -> int:
         """Say how it ended; the exit code."""
@@ -58,7 +66,6 @@ class Record:
         failures, left_out = self.data["failures"], self.data["not_run"]
         for what in left_out:
             print(f"not run, for want of time: {what}")
-        print(
-            f"{len(failures)} failures, {len(left_out)} not run, {self.data['seconds']} s: {self.path.name}"
-        )
+        where = f": {self.path.name}" if self.path else ""
+        print(f"{len(failures)} failures, {len(left_out)} not run, {self.data['seconds']} s{where}")
         return 1 if failures else 0
