@@ -11,9 +11,6 @@ from . import backends
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
 from .linear_map import LinearMap, Route, Shape
 
-DENSE = 0.75
-"""The part of active entries above which gathering them costs more than it saves."""
-
 
 class Sum(LinearMap):
     """The sum over ``axes``, which stay with size 1. A tied axis needs no sum: its index becomes a seed."""
@@ -177,28 +174,6 @@ class MatMul(LinearMap):
             return row.view(t.shape[0], *([1] * len(lead)), -1).expand(-1, *lead, -1), False
         return backends.product(t, p, transposed), True
 
-    def _active(self, t: Tensor, transposed: bool) -> tuple[Tensor, bool]:
-        """The product over the entries of each row of samples that some seed reaches, gathered first.
-
-        Behind a ReLU about half of them are zero for all seeds of a sample: the product is halved for a copy of its
-        operands. Rows of samples with more than `DENSE` of them are multiplied whole.
-        """
-        p = self.partner if transposed else self.partner.t()  # (results, entries)
-        flat = t.reshape(t.shape[0], -1, t.shape[-1])
-        mask = (flat != 0).any(0)
-        counts = mask.sum(1).tolist()
-        if sum(counts) > DENSE * mask.numel():
-            return self._multiply(t, transposed)
-        out = t.new_empty(*flat.shape[:2], p.shape[0])
-        for n in range(flat.shape[1]):
-            index = mask[n].nonzero().squeeze(1)
-            if not len(index):
-                out[:, n] = 0.0
-                continue
-            rows = flat[:, n].index_select(1, index)
-            out[:, n] = backends.product(rows, p.index_select(1, index), True)
-        return out.view(*t.shape[:-1], -1), True
-
     def _batched(self, t: Tensor, p: Tensor) -> Tensor:
         # seeds join the rows (or columns) of each sample's product, so that the partner is never copied
         k, b, m, n = t.shape
@@ -213,7 +188,7 @@ class MatMul(LinearMap):
         if axis is None:
             if data is None or route.mid is not layout:
                 return super().apply(data, own, layout, route, reverse, sel, like)
-            return self._active(data, reverse) if route.active else self._multiply(data, reverse)
+            return self._multiply(data, reverse)
         p = self.partner
         if (self.side == "right") == reverse:
             p = p.transpose(-1, -2)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from .graph import Graph
 from .layout import Layout
-from .sweep import Step, Sweep, edge_of
+from .linear_map import LinearMap
+from .sweep import Step, Sweep
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Fused:
 
 
 Item = Step | Fused
+
+
+def edge_of(graph: Graph, step: Step, term: int = 0) -> LinearMap:
+    """The map of one term of a step."""
+    t = step.terms[term]
+    return graph.values[t.owner].sources[t.edge][1]
 
 
 def fuse(graph: Graph, sweep: Sweep) -> list[Item]:

@@ -7,12 +7,12 @@ from math import prod
 from torch import Tensor
 
 from . import backends, chooser
-from .fusion import Fused
+from .fusion import Fused, edge_of
 from .graph import Graph
 from .kernels import support
 from .kernels.support import Factor, Unfit
 from .linear_map import Diagonal
-from .sweep import Sweep, edge_of
+from .sweep import Sweep
 
 
 def run(

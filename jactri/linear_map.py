@@ -37,7 +37,6 @@ class Route:
 
     ``axis`` is the tied axis that the map releases instead of summing over it, or None.
     ``work`` is the flops for one stored element of ``out``; ``moves`` is false where the result is a view.
-    ``active``: leave out what a ReLU has set to zero (see `contraction`).
     """
 
     mid: Layout
@@ -45,7 +44,6 @@ class Route:
     axis: int | None = None
     work: float = 1.0
     moves: bool = True
-    active: bool = False
 
 
 @dataclass(frozen=True)

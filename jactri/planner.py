@@ -16,17 +16,13 @@ from . import sweep as sweeping
 from .graph import Graph
 from .layout import FREE
 from .rates import Rates, rough
-from .sweep import Sweep, edge_of, itemsize, simulate, untied_targets
+from .sweep import Sweep, itemsize, simulate, untied_targets
 
 CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
 
 SLACK = 0.15
 """The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
-
-
-FEWEST_ACTIVE, LEAST_ACTIVE = 128, 1 << 28
-"""Seeds, and multiply-adds a sample, from which a product gathers what a ReLU lets through (see `gather_active`)."""
 
 
 class MemoryLimitTooSmall(ValueError):
@@ -187,46 +183,6 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     return max(peak, end)
 
 
-def gather_active(graph: Graph, sweep: Sweep, device: str) -> None:
-    """Let products behind a ReLU leave out its zeros where that pays: for many seeds of few, wide samples, on a CPU.
-
-    Half of the entries are counted as zeros. Measured on 2 cores with oneDNN: 1.1 to 1.6 times as fast from
-    `FEWEST_ACTIVE` seeds and `LEAST_ACTIVE` multiply-adds a sample on, slower below.
-    """
-    if device != "cpu":
-        return
-    made = {s.value: s for s in sweep.steps}
-    found = []
-    for i, step in enumerate(sweep.steps):
-        edge, before = edge_of(graph, step), made.get(step.terms[0].other)
-        while before is not None and edge_of(graph, before).structure == "view":
-            before = made.get(before.terms[0].other)
-        if (
-            step.flops >= LEAST_ACTIVE
-            and len(step.terms) == 1
-            and edge.uniform
-            and edge.name == "matmul"
-            and step.terms[0].route.axis is None
-            and before is not None
-            and len(before.terms) == 1
-            and edge_of(graph, before).structure == "diagonal"
-            and graph.values[before.terms[0].owner].op == "ReluBackward0"
-        ):
-            found.append((i, step))
-    if not found:
-        return
-    sel = {f: (0, c) for f, c in choose_chunks(graph, sweep, float("inf"), None, device).items()}
-    for i, step in found:
-        term, samples = step.terms[0], prod(step.layout.shape[:-1])
-        seeds = step.layout.columns(sel)
-        adds = step.flops / 2 / samples * seeds / max(step.layout.columns(), 1)
-        if seeds >= FEWEST_ACTIVE and adds >= LEAST_ACTIVE:
-            route = replace(term.route, active=True)
-            sweep.steps[i] = replace(
-                step, terms=(replace(term, route=route),), flops=step.flops / 2
-            )
-
-
 def seconds(sweeps: list[Sweep], rates: Rates) -> float:
     """Predicted time, for ranking plans only."""
     flops, moved, steps = (
@@ -269,9 +225,6 @@ def make_plan(
         ways["reverse-mode"] = _direction(graph, True, summed)
     if both or strategy == "forward-mode":
         ways["forward-mode"] = _direction(graph, False, summed)
-    for sweeps in ways.values():
-        for sweep in sweeps:
-            gather_active(graph, sweep, device)
     cost = {name: seconds(sweeps, rates) for name, sweeps in ways.items()}
     table = None
     if both and not summed and all(ways.values()):

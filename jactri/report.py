@@ -218,8 +218,7 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
     structures = []
     for t, edge in zip(step.terms, edges, strict=True):
         free = t.route.axis is not None and edge.name == "matmul"
-        note = ", no product" if free else ", active units" if t.route.active else ""
-        structures.append(edge.structure + note)
+        structures.append(edge.structure + (", no product" if free else ""))
     op = graph.values[step.terms[0].owner].op
     opaque = any(e.structure == "opaque" for e in edges)
     device = graph.values[step.value].device.type

@@ -11,7 +11,7 @@ from math import prod
 
 from .graph import Graph
 from .layout import Layout, Selection, SplitSeed
-from .linear_map import LinearMap, Route
+from .linear_map import Route
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,6 @@ class Sweep:
                 for start in range(0, total, size)
             ]
         return out
-
-
-def edge_of(graph: Graph, step: Step, term: int = 0) -> LinearMap:
-    """The map of one term of a step."""
-    t = step.terms[term]
-    return graph.values[t.owner].sources[t.edge][1]
 
 
 def itemsize(graph: Graph, value: int) -> int:

@@ -24,7 +24,6 @@ CPU_ONLY = {
     "test_profiling.py": "times of the CPU",
     "test_compiled.py": "replays of the CPU; benchmarks.gpu checks the captures",
     "test_journal.py": "files, written from the CPU",
-    "test_active.py": "products of the CPU",
 }
 
 
