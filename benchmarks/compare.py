@@ -162,8 +162,9 @@ def ratios(w: Workload, table: timing.Rounds, facts: dict[str, Any]) -> dict[str
     for kind in ("best uncompiled", "best compiled"):
         if found[kind] == found["best torch peer"]:
             found[kind] = None
-    if "jactri out=" in facts:
-        found["best torch peer, into out="] = against(best(*COUNTED), "jactri out=")
+    for name, how in (("jactri out=", "into out="), ("jactri compile", "compiled")):
+        if name in facts:
+            found[f"best torch peer, {how}"] = against(best(*COUNTED), name)
     if w.goal:
         name = best(*COUNTED) if w.goal.peer == "best" else w.goal.peer
         if name in facts:

@@ -88,6 +88,17 @@ def _jactri_out(w: Workload, net: nn.Module) -> Call:
     return call
 
 
+def _jactri_compile(w: Workload, net: nn.Module) -> Call:
+    made: list[Call] = []
+
+    def call(x: Tensor) -> Tensor:
+        if not made:
+            made.append(jactri.compile(net, x, per_sample=True))
+        return made[0](x)
+
+    return call
+
+
 def _functional(vectorize: bool, strategy: str = "reverse-mode") -> Make:
     """torch.autograd.functional.jacobian, of the sum or of the shared perturbation."""
     jacobian = torch.autograd.functional.jacobian
@@ -203,6 +214,7 @@ def _channels_last(w: Workload, net: nn.Module) -> Call:
 
 JACTRI = Peer("jactri", "jactri", _jactri)
 JACTRI_OUT = Peer("jactri out=", "jactri", _jactri_out)
+JACTRI_COMPILE = Peer("jactri compile", "jactri", _jactri_compile)
 FORWARD = Peer("forward pass", "reference", _forward)
 
 TORCH = (
@@ -227,6 +239,7 @@ EXPERT = (
 )
 OVERHEAD = (
     JACTRI,
+    JACTRI_COMPILE,
     Peer("jactri drop-in call", "jactri", _dropin(jactri.jacobian)),
     Peer("vmap(jacrev)", "torch", _per_sample(jacrev), "reverse", func=True),
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
@@ -272,7 +285,8 @@ def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[
     if w.full:
         pool: tuple[Peer, ...] = (JACTRI, *TORCH_FULL, *(JAX_FULL if jax else ()))
     else:
-        pool = (JACTRI, JACTRI_OUT, *TORCH, *(p for p in EXPERT if w.name in p.only))
+        own = (JACTRI, JACTRI_OUT) + ((JACTRI_COMPILE,) if w.samples == 1 else ())
+        pool = (*own, *TORCH, *(p for p in EXPERT if w.name in p.only))
         if jax:
             pool += JAX + (JAX_MAP if w.samples > PIECE else ())
             pool += tuple(p for p in JAX_EXPERT if w.name in p.only)

@@ -27,12 +27,19 @@ def _cpu(measured: dict) -> str:
         f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, float32, "
         f"{machine['date']}; medians of interleaved calls, ratios paired round by round.",
         "",
-        "| workload | J | jactri ms | best torch peer ms | ratio |",
-        "|---|---|---|---|---|",
+        "| workload | J | into `out=` ms | jactri ms | best torch peer ms | ratio |",
+        "|---|---|---|---|---|---|",
     ]
     for row in measured["results"]:
-        if BEST in row.get("ratios", {}):
-            lines.append(f"| {row['title']} | {_shape(row)} | {_against(row, BEST)} |")
+        ratios = row.get("ratios", {})
+        if BEST in ratios:
+            into = f"{BEST}, into out="
+            out = _against(row, into).split(" | ")[0] if into in ratios else "-"
+            lines.append(f"| {row['title']} | {_shape(row)} | {out} | {_against(row, BEST)} |")
+        if (kept := f"{BEST}, compiled") in ratios:
+            lines.append(
+                f"| the same, by `jactri.compile` | {_shape(row)} | - | {_against(row, kept)} |"
+            )
     return "\n".join(lines)
 
 

@@ -195,11 +195,25 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_table_has_the_ways_to_call_jactri(reported):
+    first = row("first", 10**9, 10**6, 12, 30)
+    for name, how, ms in (("jactri out=", "into out=", 10), ("jactri compile", "compiled", 5)):
+        first["contenders"][name] = fact(ms, "jactri")
+        first["ratios"][f"best torch peer, {how}"] = {
+            "peer": "grad loop",
+            "by": name,
+            "median": 30 / ms,
+        }
+    _, _, out, _ = reported({**COMPARED, "results": [first]})
+    assert "| first title | 2 x 3 | 10 | 12 | 30 (grad loop) | 2.5 |" in out
+    assert "| the same, by `jactri.compile` | 2 x 3 | - | 5 | 30 (grad loop) | 6 |" in out
+
+
 def test_the_report_draws_both_plots(reported):
     code, folder, out, err = reported(COMPARED, SCALED)
     assert code == 0 and is_png(folder / "scaling.png") and is_png(folder / "roofline.png")
     assert err.count("wrote ") == 2
-    assert "| first title | 2 x 3 | 12 | 30 (grad loop) | 2.5 |" in out
+    assert "| first title | 2 x 3 | - | 12 | 30 (grad loop) | 2.5 |" in out
     assert "| batch 3 | 13 | 33 (grad loop) | 2.5 |" in out and "| width 4 |" in out
 
 
@@ -380,7 +394,7 @@ def test_pytest_benchmarks(tmp_path):
     measured = json.loads(path.read_text())
     assert "node" not in measured["machine_info"]
     infos = [b["extra_info"] for b in measured["benchmarks"]]
-    assert len(infos) == 2
+    assert len(infos) == 3  # jactri, out= and compile
     for info in infos:
         assert info["device"] == "cpu" and info["error"] <= checks.TOLERANCE
         assert {

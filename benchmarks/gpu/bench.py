@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import jactri
 from jactri import chooser
 
-from ..peers import TORCH, Peer, compiled
+from ..peers import JACTRI_COMPILE, TORCH, Peer, compiled
 from ..record import Record
 from ..timing import Spread
 from ..workloads import Workload
@@ -28,18 +28,9 @@ LAUNCH_BOUND_MS = 1.0
 
 
 def own(backend: str) -> Peer:
-    """jactri with a backend, or compiled, as a contender."""
+    """jactri with a backend as a contender."""
 
     def make(w: Workload, net: nn.Module) -> Callable[[Tensor], Tensor]:
-        if backend == "compile":
-            made: dict[int, Callable[[Tensor], Tensor]] = {}
-
-            def replayed(x: Tensor) -> Tensor:
-                if not made:
-                    made[0] = jactri.compile(net, x, per_sample=True)
-                return made[0](x)
-
-            return replayed
         return lambda x: jactri.jacobian(net, x, per_sample=True, backend=backend)
 
     return Peer(f"jactri {backend}", "jactri", make)
@@ -113,7 +104,7 @@ class Contest:
 
 def _contend(device, record: Record, size: Sized, setting: str, card) -> dict[str, Any]:
     contest = Contest(device, record, size, setting)
-    for peer in (*map(own, (*device.backends, "compile")), *TORCH):
+    for peer in (*map(own, device.backends), JACTRI_COMPILE, *TORCH):
         contest.add(peer)
     least = bound_ms(size.workload, card, setting)
     contest.time(least, record.left / 16)
