@@ -8,9 +8,10 @@ import torch
 from driver import TARGETS
 
 from jactri.kernels import chain as chains
-from jactri.kernels import elementwise, linear, operands, rows
+from jactri.kernels import conv, direct, elementwise, linear, operands, rows
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.support import Factor
+from jactri.kernels.windows import Window
 
 MODERN = ("sm_90", "sm_100")
 DTYPES = {"half": torch.bfloat16}
@@ -79,6 +80,27 @@ def _prepare(way):
     operands.prepare([torch.empty(256, 256).t(), torch.empty(32, 256).t()], way)
 
 
+def _conv(launch, channels, image, K, N, *, before=None, after=None, last=False, config=None, **window):
+    """A 3x3 convolution with padding 1 of (channels in, out), or its transpose, of a block of its own."""
+
+    def run(way):
+        dtype = DTYPES.get(way, torch.float32)
+        I, O = channels
+        G, stride, transposed = (window.get(w, d) for w, d in (("groups", 1), ("stride", 1), ("transposed", False)))
+        size = [n * stride if transposed else n // stride for n in image]
+        t = torch.empty(K, N, I, *image, dtype=dtype)
+        t = t.movedim(2, -1).contiguous().movedim(-1, 2) if last else t
+        w = torch.empty((I, O // G, 3, 3) if transposed else (O, I // G, 3, 3), dtype=dtype)
+        zb, za = (torch.empty(N, c, *s, dtype=dtype) for c, s in zip(channels, (image, size), strict=True))
+        options = {} if launch is direct.direct else {"precision": way}
+        launch(
+            t, w, Window(tuple(size), (stride,) * 2, (1, 1), (1, 1), G, transposed),
+            before and Factor(zb, before), after and Factor(za, after), config=config, **options,
+        )  # fmt: skip
+
+    return run
+
+
 @dataclass(frozen=True)
 class Case:
     """What launches a kernel, at which precisions, for which targets; ``products``: tensor cores must be used."""
@@ -125,6 +147,19 @@ for _name in DERIVATIVES:
     CASES[f"derivative/{_name}"] = Case(
         "scaled_sum", _derivative(_name), ("fp32",), ("sm_90",), False
     )
+for _i, _c in enumerate(conv.CONFIGS):
+    # W5 in reverse: the second and third layer's pull
+    _w5 = _conv(conv.convolve, (64, 32), (8, 8), 10, 256, after="relu", transposed=True, stride=2, config=_c)
+    CASES[f"conv/W5 64-32 stride 2/{_i}"] = Case("conv", _w5, _ways(_i))
+    _w5 = _conv(
+        conv.convolve, (64, 64), (8, 8), 10, 256, before="relu", after="relu", last=True, transposed=True, config=_c
+    )  # fmt: skip
+    CASES[f"conv/W5 64-64 relu/{_i}"] = Case("conv", _w5, MORE)
+_few = _conv(conv.convolve, (3, 32), (32, 32), 64, 16, after="tanh", config=conv.CONFIGS[0])
+CASES["conv/3-32/0"] = Case("conv", _few, _ways(0))
+for _name, _last, _g, _o in (("rows", False, 32, 32), ("last", True, 32, 32), ("few out", False, 1, 3)):
+    _depth = _conv(direct.direct, (32, _o), (32, 32), 64, 16, before="relu", last=_last, groups=_g)
+    CASES[f"direct/{_name}"] = Case("direct", _depth, ("fp32", "half"), products=False)
 
 
 def jobs():

@@ -1,0 +1,191 @@
+"""Convolutions of a block of tangents or cotangents, as products: implicit im2col on tensor cores.
+
+    out[k, n, o, y, x] = after[n, o, y, x] * sum_(i, tap) weight[o, i, tap] * before[n, i, at] * t[k, n, i, at]
+
+for K seeds, N samples and the inputs ``at`` that the taps of output (y, x) reach: for a convolution, and for its
+transpose by gathering (see `windows`), so that push and pull are one kernel and nothing is added up in memory. Where the
+block is one that all samples share, its stride along the samples is 0.
+
+A program computes BM outputs of the ``N K H W`` of one phase, neighbours in an image side by side, and BO channels of
+one group. It runs over taps and, inside, over BI channels in; where channels are few, taps and channels make one axis,
+so that the tile is full of both: ``2 BM BO BI`` flops for ``BM BI + BI BO`` loads, of which the first come from the
+cache in all but one of the taps.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear import Config, scaled
+from .operands import multiply, prepare
+from .support import Factor, factor, fitting, on_device, power_of_two, wide
+from .windows import Window, grouped, image, pixel, taps_of
+
+CONFIGS = (
+    Config(128, 64, 32, 4, 3),
+    # many channels: the most flops for a load
+    Config(128, 128, 32, 8, 3),
+    # small images, few seeds
+    Config(64, 64, 32, 4, 3),
+)
+
+WASTE = 1.25
+"""Channels in are padded to whole tiles up to this factor; beyond, taps and channels make one axis."""
+
+
+@triton.jit
+def _conv(
+    T, ZB, M, ZA, OUT, K, N, I, O, padded, size_in, size, taps, stride, padding, dilation, apart, step,
+    t_s, b_s, m_s, a_s, o_s,
+    BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    pid, g = tl.program_id(0), tl.program_id(1)
+    phase_y, phase_x = 0, 0
+    if TRANSPOSED:
+        phase_x = g % stride[1]
+        phase_y = g // stride[1] % stride[0]
+        g = g // (stride[0] * stride[1])
+    tiles = tl.cdiv(O, BO)
+    row, o = pid // tiles, (pid % tiles) * BO + tl.arange(0, BO)
+    i0 = tl.arange(0, BI)
+    if WIDE:
+        row, o, i0, g = row.to(tl.int64), o.to(tl.int64), i0.to(tl.int64), g.to(tl.int64)
+    PH, first_y, taps_y, y0 = taps_of(
+        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], TRANSPOSED
+    )
+    PW, first_x, taps_x, x0 = taps_of(
+        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], TRANSPOSED
+    )
+    n, k, y, x = pixel(row * BM + tl.arange(0, BM), K, PH, PW)
+    if TRANSPOSED:
+        out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
+    else:
+        out_y, out_x = y, x
+        y, x = y * stride[0], x * stride[1]
+    inside, outside = (n < N) & (out_y < size[0]) & (out_x < size[1]), o < O
+    y, x = (y + y0)[:, None], (x + x0)[:, None]
+    t_at = T + (k * t_s[0] + n * t_s[1])[:, None]
+    m_at = M + g * m_s[1] + o[None, :] * m_s[4]
+    whole = I if FLAT else tl.cdiv(I, BI) * BI
+    total = taps_y * taps_x * whole
+    acc = tl.zeros((BM, BO), tl.float32)
+    for start in range(0, total, BI):
+        if FLAT:
+            q = start + i0
+            tap, i = q // whole, q % whole
+            there, within = q < total, q < total
+        else:
+            tap, i = start // whole, start % whole + i0
+            there, within = i < I, i < padded
+        tap_y, tap_x = tap // taps_x, tap % taps_x
+        dy, dx = tap_y * step[0], tap_x * step[1]
+        if FLAT:
+            dy, dx = dy[None, :], dx[None, :]
+        yy, xx = y + dy, x + dx
+        mask = (yy >= 0) & (yy < size_in[0]) & (xx >= 0) & (xx < size_in[1])
+        mask = mask & inside[:, None] & there[None, :]
+        c = (g * I + i)[None, :]
+        t = tl.load(t_at + c * t_s[2] + yy * t_s[3] + xx * t_s[4], mask=mask, other=0.0)
+        at = n[:, None] * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
+        t = scaled(t, ZB, BEFORE, PB, at, mask)
+        if TRANSPOSED:
+            tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
+        at = m_at + (tap * m_s[2] + i * m_s[3])[:, None]
+        within = within[:, None] & outside[None, :]
+        acc = multiply(t, at, m_s[0], within, acc, PRECISION, BEFORE is not None)
+    mask = inside[:, None] & outside[None, :]
+    c = (g * O + o)[None, :]
+    n, k, y, x = n[:, None], k[:, None], out_y[:, None], out_x[:, None]
+    at = n * a_s[0] + c * a_s[1] + y * a_s[2] + x * a_s[3]
+    acc = scaled(acc, ZA, AFTER, PA, at, mask)
+    at = OUT + k * o_s[0] + n * o_s[1] + c * o_s[2] + y * o_s[3] + x * o_s[4]
+    tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
+
+
+def matrix_of(weight: Tensor, window: Window, flat: bool, precision: str):
+    """The weight for `multiply`, the rows up to which it may be read, and its strides (part, group, tap, in, out)."""
+    w = grouped(weight, window)
+    G, taps, I, O = w.shape
+    if flat:
+        (m,) = prepare((w.permute(1, 2, 0, 3).reshape(taps * I, G * O),), precision)
+        strides = m.parts, O * m.columns, I * m.rows, m.rows, m.columns
+    else:
+        (m,) = prepare((w.permute(2, 0, 1, 3).reshape(I, G * taps * O),), precision)
+        strides = m.parts, taps * O * m.columns, O * m.columns, m.rows, m.columns
+    return m.values, m.padded, strides
+
+
+def diagonal(f: Factor | None, axes: int):
+    """`support.factor` of values (N, C, *image), with strides for images of two axes."""
+    if f is None:
+        return None, (0,) * 4, None, ()
+    return factor(Factor(image(f.values, axes), f.name, f.constants))
+
+
+def result(t: Tensor, channels: int, size: tuple[int, ...], out: Tensor | None) -> Tensor:
+    """The tensor (K, N, C, *size) to write: a new one has t's memory format."""
+    if out is not None:
+        return out
+    shape = (*t.shape[:2], channels, *size)
+    if t.stride(2) == 1 and t.shape[2] > 1:
+        last = (*shape[:2], *size, channels)
+        return torch.empty(last, dtype=t.dtype, device=t.device).movedim(-1, 2)
+    return torch.empty(shape, dtype=t.dtype, device=t.device)
+
+
+def convolve(
+    t: Tensor,
+    weight: Tensor,
+    window: Window,
+    before: Factor | None = None,
+    after: Factor | None = None,
+    *,
+    precision: str,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``after * conv(before * t)``, or the transpose of a convolution (`windows.Window`).
+
+    t: (K, N, C, *image), images of one or two axes; weight: ``(out, in / groups, *taps)``, or ``(in, out / groups,
+    *taps)`` for the transpose; factors: (N, C, *image) of their side; all of one dtype, any strides. ``precision`` as
+    in `linear.step`. ``out``: (K, N, channels out, *window.size) of any strides. Returns ``out``. Raises Unfit where
+    the device cannot run the kernel, and for images of three axes. Costs ``2 K N C_out H W C_in / groups`` flops a tap
+    (in the transpose, of the taps that reach an output); reads t once for each tap and ``config.out`` channels, mostly
+    from the cache; writes out once, and the weight once for each of its parts.
+    """
+    axes = len(window.size)
+    window = window.flat()
+    w = grouped(weight, window)
+    G, _, I, O = w.shape
+    out = result(t, G * O, window.size[-axes:], out)
+    if out.numel() == 0:
+        return out
+    c = config or CONFIGS[0]
+    src, dst, kernel = image(t, axes), image(out, axes), (1, *weight.shape[2:])[-2:]
+    zb, sb, db, pb = diagonal(before, axes)
+    za, sa, da, pa = diagonal(after, axes)
+    inner = min(c.inner, power_of_two(I, 16))
+    flat = w.shape[1] > 1 and triton.cdiv(I, inner) * inner > WASTE * I
+    if flat:
+        inner = min(c.inner, power_of_two(I * w.shape[1], 16))
+    m, padded, sm = matrix_of(weight, window, flat, precision)
+    rows = t.shape[0] * t.shape[1] * window.places[0] * window.places[1]
+    grid = (
+        triton.cdiv(rows, c.rows) * triton.cdiv(O, c.out),
+        G * window.phases[0] * window.phases[1],
+    )
+    far = wide(src, zb, weight, za, dst) or rows >= 1 << 31
+    with on_device(t), fitting():
+        _conv[grid](
+            src, zb, m, za, dst, t.shape[0], t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
+            window.stride, window.padding, window.dilation, window.apart, window.step,
+            src.stride(), sb, sm, sa, dst.stride(),
+            db, pb, da, pa, precision, window.transposed, flat, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,133 @@
+"""Convolutions with few channels a group, without tensor cores: depthwise ones, small groups, few channels out.
+
+The formula is that of `conv`; sums are float32 multiply-adds, whatever precision tensor cores are allowed. A program
+computes BM outputs and BC channels: of one group, which then share the inputs that are loaded, or, where a group has
+one channel out, of BC groups.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv import diagonal, result
+from .linear import Config, scaled
+from .support import Factor, fitting, on_device, power_of_two, wide
+from .windows import Window, grouped, image, pixel, taps_of
+
+MOST = 8
+"""Channels out a group up to which this is worth a try: tensor cores compute 16 at once."""
+
+CONFIGS = (Config(256, 4, 0, 4, 1), Config(32, 32, 0, 4, 1))
+"""For images in rows, and for channels-last memory."""
+
+
+@triton.jit
+def _direct(
+    T, ZB, WT, ZA, OUT, K, N, G, I, O, size_in, size, taps, stride, padding, dilation, apart, step,
+    t_s, b_s, w_s, a_s, o_s,
+    BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    pid, g = tl.program_id(0), tl.program_id(1)
+    phase_y, phase_x = 0, 0
+    if TRANSPOSED:
+        phase_x = g % stride[1]
+        phase_y = g // stride[1] % stride[0]
+        g = g // (stride[0] * stride[1])
+    columns = G if MANY else O
+    tiles = tl.cdiv(columns, BC)
+    row, o = pid // tiles, ((pid % tiles) * BC + tl.arange(0, BC))[None, :]
+    if WIDE:
+        row, o, g = row.to(tl.int64), o.to(tl.int64), g.to(tl.int64)
+    outside = o < columns
+    w_at = WT + o * (w_s[0] if MANY else w_s[3])
+    channel = o
+    if MANY:
+        g = o  # a group a column
+    else:
+        w_at += g * w_s[0]
+        channel = g * O + o
+    PH, first_y, taps_y, y0 = taps_of(
+        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], TRANSPOSED
+    )
+    PW, first_x, taps_x, x0 = taps_of(
+        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], TRANSPOSED
+    )
+    n, k, y, x = pixel((row * BM + tl.arange(0, BM))[:, None], K, PH, PW)
+    if TRANSPOSED:
+        out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
+    else:
+        out_y, out_x = y, x
+        y, x = y * stride[0], x * stride[1]
+    inside = (n < N) & (out_y < size[0]) & (out_x < size[1])
+    y, x = y + y0, x + x0
+    acc = tl.zeros((BM, BC), tl.float32)
+    for q in range(0, taps_y * taps_x * I):
+        tap, i = q // I, q % I
+        tap_y, tap_x = tap // taps_x, tap % taps_x
+        yy, xx = y + tap_y * step[0], x + tap_x * step[1]
+        mask = inside & (yy >= 0) & (yy < size_in[0]) & (xx >= 0) & (xx < size_in[1])
+        if MANY:
+            mask = mask & outside
+        c = g * I + i
+        at = k * t_s[0] + n * t_s[1] + c * t_s[2] + yy * t_s[3] + xx * t_s[4]
+        t = tl.load(T + at, mask=mask, other=0.0)
+        at = n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
+        t = scaled(t, ZB, BEFORE, PB, at, mask).to(tl.float32)
+        if TRANSPOSED:
+            tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
+        w = tl.load(w_at + tap * w_s[1] + i * w_s[2], mask=outside, other=0.0).to(tl.float32)
+        acc += t * w
+    mask = inside & outside
+    at = n * a_s[0] + channel * a_s[1] + out_y * a_s[2] + out_x * a_s[3]
+    acc = scaled(acc, ZA, AFTER, PA, at, mask)
+    at = OUT + k * o_s[0] + n * o_s[1] + channel * o_s[2] + out_y * o_s[3] + out_x * o_s[4]
+    tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
+
+
+def direct(
+    t: Tensor,
+    weight: Tensor,
+    window: Window,
+    before: Factor | None = None,
+    after: Factor | None = None,
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`conv.convolve` without tensor cores, for any number of groups.
+
+    Costs as many flops; reads t once for each tap and ``config.out`` channels of a group, mostly from the cache; writes
+    out once.
+    """
+    axes = len(window.size)
+    window = window.flat()
+    w = grouped(weight, window)
+    G, _, I, O = w.shape
+    out = result(t, G * O, window.size[-axes:], out)
+    if out.numel() == 0:
+        return out
+    many = O == 1
+    c = config or CONFIGS[t.stride(2) == 1 and t.shape[2] > 1 and many]
+    src, dst, kernel = image(t, axes), image(out, axes), (1, *weight.shape[2:])[-2:]
+    zb, sb, db, pb = diagonal(before, axes)
+    za, sa, da, pa = diagonal(after, axes)
+    columns = G if many else O
+    tile = min(c.out, power_of_two(columns))
+    rows = t.shape[0] * t.shape[1] * window.places[0] * window.places[1]
+    grid = (
+        triton.cdiv(rows, c.rows) * triton.cdiv(columns, tile),
+        (1 if many else G) * window.phases[0] * window.phases[1],
+    )
+    far = wide(src, zb, w, za, dst) or rows >= 1 << 31
+    with on_device(t), fitting():
+        _direct[grid](
+            src, zb, w, za, dst, t.shape[0], t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel,
+            window.stride, window.padding, window.dilation, window.apart, window.step,
+            src.stride(), sb, w.stride(), sa, dst.stride(),
+            db, pb, da, pa, window.transposed, many, c.rows, tile, far,
+            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,51 @@
+"""The kernels over images in plain torch, for tests: any dtype, no speed."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor
+
+
+def reached(size: int, size_in: int, k: int, stride: int, padding: int, dilation: int, transposed):
+    """For one axis and tap: the input of each output, and whether there is one."""
+    o = torch.arange(size)
+    if transposed:
+        up = o + padding - k * dilation
+        at = up.div(stride, rounding_mode="floor")
+        there = up % stride == 0
+    else:
+        at = o * stride - padding + k * dilation
+        there = torch.ones_like(o, dtype=torch.bool)
+    there = there & (at >= 0) & (at < size_in)
+    return torch.where(there, at, 0), there
+
+
+def convolve(t: Tensor, weight: Tensor, window, before=None, after=None) -> Tensor:
+    """`conv.convolve`; factors are ready derivatives."""
+    axes = len(window.size)
+    if before is not None:
+        t = t * before
+    K, N, C = t.shape[:3]
+    G = window.groups
+    w = weight.reshape(G, weight.shape[0] // G, *weight.shape[1:])
+    if not window.transposed:
+        w = w.transpose(1, 2)
+    t = t.reshape(K, N, G, C // G, *t.shape[3:])
+    out = t.new_zeros(K, N, G, w.shape[2], *window.size)
+    for tap in product(*map(range, weight.shape[2:])):
+        part = t
+        for a in range(axes):
+            at, there = reached(
+                window.size[a], t.shape[4 + a], tap[a], window.stride[a], window.padding[a],
+                window.dilation[a], window.transposed,
+            )  # fmt: skip
+            if not t.shape[4 + a]:
+                return out.flatten(2, 3) if after is None else out.flatten(2, 3) * after
+            shape = [1] * part.dim()
+            shape[4 + a] = -1
+            part = part.index_select(4 + a, at.to(t.device)) * there.to(t).view(shape)
+        out += torch.einsum("kngi...,gio->kngo...", part, w[(..., *tap)])
+    out = out.flatten(2, 3)
+    return out if after is None else out * after
