@@ -41,8 +41,8 @@ def _conv(
     T, ZB, M, ZA, OUT, K, N, I, O, padded, size_in, size, taps, stride, padding, dilation, apart, step,
     t_s, b_s, m_s, a_s, o_s,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr, PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
-    WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr,
+    BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid, g = tl.program_id(0), tl.program_id(1)
     phase_y, phase_x = 0, 0
@@ -68,8 +68,13 @@ def _conv(
         out_y, out_x = y, x
         y, x = y * stride[0], x * stride[1]
     inside, outside = (n < N) & (out_y < size[0]) & (out_x < size[1]), o < O
-    y, x = (y + y0)[:, None], (x + x0)[:, None]
-    t_at = T + (k * t_s[0] + n * t_s[1])[:, None]
+    # tiles lie as memory does, their last axis the fast one: rows for images in rows, channels for channels-last
+    R: tl.constexpr = 0 if ROWS else 1
+    C: tl.constexpr = 1 - R
+    y, x = tl.expand_dims(y + y0, R), tl.expand_dims(x + x0, R)
+    n, k = tl.expand_dims(n, R), tl.expand_dims(k, R)
+    rows = tl.expand_dims(inside, R)
+    t_at = T + k * t_s[0] + n * t_s[1]
     m_at = M + g * m_s[1] + o[None, :] * m_s[4]
     whole = I if FLAT else tl.cdiv(I, BI) * BI
     total = taps_y * taps_x * whole
@@ -85,22 +90,26 @@ def _conv(
         tap_y, tap_x = tap // taps_x, tap % taps_x
         dy, dx = tap_y * step[0], tap_x * step[1]
         if FLAT:
-            dy, dx = dy[None, :], dx[None, :]
+            dy, dx = tl.expand_dims(dy, C), tl.expand_dims(dx, C)
         yy, xx = y + dy, x + dx
         mask = (yy >= 0) & (yy < size_in[0]) & (xx >= 0) & (xx < size_in[1])
-        mask = mask & inside[:, None] & there[None, :]
-        c = (g * I + i)[None, :]
+        mask = mask & rows & tl.expand_dims(there, C)
+        c = tl.expand_dims(g * I + i, C)
         t = tl.load(t_at + c * t_s[2] + yy * t_s[3] + xx * t_s[4], mask=mask, other=0.0)
-        at = n[:, None] * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
+        at = n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
         t = scaled(t, ZB, BEFORE, PB, at, mask)
+        if ROWS:
+            t = tl.trans(t)
         if TRANSPOSED:
             tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
         at = m_at + (tap * m_s[2] + i * m_s[3])[:, None]
         within = within[:, None] & outside[None, :]
         acc = multiply(t, at, m_s[0], within, acc, PRECISION, BEFORE is not None)
-    mask = inside[:, None] & outside[None, :]
-    c = (g * O + o)[None, :]
-    n, k, y, x = n[:, None], k[:, None], out_y[:, None], out_x[:, None]
+    if ROWS:
+        acc = tl.trans(acc)
+    mask = rows & tl.expand_dims(outside, C)
+    c = tl.expand_dims(g * O + o, C)
+    y, x = tl.expand_dims(out_y, R), tl.expand_dims(out_x, R)
     at = n * a_s[0] + c * a_s[1] + y * a_s[2] + x * a_s[3]
     acc = scaled(acc, ZA, AFTER, PA, at, mask)
     at = OUT + k * o_s[0] + n * o_s[1] + c * o_s[2] + y * o_s[3] + x * o_s[4]
@@ -185,7 +194,7 @@ def convolve(
             src, zb, m, za, dst, t.shape[0], t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
             window.stride, window.padding, window.dilation, window.apart, window.step,
             src.stride(), sb, sm, sa, dst.stride(),
-            db, pb, da, pa, precision, window.transposed, flat, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
+            db, pb, da, pa, precision, window.transposed, flat, src.stride(2) != 1, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -28,7 +28,8 @@ def _direct(
     T, ZB, WT, ZA, OUT, K, N, G, I, O, size_in, size, taps, stride, padding, dilation, apart, step,
     t_s, b_s, w_s, a_s, o_s,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr,
-    TRANSPOSED: tl.constexpr, MANY: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     pid, g = tl.program_id(0), tl.program_id(1)
     phase_y, phase_x = 0, 0
@@ -38,7 +39,9 @@ def _direct(
         g = g // (stride[0] * stride[1])
     columns = G if MANY else O
     tiles = tl.cdiv(columns, BC)
-    row, o = pid // tiles, ((pid % tiles) * BC + tl.arange(0, BC))[None, :]
+    # tiles lie as memory does, see `conv`
+    R: tl.constexpr = 0 if ROWS else 1
+    row, o = pid // tiles, tl.expand_dims((pid % tiles) * BC + tl.arange(0, BC), 1 - R)
     if WIDE:
         row, o, g = row.to(tl.int64), o.to(tl.int64), g.to(tl.int64)
     outside = o < columns
@@ -55,7 +58,7 @@ def _direct(
     PW, first_x, taps_x, x0 = taps_of(
         phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], TRANSPOSED
     )
-    n, k, y, x = pixel((row * BM + tl.arange(0, BM))[:, None], K, PH, PW)
+    n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), R), K, PH, PW)
     if TRANSPOSED:
         out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
     else:
@@ -63,7 +66,10 @@ def _direct(
         y, x = y * stride[0], x * stride[1]
     inside = (n < N) & (out_y < size[0]) & (out_x < size[1])
     y, x = y + y0, x + x0
-    acc = tl.zeros((BM, BC), tl.float32)
+    if ROWS:
+        acc = tl.zeros((BC, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, BC), tl.float32)
     for q in range(0, taps_y * taps_x * I):
         tap, i = q // I, q % I
         tap_y, tap_x = tap // taps_x, tap % taps_x
@@ -127,7 +133,7 @@ def direct(
             src, zb, w, za, dst, t.shape[0], t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel,
             window.stride, window.padding, window.dilation, window.apart, window.step,
             src.stride(), sb, w.stride(), sa, dst.stride(),
-            db, pb, da, pa, window.transposed, many, c.rows, tile, far,
+            db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
