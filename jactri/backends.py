@@ -39,6 +39,11 @@ class use:
         _asked.reset(self._token)
 
 
+def forced() -> bool:
+    """Whether kernels are asked for by name, also where torch is faster."""
+    return _asked.get() == "triton"
+
+
 def kernels_on(device: torch.device) -> bool:
     """Whether Triton kernels run for tensors on a device: they have no derivative, so only without grad mode."""
     asked = _asked.get()

@@ -1,10 +1,11 @@
-"""Which kernels run a chain of products: predicted at first sight, measured where that pays, and remembered.
+"""Which kernels run a chain of products or a convolution: predicted, measured where that pays, and remembered.
 
-A chain can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by torch. On a
-GPU the few ways that cover a shape are timed once for each device, dtype, precision, widths, seeds and power of two of
-rows, if the chain has at least `WORTH` flops; a way may only win if its result, on the data at hand, is at most twice
-as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the way with the fewest launches is taken. A
-kernel that a device cannot run is not tried again.
+A chain can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by torch; for
+convolutions see `convolving`. On a GPU the few ways that cover a shape are timed once for each device, dtype,
+precision, sizes, seeds and power of two of rows, if the problem has at least `WORTH` flops; a way may only win if its
+result, on the data at hand, is at most twice as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the
+way with the fewest launches is taken. Under ``backend="triton"`` torch only gets what no kernel fits. A kernel that a
+device cannot run is not tried again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +28,30 @@ WORTH = 2e8
 """Flops from which ways are timed: below, a chain takes microseconds, and launches cost more than any kernel."""
 
 _CHECKED_ROWS = 64
-_TIMED_ENTRIES = 1 << 24
+TIMED_ENTRIES = 1 << 24
 """Timing takes no more entries a block than this: rows are left out."""
 
 _SLACK = {"fp32": 2.0**-22, "tf32": 1e-3}
 """What a way may be off by beside twice torch's own error: small problems may come out exact by chance."""
+
+
+class Problem(Protocol):
+    """What can be computed in several ways: a `Chain`, or a `convolving.Convolution`."""
+
+    def kind(self) -> Kind:
+        """What the choice depends on."""
+
+    def timed(self) -> Problem:
+        """A part that is large enough to be timed."""
+
+    def few(self) -> Problem:
+        """A part of `timed` that is small enough for float64; its result is the first part along both leading axes."""
+
+    def torch(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The result by torch's own products and scalings."""
+
+    def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
+        """The result by kernels, in ``out`` if given."""
 
 
 @dataclass
@@ -66,6 +87,51 @@ class Chain:
             lambda: [None if d is None else d[:rows] for d in self.diagonals()],
         )  # fmt: skip
 
+    def timed(self) -> Chain:
+        K, R, _ = self.t.shape
+        return self.first(max(_CHECKED_ROWS, min(R, TIMED_ENTRIES // (K * max(self.widths)))))
+
+    def few(self) -> Chain:
+        return self.first(_CHECKED_ROWS)
+
+    def torch(self, dtype: torch.dtype | None = None) -> Tensor:
+        t, own = self.t if dtype is None else self.t.to(dtype), False
+        diagonals = [d if d is None else d.to(t.dtype) for d in self.diagonals()]
+        for l, d in enumerate(diagonals):
+            if d is not None:
+                t, own = (t.mul_(d) if own else t * d), True
+            if l < len(self.matrices):
+                m = self.matrices[l].to(t.dtype)
+                if t.stride(1) == 0 and t.shape[1] > 1:  # one product for all rows
+                    t, own = (t[:, 0] @ m).unsqueeze(1).expand(-1, t.shape[1], -1), False
+                else:
+                    t, own = torch.mm(t.reshape(-1, t.shape[2]), m).view(*t.shape[:2], -1), True
+        return t
+
+    def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
+        from .kernels import chain as chains
+        from .kernels import linear
+
+        t, at = self.t, 0
+        for i, (name, count) in enumerate(way.kernels):
+            end = at + count
+            into = out if i == len(way.kernels) - 1 else None
+            matrices = self.matrices[at:end]
+            factors = (self.factors[0] if at == 0 else None, *self.factors[at + 1 : end + 1])
+            last = i == len(way.kernels) - 1 or name == way.kernels[-1][0]
+            options = {
+                "precision": way.dot,
+                "out": into,
+                "config": way.config if last else None,
+            }
+            if name == "step":
+                t = linear.step(t, *matrices, *factors, **options)
+            else:
+                kernel = chains.chain if name == "chain" else chains.pair
+                t = kernel(t, matrices, factors, **options)
+            at = end
+        return t
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -91,9 +157,33 @@ class Kind:
     def flops(self) -> float:
         return 2.0 * self.seeds * self.rows * sum(a * b for a, b in pairwise(self.widths))
 
+    def offers(self) -> list[Offer]:
+        """Fewest launches first."""
+        from .kernels import chain, linear
+
+        products, multiply = len(self.widths) - 1, dots(self.precision)
+        found: list[Offer] = []
+        if products > 1:
+            configs = chain.chain_configs(self.widths, self.device)
+            found.append(((("chain", products),), configs, multiply))
+            pair = (*(("step", 1),) * (products - 2), ("pair", 2))
+            found.append((pair, chain.pair_configs(self.widths[-3:], self.device), multiply))
+        found.append(((("step", 1),) * products, linear.CONFIGS, multiply))
+        return found
+
+    def plain(self) -> dict[str, object]:
+        """As plain data, for reports."""
+        return {
+            "widths": self.widths, "seeds": self.seeds, "rows": self.rows, "precision": self.precision,
+            "dtype": str(self.dtype), "factors": self.factors,
+        }  # fmt: skip
+
 
 Kernels = tuple[tuple[str, int], ...]
 """Names of kernels in the order of their launches, each with how many products it takes."""
+
+Offer = tuple[Kernels, tuple, tuple[str, ...]]
+"""Kernels that cover a kind, the tiles to try, and how they can multiply."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +196,12 @@ class Way:
 
     def __str__(self) -> str:
         names = " + ".join(n if c == 1 else f"{c} {n}s" for n, c in self._counted())
-        if not self.dot:
+        if self.config is None:
             return names
         c = self.config
         tile = "x".join(str(s) for s in (c.rows, c.out, c.inner) if s)
-        return f"{names} ({self.dot}, tile {tile}, {c.warps} warps)"
+        dot = f"{self.dot}, " if self.dot else ""
+        return f"{names} ({dot}tile {tile}, {c.warps} warps)"
 
     def _counted(self) -> list[tuple[str, int]]:
         out: list[tuple[str, int]] = []
@@ -127,29 +218,23 @@ TORCH = Way((("torch", 0),))
 
 @dataclass
 class Choice:
-    """The way that runs a kind of chain, why, and what came of the others: milliseconds, or why not."""
+    """The way that runs a kind of problem, why, and what came of the others: milliseconds, or why not.
+
+    ``kernels``: the fastest way of our own where torch's is faster, for those who ask for it.
+    """
 
     way: Way
     why: str
     tried: dict[str, float | str] = field(default_factory=dict)
+    kernels: Way | None = None
+
+    def asked(self) -> Way:
+        """The way to take under the backend that was asked for."""
+        return self.kernels if self.kernels is not None and backends.forced() else self.way
 
 
 _choices: dict[Kind, Choice] = {}
 _refused: dict[tuple[Kind, Way], str] = {}
-
-
-def compositions(widths: Sequence[int], device: torch.device) -> list[tuple[Kernels, tuple]]:
-    """The sequences of kernels that cover a chain, fewest launches first, and the tiles to try for each."""
-    from .kernels import chain, linear
-
-    products = len(widths) - 1
-    found: list[tuple[Kernels, tuple]] = []
-    if products > 1:
-        found.append(((("chain", products),), chain.chain_configs(widths, device)))
-        pair = (*(("step", 1),) * (products - 2), ("pair", 2))
-        found.append((pair, chain.pair_configs(widths[-3:], device)))
-    found.append(((("step", 1),) * products, linear.CONFIGS))
-    return found
 
 
 def dots(precision: str) -> tuple[str, ...]:
@@ -161,21 +246,22 @@ def dots(precision: str) -> tuple[str, ...]:
     return ("bf16x6",) if torch.version.hip else ("bf16x6", "tf32x3")
 
 
-def run(chain: Chain, out: Tensor | None = None) -> Tensor:
-    """The chain's result (K, R, w_L), in ``out`` if given, by the way that was chosen for its kind."""
-    choice = _choice(chain)
+def run(problem: Problem, out: Tensor | None = None) -> Tensor:
+    """The problem's result, in ``out`` if given, by the way that was chosen for its kind."""
+    choice = _choice(problem)
     while True:
+        way = choice.asked()
         try:
-            return _run(choice.way, chain, out)
+            return _run(way, problem, out)
         except Unfit as error:
-            kind = chain.kind()
-            _refused[kind, choice.way] = str(error)
-            backends.unfit(str(choice.way), error)
+            kind = problem.kind()
+            _refused[kind, way] = str(error)
+            backends.unfit(str(way), error)
             choice = _choices[kind] = _predicted(kind)
 
 
 def forget() -> None:
-    """Drop all choices, so that the next chain of each kind is timed again."""
+    """Drop all choices, so that the next problem of each kind is timed again."""
     _choices.clear()
     _refused.clear()
 
@@ -183,22 +269,19 @@ def forget() -> None:
 def chosen() -> list[dict[str, object]]:
     """All choices of this process, as plain data: for reports."""
     return [
-        {
-            "widths": k.widths, "seeds": k.seeds, "rows": k.rows, "precision": k.precision, "dtype": str(k.dtype),
-            "factors": k.factors, "way": str(c.way), "why": c.why, "tried": c.tried,
-        }
-        for k, c in _choices.items()
-    ]  # fmt: skip
+        {**k.plain(), "way": str(c.way), "why": c.why, "tried": c.tried} for k, c in _choices.items()
+    ]
 
 
 def described(kind: Kind) -> tuple[str, str]:
-    """What runs a kind of chain, and why, for `explain`: as chosen in this process, or as predicted."""
+    """What runs a kind of problem, and why, for `explain`: as chosen in this process, or as predicted."""
     choice = _choices.get(kind) or _predicted(kind)
-    return ("torch" if choice.way is TORCH else "triton"), f"{choice.way}: {choice.why}"
+    way = choice.asked()
+    return ("torch" if way is TORCH else "triton"), f"{way}: {choice.why}"
 
 
-def _choice(chain: Chain) -> Choice:
-    kind = chain.kind()
+def _choice(problem: Problem) -> Choice:
+    kind = problem.kind()
     choice = _choices.get(kind)
     if choice is None:
         if not _tunable(kind):
@@ -206,7 +289,7 @@ def _choice(chain: Chain) -> Choice:
         elif kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return _predicted(kind)  # nothing can be timed inside a CUDA graph: another time
         else:
-            choice = _tuned(kind, chain)
+            choice = _tuned(kind, problem)
             if choice is None:
                 return _predicted(kind)
         _choices[kind] = choice
@@ -223,9 +306,10 @@ def _tunable(kind: Kind) -> bool:
 
 def _predicted(kind: Kind) -> Choice:
     """The covered way with the fewest launches whose kernels were not refused yet."""
-    for composition, configs in compositions(kind.widths, kind.device):
+    offers = kind.offers()
+    for composition, configs, multiply in offers:
         for config in configs:
-            for dot in dots(kind.precision):
+            for dot in multiply:
                 way = Way(composition, dot, config)
                 if (kind, way) not in _refused:
                     launches = len(composition)
@@ -233,33 +317,35 @@ def _predicted(kind: Kind) -> Choice:
                     if _tunable(kind):
                         why += ", to be timed against other ways at the first use"
                     return Choice(way, why)
-    return Choice(TORCH, "this device runs none of the kernels")
+    return Choice(
+        TORCH, "this device runs none of the kernels" if offers else "no kernel covers it"
+    )
 
 
-def _tuned(kind: Kind, chain: Chain) -> Choice | None:
-    """Time every way on the chain's own data; None if these are no measure (not finite)."""
-    K, R, _ = chain.t.shape
-    chain = chain.first(max(_CHECKED_ROWS, min(R, _TIMED_ENTRIES // (K * max(kind.widths)))))
-    few = chain.first(_CHECKED_ROWS)
-    truth = _torch(few, torch.float64)
+def _tuned(kind: Kind, problem: Problem) -> Choice | None:
+    """Time every way on the problem's own data; None if these are no measure (not finite)."""
+    problem = problem.timed()
+    few = problem.few()
+    truth = few.torch(torch.float64)
     if not torch.isfinite(truth).all():
         return None
+    checked = tuple(slice(0, n) for n in truth.shape[:2])
     slack = _SLACK.get(kind.precision, 2 * torch.finfo(kind.dtype).eps)
-    bound = 2 * _distance(_torch(few), truth) + slack
-    tried: dict[str, float | str] = {"torch": _milliseconds(lambda: _torch(chain))}
-    best, fastest = TORCH, tried["torch"]
-    open_dots = dots(kind.precision)
-    for composition, configs in compositions(kind.widths, kind.device):
+    bound = 2 * _distance(few.torch(), truth) + slack
+    tried: dict[str, float | str] = {"torch": _milliseconds(lambda: problem.torch())}
+    best, fastest = None, float("inf")
+    better: tuple[str, ...] = ()
+    for composition, configs, multiply in kind.offers():
         for config in configs:
             times: dict[str, float] = {}
-            for dot in open_dots:
+            for dot in better if len(multiply) > 1 and better else multiply:
                 way = Way(composition, dot, config)
                 try:
-                    off = _distance(_run(way, chain)[:, :_CHECKED_ROWS], truth)
+                    off = _distance(_run(way, problem)[checked], truth)
                     if not off <= bound:
                         tried[str(way)] = f"off by {off:.1e}, {bound:.1e} allowed"
                         continue
-                    times[dot] = _milliseconds(lambda way=way: _run(way, chain))
+                    times[dot] = _milliseconds(lambda way=way: _run(way, problem))
                 except Unfit as error:
                     _refused[kind, way] = tried[str(way)] = str(error)
                     continue
@@ -267,48 +353,20 @@ def _tuned(kind: Kind, chain: Chain) -> Choice | None:
                 if times[dot] < fastest:
                     best, fastest = way, times[dot]
             if len(times) > 1:  # which parts are faster depends on the device, not on the tile
-                open_dots = (min(times, key=times.get),)
-    why = f"{fastest:.3g} ms measured, torch {tried['torch']:.3g} ms"
-    return Choice(best, why, tried)
+                better = (min(times, key=times.get),)
+    if best is None or tried["torch"] <= fastest:
+        why = f"{tried['torch']:.3g} ms measured"
+        if best is not None:
+            why += f", {best} {fastest:.3g} ms"
+        return Choice(TORCH, why, tried, best)
+    return Choice(best, f"{fastest:.3g} ms measured, torch {tried['torch']:.3g} ms", tried)
 
 
-def _run(way: Way, chain: Chain, out: Tensor | None = None) -> Tensor:
+def _run(way: Way, problem: Problem, out: Tensor | None = None) -> Tensor:
     if way is TORCH:
-        made = _torch(chain)
+        made = problem.torch()
         return made if out is None else out.copy_(made)
-    from .kernels import chain as chains
-    from .kernels import linear
-
-    t, at = chain.t, 0
-    for i, (name, count) in enumerate(way.kernels):
-        end = at + count
-        into = out if i == len(way.kernels) - 1 else None
-        matrices = chain.matrices[at:end]
-        factors = (chain.factors[0] if at == 0 else None, *chain.factors[at + 1 : end + 1])
-        config = way.config if i == len(way.kernels) - 1 or name == way.kernels[-1][0] else None
-        options = {"precision": way.dot, "out": into, "config": config}
-        if name == "step":
-            t = linear.step(t, *matrices, *factors, **options)
-        else:
-            t = (chains.chain if name == "chain" else chains.pair)(t, matrices, factors, **options)
-        at = end
-    return t
-
-
-def _torch(chain: Chain, dtype: torch.dtype | None = None) -> Tensor:
-    """The chain by torch's own products and scalings."""
-    t, own = chain.t if dtype is None else chain.t.to(dtype), False
-    diagonals = [d if d is None else d.to(t.dtype) for d in chain.diagonals()]
-    for l, d in enumerate(diagonals):
-        if d is not None:
-            t, own = (t.mul_(d) if own else t * d), True
-        if l < len(chain.matrices):
-            m = chain.matrices[l].to(t.dtype)
-            if t.stride(1) == 0 and t.shape[1] > 1:  # one product for all rows
-                t, own = (t[:, 0] @ m).unsqueeze(1).expand(-1, t.shape[1], -1), False
-            else:
-                t, own = torch.mm(t.reshape(-1, t.shape[2]), m).view(*t.shape[:2], -1), True
-    return t
+    return problem.launch(way, out)
 
 
 def _distance(got: Tensor, truth: Tensor) -> float:

@@ -1,9 +1,9 @@
 """Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
 
-Three patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations),
-whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation) with the scalings around it; and a
-scaled *sum* of two blocks (a product of two values that both depend on the input). The executor runs the result where
-kernels run (see `backends`), and the steps themselves elsewhere.
+Four patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations),
+whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation) or a convolution (*conv*) with the
+scalings around it; and a scaled *sum* of two blocks (a product of two values that both depend on the input). The
+executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .sweep import Step, Sweep
 class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
-    ``kind`` is "chain" or "rows" (each step reads the one before) or "sum" (the last step adds up the two blocks of
+    ``kind`` is "chain", "rows" or "conv" (each step reads the one before) or "sum" (the last step adds up the two blocks of
     ``reads``, each scaled by the step among the others that reads it, if any).
     """
 
@@ -75,7 +75,7 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
             if run:
                 absorbed.update(s.value for s in run)
                 groups[run[0].value] = Fused("chain", tuple(run), (run[0].terms[0].other,))
-        elif _mixes_rows(graph, sweep, step):
+        elif kind := _around(graph, sweep, step):
             run = [step]
             while (
                 uses[run[0].terms[0].other] == 1
@@ -90,7 +90,7 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
                     break
                 run.append(after)
             absorbed.update(s.value for s in run)
-            groups[run[0].value] = Fused("rows", tuple(run), (run[0].terms[0].other,))
+            groups[run[0].value] = Fused(kind, tuple(run), (run[0].terms[0].other,))
         elif len(step.terms) == 2 and all(
             edge_of(graph, step, i).name == "identity" and _plain(sweep, step, i) for i in range(2)
         ):
@@ -142,11 +142,15 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
     )
 
 
-def _mixes_rows(graph: Graph, sweep: Sweep, step: Step) -> bool:
-    """Whether a step is a map that a kernel runs over rows."""
+def _around(graph: Graph, sweep: Sweep, step: Step) -> str:
+    """ "rows" or "conv" for a step that a kernel runs with the scalings around it; else nothing."""
     if len(step.terms) != 1 or not _plain(sweep, step):
-        return False
-    return edge_of(graph, step).row_map(len(step.layout.shape), sweep.reverse) is not None
+        return ""
+    edge = edge_of(graph, step)
+    if edge.name == "convolution":
+        return "conv"
+    mixes = edge.row_map(len(step.layout.shape), sweep.reverse) is not None
+    return "rows" if mixes else ""
 
 
 def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:

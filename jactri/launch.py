@@ -7,6 +7,7 @@ from math import prod
 from torch import Tensor
 
 from . import backends, chooser
+from .convolving import ConvKind, Convolution, Shape
 from .fusion import Fused, edge_of
 from .graph import Graph
 from .kernels import support
@@ -37,6 +38,8 @@ def run(
         out = None
     if item.kind == "sum":
         return _scaled_sum(graph, item, data, columns, out)
+    if item.kind == "conv":
+        return _convolution(graph, item, t, reverse, out)
     if item.kind == "rows":
         return _mapped_rows(graph, item, t, reverse, out)
     return _chain(graph, item, t, reverse, out)
@@ -48,6 +51,17 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
     dtype, device = graph.values[first].dtype, graph.values[first].device
     if not support.computes(dtype):
         return "torch", f"{str(dtype).removeprefix('torch.')} has no kernels"
+    # the block of the first layer under an identity seed is its weight, the same for all rows
+    shared = any(s.value == first and s.shares for s in sweep.steps)
+    seeds = item.layout.columns((sweep.selections() or [None])[0])
+    if item.kind == "conv":
+        edge, around, sizes = _parts(graph, item, sweep.layouts[first].shape)
+        samples = item.layout.shape[0]
+        if shared and samples > 1 and not around[0]:
+            return "torch", "once for all samples"
+        names = tuple("" if not s else s[0].formula if len(s) == 1 else "ready" for s in around)
+        shape = Shape.of(edge, not sweep.reverse, *(s[2:] for s in sizes))
+        return chooser.described(ConvKind.of(seeds, samples, shape, names, dtype, device))
     if item.kind != "chain":
         what = "one pass over rows" if item.kind == "rows" else "two blocks added in one pass"
         return "triton", what
@@ -59,10 +73,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
             names.append("")
         elif edge.name == "diagonal":
             names[-1] = "ready" if names[-1] else edge.formula
-    # the block of the first layer under an identity seed is its weight, the same for all rows
-    shared = any(s.value == first and s.shares for s in sweep.steps)
     rows = prod(sweep.layouts[first].shape[:-1])
-    seeds = item.layout.columns((sweep.selections() or [None])[0])
     return chooser.described(
         chooser.Kind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
     )
@@ -137,10 +148,11 @@ def _features(values: Tensor, shape, axes: int) -> Tensor:
     return values.expand(shape).reshape(prod(shape[:-axes]), prod(shape[-axes:]))
 
 
-def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
-    from .kernels.rows import rows
+def _parts(graph: Graph, item: Fused, shape):
+    """The map that an item is built around, the scalings before and after it, and the shapes of values there.
 
-    shape = item.layout.shape
+    ``shape`` is that of the value that the item reads.
+    """
     around: list[list[Diagonal]] = [[], []]
     found = None
     for step in item.steps:
@@ -148,8 +160,49 @@ def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         if edge.name == "diagonal":
             around[found is not None].append(edge)
         else:
-            found = edge.row_map(len(shape), reverse)
-    name, saved, axes = found
+            found = edge
+    return found, around, (shape, item.layout.shape)
+
+
+def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+    edge, around, shapes = _parts(graph, item, t.shape[1:])
+    if edge.weight.dtype != t.dtype or edge.weight.device != t.device:
+        return None
+    if not around[0] and t.shape[1] > 1 and t.stride(1) == 0:
+        return None  # torch convolves it once for all samples
+    both = list(zip(around, shapes, strict=True))
+    problem = Convolution(
+        t, edge, not reverse, tuple(shapes[1][2:]), tuple(_on_image(*b) for b in both),
+        lambda: tuple(_product(*b) for b in both),
+    )  # fmt: skip
+    return chooser.run(problem, out)
+
+
+def _on_image(scalings: list[Diagonal], shape) -> Factor | None:
+    """The scalings of a value of ``shape`` as one factor of that shape."""
+    if len(scalings) != 1:
+        d = _product(scalings, shape)
+        return None if d is None else Factor(d)
+    f = scalings[0].factor()
+    return Factor(f.values.expand(shape), f.name, f.constants)
+
+
+def _product(scalings: list[Diagonal], shape) -> Tensor | None:
+    """The product of the derivatives of scalings, expanded to ``shape``."""
+    if not scalings:
+        return None
+    whole = scalings[0].d
+    for edge in scalings[1:]:
+        whole = whole * edge.d
+    return whole.expand(shape)
+
+
+def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+    from .kernels.rows import rows
+
+    shape = item.layout.shape
+    edge, around, _ = _parts(graph, item, shape)
+    name, saved, axes = edge.row_map(len(shape), reverse)
     before, after = (_factor(s, shape, axes) for s in around)
     into = _into(out, axes)
     try:

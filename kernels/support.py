@@ -84,6 +84,17 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
+def convolution_precision(dtype: torch.dtype) -> str:
+    """`precision` for convolutions, which torch allows tf32 on their own: by default it does.
+
+    ``torch.backends.cudnn.conv.fp32_precision`` is what cuDNN goes by: ``cudnn.allow_tf32`` writes it, and where it is
+    unset it reads as ``cudnn.fp32_precision`` or ``torch.backends.fp32_precision``.
+    """
+    if dtype in HALF:
+        return "half"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "fp32"
+
+
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an element of any of the tensors is 2^31 or more elements away from its first."""
     return any(
