@@ -49,3 +49,32 @@ def convolve(t: Tensor, weight: Tensor, window, before=None, after=None) -> Tens
         out += torch.einsum("kngi...,gio->kngo...", part, w[(..., *tap)])
     out = out.flatten(2, 3)
     return out if after is None else out * after
+
+
+def gather(t: Tensor, index: Tensor, before=None, after=None) -> Tensor:
+    """`pool.gather`; factors are ready derivatives."""
+    if before is not None:
+        t = t * before
+    flat = index.flatten(2).expand(t.shape[0], *index.flatten(2).shape)
+    out = t.flatten(3).gather(3, flat).reshape(t.shape[0], *index.shape)
+    return out if after is None else out * after
+
+
+def scatter(t: Tensor, index: Tensor, size: tuple[int, ...], before=None, after=None) -> Tensor:
+    """`pool.scatter` to images of ``size``; factors are ready derivatives."""
+    if before is not None:
+        t = t * before
+    flat = index.flatten(2).expand(t.shape[0], *index.flatten(2).shape)
+    out = t.new_zeros(*t.shape[:3], *size)
+    out.flatten(3).scatter_add_(3, flat, t.flatten(3))
+    return out if after is None else out * after
+
+
+def dense(values: Tensor, colour: Tensor, supports: tuple[Tensor, ...]) -> Tensor:
+    """`band.dense`."""
+    rows, columns = values.shape[2], colour.numel()
+    seen = torch.ones(1, 1, dtype=torch.bool, device=values.device)
+    for table in supports:
+        seen = torch.kron(seen, table.bool())
+    seen = seen.repeat(rows // max(1, seen.shape[0]), columns // max(1, seen.shape[1]))
+    return values[:, colour.long()].transpose(1, 2) * seen
