@@ -8,7 +8,7 @@ import torch
 from driver import TARGETS
 
 from jactri.kernels import chain as chains
-from jactri.kernels import conv, direct, elementwise, linear, operands, rows
+from jactri.kernels import band, conv, direct, elementwise, linear, operands, pool, rows
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.support import Factor
 from jactri.kernels.windows import Window
@@ -101,6 +101,26 @@ def _conv(launch, channels, image, K, N, *, before=None, after=None, last=False,
     return run
 
 
+def _pool(name):
+    """2x2 windows of 32x32 images, a ReLU before (push) or after (pull)."""
+
+    def run(way):
+        fine, coarse = torch.empty(64, 16, 32, 32, 32), torch.empty(64, 16, 32, 16, 16)
+        index, z = torch.empty(16, 32, 16, 16, dtype=torch.int64), Factor(torch.empty(fine.shape[1:]), "relu")
+        if name == "gather":
+            pool.gather(fine, index, z)
+        else:
+            pool.scatter(coarse, index, Window((32, 32), (2, 2), (0, 0), (1, 1)), (2, 2), None, z)
+
+    return run
+
+
+def _dense(way):
+    """W6: 25 colours, images of 32x32."""
+    table = torch.empty(32, 32, dtype=torch.uint8)
+    band.dense(torch.empty(64, 25, 1024), torch.empty(1024, dtype=torch.int32), (table, table))
+
+
 @dataclass(frozen=True)
 class Case:
     """What launches a kernel, at which precisions, for which targets; ``products``: tensor cores must be used."""
@@ -148,18 +168,22 @@ for _name in DERIVATIVES:
         "scaled_sum", _derivative(_name), ("fp32",), ("sm_90",), False
     )
 for _i, _c in enumerate(conv.CONFIGS):
-    # W5 in reverse: the second and third layer's pull
+    # W5 in reverse: the second and third layer's pull, of images in rows and in channels-last memory
     _w5 = _conv(conv.convolve, (64, 32), (8, 8), 10, 256, after="relu", transposed=True, stride=2, config=_c)
-    CASES[f"conv/W5 64-32 stride 2/{_i}"] = Case("conv", _w5, _ways(_i))
+    _where = (_ways(0), tuple(TARGETS)) if _i == 0 else (MORE[:1], ("sm_90",))
+    CASES[f"conv/W5 64-32 stride 2/{_i}"] = Case("conv", _w5, *_where)
     _w5 = _conv(
         conv.convolve, (64, 64), (8, 8), 10, 256, before="relu", after="relu", last=True, transposed=True, config=_c
     )  # fmt: skip
-    CASES[f"conv/W5 64-64 relu/{_i}"] = Case("conv", _w5, MORE)
+    CASES[f"conv/W5 64-64 relu/{_i}"] = Case("conv", _w5, MORE, ("sm_90",))
 _few = _conv(conv.convolve, (3, 32), (32, 32), 64, 16, after="tanh", config=conv.CONFIGS[0])
-CASES["conv/3-32/0"] = Case("conv", _few, _ways(0))
+CASES["conv/3-32/0"] = Case("conv", _few, MORE[:1], ("sm_90", "sm_100"))
 for _name, _last, _g, _o in (("rows", False, 32, 32), ("last", True, 32, 32), ("few out", False, 1, 3)):
     _depth = _conv(direct.direct, (32, _o), (32, 32), 64, 16, before="relu", last=_last, groups=_g)
-    CASES[f"direct/{_name}"] = Case("direct", _depth, ("fp32", "half"), products=False)
+    CASES[f"direct/{_name}"] = Case("direct", _depth, ("fp32",), ("sm_90", "gfx942"), False)
+for _name in ("gather", "scatter"):
+    CASES[f"pool/{_name}"] = Case(_name, _pool(_name), ("fp32",), ("sm_90", "gfx942"), False)
+CASES["band/dense"] = Case("dense", _dense, ("fp32",), ("sm_90", "gfx942"), False)
 
 
 def jobs():

@@ -7,6 +7,8 @@ import torch
 
 from jactri.kernels import support
 
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default torch allows convolutions tf32
+
 if support.interpreted():
     from honest import install
 
