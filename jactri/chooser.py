@@ -269,7 +269,8 @@ def forget() -> None:
 def chosen() -> list[dict[str, object]]:
     """All choices of this process, as plain data: for reports."""
     return [
-        {**k.plain(), "way": str(c.way), "why": c.why, "tried": c.tried} for k, c in _choices.items()
+        {**k.plain(), "way": str(c.way), "why": c.why, "tried": c.tried}
+        for k, c in _choices.items()
     ]
 
 

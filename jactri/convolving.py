@@ -42,7 +42,11 @@ class Shape:
         """Of a map's push or pull between images of these sizes: one of the two gathers as a transpose does."""
         g, w = edge.geometry, edge.weight
         transposed = g.transposed == push
-        ends = (w.shape[0], w.shape[1] * g.groups) if transposed else (w.shape[1] * g.groups, w.shape[0])
+        ends = (
+            (w.shape[0], w.shape[1] * g.groups)
+            if transposed
+            else (w.shape[1] * g.groups, w.shape[0])
+        )
         return cls(
             *ends, tuple(size_in), tuple(size), tuple(w.shape[2:]), tuple(g.stride), tuple(g.padding),
             tuple(g.dilation), g.groups, transposed,
@@ -57,9 +61,7 @@ class Shape:
     @property
     def entries(self) -> int:
         """Entries a seed and sample of the larger block."""
-        return max(
-            self.channels_in * prod(self.size_in), self.channels * prod(self.size), 1
-        )
+        return max(self.channels_in * prod(self.size_in), self.channels * prod(self.size), 1)
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,22 @@ def _dense(
     colour = tl.load(COLOUR + column, mask=column < columns, other=0)
     # tiles lie as memory does, their last axis the fast one
     R: tl.constexpr = 0 if TURNED else 1
-    row, column, colour = tl.expand_dims(row, R), tl.expand_dims(column, 1 - R), tl.expand_dims(colour, 1 - R)
+    row, column, colour = (
+        tl.expand_dims(row, R),
+        tl.expand_dims(column, 1 - R),
+        tl.expand_dims(colour, 1 - R),
+    )
     if WIDE:
         colour = colour.to(tl.int64)
     inside = (row < rows) & (column < columns)
     row_x, column_x = row % size_x[0], column % size_x[1]
     row_y, column_y = row // size_x[0] % size_y[0], column // size_x[1] % size_y[1]
     seen = tl.load(XS + row_x * x_s[0] + column_x * x_s[1], mask=inside, other=0) != 0
-    seen = inside & seen & (tl.load(YS + row_y * y_s[0] + column_y * y_s[1], mask=inside, other=0) != 0)
+    seen = (
+        inside
+        & seen
+        & (tl.load(YS + row_y * y_s[0] + column_y * y_s[1], mask=inside, other=0) != 0)
+    )
     v = tl.load(V + s * v_s[0] + colour * v_s[1] + row * v_s[2], mask=seen, other=0.0)
     tl.store(OUT + s * o_s[0] + row * o_s[1] + column * o_s[2], v, mask=inside)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from .linear import Config, scaled
 from .operands import multiply, prepare
 from .support import Factor, factor, fitting, on_device, power_of_two, wide
-from .windows import Window, grouped, image, pixel, taps_of
+from .windows import Window, block_offsets, grouped, image, offsets, pixel, taps_of
 
 CONFIGS = (
     Config(128, 64, 32, 4, 3),
@@ -38,8 +38,8 @@ WASTE = 1.25
 
 @triton.jit
 def _conv(
-    T, ZB, M, ZA, OUT, K, N, I, O, padded, size_in, size, taps, stride, padding, dilation, apart, step,
-    t_s, b_s, m_s, a_s, o_s,
+    T, ZB, M, ZA, OUT, K, N, I, O, padded, size_in, size, taps, stride, padding, dilation, apart, common,
+    inverse, step, t_s, b_s, m_s, a_s, o_s,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr, PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexpr,
@@ -56,11 +56,13 @@ def _conv(
     if WIDE:
         row, o, i0, g = row.to(tl.int64), o.to(tl.int64), i0.to(tl.int64), g.to(tl.int64)
     PH, first_y, taps_y, y0 = taps_of(
-        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], TRANSPOSED
-    )
+        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], common[0], inverse[0],
+        TRANSPOSED,
+    )  # fmt: skip
     PW, first_x, taps_x, x0 = taps_of(
-        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], TRANSPOSED
-    )
+        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], common[1], inverse[1],
+        TRANSPOSED,
+    )  # fmt: skip
     n, k, y, x = pixel(row * BM + tl.arange(0, BM), K, PH, PW)
     if TRANSPOSED:
         out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
@@ -74,7 +76,6 @@ def _conv(
     y, x = tl.expand_dims(y + y0, R), tl.expand_dims(x + x0, R)
     n, k = tl.expand_dims(n, R), tl.expand_dims(k, R)
     rows = tl.expand_dims(inside, R)
-    t_at = T + k * t_s[0] + n * t_s[1]
     m_at = M + g * m_s[1] + o[None, :] * m_s[4]
     whole = I if FLAT else tl.cdiv(I, BI) * BI
     total = taps_y * taps_x * whole
@@ -85,7 +86,8 @@ def _conv(
             tap, i = q // whole, q % whole
             there, within = q < total, q < total
         else:
-            tap, i = start // whole, start % whole + i0
+            tap = start // whole
+            i = start - tap * whole + i0
             there, within = i < I, i < padded
         tap_y, tap_x = tap // taps_x, tap % taps_x
         dy, dx = tap_y * step[0], tap_x * step[1]
@@ -95,9 +97,8 @@ def _conv(
         mask = (yy >= 0) & (yy < size_in[0]) & (xx >= 0) & (xx < size_in[1])
         mask = mask & rows & tl.expand_dims(there, C)
         c = tl.expand_dims(g * I + i, C)
-        t = tl.load(t_at + c * t_s[2] + yy * t_s[3] + xx * t_s[4], mask=mask, other=0.0)
-        at = n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
-        t = scaled(t, ZB, BEFORE, PB, at, mask)
+        t = tl.load(T + block_offsets(k, n, c, yy, xx, t_s, ROWS), mask=mask, other=0.0)
+        t = scaled(t, ZB, BEFORE, PB, offsets(n, c, yy, xx, b_s, ROWS), mask)
         if ROWS:
             t = tl.trans(t)
         if TRANSPOSED:
@@ -110,10 +111,8 @@ def _conv(
     mask = rows & tl.expand_dims(outside, C)
     c = tl.expand_dims(g * O + o, C)
     y, x = tl.expand_dims(out_y, R), tl.expand_dims(out_x, R)
-    at = n * a_s[0] + c * a_s[1] + y * a_s[2] + x * a_s[3]
-    acc = scaled(acc, ZA, AFTER, PA, at, mask)
-    at = OUT + k * o_s[0] + n * o_s[1] + c * o_s[2] + y * o_s[3] + x * o_s[4]
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
+    acc = scaled(acc, ZA, AFTER, PA, offsets(n, c, y, x, a_s, ROWS), mask)
+    tl.store(OUT + block_offsets(k, n, c, y, x, o_s, ROWS), acc.to(OUT.dtype.element_ty), mask=mask)
 
 
 def matrix_of(weight: Tensor, window: Window, flat: bool, precision: str):
@@ -192,8 +191,8 @@ def convolve(
     with on_device(t), fitting():
         _conv[grid](
             src, zb, m, za, dst, t.shape[0], t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
-            window.stride, window.padding, window.dilation, window.apart, window.step,
-            src.stride(), sb, sm, sa, dst.stride(),
+            window.stride, window.padding, window.dilation, window.apart, window.common,
+            window.inverse, window.step, src.stride(), sb, sm, sa, dst.stride(),
             db, pb, da, pa, precision, window.transposed, flat, src.stride(2) != 1, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip

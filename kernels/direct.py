@@ -14,7 +14,7 @@ from torch import Tensor
 from .conv import diagonal, result
 from .linear import Config, scaled
 from .support import Factor, fitting, on_device, power_of_two, wide
-from .windows import Window, grouped, image, pixel, taps_of
+from .windows import Window, block_offsets, grouped, image, offsets, pixel, taps_of
 
 MOST = 8
 """Channels out a group up to which this is worth a try: tensor cores compute 16 at once."""
@@ -25,8 +25,8 @@ CONFIGS = (Config(256, 4, 0, 4, 1), Config(32, 32, 0, 4, 1))
 
 @triton.jit
 def _direct(
-    T, ZB, WT, ZA, OUT, K, N, G, I, O, size_in, size, taps, stride, padding, dilation, apart, step,
-    t_s, b_s, w_s, a_s, o_s,
+    T, ZB, WT, ZA, OUT, K, N, G, I, O, size_in, size, taps, stride, padding, dilation, apart, common,
+    inverse, step, t_s, b_s, w_s, a_s, o_s,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr,
     TRANSPOSED: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     WIDE: tl.constexpr,
@@ -53,11 +53,13 @@ def _direct(
         w_at += g * w_s[0]
         channel = g * O + o
     PH, first_y, taps_y, y0 = taps_of(
-        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], TRANSPOSED
-    )
+        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], common[0], inverse[0],
+        TRANSPOSED,
+    )  # fmt: skip
     PW, first_x, taps_x, x0 = taps_of(
-        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], TRANSPOSED
-    )
+        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], common[1], inverse[1],
+        TRANSPOSED,
+    )  # fmt: skip
     n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), R), K, PH, PW)
     if TRANSPOSED:
         out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
@@ -78,19 +80,16 @@ def _direct(
         if MANY:
             mask = mask & outside
         c = g * I + i
-        at = k * t_s[0] + n * t_s[1] + c * t_s[2] + yy * t_s[3] + xx * t_s[4]
-        t = tl.load(T + at, mask=mask, other=0.0)
-        at = n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
-        t = scaled(t, ZB, BEFORE, PB, at, mask).to(tl.float32)
+        t = tl.load(T + block_offsets(k, n, c, yy, xx, t_s, ROWS), mask=mask, other=0.0)
+        t = scaled(t, ZB, BEFORE, PB, offsets(n, c, yy, xx, b_s, ROWS), mask).to(tl.float32)
         if TRANSPOSED:
             tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
         w = tl.load(w_at + tap * w_s[1] + i * w_s[2], mask=outside, other=0.0).to(tl.float32)
         acc += t * w
     mask = inside & outside
-    at = n * a_s[0] + channel * a_s[1] + out_y * a_s[2] + out_x * a_s[3]
-    acc = scaled(acc, ZA, AFTER, PA, at, mask)
-    at = OUT + k * o_s[0] + n * o_s[1] + channel * o_s[2] + out_y * o_s[3] + out_x * o_s[4]
-    tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
+    acc = scaled(acc, ZA, AFTER, PA, offsets(n, channel, out_y, out_x, a_s, ROWS), mask)
+    at = block_offsets(k, n, channel, out_y, out_x, o_s, ROWS)
+    tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=mask)
 
 
 def direct(
@@ -131,8 +130,8 @@ def direct(
     with on_device(t), fitting():
         _direct[grid](
             src, zb, w, za, dst, t.shape[0], t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel,
-            window.stride, window.padding, window.dilation, window.apart, window.step,
-            src.stride(), sb, w.stride(), sa, dst.stride(),
+            window.stride, window.padding, window.dilation, window.apart, window.common,
+            window.inverse, window.step, src.stride(), sb, w.stride(), sa, dst.stride(),
             db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from .conv import diagonal, result
 from .linear import scaled
 from .support import Factor, fitting, on_device, power_of_two, wide
-from .windows import Window, image
+from .windows import Window, block_offsets, image, offsets
 
 SEEDS, TILE = 8, 128
 
@@ -59,14 +59,12 @@ def _gather(
     n, c, y, x, there = _place(N, C, size[0], size[1], LAST, TILE, WIDE)
     k, some = _seeds(K, SEEDS, WIDE)
     mask = there & some
-    i = tl.load(INDEX + n * i_s[0] + c * i_s[1] + y * i_s[2] + x * i_s[3], mask=there, other=0)
+    i = tl.load(INDEX + offsets(n, c, y, x, i_s, True), mask=there, other=0)
     yy, xx = i // W_in, i % W_in
-    at = k * t_s[0] + n * t_s[1] + c * t_s[2] + yy * t_s[3] + xx * t_s[4]
-    t = tl.load(T + at, mask=mask, other=0.0)
-    t = scaled(t, ZB, BEFORE, PB, n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3], there)
-    t = scaled(t, ZA, AFTER, PA, n * a_s[0] + c * a_s[1] + y * a_s[2] + x * a_s[3], there)
-    at = k * o_s[0] + n * o_s[1] + c * o_s[2] + y * o_s[3] + x * o_s[4]
-    tl.store(OUT + at, t.to(OUT.dtype.element_ty), mask=mask)
+    t = tl.load(T + block_offsets(k, n, c, yy, xx, t_s, True), mask=mask, other=0.0)
+    t = scaled(t, ZB, BEFORE, PB, offsets(n, c, yy, xx, b_s, True), there)
+    t = scaled(t, ZA, AFTER, PA, offsets(n, c, y, x, a_s, True), there)
+    tl.store(OUT + block_offsets(k, n, c, y, x, o_s, True), t.to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -86,16 +84,17 @@ def _scatter(
         yy, xx = up // stride[0], left // stride[1]
         holds = there & (up >= 0) & (left >= 0) & (yy < size_in[0]) & (xx < size_in[1])
         holds = holds & (up % stride[0] == 0) & (left % stride[1] == 0)
-        at = n * i_s[0] + c * i_s[1] + yy * i_s[2] + xx * i_s[3]
-        chose = holds & (tl.load(INDEX + at, mask=holds, other=-1) == own)
-        at = k * t_s[0] + n * t_s[1] + c * t_s[2] + yy * t_s[3] + xx * t_s[4]
-        t = tl.load(T + at, mask=chose & some, other=0.0)
-        at = n * b_s[0] + c * b_s[1] + yy * b_s[2] + xx * b_s[3]
-        t = scaled(t, ZB, BEFORE, PB, at, chose)
+        chosen = tl.load(INDEX + offsets(n, c, yy, xx, i_s, True), mask=holds, other=-1)
+        chose = holds & (chosen == own)
+        t = tl.load(T + block_offsets(k, n, c, yy, xx, t_s, True), mask=chose & some, other=0.0)
+        t = scaled(t, ZB, BEFORE, PB, offsets(n, c, yy, xx, b_s, True), chose)
         acc += t.to(tl.float32)
-    acc = scaled(acc, ZA, AFTER, PA, n * a_s[0] + c * a_s[1] + y * a_s[2] + x * a_s[3], there)
-    at = k * o_s[0] + n * o_s[1] + c * o_s[2] + y * o_s[3] + x * o_s[4]
-    tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=there & some)
+    acc = scaled(acc, ZA, AFTER, PA, offsets(n, c, y, x, a_s, True), there)
+    tl.store(
+        OUT + block_offsets(k, n, c, y, x, o_s, True),
+        acc.to(OUT.dtype.element_ty),
+        mask=there & some,
+    )
 
 
 def gather(

@@ -53,14 +53,25 @@ class Window:
     @property
     def apart(self) -> Pair:
         """How many taps lie between two that reach the same phase."""
+        both = zip(self.stride, self.common, strict=True)
+        return tuple(s // g if self.transposed else 1 for s, g in both)
+
+    @property
+    def common(self) -> Pair:
         both = zip(self.stride, self.dilation, strict=True)
-        return tuple(s // gcd(s, d) if self.transposed else 1 for s, d in both)
+        return tuple(gcd(s, d) for s, d in both)
+
+    @property
+    def inverse(self) -> Pair:
+        """The tap that one more output moves to: the inverse of the dilation modulo the stride, both over `common`."""
+        both = zip(self.dilation, self.common, self.apart, strict=True)
+        return tuple(pow(d // g, -1, a) for d, g, a in both)
 
     @property
     def step(self) -> Pair:
         """The inputs between two such taps."""
-        both = zip(self.stride, self.dilation, strict=True)
-        return tuple(-(d // gcd(s, d)) if self.transposed else d for s, d in both)
+        both = zip(self.dilation, self.common, strict=True)
+        return tuple(-(d // g) if self.transposed else d for d, g in both)
 
     @property
     def places(self) -> Pair:
@@ -82,19 +93,42 @@ def grouped(weight: Tensor, window: Window) -> Tensor:
 
 
 @triton.jit
-def taps_of(phase, size, taps, stride, padding, dilation, apart, TRANSPOSED: tl.constexpr):
+def taps_of(
+    phase, size, taps, stride, padding, dilation, apart, common, inverse, TRANSPOSED: tl.constexpr
+):  # fmt: skip
     """For one axis: outputs of the phase, first tap, number of taps, input that the first tap of output 0 reaches."""
     if TRANSPOSED:
-        first = taps
-        for k in range(apart):
-            reaches = (phase + padding - k * dilation) % stride == 0
-            first = tl.where(reaches, tl.minimum(first, k), first)
+        # the least tap for which phase + padding - tap * dilation is a multiple of the stride
+        up = phase + padding
+        first = tl.where(up % common == 0, up // common * inverse % apart, taps)
         # no phase is empty in the eyes of a division; the outputs beyond the image are masked
         places = tl.maximum(tl.cdiv(size - phase, stride), 1)
-        count = tl.cdiv(taps - first, apart)
-        return places, first, count, (phase + padding - first * dilation) // stride
+        count = tl.cdiv(tl.maximum(taps - first, 0), apart)
+        return places, first, count, (up - first * dilation) // stride
     else:
         return size, 0, taps, -padding
+
+
+@triton.jit
+def offsets(n, c, y, x, strides, ROWS: tl.constexpr):
+    """Offsets of entries (n, c, y, x); with images in rows, neighbours in the last axis go to neighbouring threads.
+
+    A row of an image is too short, or too odd, for the compiler to see that its pixels are neighbours, and versions
+    differ in what they do then. As the offsets are called multiples of nothing, no load gets wider by the hint.
+    """
+    at = n * strides[0] + c * strides[1] + y * strides[2] + x * strides[3]
+    if ROWS:
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 1]), [1, at.shape[1]])
+    return at
+
+
+@triton.jit
+def block_offsets(k, n, c, y, x, strides, ROWS: tl.constexpr):
+    """The same of entries (k, n, c, y, x)."""
+    at = k * strides[0] + n * strides[1] + c * strides[2] + y * strides[3] + x * strides[4]
+    if ROWS:
+        at = tl.max_contiguous(tl.multiple_of(at, [1, 1]), [1, at.shape[1]])
+    return at
 
 
 @triton.jit

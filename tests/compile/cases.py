@@ -80,18 +80,24 @@ def _prepare(way):
     operands.prepare([torch.empty(256, 256).t(), torch.empty(32, 256).t()], way)
 
 
-def _conv(launch, channels, image, K, N, *, before=None, after=None, last=False, config=None, **window):
+def _conv(
+    launch, channels, image, K, N, *, before=None, after=None, last=False, config=None, **window
+):
     """A 3x3 convolution with padding 1 of (channels in, out), or its transpose, of a block of its own."""
 
     def run(way):
         dtype = DTYPES.get(way, torch.float32)
         I, O = channels
-        G, stride, transposed = (window.get(w, d) for w, d in (("groups", 1), ("stride", 1), ("transposed", False)))
+        G, stride, transposed = (
+            window.get(w, d) for w, d in (("groups", 1), ("stride", 1), ("transposed", False))
+        )
         size = [n * stride if transposed else n // stride for n in image]
         t = torch.empty(K, N, I, *image, dtype=dtype)
         t = t.movedim(2, -1).contiguous().movedim(-1, 2) if last else t
         w = torch.empty((I, O // G, 3, 3) if transposed else (O, I // G, 3, 3), dtype=dtype)
-        zb, za = (torch.empty(N, c, *s, dtype=dtype) for c, s in zip(channels, (image, size), strict=True))
+        zb, za = (
+            torch.empty(N, c, *s, dtype=dtype) for c, s in zip(channels, (image, size), strict=True)
+        )
         options = {} if launch is direct.direct else {"precision": way}
         launch(
             t, w, Window(tuple(size), (stride,) * 2, (1, 1), (1, 1), G, transposed),
@@ -106,7 +112,10 @@ def _pool(name):
 
     def run(way):
         fine, coarse = torch.empty(64, 16, 32, 32, 32), torch.empty(64, 16, 32, 16, 16)
-        index, z = torch.empty(16, 32, 16, 16, dtype=torch.int64), Factor(torch.empty(fine.shape[1:]), "relu")
+        index, z = (
+            torch.empty(16, 32, 16, 16, dtype=torch.int64),
+            Factor(torch.empty(fine.shape[1:]), "relu"),
+        )
         if name == "gather":
             pool.gather(fine, index, z)
         else:
@@ -169,7 +178,9 @@ for _name in DERIVATIVES:
     )
 for _i, _c in enumerate(conv.CONFIGS):
     # W5 in reverse: the second and third layer's pull, of images in rows and in channels-last memory
-    _w5 = _conv(conv.convolve, (64, 32), (8, 8), 10, 256, after="relu", transposed=True, stride=2, config=_c)
+    _w5 = _conv(
+        conv.convolve, (64, 32), (8, 8), 10, 256, after="relu", transposed=True, stride=2, config=_c
+    )
     _where = (_ways(0), tuple(TARGETS)) if _i == 0 else (MORE[:1], ("sm_90",))
     CASES[f"conv/W5 64-32 stride 2/{_i}"] = Case("conv", _w5, *_where)
     _w5 = _conv(
@@ -178,7 +189,11 @@ for _i, _c in enumerate(conv.CONFIGS):
     CASES[f"conv/W5 64-64 relu/{_i}"] = Case("conv", _w5, MORE, ("sm_90",))
 _few = _conv(conv.convolve, (3, 32), (32, 32), 64, 16, after="tanh", config=conv.CONFIGS[0])
 CASES["conv/3-32/0"] = Case("conv", _few, MORE[:1], ("sm_90", "sm_100"))
-for _name, _last, _g, _o in (("rows", False, 32, 32), ("last", True, 32, 32), ("few out", False, 1, 3)):
+for _name, _last, _g, _o in (
+    ("rows", False, 32, 32),
+    ("last", True, 32, 32),
+    ("few out", False, 1, 3),
+):
     _depth = _conv(direct.direct, (32, _o), (32, 32), 64, 16, before="relu", last=_last, groups=_g)
     CASES[f"direct/{_name}"] = Case("direct", _depth, ("fp32",), ("sm_90", "gfx942"), False)
 for _name in ("gather", "scatter"):

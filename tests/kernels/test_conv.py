@@ -55,7 +55,9 @@ def torchs(t, weight, name):
     return out.unflatten(0, t.shape[:2])
 
 
-def operands(name, K, N, device, dtype=torch.float32, order=None, gap=1, acts=("tanh", "tanh"), shared=False):
+def operands(
+    name, K, N, device, dtype=torch.float32, order=None, gap=1, acts=("tanh", "tanh"), shared=False
+):
     """A block, weight, window and factors between guard zones; the order of axes holds for images of two axes."""
     (I, O, G), image, taps, stride, padding, dilation, extra = CASES[name]
     if extra is None:
@@ -99,7 +101,9 @@ def check(kernel, name, given, way="ieee", order=None, gap=1, **options):
     kept = [x.clone() for x in (t, weight)]
     assert launch(kernel, given, way, out=canvas.view, **options) is canvas.view
     truth = expected(given, name)
-    plain = distance(expected(given, name, torch.float32), truth) if way not in ("half", "tf32") else 0
+    plain = (
+        distance(expected(given, name, torch.float32), truth) if way not in ("half", "tf32") else 0
+    )
     off = distance(canvas.view, truth)
     canvas.check()
     assert off <= limit(way, t.dtype, 1, plain), off
@@ -154,7 +158,9 @@ def test_scalings_that_broadcast(name, kernel, device):
         check(kernel, name, (t, weight, window, *factors))
 
 
-@pytest.mark.parametrize("order, gap", [((0, 1, 3, 4, 2), 1), ((4, 3, 2, 1, 0), 1), ((1, 0, 2, 3, 4), 2)])
+@pytest.mark.parametrize(
+    "order, gap", [((0, 1, 3, 4, 2), 1), ((4, 3, 2, 1, 0), 1), ((1, 0, 2, 3, 4), 2)]
+)
 @pytest.mark.parametrize("kernel, name", [("conv", n) for n in SOME] + [("direct", "depthwise")])
 def test_memory_orders(kernel, name, order, gap, device):
     """Channels-last blocks, and worse, on both ends."""

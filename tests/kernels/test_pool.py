@@ -52,7 +52,9 @@ def test_push_and_pull_between_diagonals(p, dtype, device):
     canvas.check()
     assert off < LIMIT[dtype]
     canvas = Canvas(t.shape, dtype, device)
-    got = pool.scatter(c, index, window, taps, Factor(coarse), Factor(fine, "tanh"), out=canvas.view)
+    got = pool.scatter(
+        c, index, window, taps, Factor(coarse), Factor(fine, "tanh"), out=canvas.view
+    )
     want = naive.scatter(c.double(), index, p[4], coarse.double(), 1 - fine.double().square())
     off = distance(got, want)
     canvas.check()
