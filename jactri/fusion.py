@@ -21,8 +21,8 @@ from .sweep import Step, Sweep
 class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
-    ``kind`` is "chain", "rows" or "conv" (each step reads the one before) or "sum" (the last step adds up the two blocks of
-    ``reads``, each scaled by the step among the others that reads it, if any).
+    ``kind`` is "chain", "rows" or "conv" (each step reads the one before) or "sum" (the last step adds up the two
+    blocks of ``reads``, each scaled by the step among the others that reads it, if any).
     """
 
     kind: str

@@ -65,10 +65,10 @@ def dense(
     one table (rows, columns) for each windowed axis, one or two, slow axis first, uint8: whether there is an entry.
     Free axes are slower than windowed ones: ``row = (row_free * rows_y + row_y) * rows_x + row_x``, columns alike.
 
-    ``out``: (S, rows, columns), of any strides; the axis that is contiguous is the one that is written along. Where rows
-    were compressed (reverse mode), give the transposes of ``out`` and of the supports. Returns ``out``. Works for every
-    dtype. Raises Unfit where the device cannot run it. Reads values once for each entry (neighbouring rows share cache
-    lines) and two bytes of the tables for each element, from the cache; writes out once.
+    ``out``: (S, rows, columns), of any strides; it is written along the axis that is contiguous. Where rows were
+    compressed (reverse mode), give the transposes of ``out`` and of the supports. Returns ``out``. Takes every dtype.
+    Raises Unfit where the device cannot run it. Reads values once for each entry (neighbouring rows share cache lines)
+    and two bytes of the tables for each element, from the cache; writes out once.
     """
     S, _, rows = values.shape
     columns = colour.numel()

@@ -3,8 +3,8 @@
     out[k, n, o, y, x] = after[n, o, y, x] * sum_(i, tap) weight[o, i, tap] * before[n, i, at] * t[k, n, i, at]
 
 for K seeds, N samples and the inputs ``at`` that the taps of output (y, x) reach: for a convolution, and for its
-transpose by gathering (see `windows`), so that push and pull are one kernel and nothing is added up in memory. Where the
-block is one that all samples share, its stride along the samples is 0.
+transpose by gathering (see `windows`), so that push and pull are one kernel and nothing is added up in memory. Where
+all samples share the block, its stride along the samples is 0.
 
 A program computes BM outputs of the ``N K H W`` of one phase, neighbours in an image side by side, and BO channels of
 one group. It runs over taps and, inside, over BI channels in; where channels are few, taps and channels make one axis,
@@ -191,9 +191,10 @@ def convolve(
     with on_device(t), fitting():
         _conv[grid](
             src, zb, m, za, dst, t.shape[0], t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
-            window.stride, window.padding, window.dilation, window.apart, window.common,
-            window.inverse, window.step, src.stride(), sb, sm, sa, dst.stride(),
-            db, pb, da, pa, precision, window.transposed, flat, src.stride(2) != 1, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
+            window.stride, window.padding, window.dilation, window.apart, window.common, window.inverse, window.step,
+            src.stride(), sb, sm, sa, dst.stride(),
+            db, pb, da, pa, precision, window.transposed, flat, src.stride(2) != 1, c.rows,
+            min(c.out, power_of_two(O, 16)), inner, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -72,7 +72,7 @@ def _direct(
         acc = tl.zeros((BC, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BC), tl.float32)
-    for q in range(0, taps_y * taps_x * I):
+    for q in range(taps_y * taps_x * I):
         tap, i = q // I, q % I
         tap_y, tap_x = tap // taps_x, tap % taps_x
         yy, xx = y + tap_y * step[0], x + tap_x * step[1]
@@ -130,8 +130,8 @@ def direct(
     with on_device(t), fitting():
         _direct[grid](
             src, zb, w, za, dst, t.shape[0], t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel,
-            window.stride, window.padding, window.dilation, window.apart, window.common,
-            window.inverse, window.step, src.stride(), sb, w.stride(), sa, dst.stride(),
+            window.stride, window.padding, window.dilation, window.apart, window.common, window.inverse, window.step,
+            src.stride(), sb, w.stride(), sa, dst.stride(),
             db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip

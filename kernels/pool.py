@@ -10,7 +10,6 @@ loads of an index: a program computes SEEDS of them for TILE outputs.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,7 +76,7 @@ def _scatter(
     k, some = _seeds(K, SEEDS, WIDE)
     own = y * size[1] + x
     acc = tl.zeros((SEEDS, TILE), tl.float32)
-    for tap in range(0, taps[0] * taps[1]):
+    for tap in range(taps[0] * taps[1]):
         # the window of output (yy, xx) reaches this pixel by this tap
         up = y + padding[0] - tap // taps[1] * dilation[0]
         left = x + padding[1] - tap % taps[1] * dilation[1]

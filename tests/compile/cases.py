@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from driver import TARGETS
 
-from jactri.kernels import chain as chains
 from jactri.kernels import band, conv, direct, elementwise, linear, operands, pool, rows
+from jactri.kernels import chain as chains
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.support import Factor
 from jactri.kernels.windows import Window
