@@ -58,7 +58,7 @@ def test_activations(act, device, launched):
     f = nn.Sequential(nn.Conv1d(2, 3, 3), act(), nn.Conv1d(3, 2, 2), act()).to(device)
     for mode in MODES:
         check(f, torch.randn(2, 2, 4, device=device), per_sample=True, strategy=mode)
-    assert len(launched) == 3
+    assert len(launched) == 2
 
 
 NETWORKS = {
@@ -104,7 +104,8 @@ NETWORKS["two readers"] = TwoReaders()
 def test_networks(name, mode, device, launched):
     f = NETWORKS[name].to(device)
     side = {"decoder": 1, "groups and dilation": 3, "no activations": 5}.get(name, 4)
-    check(f, torch.randn(2, 2, side, side, device=device), per_sample=True, strategy=mode)
+    samples = 1 if name == "no activations" else 2  # more would share their blocks, which torch does once
+    check(f, torch.randn(samples, 2, side, side, device=device), per_sample=True, strategy=mode)
     if name == "depthwise":
         check(f, torch.randn(2, 3, 3, device=device), strategy=mode)
     assert launched
