@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,13 @@ class Geometry:
     def __init__(self, stride, padding, dilation, transposed, output_padding, groups):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.transposed, self.output_padding, self.groups = transposed, output_padding, groups
+
+    @property
+    def key(self) -> tuple:
+        return tuple(
+            tuple(v) if isinstance(v, (list, tuple)) else v
+            for v in (getattr(self, n) for n in self.__slots__)
+        )
 
     def run(self, x: Tensor, w: Tensor, groups: int | None = None) -> Tensor:
         return torch.convolution(
@@ -182,12 +190,28 @@ class Conv(LinearMap):
 
     @property
     def key(self):
-        return Conv, tuple(self.weight.shape), self.geometry.groups, self.geometry.transposed
+        return Conv, tuple(self.weight.shape), self.geometry.key
 
     def kept(self, in_shape, out_shape):
         if self.geometry.groups == in_shape[1] == out_shape[1]:
             return (0, 0), (1, 1)
         return ((0, 0),)
+
+    def windows(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(2, len(in_shape)))
+
+    def support(self, axis, in_shape, out_shape):
+        g, i = self.geometry, axis - 2
+        fine, coarse = in_shape[axis], out_shape[axis]
+        if g.transposed:
+            fine, coarse = coarse, fine
+        seen = numpy.zeros((coarse, fine), bool)
+        first = g.stride[i] * numpy.arange(coarse) - g.padding[i]
+        for k in range(self.weight.shape[axis]):
+            at = first + g.dilation[i] * k
+            rows = numpy.flatnonzero((at >= 0) & (at < fine))
+            seen[rows, at[rows]] = True
+        return seen.T if g.transposed else seen
 
     def work(self, in_shape, out_shape, reverse):
         # a multiply-add for each weight of a window and each place of the coarser side, in either direction
