@@ -21,6 +21,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .constants import one
+
 FREE = -1
 """The tie of a factor that is not tied to any seed factor."""
 
@@ -373,22 +375,5 @@ def matrix_view(
     return view.reshape(shape)
 
 
-_ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def one(like: Tensor) -> Tensor:
-    """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
-    key = (like.dtype, like.device)
-    if key not in _ONES:
-        with torch.inference_mode(False), torch.no_grad():
-            _ONES[key] = torch.ones((), dtype=like.dtype, device=like.device)
-    return _ONES[key]
-
-
 def _ones(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return one(like).expand(1, *shape)
-
-
-def constants() -> list[Tensor]:
-    """The tensors that are the same in every call."""
-    return list(_ONES.values())

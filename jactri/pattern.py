@@ -129,9 +129,30 @@ class Trace:
                 self._made[i] = product > 0
         return self._made[last]
 
+    def lost(self, value: int, batch: bool = False) -> int:
+        """The value at whose op, on the way to ``value``, the last ties are lost (but that of a ``batch``)."""
+        graph_values = self.graph.values
+        leads, stack = set(), [value]
+        while stack:
+            v = stack.pop()
+            if v not in leads and v in self.values:
+                leads.add(v)
+                stack.extend(s for s, _ in graph_values[v].sources)
+        spared = {t for _, t in self.start.axes[0]} if batch and self.start.axes else set()
+        for v in sorted(leads):
+            if not self.values[v].layout.tied - spared:
+                return v
+        return value
+
     def _parents(self, i: int) -> tuple[int, ...]:
         kind, *rest = self._nodes[i]
         return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
+
+
+def has_windows(graph: Graph) -> bool:
+    """Whether any op sees a window of its input."""
+    values = graph.values
+    return any(edge.windows(values[s].shape, v.shape) for v in values for s, edge in v.sources)
 
 
 def period(support: np.ndarray) -> int:
@@ -163,6 +184,12 @@ class Pattern:
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return prod(n for n, _ in self.out), prod(n for n, _ in self.into)
+
+    @property
+    def key(self) -> tuple:
+        """Hashable: determines the pattern."""
+        bits = ((t, s.shape, np.packbits(s).tobytes()) for t, s in sorted(self.supports.items()))
+        return self.out, self.into, tuple(bits)
 
     @property
     def nnz(self) -> int:

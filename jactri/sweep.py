@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 from .graph import Graph
 from .layout import Colours, Layout, Selection, SplitSeed
 from .linear_map import Route
+
+if TYPE_CHECKING:
+    from .patches import Window
+    from .pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class Sweep:
     summed: bool = False
     colours: Colours = field(default_factory=dict)
     """Seeds that run as one, in a factor of the seed (see `pattern`)."""
+    patterns: dict[int, Pattern] = field(default_factory=dict)
+    """By target: the entries that are computed, where that is not the whole block."""
+    windows: dict[int, Window] = field(default_factory=dict)
+    """By value: where its block has the pixels of, if the sweep runs by `patches`."""
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
     items: list | None = None

@@ -44,7 +44,7 @@ def max_pool(g):
     op, transposed = op_of(g)
     tail = MAX_POOLS[op]
     options = ("adaptive",) if op.startswith("Adaptive") else None
-    if op.startswith("MaxPool"):
+    if op.startswith("MaxPool") and g.has("kernel_size"):  # the second derivative's node has none
         kernel = g.saved("kernel_size")
         stride = g.saved("stride") or kernel
         options = tuple(zip(kernel, stride, g.saved("padding"), g.saved("dilation"), strict=True))
