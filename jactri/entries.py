@@ -47,8 +47,8 @@ class Banded:
     def to_dense(self) -> Tensor:
         """The Jacobian itself."""
         width = self.columns.shape[-1]
-        rows = self.columns.numel() // max(width, 1)
-        samples = self.values.numel() // max(self.columns.numel(), 1)
+        rows = prod(self.columns.shape[:-1])
+        samples = prod(self.values.shape[:-1]) // max(rows, 1)
         n = prod(self.shape) // max(samples * rows, 1)
         columns = self.columns.reshape(1, rows, width).expand(samples, -1, -1)
         values = self.values.reshape(samples, rows, width)
@@ -246,14 +246,12 @@ class Entries(Answer):
     def _coo(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
         rows, columns = self.pattern.shape
         sample, row, column = self._blocks(row, column)
-        index = _unravel(sample * rows + row, self.out)
+        index = unravel(sample * rows + row, self.out)
         if self.per_sample:
-            index += _unravel(column, self.into[1:])
+            index += unravel(column, self.into[1:])
         else:
-            index += _unravel(sample * columns + column, self.into)
-        return torch.sparse_coo_tensor(
-            torch.stack(index), values.reshape(-1), shape, is_coalesced=True, check_invariants=False
-        )
+            index += unravel(sample * columns + column, self.into)
+        return Coo.apply(values.reshape(-1), torch.stack(index), shape)
 
     def _csr(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
         rows, columns = self.pattern.shape
@@ -284,7 +282,33 @@ class Entries(Answer):
         return Banded(band.view(*self.out, width), where.view(*self.out, width), shape)
 
 
-def _unravel(flat: Tensor, shape) -> list[Tensor]:
+class Coo(torch.autograd.Function):
+    """``torch.sparse_coo_tensor`` of coalesced indices; torch 2.13 cannot differentiate its own from eight axes on."""
+
+    @staticmethod
+    def forward(ctx, values, index, shape):
+        ctx.save_for_backward(index)
+        return torch.sparse_coo_tensor(
+            index, values, shape, is_coalesced=True, check_invariants=False
+        )
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        if g.layout is torch.strided:
+            return g[tuple(index)], None, None
+        g = g.coalesce()
+        if torch.equal(g.indices(), index):
+            return g.values(), None, None
+        strides = torch.tensor([prod(g.shape[a + 1 :]) for a in range(g.dim())], device=g.device)
+        given, wanted = strides @ g.indices(), strides @ index
+        at = torch.searchsorted(given, wanted).clamp(max=max(len(given) - 1, 0))
+        found = given[at] == wanted if len(given) else torch.zeros_like(wanted, dtype=torch.bool)
+        values = g.values()[at] if len(given) else g.values().new_zeros(len(wanted))
+        return torch.where(found, values, 0.0), None, None
+
+
+def unravel(flat: Tensor, shape) -> list[Tensor]:
     """The index on every axis."""
     found = []
     for n in reversed(shape):

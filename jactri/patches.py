@@ -339,7 +339,12 @@ def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
     if torch.is_grad_enabled():
         return make()
     kept = _matrices.get(weight)
-    if kept is None or kept[0].shape != weight.shape or not torch.equal(kept[0], weight):
+    if (
+        kept is None
+        or kept[0].shape != weight.shape
+        or (kept[0].dtype, kept[0].device) != (weight.dtype, weight.device)
+        or not torch.equal(kept[0], weight)
+    ):
         kept = _matrices[weight] = weight.detach().clone(), {}
     key = at.size, edge.geometry.key, reverse
     found = kept[1].get(key)

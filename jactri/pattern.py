@@ -201,9 +201,11 @@ class Pattern:
         """The pattern of one sample, if the first axes of both are a batch of ``n`` samples that do not mix."""
         if n == 1:
             return self
-        if not self.out or not self.into or self.out[0][0] != n or self.into[0] != self.out[0]:
+        if not self.out or not self.into or self.into[0] != self.out[0]:
             return None
-        tie = self.out[0][1]
+        size, tie = self.out[0]
+        if size != n or tie == FREE:
+            return None
         support = self.supports[tie]
         if not np.array_equal(support, np.eye(len(support), dtype=bool)):
             return None
@@ -282,10 +284,12 @@ def pattern_of(trace: Trace, value: int) -> Pattern | None:
     return Pattern(out, into, {t: trace.support_of(at, t) for t in tied})
 
 
-def colours_of(traces: list[Trace | None], sweep: sweeping.Sweep) -> tuple[Splits, Colours]:
+def colours_of(
+    traces: list[Trace | None], sweep: sweeping.Sweep, per_sample: bool
+) -> tuple[Splits, Colours]:
     """Splits and colours of the seed with which a sweep needs fewer seeds; no colours where none do.
 
-    ``traces`` are those of the inputs.
+    ``traces`` are those of the inputs. Samples that are asked for one by one (``per_sample``) are never one colour.
     """
     ends = [(k, v) for k, v in enumerate(sweep.targets) if v is not None]
     if sweep.summed or not ends:
@@ -305,7 +309,7 @@ def colours_of(traces: list[Trace | None], sweep: sweeping.Sweep) -> tuple[Split
     for a, axis in enumerate(sizes[0]):
         for i, n in enumerate(axis):
             own = sweep.layout.axes[a]
-            if n == 1 or (len(own) == len(axis) and own[i][1] in kept):
+            if n == 1 or (per_sample and a == 0) or (len(own) == len(axis) and own[i][1] in kept):
                 continue  # a tie needs no colours
             ties = [other[a][i][1] for other in axes]
             if any(t not in at.layout.tied for t, (_, at) in zip(ties, found, strict=True)):

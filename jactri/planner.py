@@ -228,47 +228,65 @@ def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
     return flops / rates.flops + 2 * written / rates.bandwidth + rates.step * steps
 
 
-def _direction(
-    graph: Graph,
-    reverse: bool,
-    summed: bool,
-    traces,
-    limit: float,
-    rates: Rates,
-    answer: Asked | None,
-) -> list[Sweep]:
-    """The sweeps of one direction, with no chunks yet.
+@dataclass(frozen=True)
+class _Budget:
+    """What a sweep is chosen under."""
 
-    Seeds are coloured where ``traces`` show that fewer will do, and the sweep runs by patches where that costs less.
-    """
-    sparse = answer is not None and answer.sparse
+    limit: float
+    chunk_size: int | None
+    device: str
+    rates: Rates
+    answer: Asked | None
+
+    def fits(self, graph: Graph, sweep: Sweep) -> bool:
+        """Whether some chunks of the sweep fit the memory limit."""
+        if self.limit == float("inf"):
+            return True
+        try:
+            choose_chunks(graph, sweep, self.limit, self.chunk_size, self.device, self.answer)
+        except MemoryLimitTooSmall:
+            return False
+        return True
+
+
+def _direction(graph: Graph, reverse: bool, summed: bool, traces, budget: _Budget) -> list[Sweep]:
+    """The sweeps of one direction, with no chunks yet."""
     ends = graph.outputs if reverse else graph.inputs
-    sweeps = []
-    for i, v in enumerate(ends):
-        if v is None:
-            continue
-        sweep = simulate(graph, i, reverse, summed)
-        if traces is not None:
-            splits, colours = colours_of(traces, sweep)
-            if colours:
-                fewer = follow(graph, v, reverse, sweep.targets, i, False, splits, colours)
-                if fewer.columns() < sweep.columns():
-                    sweep = fewer
-            if sparse or sweep.colours:
-                for k, t in enumerate(sweep.targets):
-                    if t is not None:
-                        pair = (traces[k], v) if reverse else (traces[i], t)
-                        sweep.patterns[t] = pattern_of(*pair)
-            if sweep.colours:
-                other = patches.by_patches(graph, sweep)
-                if (
-                    other is not None
-                    and seconds([other], rates) < seconds([sweep], rates)
-                    and needs(graph, other, {}, answer) <= limit
-                ):
-                    sweep = other
-        sweeps.append(sweep)
-    return sweeps
+    sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+    return sweeps if traces is None else [_fewer(graph, s, traces, budget) for s in sweeps]
+
+
+def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
+    """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
+    answer = budget.answer
+    per_sample, sparse = (
+        answer is not None and answer.per_sample,
+        answer is not None and answer.sparse,
+    )
+    splits, colours = colours_of(traces, sweep, per_sample)
+    patterns = {}
+    if sparse or colours:
+        for k, t in enumerate(sweep.targets):
+            if t is not None:
+                pair = (traces[k], sweep.seed) if sweep.reverse else (traces[sweep.index], t)
+                patterns[t] = pattern_of(*pair)
+    if colours:
+        fewer = follow(
+            graph, sweep.seed, sweep.reverse, sweep.targets, sweep.index, False, splits, colours
+        )
+        fewer.patterns = patterns
+        small = patches.by_patches(graph, fewer)
+        if (
+            small is not None
+            and seconds([small], budget.rates) < seconds([fewer], budget.rates)
+            and budget.fits(graph, small)
+        ):
+            return small
+        if fewer.columns() < sweep.columns() and (sparse or budget.fits(graph, fewer)):
+            return fewer
+    if sparse:
+        sweep.patterns = patterns
+    return sweep
 
 
 def make_plan(
@@ -294,10 +312,11 @@ def make_plan(
     traces = None
     if sparse or (answer is not None and not answer.whole and not summed and has_windows(graph)):
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
+    budget = _Budget(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
-        ways["reverse-mode"] = _direction(graph, True, summed, traces, limit, rates, answer)
+        ways["reverse-mode"] = _direction(graph, True, summed, traces, budget)
     if both or strategy == "forward-mode":
-        ways["forward-mode"] = _direction(graph, False, summed, traces, limit, rates, answer)
+        ways["forward-mode"] = _direction(graph, False, summed, traces, budget)
     cost = {name: seconds(sweeps, rates) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):
