@@ -149,7 +149,7 @@ def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks
             with nullcontext() if marks is None else marks.step(sweep, step):
                 run.step(step, blocks, chunk, pinned)
         for v, answer in ends:
-            answer.put_patches(blocks[v][0], chunk)
+            answer.put_patches(blocks[v].data, chunk)
     if watch:
         watch.done([])
 

@@ -31,8 +31,8 @@ GAIN = 4.0
 LARGEST = 1 << 21
 """Entries of the matrices of weights that are formed."""
 
-CACHE_BYTES = 1 << 21
-"""On a CPU, blocks are cut to about this size."""
+CHUNK_BYTES = 1 << 23
+"""Blocks are cut to about this size; below it, what a chunk costs in Python shows."""
 
 Pair = tuple[int, int]
 
@@ -176,7 +176,7 @@ def _cut(graph: Graph, sweep: Sweep) -> Pair:
     shape = graph.values[sweep.seed].shape
     rows = images(shape)[0]
     largest = max((block_bytes(graph, sweep, s.value) for s in sweep.steps), default=0.0)
-    fit = max(1, int(shape[0] * rows * CACHE_BYTES // max(largest, 1)))
+    fit = max(1, int(shape[0] * rows * CHUNK_BYTES // max(largest, 1)))
     return (min(shape[0], fit // rows), rows) if fit >= rows else (1, fit)
 
 
@@ -192,6 +192,15 @@ def peak_bytes(graph: Graph, sweep: Sweep) -> float:
     return 2.0 * kept + 3.0 * chunk_bytes(graph, sweep)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Patches; whether they are zero outside of the image; whether they are made of weights, alike for all seeds."""
+
+    data: Tensor
+    clean: bool
+    alike: bool
+
+
 class Run:
     """One sweep by patches, some samples and lines of the seed's image at a time."""
 
@@ -200,6 +209,7 @@ class Run:
         self.shape = graph.values[sweep.seed].shape
         self.image = images(self.shape)
         self._padded: dict[tuple, tuple[Tensor, Pair]] = {}
+        self._alike: dict[int, Block] = {}
         self.writable = not torch.is_grad_enabled()
 
     def chunks(self):
@@ -209,61 +219,68 @@ class Run:
             for y in range(0, self.image[0], max(lines, 1)):
                 yield n, min(many, self.shape[0] - n), y, min(lines, self.image[0] - y)
 
-    def seed(self) -> tuple[Tensor, bool]:
+    def seed(self) -> Block:
         """Ones at the pixel itself."""
         like, c = self.graph.values[self.sweep.seed], self.shape[1]
         eye = torch.eye(c, dtype=like.dtype, device=like.device)
-        return eye.view(1, c, 1, 1, 1, 1, c), True
+        return Block(eye.view(1, c, 1, 1, 1, 1, c), True, True)
 
-    def step(self, step: Step, blocks: dict[int, tuple[Tensor, bool]], chunk, pinned) -> None:
+    def step(self, step: Step, blocks: dict[int, Block], chunk, pinned) -> None:
         """Add the block of a step; blocks that nobody needs any more, but for the ``pinned``, go."""
-        values, windows = self.graph.values, self.sweep.windows
-        target = windows[step.value]
-        total, clean = None, True
-        for t in step.terms:
-            edge = values[t.owner].sources[t.edge][1]
-            data, fine = blocks[t.other]
-            at = windows[t.other]
-            own = self.writable and t.other in step.frees and t.other not in pinned
-            own = own and len(step.terms) == 1
-            if edge.__class__ is Conv:
-                if not fine:
-                    data, _ = self._scaled(data, None, at, values[t.other].shape, chunk, False)
-                data, fine = self._convolved(edge, data, at, values[step.value].shape[1]), False
-            elif edge.__class__ is Diagonal:
-                shape = values[step.value].shape
-                data, cleaned = self._scaled(data, edge, at, shape, chunk, own)
-                fine = fine or cleaned
-            elif edge.__class__ is Scale:
-                data = data * edge.factor
-            data = _widened(data, _through(edge, at, self.sweep.reverse), target)
-            total = data if total is None else total + data
-            clean = clean and fine
-        blocks[step.value] = total, clean
+        made = self._alike.get(step.value) or self._made(step, blocks, chunk, pinned)
+        blocks[step.value] = made
+        if made.alike:
+            self._alike[step.value] = made
         for f in step.frees:
             if f not in pinned:
                 del blocks[f]
 
+    def _made(self, step: Step, blocks: dict[int, Block], chunk, pinned) -> Block:
+        """The block of a step."""
+        values, windows = self.graph.values, self.sweep.windows
+        target = windows[step.value]
+        total, clean, alike = None, True, True
+        for t in step.terms:
+            edge = values[t.owner].sources[t.edge][1]
+            block, at = blocks[t.other], windows[t.other]
+            data, fine, same = block.data, block.clean, block.alike
+            if edge.__class__ is Conv:
+                if not fine:
+                    data, same = self._windowed(data, None, at, values[t.other].shape, chunk), False
+                data, fine = self._convolved(edge, data, at, values[step.value].shape[1]), False
+            elif edge.__class__ is Diagonal:
+                own = self.writable and not same and len(step.terms) == 1
+                own = own and t.other in step.frees and t.other not in pinned
+                data, cleaned = self._scaled(data, edge, at, values[step.value].shape, chunk, own)
+                fine, same = fine or cleaned, False
+            elif edge.__class__ is Scale:
+                data = data * edge.factor
+            data = _widened(data, _through(edge, at, self.sweep.reverse), target)
+            total = data if total is None else total + data
+            clean, alike = clean and fine, alike and same
+        return Block(total, clean, alike)
+
     def _scaled(
-        self, data, edge: Diagonal | None, at: Window, shape, chunk, own: bool
+        self, data: Tensor, edge: Diagonal, at: Window, shape, chunk, own: bool
     ) -> tuple[Tensor, bool]:
-        """Times the windows of a derivative (of ones: None), zero outside of the image; whether it is clean then."""
-        if edge is not None:
-            d = edge.d
-            if d.dim() == len(shape) and all(
-                d.stride(a) == 0 or d.shape[a] == 1 for a in range(2, d.dim())
-            ):
-                pixel = d[
-                    (slice(None), slice(None), *[0] * (d.dim() - 2))
-                ]  # the same for all pixels
-                n0, n = chunk[:2]
-                if pixel.shape[0] > 1:
-                    pixel = pixel.narrow(0, n0, n)
-                return data * pixel.view(len(pixel), 1, 1, 1, 1, 1, -1), False
+        """Times a derivative, and whether that made it zero outside of the image."""
+        d = edge.d
+        pixels = range(2, d.dim())
+        if d.dim() == len(shape) and all(d.stride(a) == 0 or d.shape[a] == 1 for a in pixels):
+            pixel = d[(slice(None), slice(None), *[0] * len(pixels))]  # the same for all pixels
+            if pixel.shape[0] > 1:
+                pixel = pixel.narrow(0, *chunk[:2])
+            return data * pixel.view(len(pixel), 1, 1, 1, 1, 1, -1), False
+        return self._windowed(data, edge, at, shape, chunk, own), True
+
+    def _windowed(
+        self, data: Tensor, edge: Diagonal | None, at: Window, shape, chunk, own: bool = False
+    ) -> Tensor:
+        """Times the windows of a derivative (of ones: None)."""
         view = self._windows(edge, at, shape, chunk, data)
         if own and data.shape == torch.broadcast_shapes(data.shape, view.shape):
-            return data.mul_(view), True
-        return data * view, True
+            return data.mul_(view)
+        return data * view
 
     def _windows(self, edge: Diagonal | None, at: Window, shape, chunk, like: Tensor) -> Tensor:
         """The windows of a derivative, ``(samples, 1, lines, columns, *window, C)``, as a view of it with a border."""
