@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backends
-from .convolution import LANES, Conv, channels_last
+from .convolution import Conv
 from .graph import Graph
 from .linear_map import Diagonal, Identity, LinearMap, Scale
+from .packed import LANES, channels_last
 from .sweep import Step, Sweep
 
 GAIN = 4.0
@@ -70,9 +71,9 @@ def _spreads(edge: Conv, reverse: bool) -> bool:
 def _geometry(edge: Conv) -> tuple[Tensor, Pair, Pair, Pair]:
     """Weight, stride, padding and dilation, for images."""
     g, w = edge.geometry, edge.weight
-    if w.dim() == 4:
-        return w, tuple(g.stride), tuple(g.padding), tuple(g.dilation)
-    return w.unsqueeze(2), (1, *g.stride), (0, *g.padding), (1, *g.dilation)
+    if w.dim() == 3:
+        g, w = g.planar(), w.unsqueeze(2)
+    return w, tuple(g.stride), tuple(g.padding), tuple(g.dilation)
 
 
 def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
