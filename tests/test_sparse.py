@@ -336,3 +336,24 @@ def test_plans_use_colours_and_patches():
     func, x, _ = data("down and up")
     text = str(jactri.explain(func, x, per_sample=True, strategy="forward-mode"))
     assert "colours for 80 seeds" in text and "patches" not in text
+
+
+@pytest.mark.parametrize("name", ["three convolutions", "down and up", "a flat image"])
+def test_compiled_calls_replay_colours_and_patches(name):
+    func, x, _ = data(name)
+    call = jactri.compile(func, x, per_sample=True)
+    assert "replays" in repr(call)
+    for k in range(3):
+        moved = x + 0.1 * k
+        close(call(moved), truth(func, moved, True))
+    if isinstance(func, nn.Module):
+        with torch.no_grad():
+            kept = [p.clone() for p in func.parameters()]
+            try:
+                for p in func.parameters():
+                    p.mul_(1.25)
+                close(call(x), truth(func, x, True))
+            finally:
+                for p, old in zip(func.parameters(), kept, strict=True):
+                    p.copy_(old)
+        close(call(x), truth(func, x, True))
