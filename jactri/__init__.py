@@ -3,13 +3,16 @@
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
+from .entries import Banded
 from .opaque import FallbackError, fallback
 from .profiling import Profile, profile
 from .report import Explanation, explain
+from .sparsity import sparsity
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Banded",
     "CheckReport",
     "Compiled",
     "Explanation",
@@ -23,4 +26,5 @@ __all__ = [
     "jacobian",
     "jacobian_of",
     "profile",
+    "sparsity",
 ]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import backends, handover, ranges, whole
-from .executor import Answer, run
+from .answers import Answer
+from .entries import FORMS, Banded, Entries, check_pattern, nothing
+from .executor import run
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
 from .layers import watching
@@ -41,6 +43,7 @@ def jacobian(
     backend: str = "auto",
     progress: bool = False,
     resume: bool = True,
+    layout: torch.layout | str = torch.strided,
 ) -> Any:
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
@@ -71,6 +74,9 @@ def jacobian(
         progress: show a progress bar over the chunks.
         resume: go on where an interrupted call left a memmap ``out`` (opened with mode ``"r+"``); with False, start
             over. What was left is known by the file ``.progress`` beside the memmap's.
+        layout: ``torch.sparse_coo``: a sparse tensor of the same shape; ``torch.sparse_csr``: the matrix
+            ``(out.numel(), in.numel())``, under ``per_sample`` one a sample; ``"banded"``: a `Banded`. Only the entries
+            that `sparsity` finds are computed, zeros among them included.
 
     Returns:
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
@@ -82,8 +88,9 @@ def jacobian(
         TypeError: inputs or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix
             (the op is named); an ``out`` that does not fit.
-        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend, no common
-            batch axis under ``per_sample``.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend or layout, no
+            common batch axis under ``per_sample``; a sparse ``layout`` where every entry can be non-zero (the op is
+            named).
         AssertionError: an unknown strategy.
         IndexError: an empty tuple of inputs or outputs.
 
@@ -92,9 +99,12 @@ def jacobian(
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
     """
     check_options(strategy, chunk_size, out, create_graph)
+    form = _form(layout, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     if handover.transforming(xs):
+        if form != "dense":
+            raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         return handover.jacobian(
             uncompiled(func),
             xs,
@@ -111,12 +121,12 @@ def jacobian(
             return jacobian(
                 func, inputs, create_graph, strict, vectorize, strategy, per_sample=per_sample,
                 return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
-                backend=backend, progress=progress, resume=resume,
+                backend=backend, progress=progress, resume=resume, layout=layout,
             )  # fmt: skip
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        _out_rows(out, tupled_out, tupled),
+        _out_rows(out, tupled_out, tupled), form,
     )  # fmt: skip
     rows = compute(ys, leaves, asked)
     answer = nest(rows, tupled_out, tupled) if out is None else out
@@ -139,6 +149,7 @@ def jacobian_of(
     backend: str = "auto",
     progress: bool = False,
     resume: bool = True,
+    layout: torch.layout | str = torch.strided,
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
@@ -147,6 +158,7 @@ def jacobian_of(
     is raised for an input that does not require grad, and by autograd if the graph was freed.
     """
     check_options(strategy, chunk_size, out, create_graph)
+    form = _form(layout, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -160,7 +172,7 @@ def jacobian_of(
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        _out_rows(out, tupled_out, tupled),
+        _out_rows(out, tupled_out, tupled), form,
     )  # fmt: skip
     rows = compute(ys, xs, asked)
     return nest(rows, tupled_out, tupled) if out is None else out
@@ -168,7 +180,10 @@ def jacobian_of(
 
 @dataclass(slots=True)
 class Request:
-    """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None."""
+    """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None.
+
+    ``form`` is that of the answer, as `entries.Entries` names it.
+    """
 
     strategy: str
     create_graph: bool
@@ -180,6 +195,7 @@ class Request:
     backend: str
     resume: bool
     out: tuple | None
+    form: str = "dense"
 
 
 def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
@@ -201,6 +217,7 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     if asked.strict and asked.create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
+                block = block.values if isinstance(block, Banded) else block
                 if not block.requires_grad:
                     raise RuntimeError(
                         f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
@@ -214,6 +231,10 @@ def _rows(ys, xs, asked: Request, dests):
     try:
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
+        if asked.form != "dense":
+            raise ValueError(
+                f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
+            ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         return whole.rows(
             ys, xs, asked.strict, per_sample, asked.chunk_size, limit, dests, str(reason)
@@ -225,10 +246,10 @@ def _rows(ys, xs, asked: Request, dests):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
         # under one and the same limit, the chunks are those of the call that is resumed
         limit = parse_bytes(limit or journal.limit or max(free_bytes(xs[0].device) // 2, 1))
-    plan, summed = None, False
+    plan, summed, sparse = None, False, asked.form != "dense"
     if per_sample:
-        plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests)
-        if not plan.tied:
+        plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests, sparse=sparse)
+        if not plan.tied and not sparse:
             prove_by_probe(graph, plan, ys, xs)
             plan, summed = None, True
         elif asked.chunk_size is not None or limit is not None:
@@ -244,11 +265,14 @@ def _rows(ys, xs, asked: Request, dests):
         per_sample,
         dests,
         journal is not None,
+        sparse,
     )
+    if sparse:
+        check_pattern(graph, ys, xs, per_sample)
     try:
         pieces = [(None, graph, plan or plan_for(graph, *options))]
     except MemoryLimitTooSmall:
-        pieces = split_samples(graph, options)
+        pieces = None if sparse else split_samples(graph, options)
         if pieces is None:
             raise
         dests = dests or [
@@ -258,13 +282,18 @@ def _rows(ys, xs, asked: Request, dests):
         journal.planned([(span, p.signature) for span, _, p in pieces], limit)
     with _watching(pieces, asked.progress, journal) as watch:
         for span, part, part_plan in pieces:
-            answers = _run(part, part_plan, span, ys, xs, per_sample, forward, dests, watch)
+            answers = _run(part, part_plan, span, ys, xs, asked, dests, watch)
+            if span is not None:
+                for answer in answers.values():
+                    answer.finish()
     if pieces[0][0] is not None:
         return dests
     return [
         [
             answers[j, i].finish()
             if (j, i) in answers
+            else nothing(asked.form, y, x, per_sample)
+            if sparse
             else zero_block(y, x, per_sample, y if forward else x, dests[j][i] if dests else None)
             for i, x in enumerate(xs)
         ]
@@ -288,8 +317,9 @@ def _watching(pieces, progress: bool, journal: Journal | None):
         yield Watch(advance, journal)
 
 
-def _run(graph, plan, span, ys, xs, per_sample, forward, dests, watch):
+def _run(graph, plan, span, ys, xs, asked: Request, dests, watch):
     """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
+    per_sample, forward = asked.per_sample, asked.strategy == "forward-mode"
     answers: dict[tuple[int, int], Answer] = {}
     for sweep in plan.sweeps:
         for k, target in enumerate(sweep.targets):
@@ -303,9 +333,15 @@ def _run(graph, plan, span, ys, xs, per_sample, forward, dests, watch):
                 dest = dest.narrow(0, *span)
                 if not per_sample:
                     dest = dest.narrow(y.dim(), *span)
-            answers[j, i] = Answer(
-                sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest
-            )
+            given = (
+                sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest,
+            )  # fmt: skip
+            pattern = sweep.patterns.get(target)
+            if pattern is None:
+                answers[j, i] = Answer(*given)
+            else:
+                patch = sweep.windows.get(target)
+                answers[j, i] = Entries(*given, pattern=pattern, form=asked.form, patch=patch)
     run(graph, plan, answers, watch)
     return answers
 
@@ -340,6 +376,18 @@ def check_options(strategy, chunk_size, out, create_graph) -> None:
         raise RuntimeError(
             "out= and create_graph=True exclude each other: a result written in place has no graph"
         )
+
+
+def _form(layout, out, create_graph: bool) -> str:
+    """The form of the answer."""
+    form = FORMS.get(layout)
+    if form is None:
+        raise ValueError(
+            f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
+        )
+    if form != "dense" and out is not None:
+        raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
+    return form
 
 
 def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:

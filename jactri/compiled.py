@@ -23,9 +23,10 @@ from .api import (
     nest,
     uncompiled,
 )
+from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, key
-from .layout import constants
+from .patches import kept_matrices
 from .tape import Recorder, Stale, Tape, Unrecordable, function
 
 _log = logging.getLogger("jactri")
@@ -50,7 +51,8 @@ class Replay:
         saved: dict[tuple, str] = {}
         for t, place in guard.places:
             saved.setdefault(key(t), place)
-        bound, fixed = [], {id(t) for t in constants()} | recorder.numbers
+        bound, fixed = [], {id(t) for t in (*constants(), *kept_matrices())}
+        fixed |= recorder.numbers
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:
                 tape.constants[f"x{i}"] = t

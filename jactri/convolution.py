@@ -1,23 +1,20 @@
 """The linear maps of a convolution: in its input, and in its weight.
 
-Blocks are convolved with their seeds folded into the batch, ``(K, N, C, ...)`` as ``(K * N, C, ...)``. On a CPU
-in float32, images are run in channels-last memory: oneDNN then needs 0.5 to 0.8 of the time, and the elementwise
-steps in between keep the format.
+Blocks are convolved with their seeds folded into the batch, ``(K, N, C, ...)`` as ``(K * N, C, ...)``; on a CPU in
+float32 as `packed` says.
 """
 
 from __future__ import annotations
 
 from math import prod
 
+import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .linear_map import LinearMap
 from .maps import fold, unfold
-
-LANES = 16
-"""Channels that oneDNN computes at once; fewer output channels leave lanes empty (see `blocked_weight`)."""
+from .packed import Packed, by_columns, quick
 
 
 class Geometry:
@@ -28,6 +25,20 @@ class Geometry:
     def __init__(self, stride, padding, dilation, transposed, output_padding, groups):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.transposed, self.output_padding, self.groups = transposed, output_padding, groups
+
+    @property
+    def key(self) -> tuple:
+        return tuple(
+            tuple(v) if isinstance(v, (list, tuple)) else v
+            for v in (getattr(self, n) for n in self.__slots__)
+        )
+
+    def planar(self) -> Geometry:
+        """Of lines: the same for images of one row."""
+        return Geometry(
+            (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.transposed, (0, *self.output_padding),
+            self.groups,
+        )  # fmt: skip
 
     def run(self, x: Tensor, w: Tensor, groups: int | None = None) -> Tensor:
         return torch.convolution(
@@ -53,6 +64,21 @@ class Geometry:
             )
         return Geometry(self.stride, self.padding, self.dilation, transposed, extra, self.groups)
 
+    def fine(self, coarse, kernel) -> tuple[int, ...]:
+        """The larger images, of a transposed convolution's results, for those of ``coarse``."""
+        return tuple(
+            (m - 1) * s - 2 * p + d * (k - 1) + e + 1
+            for m, s, p, d, k, e in zip(
+                coarse,
+                self.stride,
+                self.padding,
+                self.dilation,
+                kernel,
+                self.output_padding,
+                strict=True,
+            )
+        )
+
     @property
     def exact(self) -> bool:
         """Whether the pull ends where the input does: not with an output padding that only the dilation allows."""
@@ -69,107 +95,6 @@ class Geometry:
         return out
 
 
-def quick(t: Tensor) -> bool:
-    """Whether channels-last memory is the faster one here: oneDNN runs the convolution."""
-    return (
-        t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and t.numel() > 0
-        and torch.backends.mkldnn.enabled
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_grad_enabled()
-    )
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(
-        memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d
-    )
-
-
-def blocked_weight(w: Tensor, by: int, bx: int) -> Tensor:
-    """The weight that computes ``by * bx`` neighbouring outputs of a stride-1 convolution as channels.
-
-    ``(O, I, kh, kw)`` becomes ``(by * bx * O, I, kh + by - 1, kw + bx - 1)``: the kernel at every offset in a larger
-    window. With 3 output channels, 13 of oneDNN's 16 lanes idle; blocks of 2 * 2 fill 12 for 16/9 of the
-    multiplications.
-    """
-    o, i, kh, kw = w.shape
-    out = w.new_zeros(by, bx, o, i, kh + by - 1, kw + bx - 1)
-    for y in range(by):
-        for x in range(bx):
-            out[y, x, :, :, y : y + kh, x : x + kw] = w
-    return out.view(-1, i, kh + by - 1, kw + bx - 1)
-
-
-def deblock(t: Tensor, by: int, bx: int) -> Tensor:
-    """Outputs that `blocked_weight` computed as channels, put in their places."""
-    b, c, h, w = t.shape
-    c //= by * bx
-    t = t.view(b, by, bx, c, h, w).permute(0, 3, 4, 1, 5, 2)
-    return t.reshape(b, c, h * by, w * bx)
-
-
-class Packed:
-    """One direction of a convolution as oneDNN runs it best: images in channels-last memory, 1-D as 2-D.
-
-    A stride-1 convolution to few channels computes blocks of outputs at once.
-    """
-
-    __slots__ = ("block", "geometry", "padding", "push", "size", "weight")
-
-    def __init__(
-        self, g: Geometry, w: Tensor, push: bool, size_in: tuple[int, ...], size: tuple[int, ...]
-    ):
-        """``size_in`` is the spatial size of the block that comes in, ``size`` that of the map's input."""
-        if w.dim() == 3:
-            w, size_in, size = w.unsqueeze(2), (1, *size_in), (1, *size)
-            g = Geometry(
-                (1, *g.stride),
-                (0, *g.padding),
-                (1, *g.dilation),
-                g.transposed,
-                (0, *g.output_padding),
-                g.groups,
-            )
-        self.geometry, self.size, self.block, self.push = g, size, None, push
-        if (
-            g.groups == 1
-            and {*g.stride, *g.dilation} == {1}
-            and not any(g.output_padding)
-            and w.dim() == 4
-        ):
-            flip = push == g.transposed
-            kernel = w.shape[2:]
-            self.padding = (
-                tuple(k - 1 - p for k, p in zip(kernel, g.padding, strict=True))
-                if flip
-                else tuple(g.padding)
-            )
-            outs = [
-                n + 2 * p - k + 1 for n, p, k in zip(size_in, self.padding, kernel, strict=True)
-            ]
-            channels = w.shape[1 if flip else 0]
-            for by, bx in ((4, 4), (2, 2)) if outs[0] > 1 else ((1, 8), (1, 4), (1, 2)):
-                fits = channels * by * bx <= LANES and outs[0] % by == 0 and outs[1] % bx == 0
-                if fits and min(self.padding) >= 0:
-                    self.block = by, bx
-                    w = blocked_weight(w.flip(2, 3).transpose(0, 1) if flip else w, by, bx)
-                    break
-        self.weight = channels_last(w)
-
-    def run(self, flat: Tensor) -> Tensor:
-        flat_1d = flat.dim() == 3
-        flat = channels_last(flat.unsqueeze(2) if flat_1d else flat)
-        if self.block is not None:
-            out = deblock(F.conv2d(flat, self.weight, None, self.block, self.padding), *self.block)
-        elif self.push:
-            out = self.geometry.run(flat, self.weight)
-        else:
-            out = self.geometry.run_transposed(flat, self.weight, self.size)
-        return out.squeeze(2) if flat_1d else out
-
-
 class Conv(LinearMap):
     """A convolution (or a transposed one) as a map of its input ``(N, C, *size)``."""
 
@@ -182,12 +107,28 @@ class Conv(LinearMap):
 
     @property
     def key(self):
-        return Conv, tuple(self.weight.shape), self.geometry.groups, self.geometry.transposed
+        return Conv, tuple(self.weight.shape), self.geometry.key
 
     def kept(self, in_shape, out_shape):
         if self.geometry.groups == in_shape[1] == out_shape[1]:
             return (0, 0), (1, 1)
         return ((0, 0),)
+
+    def windows(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(2, len(in_shape)))
+
+    def support(self, axis, in_shape, out_shape):
+        g, i = self.geometry, axis - 2
+        fine, coarse = in_shape[axis], out_shape[axis]
+        if g.transposed:
+            fine, coarse = coarse, fine
+        seen = numpy.zeros((coarse, fine), bool)
+        first = g.stride[i] * numpy.arange(coarse) - g.padding[i]
+        for k in range(self.weight.shape[axis]):
+            at = first + g.dilation[i] * k
+            rows = numpy.flatnonzero((at >= 0) & (at < fine))
+            seen[rows, at[rows]] = True
+        return seen.T if g.transposed else seen
 
     def work(self, in_shape, out_shape, reverse):
         # a multiply-add for each weight of a window and each place of the coarser side, in either direction
@@ -209,11 +150,13 @@ class Conv(LinearMap):
     def _run(self, t: Tensor, push: bool) -> tuple[Tensor, bool]:
         flat, batch = fold(t, len(self.size) + 1)
         if quick(flat):
-            packed = self._packed.get(push)
-            if packed is None:
-                packed = Packed(self.geometry, self.weight, push, flat.shape[2:], self.size)
-                self._packed[push] = packed
-            out = packed.run(flat)
+            out = by_columns(self.geometry, self.weight, flat, push, self.size)
+            if out is None:
+                packed = self._packed.get(push)
+                if packed is None:
+                    packed = Packed(self.geometry, self.weight, push, flat.shape[2:], self.size)
+                    self._packed[push] = packed
+                out = packed.run(flat)
         elif push:
             out = self.geometry.run(flat, self.weight)
         else:

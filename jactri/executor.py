@@ -1,15 +1,19 @@
-"""Runs a Plan: pushes or pulls blocks step by step, chunk by chunk, and writes the answer."""
+"""Runs a Plan: pushes or pulls blocks step by step, chunk by chunk, into the answers (see `answers`)."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from . import backends, launch
+from . import backends, launch, patches
+from .answers import Answer, Store
+from .entries import seed_block
 from .fusion import Fused, Item, fuse
 from .graph import Graph
 from .layout import Layout, Selection, convert, one, scatter
-from .linear_map import Diagonal, Shape
+from .linear_map import Diagonal
 from .mixed import Join
 from .planner import Plan
 from .products import multiply
@@ -22,119 +26,6 @@ Blocks = dict[int, tuple[Tensor | None, bool]]
 
 Made = dict[tuple[int, int], Tensor]
 """(id of a part of the plan, value) -> its whole block."""
-
-
-class Store:
-    """The block of one value, whole, as chunks fill it: ``(free seed factors..., value axes...)``."""
-
-    def __init__(self, layout: Layout, like):
-        self.layout = self.final = layout
-        self.like = like
-        self.dest: Tensor | None = None
-        self.store: Tensor | None = None
-        self.written: Tensor | None = None
-
-    def _allocate(self) -> Tensor:
-        """The memory that chunks are written to."""
-        shape = (*self.final.seeds(), *self.final.shape)
-        return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
-
-    def reserve(self) -> None:
-        """Take the memory of the answer."""
-        if self.store is None:
-            self.store = self._allocate()
-
-    def window(self, sel: Selection) -> Tensor | None:
-        """Where the block ``(K, *value)`` of a chunk belongs, if a kernel can write it there itself."""
-        if self.final.tied != self.layout.tied or (self.dest is None and not sel):
-            return None
-        part = self.part(sel)
-        try:
-            self.written = part.view(-1, *part.shape[len(self.final.free) :])
-        except RuntimeError:  # the seed's axes do not merge into one
-            return None
-        return self.written
-
-    def part(self, sel: Selection) -> Tensor:
-        """Where the block of a chunk belongs."""
-        self.reserve()
-        part = self.store
-        for i, s in enumerate(self.final.free):
-            if s in sel:
-                part = part.narrow(i, *sel[s])
-        return part
-
-    def put(self, data: Tensor | None, own: bool, sel: Selection) -> None:
-        """Write the block of one chunk. A block that nobody else holds becomes the answer without a copy."""
-        if data is not None and data is self.written:
-            return
-        if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
-            self.store = data.to(device=self.like.device, dtype=self.like.dtype)
-            return
-        scatter(self.part(sel), self.final, data, self.layout, sel)
-
-    def block(self) -> Tensor:
-        """The whole block, ``(K, *value)``."""
-        shape = self.layout.shape
-        if self.store is None:  # an identity seed
-            return one(self.like).expand(1, *shape)
-        return self.store.reshape(-1, *shape)
-
-
-class Answer(Store):
-    """One Jacobian being assembled: of output ``j`` with respect to input ``i``.
-
-    ``per_sample`` answers have shape ``(N, *out, *in)``, others ``(*out, *in)``. Memory is taken at the first
-    block; a block that already is the whole answer is returned as it is, through a view.
-    """
-
-    def __init__(
-        self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest
-    ):
-        super().__init__(layout, like)
-        self.sweep, self.out, self.into, self.per_sample = sweep, out, into, per_sample
-        self.dest = dest
-        tied = per_sample and not sweep.summed and out[0] != 1
-        keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
-        self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
-
-    def _seed_and_value(self) -> tuple[Shape, Shape]:
-        """The shapes of the two ends; the seed's without the samples where they are not seeds."""
-        seed, value = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
-        return (seed[1:] if self.per_sample else seed), value
-
-    def _allocate(self) -> Tensor:
-        """A tensor ``(free seed factors..., value axes...)`` for chunks to be written to."""
-        seed, value = self._seed_and_value()
-        make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
-        if self.dest is None:
-            return make(
-                (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
-            )
-        if make is torch.zeros:
-            self.dest.zero_()
-        # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
-        n, m = len(seed), self.dest.dim()
-        if not self.sweep.reverse:
-            dims = [*range(m - n, m), *range(m - n)]
-        elif self.per_sample:
-            dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
-        else:
-            dims = list(range(m))
-        return self.dest.permute(dims).view((*self.final.seeds(), *value))
-
-    def finish(self) -> Tensor:
-        """The Jacobian, in the caller's shape."""
-        if self.dest is not None:
-            return self.dest
-        seed, value = self._seed_and_value()
-        full = self.store.reshape((*seed, *value))
-        n, m = len(seed), full.dim()
-        if not self.sweep.reverse:
-            return full.permute(*range(n, m), *range(n)) if n else full
-        if self.per_sample:
-            return full.permute(n, *range(n), *range(n + 1, m))
-        return full
 
 
 def run(
@@ -199,8 +90,12 @@ def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None
 def _sweep(
     graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None = None
 ) -> None:
+    if sweep.windows:
+        _patches(graph, sweep, ends, watch, marks)
+        return
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
+    coloured = bool(sweep.colours)
     blocks: Blocks = {sweep.seed: (None, False)}
     items = sweep.steps
     steps = _steps if marks is None else _marked(marks)
@@ -211,6 +106,8 @@ def _sweep(
     if not sweep.chunks:
         if watch and watch.skip(_parts(ends, {})):
             return
+        if coloured:
+            blocks[sweep.seed] = seed_block(sweep, None, graph.values[sweep.seed]), False
         steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
         for v, answer in ends:
             answer.put(*blocks[v], {})
@@ -230,6 +127,8 @@ def _sweep(
         if watch and watch.skip(_parts(ends, sel)):
             continue
         local = dict(blocks)
+        if coloured:
+            local[sweep.seed] = seed_block(sweep, sel, graph.values[sweep.seed]), False
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
         for v, answer in ends:
             mine = _own(sweep.layouts[v], sel)
@@ -239,6 +138,20 @@ def _sweep(
         del local
         if watch:
             watch.done(_parts(ends, sel))
+
+
+def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None) -> None:
+    run = patches.Run(graph, sweep)
+    pinned = frozenset(v for v, _ in ends)
+    for chunk in run.chunks():
+        blocks = {sweep.seed: run.seed()}
+        for step in sweep.steps:
+            with nullcontext() if marks is None else marks.step(sweep, step):
+                run.step(step, blocks, chunk, pinned)
+        for v, answer in ends:
+            answer.put_patches(blocks[v].data, chunk)
+    if watch:
+        watch.done([])
 
 
 def _steps(

@@ -21,6 +21,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .constants import one
+
 FREE = -1
 """The tie of a factor that is not tied to any seed factor."""
 
@@ -29,6 +31,10 @@ Factor = tuple[int, int]
 
 Selection = dict[int, tuple[int, int]]
 """Seed factor -> (start, length): the part of a free seed factor that a chunk computes."""
+
+
+Colours = dict[tuple[int, int], int]
+"""(axis of the seed, factor within the axis) -> number of colours."""
 
 
 class SplitSeed(Exception):
@@ -51,11 +57,13 @@ class Layout:
         shape: tuple[int, ...],
         splits: dict[int, tuple[int, ...]] | None = None,
         summed: int | None = None,
+        colours: Colours | None = None,
     ) -> Layout:
         """The layout of ``dv/dv``: every axis tied to itself.
 
         ``splits`` gives the factors of axes that views will split. ``summed`` names an axis over which the
-        seeds are summed (its factor is not a seed at all): the classic trick for unmixed samples.
+        seeds are summed (its factor is not a seed at all): the classic trick for unmixed samples. Factors in
+        ``colours`` have that many seeds, each the sum of all with its index modulo their number (see `pattern`).
         """
         axes, seed = [], []
         for a, size in enumerate(shape):
@@ -63,9 +71,10 @@ class Layout:
                 axes.append(((size, FREE),))
                 continue
             factors = []
-            for f in (splits or {}).get(a, (size,)):
-                factors.append((f, len(seed)))
-                seed.append(f)
+            for i, f in enumerate((splits or {}).get(a, (size,))):
+                period = colours.get((a, i)) if colours else None
+                factors.append((f, len(seed) if period is None else FREE))
+                seed.append(f if period is None else period)
             axes.append(tuple(factors))
         return Layout(tuple(axes), tuple(seed))
 
@@ -264,19 +273,25 @@ def convert(
     return scatter(target, to, data, source, sel)
 
 
-def identity_block(
-    source: Layout, to: Layout, sel: Selection | None, like: Tensor
+def unfolded(
+    data: Tensor | None, source: Layout, to: Layout, sel: Selection | None, like: Tensor
 ) -> tuple[Tensor, bool]:
-    """An identity seed (``None`` in the layout ``source``) stored with the fewer ties of ``to``.
+    """`convert`, and whether the block may be overwritten.
 
-    Along axes that keep their ties all entries are alike: they are stored once and expanded. Returns the block
-    and whether it may be overwritten.
+    Along axes that keep their ties and whose entries are all alike (expanded; everywhere under an identity seed,
+    ``None``) the block is stored once, and expanded again.
     """
-    alike = [a for a, n in enumerate(to.shape) if n > 1 and to.axes[a] == source.axes[a]]
+    alike = [
+        a
+        for a, n in enumerate(to.shape)
+        if n > 1 and to.axes[a] == source.axes[a] and (data is None or data.stride(a + 1) == 0)
+    ]
     if not alike:
-        return convert(None, source, to, sel, like), True
-    once = {t for a in alike for _, t in to.axes[a]}
+        return convert(data, source, to, sel, like), True
+    once = {t for a in alike for _, t in to.axes[a] if t != FREE}
     seed = tuple(1 if s in once else n for s, n in enumerate(source.seed))
+    for a in alike if data is not None else ():
+        data = data.narrow(a + 1, 0, 1)
 
     def shrunk(layout: Layout) -> Layout:
         axes = tuple(
@@ -285,7 +300,7 @@ def identity_block(
         )
         return Layout(axes, seed)
 
-    block = convert(None, shrunk(source), shrunk(to), sel, like)
+    block = convert(data, shrunk(source), shrunk(to), sel, like)
     return block.expand(block.shape[0], *to.shape), False
 
 
@@ -360,22 +375,5 @@ def matrix_view(
     return view.reshape(shape)
 
 
-_ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def one(like: Tensor) -> Tensor:
-    """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
-    key = (like.dtype, like.device)
-    if key not in _ONES:
-        with torch.inference_mode(False), torch.no_grad():
-            _ONES[key] = torch.ones((), dtype=like.dtype, device=like.device)
-    return _ONES[key]
-
-
 def _ones(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return one(like).expand(1, *shape)
-
-
-def constants() -> list[Tensor]:
-    """The tensors that are the same in every call."""
-    return list(_ONES.values())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,9 +23,8 @@ from .kernels.support import Factor
 from .layout import (
     Layout,
     Selection,
-    convert,
-    identity_block,
     one,
+    unfolded,
 )
 
 Shape = tuple[int, ...]
@@ -83,6 +83,17 @@ class LinearMap:
         """The (input axis, output axis) pairs that pass through unmixed."""
         raise NotImplementedError
 
+    def windows(self, in_shape: Shape, out_shape: Shape) -> Kept:
+        """The (input axis, output axis) pairs, none of them kept, along which an output sees a part of the input.
+
+        The map vanishes outside of the product of their supports.
+        """
+        return ()
+
+    def support(self, axis: int, in_shape: Shape, out_shape: Shape) -> numpy.ndarray:
+        """Which indices of input axis ``axis``, one of its `windows`, an output sees: boolean, (output, input)."""
+        raise NotImplementedError
+
     def work(self, in_shape: Shape, out_shape: Shape, reverse: bool) -> float:
         """Flops for one element of the result."""
         return 1.0
@@ -136,10 +147,7 @@ class LinearMap:
     ) -> tuple[Tensor | None, bool]:
         """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
         if route.mid is not layout:
-            if data is None:
-                data, own = identity_block(layout, route.mid, sel, like)
-            else:
-                data, own = convert(data, layout, route.mid, sel, like), True
+            data, own = unfolded(data, layout, route.mid, sel, like)
         elif data is None:
             data, own = one(like).expand(1, *route.mid.shape), False
         return self.pull(data, own) if reverse else self.push(data, own)
@@ -383,9 +391,11 @@ class Functional(LinearMap):
     """A map given by its push and its pull on blocks ``(K, *shape)``.
 
     ``anywhere`` says that both take any length of the kept axes, so that a range of samples needs no other map.
+    ``supports`` gives those of the `windows` by axis, which is the same before and after; ``detail`` is what, beside
+    the name and the shapes, they depend on.
     """
 
-    __slots__ = ("_anywhere", "_kept", "_pull", "_push", "_work", "name")
+    __slots__ = ("_anywhere", "_detail", "_kept", "_pull", "_push", "_supports", "_work", "name")
     structure = "function"
 
     def __init__(
@@ -396,13 +406,22 @@ class Functional(LinearMap):
         kept: Kept,
         work: tuple[float, float] = (4.0, 4.0),
         anywhere: bool = False,
+        supports: dict[int, Callable[[], numpy.ndarray]] | None = None,
+        detail: object = None,
     ):
         self.name, self._push, self._pull, self._kept = name, push, pull, kept
         self._work, self._anywhere = work, anywhere
+        self._supports, self._detail = supports or {}, detail
 
     @property
     def key(self):
-        return Functional, self.name, self._kept, self._work
+        return Functional, self.name, self._kept, self._work, self._detail
+
+    def windows(self, in_shape, out_shape):
+        return tuple((a, a) for a in self._supports)
+
+    def support(self, axis, in_shape, out_shape):
+        return self._supports[axis]()
 
     def narrow(self, source, target, in_shape, out_shape):
         return self if self._anywhere else None

@@ -11,9 +11,13 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .contraction import MatMul
 from .linear_map import LinearMap
+
+LINES = 32
+"""Lines that are pushed through an op at once to see its windows."""
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -67,9 +71,10 @@ class Fixed(LinearMap):
 
     ``push`` and ``pull`` take and return ``(batch, channels, *last axes)``. Where ``exact`` is false, autograd
     cannot differentiate them (as for some backward ops of images), and `Transposed` supplies the derivative.
+    ``options`` determine the op; where they are given, it is a product of one op an axis, whose weights do not cancel.
     """
 
-    __slots__ = ("_pull", "_push", "_work", "exact", "name", "tail")
+    __slots__ = ("_pull", "_push", "_work", "exact", "name", "options", "tail")
     structure, uniform = "window", True
 
     def __init__(
@@ -80,13 +85,14 @@ class Fixed(LinearMap):
         pull: Callable[[Tensor], Tensor],
         work: float = 2.0,
         exact: bool = True,
+        options: tuple | None = None,
     ):
         self.name, self.tail, self._push, self._pull = name, tail, push, pull
-        self._work, self.exact = work, exact
+        self._work, self.exact, self.options = work, exact, options
 
     @property
     def key(self):
-        return Fixed, self.name, self.tail, self._work
+        return Fixed, self.name, self.tail, self._work, self.options
 
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape) - self.tail))
@@ -97,6 +103,26 @@ class Fixed(LinearMap):
 
     def narrow(self, source, target, in_shape, out_shape):
         return self
+
+    def windows(self, in_shape, out_shape):
+        if self.options is None:
+            return ()
+        return tuple((a, a) for a in range(len(in_shape) - self.tail, len(in_shape)))
+
+    def support(self, axis, in_shape, out_shape):
+        """Found by looking: lines along the axis, alike along the others, on the CPU."""
+        size, n = in_shape[-self.tail :], in_shape[axis]
+        at = axis - len(in_shape)
+        found = []
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            for lines in torch.eye(n).split(LINES):
+                shape = [1] * self.tail
+                shape[at] = n
+                images = lines.view(len(lines), 1, *shape).expand(-1, 1, *size).contiguous()
+                seen = self._push(images) != 0
+                others = [d for d in range(1, seen.dim()) if d != at % seen.dim()]
+                found.append(seen.any(others) if others else seen)
+        return torch.cat(found).numpy().T
 
     def _run(self, t: Tensor, op, transposed):
         flat, batch = fold(t, self.tail + 1)
@@ -149,6 +175,14 @@ class Transpose(LinearMap):
 
     def kept(self, in_shape, out_shape):
         return tuple((b, a) for a, b in self.base.kept(out_shape, in_shape))
+
+    def windows(self, in_shape, out_shape):
+        return tuple((b, a) for a, b in self.base.windows(out_shape, in_shape))
+
+    def support(self, axis, in_shape, out_shape):
+        pairs = self.base.windows(out_shape, in_shape)
+        before = next(a for a, b in pairs if b == axis)
+        return self.base.support(before, out_shape, in_shape).T
 
     def work(self, in_shape, out_shape, reverse):
         return self.base.work(out_shape, in_shape, not reverse)

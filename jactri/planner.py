@@ -11,15 +11,19 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import NoReturn
 
-from . import mixed
+from . import mixed, patches
 from . import sweep as sweeping
 from .graph import Graph
 from .layout import FREE
+from .pattern import Trace, colours_of, has_windows, pattern_of
 from .rates import Rates, rough
-from .sweep import Sweep, itemsize, simulate, untied_targets
+from .sweep import Sweep, follow, itemsize, simulate, untied_targets
 
 CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
+
+INDEX_BYTES = 48
+"""What the place of an entry takes while it is looked up."""
 
 SLACK = 0.15
 """The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
@@ -95,7 +99,7 @@ def choose_chunks(
                 chunks[f] = take
         return chunks
 
-    if total <= 1:
+    if total <= 1 or sweep.windows:
         if needs(graph, sweep, {}, answer) > limit:
             _refuse(needs(graph, sweep, {}, answer), limit)
         return {}
@@ -138,12 +142,17 @@ class Asked:
 
     per_sample: bool
     given: bool
+    sparse: bool = False
+    whole: bool = False
+    """Whether chunks are part of the answer as they come, as a file needs them: then no seeds are coloured."""
 
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     """Predicted bytes of live blocks at the worst moment of a sweep or product."""
     if isinstance(sweep, mixed.Join):
         return sweep.peak_bytes(chunks, copies=True)
+    if sweep.windows:
+        return patches.peak_bytes(graph, sweep)
     return sweeping.peak_bytes(graph, sweep, chunks)
 
 
@@ -163,9 +172,11 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     has its form, and is copied to it at the end if not.
     """
     peak = peak_bytes(graph, sweep, chunks)
+    targets = {t for t in sweep.targets if t is not None}
+    if sweep.patterns:
+        return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
     if answer is None or answer.given:
         return peak
-    targets = {t for t in sweep.targets if t is not None}
     whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
     if chunks:
         return peak + whole
@@ -183,6 +194,27 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     return max(peak, end)
 
 
+def _stored(graph: Graph, sweep: Sweep, targets) -> float:
+    """Bytes of the whole blocks from which entries are read."""
+    if sweep.windows:
+        return sum(patches.block_bytes(graph, sweep, t) for t in targets)
+    return sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
+
+
+def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> float:
+    """Bytes while the entries of blocks are put in their places."""
+    total = _stored(graph, sweep, targets)
+    for t in targets:
+        size, nnz = itemsize(graph, t), sweep.patterns[t].nnz
+        total += nnz * (size + INDEX_BYTES)
+        if answer is not None and answer.sparse:
+            axes = len(graph.values[t].shape) + len(graph.values[sweep.seed].shape)
+            total += nnz * (size + 8 * axes)
+        elif answer is None or not answer.given:
+            total += answer_bytes(graph, sweep, t, answer is not None and answer.per_sample)
+    return total
+
+
 def seconds(sweeps: list[Sweep], rates: Rates) -> float:
     """Predicted time, for ranking plans only."""
     flops, moved, steps = (
@@ -196,10 +228,65 @@ def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
     return flops / rates.flops + 2 * written / rates.bandwidth + rates.step * steps
 
 
-def _direction(graph: Graph, reverse: bool, summed: bool) -> list[Sweep]:
+@dataclass(frozen=True)
+class _Budget:
+    """What a sweep is chosen under."""
+
+    limit: float
+    chunk_size: int | None
+    device: str
+    rates: Rates
+    answer: Asked | None
+
+    def fits(self, graph: Graph, sweep: Sweep) -> bool:
+        """Whether some chunks of the sweep fit the memory limit."""
+        if self.limit == float("inf"):
+            return True
+        try:
+            choose_chunks(graph, sweep, self.limit, self.chunk_size, self.device, self.answer)
+        except MemoryLimitTooSmall:
+            return False
+        return True
+
+
+def _direction(graph: Graph, reverse: bool, summed: bool, traces, budget: _Budget) -> list[Sweep]:
     """The sweeps of one direction, with no chunks yet."""
     ends = graph.outputs if reverse else graph.inputs
-    return [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+    sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+    return sweeps if traces is None else [_fewer(graph, s, traces, budget) for s in sweeps]
+
+
+def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
+    """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
+    answer = budget.answer
+    per_sample, sparse = (
+        answer is not None and answer.per_sample,
+        answer is not None and answer.sparse,
+    )
+    splits, colours = colours_of(traces, sweep, per_sample)
+    patterns = {}
+    if sparse or colours:
+        for k, t in enumerate(sweep.targets):
+            if t is not None:
+                pair = (traces[k], sweep.seed) if sweep.reverse else (traces[sweep.index], t)
+                patterns[t] = pattern_of(*pair)
+    if colours:
+        fewer = follow(
+            graph, sweep.seed, sweep.reverse, sweep.targets, sweep.index, False, splits, colours
+        )
+        fewer.patterns = patterns
+        small = patches.by_patches(graph, fewer)
+        if (
+            small is not None
+            and seconds([small], budget.rates) < seconds([fewer], budget.rates)
+            and budget.fits(graph, small)
+        ):
+            return small
+        if fewer.columns() < sweep.columns() and (sparse or budget.fits(graph, fewer)):
+            return fewer
+    if sparse:
+        sweep.patterns = patterns
+    return sweep
 
 
 def make_plan(
@@ -221,13 +308,18 @@ def make_plan(
     rates = rates or rough(device)
     both = strategy in ("auto", "mixed")
     ways: dict[str, list[Sweep]] = {}
+    sparse = answer is not None and answer.sparse
+    traces = None
+    if sparse or (answer is not None and not answer.whole and not summed and has_windows(graph)):
+        traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
+    budget = _Budget(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
-        ways["reverse-mode"] = _direction(graph, True, summed)
+        ways["reverse-mode"] = _direction(graph, True, summed, traces, budget)
     if both or strategy == "forward-mode":
-        ways["forward-mode"] = _direction(graph, False, summed)
+        ways["forward-mode"] = _direction(graph, False, summed, traces, budget)
     cost = {name: seconds(sweeps, rates) for name, sweeps in ways.items()}
     table = None
-    if both and not summed and all(ways.values()):
+    if both and not summed and not sparse and all(ways.values()):
         table = _meeting(graph, strategy, rates)
     if table is not None:
         cost["mixed"] = table.seconds

@@ -27,7 +27,7 @@ def split_samples(graph: Graph, options):
 
     ``options`` are those of `plan_for`. The answer is there as a whole while the ranges are written to it.
     """
-    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests, steady = options
+    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests, steady, sparse = options
     n = xs[0].shape[0] if xs[0].dim() else 0
     if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
         return None
@@ -40,7 +40,7 @@ def split_samples(graph: Graph, options):
         limit = parse_bytes(limit) - answer_bytes(ys, xs, per_sample)
         if limit <= 0:
             return None
-    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True, steady
+    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True, steady, sparse
     count = n
     while True:
         count //= 2
@@ -69,13 +69,14 @@ def plan_for(
     per_sample: bool,
     dests=None,
     steady: bool = False,
+    sparse: bool = False,
 ) -> Plan:
     """The plan for a graph, remembered by everything that it depends on.
 
     Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
-    ``steady``: a plan that any process makes, under rough rates.
+    ``steady``: a plan that any process makes, under rough rates, and whose chunks can be written as they come.
     """
-    device, answer = xs[0].device, Asked(per_sample, dests is not None)
+    device, answer = xs[0].device, Asked(per_sample, dests is not None, sparse, steady)
 
     def make(limit: float) -> Plan:
         options = graph, strategy, summed, limit, chunk_size, device.type

@@ -167,7 +167,17 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         answer_bytes(ys, xs, per_sample),
         naive,
         tuple(sorted({s.op for s in steps if s.fallback})),
+        "; ".join(dict.fromkeys(_colours(s) for s in plan.sweeps if s.colours)),
     )
+
+
+def _colours(sweep: Sweep) -> str:
+    """How many seeds run as one."""
+    sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
+    columns = max(sweep.layouts[t].columns() for t in sweep.targets if t is not None)
+    seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
+    how = ", by patches" if sweep.windows else ""
+    return f"{columns} colours for {seeds} seeds that never meet in one entry{how}"
 
 
 def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:
@@ -184,7 +194,7 @@ def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:
 
 def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
     """What kernels run together: value -> backend and why."""
-    if not backends.kernels_on(graph.values[sweep.seed].device):
+    if sweep.windows or not backends.kernels_on(graph.values[sweep.seed].device):
         return {}
     found = {}
     for item in fuse(graph, sweep):
@@ -229,9 +239,19 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
     elif any(e.name == "matmul" for e in edges) and step.flops:
         backend, why = backends.product_choice(device, graph.values[step.value].dtype, step.flops)
     else:
-        backend, why = "torch", "view" if not step.flops else "elementwise"
+        mixes = any(e.structure == "convolution" for e in edges)
+        backend, why = (
+            "torch",
+            "view" if not step.flops else "convolution" if mixes else "elementwise",
+        )
+    columns = step.layout.columns()
+    if sweep.windows:
+        size = sweep.windows[step.value].size
+        structures.append(f"patches of {'x'.join(map(str, size))}")
+        columns = prod(size) * graph.values[sweep.seed].shape[1]
+    structure = ", ".join([" + ".join(structures[: len(edges)]), *structures[len(edges) :]])
     return StepReport(
-        op, " + ".join(structures), "reverse-mode" if sweep.reverse else "forward-mode",
-        graph.values[step.value].shape, step.layout.columns(), _tied(step.layout), step.flops,
+        op, structure, "reverse-mode" if sweep.reverse else "forward-mode",
+        graph.values[step.value].shape, columns, _tied(step.layout), step.flops,
         step.bytes, backend, why, opaque, layer_of(graph, step),
     )  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from torch import Tensor
 
-from .linear_map import LinearMap, keep_all_but
+from .linear_map import LinearMap, Shape, keep_all_but
 
 
 class Slice(LinearMap):
@@ -23,6 +24,13 @@ class Slice(LinearMap):
 
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
+
+    def windows(self, in_shape, out_shape):
+        return ((self.axis, self.axis),)
+
+    def support(self, axis, in_shape, out_shape):
+        index = self.start + self.step * numpy.arange(self.length)
+        return numpy.arange(self.size) == index[:, None]
 
     def narrow(self, source, target, in_shape, out_shape):
         return self
@@ -56,6 +64,9 @@ class Place(Slice):
     __slots__ = ()
     name = "place"
 
+    def support(self, axis, in_shape, out_shape):
+        return super().support(axis, in_shape, out_shape).T
+
     def places(self, reverse):
         return not reverse
 
@@ -67,17 +78,26 @@ class Place(Slice):
 
 
 class Take(LinearMap):
-    """Entries ``index`` (1-D, repeats allowed) of one axis."""
+    """Entries ``index`` (1-D, repeats allowed) of one axis.
 
-    __slots__ = ("axis", "index", "size")
+    ``fixed`` says what determines the index, where that is the op and not data: then its support is known.
+    """
+
+    __slots__ = ("axis", "fixed", "index", "size")
     name, structure = "take", "gather"
 
-    def __init__(self, axis: int, index: Tensor, size: int):
-        self.axis, self.index, self.size = axis, index, size
+    def __init__(self, axis: int, index: Tensor, size: int, fixed: object = None):
+        self.axis, self.index, self.size, self.fixed = axis, index, size, fixed
 
     @property
     def key(self):
-        return Take, self.axis
+        return Take, self.axis, self.fixed
+
+    def windows(self, in_shape, out_shape):
+        return () if self.fixed is None else ((self.axis, self.axis),)
+
+    def support(self, axis, in_shape, out_shape):
+        return numpy.arange(self.size) == self.index.cpu().numpy()[:, None]
 
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
@@ -177,3 +197,60 @@ class Scatter(Gather):
 
     def pull(self, c, own):
         return Gather.push(self, c, own)
+
+
+class Picked(LinearMap):
+    """A `Gather` or `Scatter` on the last axes as one, as the pools of images are; ``size`` and ``out`` are those axes.
+
+    ``options`` say which window of the larger image goes with which entry of the smaller one: (kernel, stride, padding,
+    dilation) an axis, ``("adaptive",)``, or None where nothing does.
+    """
+
+    __slots__ = ("base", "options", "out", "size")
+    structure = "gather"
+
+    def __init__(self, base: Gather, size: Shape, out: Shape, options: tuple | None):
+        self.base, self.size, self.out, self.options = base, tuple(size), tuple(out), options
+
+    @property
+    def name(self):
+        return self.base.name
+
+    @property
+    def key(self):
+        return Picked, self.base.key, self.options
+
+    def kept(self, in_shape, out_shape):
+        return tuple((a, a) for a in range(len(in_shape) - len(self.size)))
+
+    def windows(self, in_shape, out_shape):
+        if self.options is None:
+            return ()
+        return tuple((a, a) for a in range(len(in_shape) - len(self.size), len(in_shape)))
+
+    def support(self, axis, in_shape, out_shape):
+        spread = isinstance(self.base, Scatter)
+        fine, coarse = in_shape[axis], out_shape[axis]
+        if spread:
+            fine, coarse = coarse, fine
+        places, first = numpy.arange(fine), numpy.arange(coarse)[:, None]
+        if self.options == ("adaptive",):
+            seen = (places >= first * fine // coarse) & (places < -(-(first + 1) * fine // coarse))
+        else:
+            kernel, stride, padding, dilation = self.options[axis - len(in_shape)]
+            steps = places - (first * stride - padding)
+            seen = (steps >= 0) & (steps <= (kernel - 1) * dilation) & (steps % dilation == 0)
+        return seen.T if spread else seen
+
+    def narrow(self, source, target, in_shape, out_shape):
+        tail = len(self.size)
+        shapes = (*in_shape[:-tail], 0), (*out_shape[:-tail], 0)
+        return Picked(self.base.narrow(source, target, *shapes), self.size, self.out, self.options)
+
+    def push(self, t, own):
+        flat, own = self.base.push(t.flatten(-len(self.size)), own)
+        return flat.unflatten(-1, self.out), own
+
+    def pull(self, c, own):
+        flat, own = self.base.pull(c.flatten(-len(self.out)), own)
+        return flat.unflatten(-1, self.size), own

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 from .graph import Graph
-from .layout import Layout, Selection, SplitSeed
+from .layout import Colours, Layout, Selection, SplitSeed
 from .linear_map import Route
+
+if TYPE_CHECKING:
+    from .patches import Window
+    from .pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,12 @@ class Sweep:
     layouts: dict[int, Layout]
     targets: list[int | None]
     summed: bool = False
+    colours: Colours = field(default_factory=dict)
+    """Seeds that run as one, in a factor of the seed (see `pattern`)."""
+    patterns: dict[int, Pattern] = field(default_factory=dict)
+    """By target: the entries that are computed, where that is not the whole block."""
+    windows: dict[int, Window] = field(default_factory=dict)
+    """By value: where its block has the pixels of, if the sweep runs by `patches`."""
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
     items: list | None = None
@@ -112,19 +123,26 @@ def follow(
     targets: list[int | None],
     index: int = 0,
     summed: bool = False,
+    splits: dict[int, tuple[int, ...]] | None = None,
+    colours: Colours | None = None,
 ) -> Sweep:
-    """The sweep from an identity seed at one value to the values of ``targets``; ``index`` is kept with it."""
+    """The sweep from an identity seed at one value to the values of ``targets``; ``index`` is kept with it.
+
+    ``splits`` and ``colours`` are those of `Layout.identity`.
+    """
     shape = graph.values[seed].shape
-    splits: dict[int, tuple[int, ...]] = {}
+    splits = dict(splits or {})
     while True:
-        layout = Layout.identity(shape, splits, 0 if summed else None)
+        layout = Layout.identity(shape, splits, 0 if summed else None, colours)
         try:
-            return _follow(graph, index, seed, layout, reverse, targets, summed)
+            sweep = _follow(graph, index, seed, layout, reverse, targets, summed, not colours)
+            sweep.colours = colours or {}
+            return sweep
         except SplitSeed as split:
-            _refine(splits, shape, split, 0 if summed else None)
+            refine(splits, shape, split, 0 if summed else None)
 
 
-def _refine(splits, shape, split: SplitSeed, summed: int | None) -> None:
+def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
     """Record that one seed factor must be split, in the axis that it belongs to."""
     at = 0
     for a, size in enumerate(shape):
@@ -166,7 +184,7 @@ def _relevant(graph: Graph, seed: int, targets: list[int | None], reverse: bool)
     return [v for v in range(seed, last + 1) if v in up and v in down]
 
 
-def _follow(graph, index, seed, layout, reverse, targets, summed) -> Sweep:
+def _follow(graph, index, seed, layout, reverse, targets, summed, unit_seed: bool) -> Sweep:
     values = graph.values
     order = _relevant(graph, seed, targets, reverse)
     present = set(order)
@@ -194,7 +212,7 @@ def _follow(graph, index, seed, layout, reverse, targets, summed) -> Sweep:
     ] = {}  # made of weights alone: the same for all samples, and computed once
     steps = []
     if seed in present:
-        layouts[seed], ones[seed], alike[seed] = layout, True, True
+        layouts[seed], ones[seed], alike[seed] = layout, unit_seed, True
     for v in order:
         if v == seed:
             continue

@@ -1,5 +1,6 @@
 """Memory: the predicted and the measured peak, on the sizes at which a naive Jacobian would not fit."""
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def measured(body: str) -> list[float]:
 
 def live_peak(call) -> int:
     """The most bytes that torch's allocator held for ``call`` at one time, its result included."""
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
         result = call()
@@ -100,7 +102,8 @@ def test_the_predicted_peak_is_the_measured_one(name, limit):
         kw["memory_limit"] = int(max(limit * free, answer + 0.6 * (free - answer)) * 1.15)
     plan = jactri.explain(net, x, **kw)
     jactri.jacobian_of(y, x, **kw)
-    found = live_peak(lambda: jactri.jacobian_of(y, x, **kw))
+    # on a busy machine the profiler misses events
+    found = max(live_peak(lambda: jactri.jacobian_of(y, x, **kw)) for _ in range(2))
     assert 0.8 <= plan.peak_bytes / found <= 1.2, (
         f"{plan.peak_bytes} predicted, {found} measured, {plan.chunks} chunks"
     )

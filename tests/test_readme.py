@@ -22,7 +22,9 @@ def test_python_blocks_run(capsys, tmp_path, monkeypatch):
     scope = {}
     for code in found:
         exec(compile(code, "README.md", "exec"), scope)
-    assert scope["J"].shape == (64, 8, 32)
+    assert scope["file"].shape == (64, 8, 32) and scope["file"].any()
+    assert scope["J"].shape == (65536, 65536) and scope["band"].values.shape[-1] == 49
+    assert scope["mask"]._nnz() == scope["J"].values().numel() < 3.3e6
     assert "fallbacks: none" in capsys.readouterr().out
 
 

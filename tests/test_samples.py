@@ -48,9 +48,9 @@ def test_cut_graphs_give_the_blocks_of_their_samples(case, strategy, monkeypatch
         whole = jactri.jacobian_of(ys, xs, per_sample=True, strategy=strategy)
         cuts = []
 
-        def too_small_for_all(graph, *options, real=api.plan_for):
+        def too_small_for_all(graph, *options, real=api.plan_for, **more):
             if options[3] is None:  # the proof that samples do not mix
-                return real(graph, *options)
+                return real(graph, *options, **more)
             size = graph.values[next(v for v in graph.inputs if v is not None)].shape[0]
             if size > max(1, n // 2):
                 raise api.MemoryLimitTooSmall("forced by a test")

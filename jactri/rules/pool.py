@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..maps import Fixed, Transpose
-from ..selection import Gather, Scatter
+from ..selection import Gather, Picked, Scatter
 from . import rule
 from .elementwise import Zero
 
@@ -43,9 +43,14 @@ def op_of(g) -> tuple[str, bool]:
 def max_pool(g):
     op, transposed = op_of(g)
     tail = MAX_POOLS[op]
+    options = ("adaptive",) if op.startswith("Adaptive") else None
+    if op.startswith("MaxPool") and g.has("kernel_size"):  # the second derivative's node has none
+        kernel = g.saved("kernel_size")
+        stride = g.saved("stride") or kernel
+        options = tuple(zip(kernel, stride, g.saved("padding"), g.saved("dilation"), strict=True))
     if transposed:
-        return rearrange(g, g.tensor("indices"), tail, Scatter)
-    return rearrange(g, g.tensor("result1"), tail, Gather)
+        return rearrange(g, g.tensor("indices"), tail, Scatter, options)
+    return rearrange(g, g.tensor("result1"), tail, Gather, options)
 
 
 @rule("MaxUnpool2D", "MaxUnpool3D")
@@ -53,19 +58,17 @@ def max_unpool(g):
     return rearrange(g, g.tensor("indices"), 2 if "2D" in g.name else 3, Scatter)
 
 
-def rearrange(g, index: Tensor, tail: int, kind):
-    """Gather from, or scatter into, the last ``tail`` axes as one."""
+def rearrange(g, index: Tensor, tail: int, kind, options=None):
+    """Gather from, or scatter into, the last ``tail`` axes as one; ``options`` as `Picked` takes them."""
     x = g.src[0]
     if (
         x is None
     ):  # the graph of a gradient leads to the input too, on which the gradient does not depend
         return g.single(g.src[1], Zero())
     shape = g.values[x].shape
-    lead = shape[:-tail]
     many = prod(shape[-tail:] if kind is Gather else g.shape[-tail:])
-    flat = g.view(x, (*lead, prod(shape[-tail:])))
-    picked = g.single(flat, kind(index.reshape(*lead, -1), many), (*lead, prod(g.shape[-tail:])))
-    return g.view(picked, g.shape)
+    move = kind(index.reshape(*shape[:-tail], -1), many)
+    return g.single(x, Picked(move, shape[-tail:], g.shape[-tail:], options), g.shape)
 
 
 @rule(*with_transposes(["AvgPool2D", "AvgPool3D"]))
@@ -87,6 +90,7 @@ def avg_pool(g):
         tail,
         lambda t, out: pool(t, *options),
         lambda c, size: back(c, like(c, size), *options),
+        flat(options),
         2.0 * prod(kernel),
     )
 
@@ -96,7 +100,12 @@ def adaptive_avg_pool(g):
     tail = 2 if "2D" in g.name else 3
     pool = aten._adaptive_avg_pool2d if tail == 2 else aten._adaptive_avg_pool3d
     back = aten._adaptive_avg_pool2d_backward if tail == 2 else aten._adaptive_avg_pool3d_backward
-    return image_op(g, tail, pool, lambda c, size: back(c, like(c, size)))
+    return image_op(g, tail, pool, lambda c, size: back(c, like(c, size)), ())
+
+
+def flat(options) -> tuple:
+    """Options of a node, hashable."""
+    return tuple(tuple(o) if isinstance(o, list) else o for o in options)
 
 
 def like(c: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -111,8 +120,10 @@ def like(c: Tensor, size: tuple[int, ...]) -> Tensor:
     return c.new_empty(shape)
 
 
-def image_op(g, tail: int, push, pull, work: float = 2.0, exact: bool = True):
+def image_op(g, tail: int, push, pull, options: tuple, work: float = 2.0, exact: bool = True):
     """A fixed linear op on images, whose channels (and samples) do not mix, or the transpose of one.
+
+    It works along every axis by itself, as ``options`` (of the node) and the sizes determine.
 
     ``push(t, out)`` and ``pull(c, size)`` take blocks ``(batch, channels, *image)``; ``out`` and ``size`` are the op's
     image sizes after and before.
@@ -124,5 +135,5 @@ def image_op(g, tail: int, push, pull, work: float = 2.0, exact: bool = True):
     size, out = g.values[x].shape[-tail:], g.shape[-tail:]
     if transposed:
         size, out = out, size
-    edge = Fixed(op, tail, lambda t: push(t, out), lambda c: pull(c, size), work, exact)
+    edge = Fixed(op, tail, lambda t: push(t, out), lambda c: pull(c, size), work, exact, options)
     return g.single(x, Transpose(edge) if transposed else edge, g.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -102,7 +103,11 @@ def cumsum(g):
         return c.flip(axis + 1).cumsum(axis + 1).flip(axis + 1)
 
     kept = keep_all_but((axis,), n)
-    edge = Functional("cumsum", lambda t: t.cumsum(axis + 1), pull, kept, anywhere=True)
+    size = g.shape[axis]
+    before = {axis: lambda: numpy.tri(size, dtype=bool)}
+    edge = Functional(
+        "cumsum", lambda t: t.cumsum(axis + 1), pull, kept, anywhere=True, supports=before
+    )
     return g.single(g.cast(g.src[0]), edge)
 
 

@@ -45,6 +45,7 @@ def upsample(g):
         tail,
         lambda t, out: forward(t, out, *options),
         lambda c, size: backward(c, c.shape[2:], (*c.shape[:2], *size), *options),
+        options,
         2.0 * taps,
         exact,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 
 from ..linear_map import Functional, keep_all_but
@@ -196,7 +197,7 @@ def constant_pad(g):
     return s
 
 
-def _edge_pad(index):
+def _edge_pad(kind: str, index):
     """Padding that repeats entries: ``index(positions, n)`` says which."""
 
     def run(g):
@@ -211,36 +212,49 @@ def _edge_pad(index):
             n = shape[axis]
             if low or high:
                 source = index(torch.arange(-low, n + high, device=device), n)
-                s = g.single(
-                    s, Take(axis, source, n), (*shape[:axis], n + low + high, *shape[axis + 1 :])
-                )
+                padded = (*shape[:axis], n + low + high, *shape[axis + 1 :])
+                s = g.single(s, Take(axis, source, n, (kind, low, high)), padded)
         return s
 
     return run
 
 
 rule("ReflectionPad1D", "ReflectionPad2D", "ReflectionPad3D")(
-    _edge_pad(lambda i, n: (n - 1) - (n - 1 - i.abs()).abs())
+    _edge_pad("reflect", lambda i, n: (n - 1) - (n - 1 - i.abs()).abs())
 )
 rule("ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D")(
-    _edge_pad(lambda i, n: i.clamp(0, n - 1))
+    _edge_pad("replicate", lambda i, n: i.clamp(0, n - 1))
 )
 
 
 # -- rearrangements ---------------------------------------------------------------------------------
 
 
-def _mixing(g, s: int, name: str, push, pull, axes) -> int:
-    """A rearrangement within ``axes`` that leaves the others in place."""
+def _mixing(g, s: int, name: str, push, pull, axes, index=None) -> int:
+    """A rearrangement within ``axes`` that leaves the others in place.
+
+    ``index(axis)`` says, where every axis is rearranged by itself, which entry comes where; all of it is in ``name``.
+    """
     kept = keep_all_but(axes, len(g.shape))
-    return g.single(s, Functional(name, push, pull, kept, (1.0, 1.0), anywhere=True), g.shape)
+    supports = None
+    if index is not None:
+        sizes = g.shape
+        supports = {
+            a: lambda a=a: numpy.arange(sizes[a]) == index(a)[:, None] % sizes[a] for a in axes
+        }
+    edge = Functional(name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports)
+    return g.single(s, edge, g.shape)
 
 
 @rule("Flip")
 def flip(g):
     axes = [normal_axis(d, len(g.shape)) for d in g.saved("dims")]
     dims = [a + 1 for a in axes]
-    return _mixing(g, g.src[0], "flip", lambda t: t.flip(dims), lambda c: c.flip(dims), axes)
+    sizes = g.shape
+    return _mixing(
+        g, g.src[0], "flip", lambda t: t.flip(dims), lambda c: c.flip(dims), axes,
+        lambda a: numpy.arange(sizes[a])[::-1],
+    )  # fmt: skip
 
 
 @rule("Roll")
@@ -260,8 +274,12 @@ def roll(g):
             lambda c: c.flatten(1).roll(back, 1).view(c.shape),
             range(len(g.shape)),
         )
-    dims = [a + 1 for a in axes]
-    return _mixing(g, s, "roll", lambda t: t.roll(shifts, dims), lambda c: c.roll(back, dims), axes)
+    dims, sizes = [a + 1 for a in axes], g.shape
+    by = {a: sum(n for n, b in zip(shifts, axes, strict=True) if a == b) for a in axes}
+    return _mixing(
+        g, s, f"roll by {sorted(by.items())}", lambda t: t.roll(shifts, dims), lambda c: c.roll(back, dims), axes,
+        lambda a: numpy.arange(sizes[a]) - by[a],
+    )  # fmt: skip
 
 
 @rule("Rot90")

@@ -1,0 +1,45 @@
+"""Tensors that are the same in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+KEPT = 1 << 26
+"""Bytes of `fixed` tensors that are kept; of what is larger, nothing."""
+
+_fixed: dict[Hashable, tuple[Tensor, ...]] = {}
+_ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def one(like: Tensor) -> Tensor:
+    """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
+    key = (like.dtype, like.device)
+    if key not in _ONES:
+        with torch.inference_mode(False), torch.no_grad():
+            _ONES[key] = torch.ones((), dtype=like.dtype, device=like.device)
+    return _ONES[key]
+
+
+def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Tensors that ``key`` determines: those of the last time, or made now."""
+    found = _fixed.pop(key, None)
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = make()
+    if _bytes(found) <= KEPT:
+        _fixed[key] = found  # the last used is the last
+        while sum(map(_bytes, _fixed.values())) > KEPT:
+            del _fixed[next(iter(_fixed))]
+    return found
+
+
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def constants() -> list[Tensor]:
+    """All that are kept."""
+    return [*_ONES.values(), *(t for group in _fixed.values() for t in group)]

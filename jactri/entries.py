@@ -1,0 +1,363 @@
+"""Answers of which only the entries of a pattern are computed: filled into zeros, or returned sparse.
+
+A sweep with colours (see `pattern`) leaves a block in which every entry of the pattern has a place of its own: the
+number of the seed is taken modulo the colours. Here entries are read from there, sample by sample where samples do not
+mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy
+import torch
+from torch import Tensor
+
+from .answers import Answer, Store
+from .constants import fixed
+from .graph import Graph
+from .layout import Selection, scatter
+from .patches import Window, images
+from .pattern import Pattern, Trace, pattern_of
+from .sweep import Sweep
+
+FORMS = {
+    torch.strided: "dense",
+    torch.sparse_coo: "coo",
+    torch.sparse_csr: "csr",
+    "banded": "banded",
+}
+"""By the ``layout`` of a call."""
+
+
+@dataclass(frozen=True)
+class Banded:
+    """A Jacobian whose rows hold the entries of a pattern only.
+
+    ``values`` is ``(*out, W)`` with the most entries of a row on the last axis, for ``per_sample`` Jacobians with the
+    samples first, as in ``out``. ``columns``, of the shape of one sample's values, gives the flat index in the input
+    (of one sample) of each, and -1 where a row has fewer; there ``values`` are 0. ``shape`` is that of the Jacobian.
+    """
+
+    values: Tensor
+    columns: Tensor
+    shape: tuple[int, ...]
+
+    def to_dense(self) -> Tensor:
+        """The Jacobian itself."""
+        width = self.columns.shape[-1]
+        rows = prod(self.columns.shape[:-1])
+        samples = prod(self.values.shape[:-1]) // max(rows, 1)
+        n = prod(self.shape) // max(samples * rows, 1)
+        columns = self.columns.reshape(1, rows, width).expand(samples, -1, -1)
+        values = self.values.reshape(samples, rows, width)
+        dense = values.new_zeros(
+            samples, rows, n + 1
+        )  # what is nowhere goes to a column of its own
+        dense = dense.scatter(2, columns.remainder(n + 1), values)
+        return dense[..., :n].reshape(self.shape)
+
+
+def factors_of(sweep: Sweep) -> list[tuple[int, int | None]]:
+    """(size, seed factor or None) of every factor of the seed's axes: seeds are numbered in their order."""
+    found: list[tuple[int, int | None]] = []
+    count = 0
+    for a, axis in enumerate(sweep.layout.axes):
+        for n, _ in axis:
+            none = n == 1 or (sweep.summed and a == 0)
+            found.append((n, None if none else count))
+            count += not none
+    return found
+
+
+def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
+    """The coloured seed, ``(colours, *shape)``: one where the index, modulo the colours, is the colour."""
+    layout, factors = sweep.layout, factors_of(sweep)
+    sel = sel or {}
+
+    def make() -> tuple[Tensor, ...]:
+        block = torch.ones((), dtype=like.dtype, device=like.device)
+        for j, f in enumerate(layout.free):
+            start, length = sel.get(f, (0, layout.seed[f]))
+            i = [g for _, g in factors].index(f)
+            colours = torch.arange(start, start + length, device=like.device)
+            here = torch.arange(factors[i][0], device=like.device) % layout.seed[f]
+            shape = [1] * (len(layout.free) + len(factors))
+            shape[j], shape[len(layout.free) + i] = length, factors[i][0]
+            block = block * (here == colours[:, None]).to(like.dtype).view(shape)
+        return (block,)
+
+    chosen = tuple(sorted((f, r) for f, r in sel.items() if f in layout.free))
+    (block,) = fixed(("seed", layout, sweep.summed, chosen, like.dtype, like.device), make)
+    sizes, at = [], len(layout.free)
+    for axis in layout.axes:
+        if len(axis) > 1:  # one axis again
+            block = block.expand(
+                *block.shape[:at], *(n for n, _ in axis), *block.shape[at + len(axis) :]
+            )
+        sizes.append(prod(block.shape[at : at + len(axis)]))
+        at += len(axis)
+    return block.reshape(layout.columns(sel), *sizes).expand(-1, *layout.shape)
+
+
+class Entries(Answer):
+    """A Jacobian of which the entries of ``pattern`` are known. ``form``: "dense", "coo", "csr" or "banded".
+
+    ``patch``: the window of the target, if the sweep runs by patches.
+    """
+
+    def __init__(self, *answer, pattern: Pattern, form: str, patch: Window | None = None):
+        super().__init__(*answer)
+        self.patch = patch
+        sweep, layout, n = self.sweep, self.layout, (self.out[:1] or (0,))[0]
+        self.final, self.form, self.pattern = layout, form, pattern
+        each = pattern.sample(n) if n and self.into[:1] == self.out[:1] else None
+        self.samples = 0
+        """How many blocks there are: one a sample, or 0 for one of all."""
+        if each is not None and (n == 1 or layout.axes[0] == sweep.layout.axes[0]):
+            self.samples, self.pattern = n, each
+
+    def window(self, sel):
+        return None
+
+    def _allocate(self) -> Tensor:
+        return Store._allocate(self)
+
+    def put_patches(self, data: Tensor, chunk) -> None:
+        """The block of a chunk of a sweep by patches."""
+        seed = self.out if self.sweep.reverse else self.into
+        n0, n, line, lines = chunk
+        size = (n, seed[1], lines, images(seed)[1])
+        block = data.expand(*size, *data.shape[4:])
+        if n == seed[0] and lines == images(seed)[0]:
+            self.store = block
+            return
+        if self.store is None:
+            whole = (*seed[:2], *images(seed), *data.shape[4:])
+            self.store = data.new_empty(whole)
+        at = (slice(n0, n0 + n), slice(None), slice(line, line + lines))
+        self.store[at] = block
+
+    def put(self, data, own, sel) -> None:
+        if own and not sel:
+            self.store = data
+        else:
+            scatter(self.part(sel), self.final, data, self.layout, sel)
+
+    def _place(self, entries) -> numpy.ndarray:
+        """Where each entry is in the block (of a sample)."""
+        sweep, layout = self.sweep, self.final
+        seed, value = entries.column, entries.row
+        if sweep.reverse:
+            seed, value = value, seed
+        if sweep.windows:
+            return self._patch_place(seed, value)
+        factors = factors_of(sweep)
+        if self.samples > 1:
+            factors = factors[1:]
+        place, unit, k = numpy.zeros_like(seed), 1, 1
+        for n, f in reversed(factors):
+            if f in layout.free:
+                place += (seed // unit) % n % layout.seed[f] * k
+                k *= layout.seed[f]
+            unit *= n
+        return place * prod(layout.shape[1:] if self.samples else layout.shape) + value
+
+    def _patch_place(self, seed: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+        """Where each entry is in the patches of a sample (see `patches`)."""
+        ends = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
+        (h, w), (height, width) = map(images, ends)
+        window, channels = self.patch, ends[1][1]
+        y, x = seed // w % h, seed % w
+        i = value // width % height - window.stride[0] * y - window.offset[0]
+        j = value % width - window.stride[1] * x - window.offset[1]
+        inside = seed * window.size[0] + i
+        return (inside * window.size[1] + j) * channels + value // (width * height)
+
+    def _index(self) -> tuple[Tensor, ...]:
+        """The place of every entry in the block, and where it goes: as the form of the answer needs it."""
+        device = self.like.device
+        copies = 1 if self.per_sample else max(self.samples, 1)
+
+        def make() -> tuple[Tensor, ...]:
+            entries = self.pattern.entries()
+            found = [self._place(entries)]
+            if self.form == "dense":
+                found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
+            else:
+                found += [entries.row, entries.column, entries.start]
+            return tuple(torch.from_numpy(t).to(device) for t in found)
+
+        key = (
+            self.form, self.pattern.key, self.sweep.layout, self.final, self.sweep.reverse, self.samples, copies,
+            device, self.patch,
+        )  # fmt: skip
+        return fixed(key, make)
+
+    def _values(self, place: Tensor) -> Tensor:
+        """``(samples or 1, entries)``."""
+        if self.patch is not None:
+            return self.store.reshape(len(self.store), -1).index_select(1, place)
+        block = self.block()
+        block = block.transpose(0, 1) if self.samples else block.unsqueeze(0)
+        return block.reshape(block.shape[0], -1).index_select(1, place)
+
+    def finish(self):
+        place, *where = self._index()
+        values = self._values(place)
+        if values.dtype != self.like.dtype or values.device != self.like.device:
+            values = values.to(device=self.like.device, dtype=self.like.dtype)
+        if self.form == "dense":
+            return self._dense(values, *where)
+        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
+        return {"coo": self._coo, "csr": self._csr, "banded": self._banded}[self.form](
+            values, shape, *where
+        )
+
+    def _dense(self, values: Tensor, target: Tensor) -> Tensor:
+        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
+        dense = self.dest
+        if dense is None or not dense.is_contiguous():
+            dense = values.new_zeros(shape)
+        else:
+            dense.zero_()
+        rows, columns = self.pattern.shape
+        step = (
+            rows * columns if self.per_sample else rows * columns * max(self.samples, 1) + columns
+        )
+        flat = dense.view(-1)
+        for i, own in enumerate(values):
+            if torch.is_grad_enabled():
+                flat = flat.index_copy(0, target + i * step, own)
+            else:
+                flat[i * step :].index_copy_(0, target, own)
+        dense = flat.view(shape)
+        if self.dest is not None and dense.data_ptr() != self.dest.data_ptr():
+            dense = self.dest.copy_(dense)
+        return dense
+
+    def _blocks(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, row, column) of every entry, row by row, of all samples."""
+        many = max(self.samples, 1)
+        sample = torch.arange(many, device=row.device).repeat_interleave(len(row))
+        return sample, row.repeat(many), column.repeat(many)
+
+    def _coo(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+        rows, columns = self.pattern.shape
+        sample, row, column = self._blocks(row, column)
+        index = unravel(sample * rows + row, self.out)
+        if self.per_sample:
+            index += unravel(column, self.into[1:])
+        else:
+            index += unravel(sample * columns + column, self.into)
+        return Coo.apply(values.reshape(-1), torch.stack(index), shape)
+
+    def _csr(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+        rows, columns = self.pattern.shape
+        many = max(self.samples, 1)
+        if self.per_sample:
+            ends, place = (t.expand(many, -1).contiguous() for t in (start, column))
+            size = (many, rows, columns)
+            return torch.sparse_csr_tensor(ends, place, values, size, check_invariants=False)
+        sample, _, column = self._blocks(row, column)
+        first = start[:-1] + (torch.arange(many, device=row.device) * len(row))[:, None]
+        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(row))])
+        size = (many * rows, many * columns)
+        return torch.sparse_csr_tensor(
+            ends, sample * columns + column, values.reshape(-1), size, check_invariants=False
+        )
+
+    def _banded(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Banded:
+        rows, columns = self.pattern.shape
+        width = int((start[1:] - start[:-1]).max()) if rows else 0
+        at = row * width + torch.arange(len(row), device=row.device) - start[row]
+        band = values.new_zeros(len(values), rows * width).index_copy(1, at, values)
+        where = column.new_full((rows * width,), -1).index_copy(0, at, column)
+        if self.per_sample:
+            return Banded(band.view(*self.out, width), where.view(*self.out[1:], width), shape)
+        many = max(self.samples, 1)
+        offset = torch.arange(many, device=row.device)[:, None] * columns
+        where = torch.where(where < 0, where, where + offset)
+        return Banded(band.view(*self.out, width), where.view(*self.out, width), shape)
+
+
+class Coo(torch.autograd.Function):
+    """``torch.sparse_coo_tensor`` of coalesced indices; torch 2.13 cannot differentiate its own from eight axes on."""
+
+    @staticmethod
+    def forward(ctx, values, index, shape):
+        ctx.save_for_backward(index)
+        return torch.sparse_coo_tensor(
+            index, values, shape, is_coalesced=True, check_invariants=False
+        )
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        if g.layout is torch.strided:
+            return g[tuple(index)], None, None
+        g = g.coalesce()
+        if torch.equal(g.indices(), index):
+            return g.values(), None, None
+        strides = torch.tensor([prod(g.shape[a + 1 :]) for a in range(g.dim())], device=g.device)
+        given, wanted = strides @ g.indices(), strides @ index
+        at = torch.searchsorted(given, wanted).clamp(max=max(len(given) - 1, 0))
+        found = given[at] == wanted if len(given) else torch.zeros_like(wanted, dtype=torch.bool)
+        values = g.values()[at] if len(given) else g.values().new_zeros(len(wanted))
+        return torch.where(found, values, 0.0), None, None
+
+
+def unravel(flat: Tensor, shape) -> list[Tensor]:
+    """The index on every axis."""
+    found = []
+    for n in reversed(shape):
+        found.append(flat % n)
+        flat = flat // n
+    return found[::-1]
+
+
+def check_pattern(graph: Graph, ys, xs, per_sample: bool) -> None:
+    """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
+    for i, v in enumerate(graph.inputs):
+        trace = None if v is None else Trace(graph, v)
+        for j, end in enumerate(graph.outputs):
+            pattern = None if trace is None or end is None else pattern_of(trace, end)
+            if pattern is None or not ys[j].numel() or not xs[i].numel():
+                continue
+            whole, n = pattern, xs[i].shape[0] if per_sample else 0
+            if per_sample and (pattern := pattern.sample(n)) is None:
+                op = graph.values[trace.lost(end)]
+                raise ValueError(
+                    f"a sparse Jacobian for each sample needs samples that are known not to mix, and the op {op.op} "
+                    f"(output {tuple(op.shape)}) mixes them, as far as is known; drop per_sample, or use "
+                    "layout=torch.strided"
+                )
+            if pattern.nnz == prod(pattern.shape) > 1:
+                op = graph.values[trace.lost(end, n > 1)]
+                what = "of a sample's Jacobian" if whole is not pattern else "of the Jacobian"
+                raise ValueError(
+                    f"layout asks for a sparse result, but every entry {what} of output {j} by input {i} can be "
+                    f"non-zero, as far as is known: the op {op.op} (output {tuple(op.shape)}) mixes all that it is "
+                    "given; use layout=torch.strided"
+                )
+
+
+def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool):
+    """The sparse Jacobian of an output that does not depend on an input."""
+    shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
+    samples = len(x) if per_sample else 1
+    rows, columns = prod(y.shape) // max(samples, 1), prod(x.shape) // max(samples, 1)
+    if form == "coo":
+        return torch.sparse_coo_tensor(
+            size=shape, dtype=x.dtype, device=x.device, check_invariants=False
+        ).coalesce()
+    if form == "banded":
+        own = y.shape[1:] if per_sample else y.shape
+        where = torch.empty((*own, 0), dtype=torch.int64, device=x.device)
+        return Banded(x.new_empty((*y.shape, 0)), where, shape)
+    lead = (samples,) if per_sample else ()
+    ends = torch.zeros((*lead, rows + 1), dtype=torch.int64, device=x.device)
+    return torch.sparse_csr_tensor(
+        ends, ends[..., :0], x.new_empty((*lead, 0)), (*lead, rows, columns), check_invariants=False
+    )
