@@ -85,6 +85,7 @@ class TwoReaders(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.last = nn.Linear(32, 2)
         self.a, self.b, self.c = (
             nn.Conv2d(2, 4, 1),
             nn.Conv2d(4, 4, 3, padding=1),
@@ -93,7 +94,7 @@ class TwoReaders(nn.Module):
 
     def forward(self, x):
         h = self.b(torch.sin(self.a(x)))
-        return self.c(torch.tanh(h) + h.exp())
+        return self.last(self.c(torch.tanh(h) + h.exp()).flatten(1))
 
 
 NETWORKS["two readers"] = TwoReaders()
@@ -104,7 +105,8 @@ NETWORKS["two readers"] = TwoReaders()
 def test_networks(name, mode, device, launched):
     f = NETWORKS[name].to(device)
     side = {"decoder": 1, "groups and dilation": 3, "no activations": 5}.get(name, 4)
-    samples = 1 if name == "no activations" else 2  # more would share their blocks, which torch does once
+    # without activations, more samples would share their blocks, which torch does once
+    samples = 1 if name == "no activations" else 2
     check(f, torch.randn(samples, 2, side, side, device=device), per_sample=True, strategy=mode)
     if name == "depthwise":
         check(f, torch.randn(2, 3, 3, device=device), strategy=mode)

@@ -16,7 +16,9 @@ RAN = []
 
 
 @pytest.fixture(autouse=True)
-def _every_call_asks_for_triton(monkeypatch, device):
+def _every_call_asks_for_triton(monkeypatch, device, request):
+    if support.interpreted() and "image to image" in request.node.name:
+        pytest.skip("takes minutes in the interpreter; test_conv_networks.py has its kernels")
     plain, run = backends.use.__init__, launch.run
     monkeypatch.setattr(
         backends.use, "__init__", lambda self, asked: plain(self, "triton" if asked == "auto" else asked)
