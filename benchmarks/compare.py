@@ -23,7 +23,7 @@ import torch
 
 from . import checks, machine, memory, timing
 from .peers import Peer, compiled, contender, peers_of, to_compile
-from .workloads import ALL, Workload, select, truth
+from .workloads import ALL, LARGE, Workload, select, truth
 
 ROW = "  {:<28}{:>11}{:>11}{:>11}{:>7}{:>10}{:>8}{:>10}{:>10}"
 HEAD = ("", "median ms", "p20", "p80", "rounds", "GFLOP/s", "peak", "error", "first ms")
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 if jactri itself was wrong or failed."""
     options = parse(arguments)
     if options.list:
-        for w in ALL:
+        for w in (*ALL, *LARGE):
             print(f"{w.name:<12}{w.title}")
         return 0
     try:

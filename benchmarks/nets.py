@@ -51,6 +51,51 @@ def conv_classifier() -> nn.Sequential:
     )
 
 
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity, or beside a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, channels: int, out: int, stride: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(out) for _ in range(2))
+        self.beside = nn.Sequential()
+        if (channels, stride) != (out, 1):
+            self.beside = nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norms[0](self.first(x)))
+        return F.relu(self.norms[1](self.second(y)) + self.beside(x))
+
+
+class ResNet18(nn.Module):
+    """He et al. 2016, "Deep residual learning for image recognition", table 1, the column of 18 layers.
+
+    Batch norms have random statistics, so that they are not the identity in eval mode.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        ]  # fmt: skip
+        widths = (64, 64, 128, 256, 512)
+        for k, (channels, out) in enumerate(pairwise(widths)):
+            layers += [Residual(channels, out, 1 if k == 0 else 2), Residual(out, out, 1)]
+        self.layers = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)
+        )
+        for part in self.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if x.dim() == 4 else self.layers(x.unsqueeze(0)).squeeze(0)
+
+
 def image_to_image() -> nn.Sequential:
     """W6: 1 x 32 x 32 to 1 x 32 x 32 through two hidden layers of 16 channels."""
     return nn.Sequential(

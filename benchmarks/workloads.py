@@ -177,6 +177,32 @@ def mlp(name, title, widths, act, last=None, *, samples, **more) -> Workload:
     )
 
 
+def resnet_multiply_adds() -> tuple[int, int]:
+    """Multiply-adds of the convolutions of a ResNet-18 for one row or one image of 3 x 64 x 64, and its weights."""
+    total, weights = 49 * 3 * 64 * 32 * 32, 49 * 3 * 64
+    for k, (channels, out) in enumerate(pairwise((64, 64, 128, 256, 512))):
+        pixels = (16 >> k) ** 2
+        own = 9 * channels * out + 3 * 9 * out * out + (channels * out if k else 0)
+        total, weights = total + own * pixels, weights + own
+    return total, weights
+
+
+def _resnet(name: str, classes: int, goal: Goal | None) -> Workload:
+    """A ResNet-18 at a number of classes: each is a row that is pulled through all convolutions."""
+    adds, weights = resnet_multiply_adds()
+    return Workload(
+        name=name,
+        title=f"ResNet-18 3x64x64, eval, {classes} classes, N=4",
+        module=partial(nets.ResNet18, classes),
+        samples=4,
+        in_shape=(3, 64, 64),
+        out_shape=(classes,),
+        flops=4 * 2 * adds * (classes + 1),
+        weights=weights + 512 * classes,
+        goal=goal,
+    )
+
+
 def _image(samples: int) -> Workload:
     """W6 at a batch size."""
     return Workload(
@@ -188,6 +214,7 @@ def _image(samples: int) -> Workload:
         out_shape=(1, 32, 32),
         flops=samples * band_flops(),
         weights=9 * (16 + 16 * 16 + 16),
+        goal=Goal(80.0),
     )
 
 
@@ -239,6 +266,7 @@ CONV = (
     ),
     _image(1),
     _image(4),
+    _resnet("resnet18", 10, Goal(1.2)),
 )
 ATTENTION = (_block("W7", fused=False), _block("W7-fused", fused=True))
 ELEMENTWISE = (
@@ -265,6 +293,8 @@ DROPIN = (
 OVERHEAD = (
     mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
 )
+LARGE = (_resnet("resnet18-1000", 1000, Goal(1.2)),)
+"""Run by name only: minutes."""
 ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
 
 
@@ -273,11 +303,12 @@ def select(names: Sequence[str]) -> list[Workload]:
     if not names:
         return list(ALL)
     found: list[Workload] = []
+    known = (*ALL, *LARGE)
     for name in names:
-        hits = [w for w in ALL if w.name == name] or [
+        hits = [w for w in known if w.name == name] or [
             w for w in ALL if w.name.startswith(name + "-")
         ]
         if not hits:
-            raise KeyError(f"no workload {name!r}; there are {', '.join(w.name for w in ALL)}")
+            raise KeyError(f"no workload {name!r}; there are {', '.join(w.name for w in known)}")
         found += [w for w in hits if w not in found]
     return found

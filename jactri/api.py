@@ -7,13 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from . import backends, handover, ranges, whole
 from .answers import Answer
-from .entries import FORMS, Banded, Entries, check_pattern, nothing
+from .arguments import (
+    as_tuple,
+    block_shape,
+    check_batch,
+    check_options,
+    destinations,
+    form,
+    fresh_leaf,
+    out_rows,
+)
+from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
@@ -23,8 +32,6 @@ from .opaque import refuse_or_log
 from .planner import MemoryLimitTooSmall
 from .planning import plan_for, prove_by_probe, split_samples
 from .progress import Watch, bar
-
-STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 
 
 def jacobian(
@@ -99,11 +106,11 @@ def jacobian(
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
     """
     check_options(strategy, chunk_size, out, create_graph)
-    form = _form(layout, out, create_graph)
+    kind = form(layout, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     if handover.transforming(xs):
-        if form != "dense":
+        if kind != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         return handover.jacobian(
             uncompiled(func),
@@ -126,7 +133,7 @@ def jacobian(
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        _out_rows(out, tupled_out, tupled), form,
+        out_rows(out, tupled_out, tupled), kind,
     )  # fmt: skip
     rows = compute(ys, leaves, asked)
     answer = nest(rows, tupled_out, tupled) if out is None else out
@@ -158,7 +165,7 @@ def jacobian_of(
     is raised for an input that does not require grad, and by autograd if the graph was freed.
     """
     check_options(strategy, chunk_size, out, create_graph)
-    form = _form(layout, out, create_graph)
+    kind = form(layout, out, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -172,7 +179,7 @@ def jacobian_of(
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        _out_rows(out, tupled_out, tupled), form,
+        out_rows(out, tupled_out, tupled), kind,
     )  # fmt: skip
     rows = compute(ys, xs, asked)
     return nest(rows, tupled_out, tupled) if out is None else out
@@ -211,7 +218,7 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
                 )
     if asked.per_sample:
         check_batch(ys, xs)
-    dests = None if asked.out is None else _destinations(asked.out, ys, xs, asked.per_sample)
+    dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
     with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
         rows = _rows(ys, xs, asked, dests)
     if asked.strict and asked.create_graph:
@@ -365,77 +372,6 @@ def uncompiled(func):
     return getattr(func, "_torchdynamo_orig_callable", func)
 
 
-def check_options(strategy, chunk_size, out, create_graph) -> None:
-    if strategy not in STRATEGIES:
-        raise AssertionError(
-            f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
-        )
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    if out is not None and create_graph:
-        raise RuntimeError(
-            "out= and create_graph=True exclude each other: a result written in place has no graph"
-        )
-
-
-def _form(layout, out, create_graph: bool) -> str:
-    """The form of the answer."""
-    form = FORMS.get(layout)
-    if form is None:
-        raise ValueError(
-            f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
-        )
-    if form != "dense" and out is not None:
-        raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
-    return form
-
-
-def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
-    """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does."""
-    if isinstance(value, Tensor):
-        return False, (value,)
-    tupled = isinstance(value, tuple)
-    values = value if tupled else (value,)
-    for i, v in enumerate(values):
-        if not isinstance(v, Tensor):
-            where = f"value at index {i} has" if tupled else f"given {name} has"
-            raise TypeError(
-                f"The {name} of {call} must be a Tensor or a tuple of Tensors, but the {where} type {type(v)}"
-            )
-    return tupled, values
-
-
-def fresh_leaf(x: Tensor, create_graph: bool) -> Tensor:
-    if create_graph and x.requires_grad:
-        return x.view_as(x) if x.layout is torch.strided else x.clone()
-    if x.is_inference():
-        x = x.clone()
-    return x.detach().requires_grad_()
-
-
-def check_batch(ys, xs) -> None:
-    """per_sample: all inputs and outputs must have the same number of samples on their first axis."""
-    n = None
-    for name, tensors in (("inputs", xs), ("outputs", ys)):
-        for i, t in enumerate(tensors):
-            if t.dim() == 0:
-                raise ValueError(
-                    f"per_sample=True needs a batch axis, but {name}[{i}] is 0-dimensional; "
-                    "add one with unsqueeze(0), or drop per_sample"
-                )
-            n = t.shape[0] if n is None else n
-            if t.shape[0] != n:
-                raise ValueError(
-                    f"per_sample=True needs one batch size on the first axis of all inputs and outputs, but "
-                    f"{name}[{i}] has shape {tuple(t.shape)} and inputs[0] has {n} samples"
-                )
-
-
-def block_shape(y: Tensor, x: Tensor, per_sample: bool) -> tuple[int, ...]:
-    """The shape of one Jacobian block."""
-    return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)
-
-
 def zero_block(
     y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
 ) -> Tensor:
@@ -460,58 +396,6 @@ def _check_dependence(graph: Graph, ys, xs) -> None:
                     f"Output {j} of the user-provided function is independent of input {i}. "
                     "This is not allowed in strict mode."
                 )
-
-
-def _out_rows(out, tupled_out: bool, tupled: bool):
-    """``out`` with both tuple levels."""
-    if out is None:
-        return None
-    rows = out if tupled_out else (out,)
-    return tuple(row if tupled else (row,) for row in rows)
-
-
-def _destinations(out, ys, xs, per_sample: bool) -> list[list[Tensor]]:
-    """The caller's ``out`` as tensors. Raises for what does not fit the results."""
-    if len(out) != len(ys) or any(len(row) != len(xs) for row in out):
-        raise RuntimeError(
-            "out must be nested as the result is: a tuple level for each of outputs and inputs"
-        )
-    return [
-        [
-            _destination(out[j][i], y, x, block_shape(y, x, per_sample), f"output {j}, input {i}")
-            for i, x in enumerate(xs)
-        ]
-        for j, y in enumerate(ys)
-    ]
-
-
-def _destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) -> Tensor:
-    dest = given
-    if isinstance(given, numpy.ndarray):
-        if not given.flags.writeable:
-            raise RuntimeError(
-                f"out for {name} is a read-only array; open a memmap with mode 'r+' or 'w+'"
-            )
-        try:
-            dest = torch.from_numpy(given)
-        except (TypeError, ValueError) as error:
-            raise RuntimeError(
-                f"out for {name} must have dtype {x.dtype}; numpy's array of {given.dtype} cannot be a tensor: {error}"
-            ) from None
-    if not isinstance(dest, Tensor):
-        raise TypeError(f"out must hold tensors or numpy arrays, got {type(given)} for {name}")
-    if (
-        tuple(dest.shape) != want
-        or dest.dtype != x.dtype
-        or dest.device not in (x.device, torch.device("cpu"))
-    ):
-        raise RuntimeError(
-            f"out for {name} must have shape {want}, dtype {x.dtype} and device {x.device} (or cpu), "
-            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
-        )
-    if dest.requires_grad:
-        raise RuntimeError(f"out for {name} requires grad; pass a detached tensor")
-    return dest
 
 
 def nest(rows, tupled_out: bool, tupled: bool):

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .api import as_tuple, jacobian
+from .api import jacobian
+from .arguments import as_tuple
 from .report import explain
 from .samples import probe_mixing
 

@@ -13,16 +13,8 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from . import backends, handover
-from .api import (
-    Request,
-    as_tuple,
-    check_options,
-    compute,
-    detached,
-    fresh_leaf,
-    nest,
-    uncompiled,
-)
+from .api import Request, compute, detached, nest, uncompiled
+from .arguments import as_tuple, check_options, fresh_leaf
 from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, key

@@ -28,10 +28,9 @@ class Geometry:
 
     @property
     def key(self) -> tuple:
-        return tuple(
-            tuple(v) if isinstance(v, (list, tuple)) else v
-            for v in (getattr(self, n) for n in self.__slots__)
-        )
+        return (
+            self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups,
+        )  # fmt: skip
 
     def planar(self) -> Geometry:
         """Of lines: the same for images of one row."""

@@ -164,14 +164,6 @@ def block_bytes(graph: Graph, sweep: Sweep, value: int) -> float:
     return float(prod(seed.shape) * prod(sweep.windows[value].size) * v.shape[1] * v.dtype.itemsize)
 
 
-def chunk_bytes(graph: Graph, sweep: Sweep) -> float:
-    """Bytes of the largest block that is in work at once."""
-    largest = max((block_bytes(graph, sweep, s.value) for s in sweep.steps), default=0.0)
-    n, lines = _cut(graph, sweep)
-    shape = graph.values[sweep.seed].shape
-    return largest * n * lines / max(shape[0] * images(shape)[0], 1)
-
-
 def _cut(graph: Graph, sweep: Sweep) -> Pair:
     """Samples, and rows of the seed's image, at once."""
     shape = graph.values[sweep.seed].shape
@@ -183,14 +175,26 @@ def _cut(graph: Graph, sweep: Sweep) -> Pair:
 
 def peak_bytes(graph: Graph, sweep: Sweep) -> float:
     """Predicted bytes of live blocks and derivatives at the worst step, but for the whole blocks of the targets."""
-    scaled = {
-        step.value
-        for step in sweep.steps
-        for t in step.terms
-        if graph.values[t.owner].sources[t.edge][1].__class__ is Diagonal
-    }
-    kept = sum(prod(graph.values[v].shape) * graph.values[v].dtype.itemsize for v in scaled)
-    return 2.0 * kept + 3.0 * chunk_bytes(graph, sweep)
+    values = graph.values
+    shape = values[sweep.seed].shape
+    many, lines = _cut(graph, sweep)
+    part = many * lines / max(shape[0] * images(shape)[0], 1)
+    live = worst = kept = 0.0
+    size = {sweep.seed: 0.0}
+    for step in sweep.steps:
+        edges = [values[t.owner].sources[t.edge][1] for t in step.terms]
+        size[step.value] = part * step.bytes
+        scales = edges[0].__class__ is Diagonal and len(edges) == 1
+        if scales:  # the derivative, and the same with a border
+            kept += 2.0 * prod(values[step.value].shape) * values[step.value].dtype.itemsize
+        first = step.terms[0].other
+        if scales and first in step.frees and size[first] == size[step.value]:
+            live -= size[first]  # in place
+            size[first] = 0.0
+        live += size[step.value]
+        worst = max(worst, live + kept)
+        live -= sum(size[f] for f in step.frees)
+    return worst
 
 
 @dataclass(frozen=True)

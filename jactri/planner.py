@@ -205,8 +205,11 @@ def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> floa
     """Bytes while the entries of blocks are put in their places."""
     total = _stored(graph, sweep, targets)
     for t in targets:
-        size, nnz = itemsize(graph, t), sweep.patterns[t].nnz
-        total += nnz * (size + INDEX_BYTES)
+        size, pattern = itemsize(graph, t), sweep.patterns[t]
+        nnz = pattern.nnz
+        shape = graph.values[t].shape
+        each = pattern.sample(shape[0]) if shape else None  # the places are those of one sample
+        total += nnz * size + (each or pattern).nnz * INDEX_BYTES
         if answer is not None and answer.sparse:
             axes = len(graph.values[t].shape) + len(graph.values[sweep.seed].shape)
             total += nnz * (size + 8 * axes)

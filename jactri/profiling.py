@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from . import backends, rates
-from .api import as_tuple, jacobian
+from .api import jacobian
+from .arguments import as_tuple
 from .layers import Layers
 from .memory import si
 from .planner import predict

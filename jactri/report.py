@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import backends, launch
-from .api import as_tuple, check_batch, prepare
+from .api import prepare
+from .arguments import as_tuple, check_batch
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import as_tuple, check_batch, nest, prepare
+from .api import nest, prepare
+from .arguments import as_tuple, check_batch
 from .entries import unravel
 from .graph import UnsupportedGraph, read
 from .pattern import Trace, pattern_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .arguments import block_shape
 from .memory import free_bytes, parse_bytes
 from .opaque import batched
 from .samples import probe_mixing
@@ -15,7 +16,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
     probe decides whether samples mix, and RuntimeError is raised if they do.
     """
-    from .api import block_shape, zero_block
+    from .api import zero_block
 
     if per_sample and probe_mixing(ys, xs):
         raise RuntimeError(

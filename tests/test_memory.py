@@ -64,6 +64,13 @@ def conv_classifier():
     )  # fmt: skip
 
 
+def images():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 1, 3, padding=1),
+    )  # fmt: skip
+
+
 def dense(*widths, act=torch.nn.Tanh):
     layers = []
     for i, o in itertools.pairwise(widths):
@@ -84,6 +91,8 @@ PREDICTED = {
     "W3": (torch.nn.Sequential(dense(32, 256, 512, 784), torch.nn.Sigmoid()), (64, 32), True),
     "W4": (dense(784, 256, 32, 256, 784), (16, 784), True),
     "W5": (conv_classifier(), (16, 3, 16, 16), True),
+    "W6": (images(), (4, 1, 32, 32), True),
+    "W6 of all": (images(), (2, 1, 16, 16), False),
     "W7": (transformer_block(), (4, 16, 64), True),
     "drop-in": (dense(32, 256, 256, 32), (64, 32), False),
 }  # fmt: skip
