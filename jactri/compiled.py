@@ -18,7 +18,7 @@ from .arguments import as_tuple, check_options, fresh_leaf
 from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, key
-from .patches import kept_matrices
+from .kept import kept_tensors
 from .tape import Recorder, Stale, Tape, Unrecordable, function
 
 _log = logging.getLogger("jactri")
@@ -43,7 +43,7 @@ class Replay:
         saved: dict[tuple, str] = {}
         for t, place in guard.places:
             saved.setdefault(key(t), place)
-        bound, fixed = [], {id(t) for t in (*constants(), *kept_matrices())}
+        bound, fixed = [], {id(t) for t in (*constants(), *kept_tensors())}
         fixed |= recorder.numbers
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:

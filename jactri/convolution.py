@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .kept import kept
 from .linear_map import LinearMap
 from .maps import fold, unfold
 from .packed import Packed, by_columns, quick
@@ -108,6 +109,10 @@ class Conv(LinearMap):
     def key(self):
         return Conv, tuple(self.weight.shape), self.geometry.key
 
+    @property
+    def entries(self):
+        return self.weight.numel()
+
     def kept(self, in_shape, out_shape):
         if self.geometry.groups == in_shape[1] == out_shape[1]:
             return (0, 0), (1, 1)
@@ -153,7 +158,9 @@ class Conv(LinearMap):
             if out is None:
                 packed = self._packed.get(push)
                 if packed is None:
-                    packed = Packed(self.geometry, self.weight, push, flat.shape[2:], self.size)
+                    given = self.geometry, self.weight, push, tuple(flat.shape[2:]), self.size
+                    key = self.geometry.key, *given[2:]
+                    packed = kept(self.weight, key, lambda: Packed(*given), lambda p: p.tensors())
                     self._packed[push] = packed
                 out = packed.run(flat)
         elif push:

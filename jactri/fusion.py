@@ -1,9 +1,9 @@
 """Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
 
 Four patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations),
-whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation) or a convolution (*conv*) with the
-scalings around it; and a scaled *sum* of two blocks (a product of two values that both depend on the input). The
-executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
+whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation), a convolution (*conv*) or a max
+*pool* with the scalings around it; and a scaled *sum* of two blocks (a product of two values that both depend on the
+input). The executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from .graph import Graph
 from .layout import Layout
 from .linear_map import LinearMap
+from .selection import Picked
 from .sweep import Step, Sweep
 
 
@@ -21,8 +22,8 @@ from .sweep import Step, Sweep
 class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
-    ``kind`` is "chain", "rows" or "conv" (each step reads the one before) or "sum" (the last step adds up the two
-    blocks of ``reads``, each scaled by the step among the others that reads it, if any).
+    ``kind`` is "chain", "rows", "conv" or "pool" (each step reads the one before) or "sum" (the last step adds up the
+    two blocks of ``reads``, each scaled by the step among the others that reads it, if any).
     """
 
     kind: str
@@ -143,12 +144,14 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
 
 
 def _around(graph: Graph, sweep: Sweep, step: Step) -> str:
-    """ "rows" or "conv" for a step that a kernel runs with the scalings around it; else nothing."""
+    """ "rows", "conv" or "pool" for a step that a kernel runs with the scalings around it; else nothing."""
     if len(step.terms) != 1 or not _plain(sweep, step):
         return ""
     edge = edge_of(graph, step)
     if edge.name == "convolution":
         return "conv"
+    if edge.__class__ is Picked and edge.pool_map(step.layout.shape, sweep.reverse):
+        return "pool"
     mixes = edge.row_map(len(step.layout.shape), sweep.reverse) is not None
     return "rows" if mixes else ""
 

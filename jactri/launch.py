@@ -40,6 +40,8 @@ def run(
         return _scaled_sum(graph, item, data, columns, out)
     if item.kind == "conv":
         return _convolution(graph, item, t, reverse, out)
+    if item.kind == "pool":
+        return _pooled(graph, item, t, reverse, out)
     if item.kind == "rows":
         return _mapped_rows(graph, item, t, reverse, out)
     return _chain(graph, item, t, reverse, out)
@@ -63,8 +65,9 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
         shape = Shape.of(edge, not sweep.reverse, *(s[2:] for s in sizes))
         return chooser.described(ConvKind.of(seeds, samples, shape, names, dtype, device))
     if item.kind != "chain":
-        what = "one pass over rows" if item.kind == "rows" else "two blocks added in one pass"
-        return "triton", what
+        return "triton", {
+            "rows": "one pass over rows", "sum": "two blocks added in one pass", "pool": "by the indices of its choice",
+        }[item.kind]  # fmt: skip
     widths, names = [sweep.layouts[first].shape[-1]], [""]
     for step in item.steps:
         edge = edge_of(graph, step)
@@ -176,6 +179,25 @@ def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         lambda: tuple(_product(*b) for b in both),
     )  # fmt: skip
     return chooser.run(problem, out)
+
+
+def _pooled(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+    from .kernels import pool
+    from .kernels.windows import Window
+
+    edge, around, shapes = _parts(graph, item, t.shape[1:])
+    before, after = (_on_image(*b) for b in zip(around, shapes, strict=True))
+    gathers = edge.pool_map(shapes[1], reverse) == "gather"
+    picked = shapes[1] if gathers else shapes[0]
+    index = edge.base.index.expand(*picked[:2], -1).unflatten(-1, picked[2:])
+    try:
+        if gathers:
+            return pool.gather(t, index, before, after, out=out)
+        taps, *rest = zip(*edge.options, strict=True)
+        return pool.scatter(t, index, Window(shapes[1][2:], *rest), taps, before, after, out=out)
+    except Unfit as error:
+        backends.unfit("pool", error)
+        return None
 
 
 def _on_image(scalings: list[Diagonal], shape) -> Factor | None:

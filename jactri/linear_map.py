@@ -83,6 +83,11 @@ class LinearMap:
         """The (input axis, output axis) pairs that pass through unmixed."""
         raise NotImplementedError
 
+    @property
+    def entries(self) -> int:
+        """Entries of the weights that every chunk of seeds reads again."""
+        return 0
+
     def windows(self, in_shape: Shape, out_shape: Shape) -> Kept:
         """The (input axis, output axis) pairs, none of them kept, along which an output sees a part of the input.
 

@@ -76,7 +76,7 @@ def by_columns(g: Geometry, w: Tensor, flat: Tensor, push: bool, size) -> Tensor
     options = kernel, g.dilation, g.padding, g.stride
     coarse = flat.shape[2:] if spread else _coarse(g, flat.shape[2:], kernel)
     rows = flat.shape[0] * coarse[0] * coarse[1]
-    if rows >= 2 * w.shape[0] or w[0].numel() < LANES or kernel[0] * kernel[1] == 1:
+    if 2 * rows >= w.shape[0] or w[0].numel() < LANES or kernel[0] * kernel[1] == 1:
         return None
     if spread:
         columns = backends.product(flat.movedim(1, -1).reshape(rows, -1), w.flatten(1), False)
@@ -179,8 +179,9 @@ class Packed:
         ):
             self.phases = Phases.of(g, w, size_in, g.fine(size_in, w.shape[2:]) if push else size)
         if self.phases is not None:
-            self.weight = w
-        elif (
+            self.weight = None
+            return
+        if (
             g.groups == 1
             and {*g.stride, *g.dilation} == {1}
             and not any(g.output_padding)
@@ -203,7 +204,11 @@ class Packed:
                     self.block = by, bx
                     w = blocked_weight(w.flip(2, 3).transpose(0, 1) if flip else w, by, bx)
                     break
-        self.weight = channels_last(w)
+        self.weight = channels_last(w.detach())  # what is kept with a weight must not hold it
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds."""
+        return (self.weight if self.phases is None else self.phases.weight,)
 
     def run(self, flat: Tensor) -> Tensor:
         flat_1d = flat.dim() == 3

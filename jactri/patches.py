@@ -17,11 +17,11 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import backends
 from .convolution import Conv
 from .graph import Graph
+from .kept import kept
 from .linear_map import Diagonal, Identity, LinearMap, Scale
 from .packed import LANES, channels_last
 from .sweep import Step, Sweep
@@ -340,15 +340,8 @@ def _small(edge: Conv, patches: Tensor, reverse: bool) -> Tensor:
     return F.conv2d(patches, weight, None, 1, border, dilation, groups)
 
 
-_matrices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
-    """The convolution as a matrix ``(pixels * channels, pixels * channels)`` of windows.
-
-    It is made of the weight alone, and kept with it; a copy of the weight tells whether it has changed, also where
-    it was written to behind autograd's back.
-    """
+    """The convolution as a matrix ``(pixels * channels, pixels * channels)`` of windows, made of the weight alone."""
     weight = edge.weight
 
     def make() -> Tensor:
@@ -358,26 +351,7 @@ def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
         patches = eye.view(inner, *at.size, inputs).permute(0, 3, 1, 2)
         return _small(edge, patches, reverse).permute(0, 2, 3, 1).reshape(inner, -1)
 
-    if torch.is_grad_enabled():
-        return make()
-    kept = _matrices.get(weight)
-    if (
-        kept is None
-        or kept[0].shape != weight.shape
-        or (kept[0].dtype, kept[0].device) != (weight.dtype, weight.device)
-        or not torch.equal(kept[0], weight)
-    ):
-        kept = _matrices[weight] = weight.detach().clone(), {}
-    key = at.size, edge.geometry.key, reverse
-    found = kept[1].get(key)
-    if found is None:
-        found = kept[1][key] = make()
-    return found
-
-
-def kept_matrices() -> list[Tensor]:
-    """The matrices, and the copies of weights, that are kept."""
-    return [t for copy, made in _matrices.values() for t in (copy, *made.values())]
+    return kept(weight, ("matrix", at.size, edge.geometry.key, reverse), make, lambda m: (m,))
 
 
 def _widened(data: Tensor, at: Window, to: Window) -> Tensor:

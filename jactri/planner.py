@@ -114,7 +114,9 @@ def choose_chunks(
     )
     # a block that is written once and not read again gains nothing from a cache
     if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
-        count = max(1, int(CACHE_BYTES // max(widest, 1)))
+        some = max(1, int(CACHE_BYTES // max(widest, 1)))
+        if ceil(total / some) * _weights(graph, sweep) < sweep.bytes:
+            count = some
     chunks = cut(count) if count < total else {}
     while needs(graph, sweep, chunks, answer) > limit:
         if count <= 1:
@@ -122,6 +124,17 @@ def choose_chunks(
         count = max(1, count // 2)
         chunks = cut(count)
     return chunks
+
+
+def _weights(graph: Graph, sweep: Sweep) -> float:
+    """Bytes of the weights that every chunk reads."""
+    return float(
+        sum(
+            graph.values[t.owner].sources[t.edge][1].entries * itemsize(graph, s.value)
+            for s in sweep.steps
+            for t in s.terms
+        )
+    )
 
 
 def _refuse(need: float, limit: float) -> NoReturn:

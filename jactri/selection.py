@@ -242,6 +242,14 @@ class Picked(LinearMap):
             seen = (steps >= 0) & (steps <= (kernel - 1) * dilation) & (steps % dilation == 0)
         return seen.T if spread else seen
 
+    def pool_map(self, shape: Shape, reverse: bool) -> str | None:
+        """Which map of `kernels.pool` a push or pull of values of ``shape`` (N, C, *image) is, if any."""
+        if len(shape) != len(self.size) + 2 or len(self.size) > 2:
+            return None
+        if isinstance(self.base, Scatter) == reverse:
+            return "gather"
+        return "scatter" if self.options not in (None, ("adaptive",)) else None
+
     def narrow(self, source, target, in_shape, out_shape):
         tail = len(self.size)
         shapes = (*in_shape[:-tail], 0), (*out_shape[:-tail], 0)

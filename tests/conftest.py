@@ -51,6 +51,8 @@ def _tensors_on_the_device(request, monkeypatch):
     if device == "cpu":
         yield
         return
+    # torch allows convolutions tf32 by default, which no test of float32 does
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda d=None: generator(device if d is None else d))
     with torch.device(device):

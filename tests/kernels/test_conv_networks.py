@@ -12,7 +12,7 @@ import jactri
 from jactri import chooser
 from jactri.convolution import Conv, Geometry
 from jactri.convolving import ConvKind, Shape
-from jactri.kernels import conv, direct
+from jactri.kernels import conv, direct, pool
 from jactri.kernels.support import Unfit
 
 
@@ -265,3 +265,41 @@ def test_a_kernel_that_does_not_fit_gives_way(device, monkeypatch, launched):
     check(f, x, per_sample=True, strategy="reverse-mode")
     ways = {str(c.way) for c in chooser._choices.values()}
     assert ways == {"torch"}
+
+
+POOLS = {
+    "apart": lambda: nn.MaxPool2d(2),
+    "overlapping": lambda: nn.MaxPool2d(3, 2, 1),
+    "dilated": lambda: nn.MaxPool2d(2, 1, dilation=2),
+    "lines": lambda: nn.MaxPool1d(3, 2),
+    "adaptive": lambda: nn.AdaptiveMaxPool2d((3, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", ["forward-mode", "reverse-mode"])
+@pytest.mark.parametrize("kind", POOLS)
+def test_pools(kind, mode, device, monkeypatch):
+    """A pool between two activations is one launch with both; an adaptive one in reverse goes to torch."""
+    ran = []
+    for name in ("gather", "scatter"):
+        plain = getattr(pool, name)
+
+        def spy(t, index, *rest, _plain=plain, _name=name, **options):
+            ran.append((_name, *("" if f is None else f.name for f in rest[-2:])))
+            return _plain(t, index, *rest, **options)
+
+        monkeypatch.setattr(pool, name, spy)
+    lines = kind == "lines"
+    conv_of = nn.Conv1d if lines else nn.Conv2d
+    f = nn.Sequential(
+        conv_of(2, 3, 3), nn.Tanh(), POOLS[kind](), nn.SiLU(), nn.Flatten(), nn.LazyLinear(4)
+    ).to(device)
+    x = torch.randn(2, 2, *((11,) if lines else (9, 8)), device=device)
+    f(x)
+    check(f, x, per_sample=True, strategy=mode)
+    if mode == "forward-mode":  # torch pools lines as images: a view lies between
+        assert ran == [("gather", "", "") if lines else ("gather", "tanh", "silu")]
+    elif kind == "adaptive":
+        assert not ran
+    else:
+        assert ran == [("scatter", "", "") if lines else ("scatter", "silu", "tanh")]
