@@ -246,12 +246,12 @@ class Entries(Answer):
     def _coo(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
         rows, columns = self.pattern.shape
         sample, row, column = self._blocks(row, column)
-        index = unravel(sample * rows + row, self.out)
+        index = [unravel(sample * rows + row, self.out)]
         if self.per_sample:
-            index += unravel(column, self.into[1:])
+            index.append(unravel(column, self.into[1:]))
         else:
-            index += unravel(sample * columns + column, self.into)
-        return Coo.apply(values.reshape(-1), torch.stack(index), shape)
+            index.append(unravel(sample * columns + column, self.into))
+        return Coo.apply(values.reshape(-1), torch.cat(index), shape)
 
     def _csr(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
         rows, columns = self.pattern.shape
@@ -308,13 +308,14 @@ class Coo(torch.autograd.Function):
         return torch.where(found, values, 0.0), None, None
 
 
-def unravel(flat: Tensor, shape) -> list[Tensor]:
-    """The index on every axis."""
-    found = []
-    for n in reversed(shape):
-        found.append(flat % n)
+def unravel(flat: Tensor, shape) -> Tensor:
+    """The index on every axis: ``(axes, entries)``."""
+    found = flat.new_empty(len(shape), len(flat))
+    for a in reversed(range(len(shape))):
+        n = max(shape[a], 1)  # an empty axis has no entries
+        found[a] = flat % n
         flat = flat // n
-    return found[::-1]
+    return found
 
 
 def check_pattern(graph: Graph, ys, xs, per_sample: bool) -> None:

@@ -75,6 +75,8 @@ class Trace:
         return len(self._nodes) - 1
 
     def _through(self, edge: LinearMap, at: Traced, in_shape, out_shape) -> Traced:
+        if 0 in out_shape:  # nothing to tie
+            return Traced(Layout(tuple(((n, FREE),) for n in out_shape), self.start.seed), {})
         layout = at.layout
         while True:
             try:

@@ -63,7 +63,7 @@ def _mask(pattern, y: Tensor, x: Tensor, per_sample: bool) -> Tensor:
         entries = pattern.entries()
         row, column = torch.from_numpy(entries.row), torch.from_numpy(entries.column)
         into = unravel(column, x.shape)
-        index = torch.stack([*unravel(row, y.shape), *(into[1:] if per_sample else into)])
+        index = torch.cat([unravel(row, y.shape), into[1:] if per_sample else into])
     hits = torch.ones(index.shape[1], dtype=torch.bool)
     mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
     return mask.to(x.device)

@@ -1,0 +1,62 @@
+"""Every op of the table with seeds coloured wherever fewer will do, and in the sparse forms."""
+
+import pytest
+import torch
+from cases import ALL
+from test_ops import F64, compare, ids, jacobian_rows, truth
+
+import jactri
+from jactri import pattern, planning
+
+MAIN = [case for case in ALL if not case.variant]
+
+
+@pytest.fixture(autouse=True)
+def _always_coloured(monkeypatch):
+    monkeypatch.setattr(pattern, "WORTH", 1.0)
+    monkeypatch.setattr(planning, "_plans", {})
+
+
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_coloured(case):
+    for mode in ("forward-mode", "reverse-mode"):
+        func, inputs = case.build(F64)
+        compare(case, jacobian_rows(case, func, inputs, strategy=mode), F64, what=mode)
+
+
+def blocks(rows):
+    return [block for row in rows for block in row]
+
+
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_the_pattern_holds_the_support(case):
+    func, inputs = case.build(F64)
+    try:
+        masks = jactri.sparsity(func, inputs)
+    except ValueError as error:
+        if "of which no pattern is known" not in str(error):
+            raise
+        return
+    masks = masks if isinstance(masks[0], tuple) else (masks,)
+    for mask, want in zip(blocks(masks), blocks(truth(case)), strict=True):
+        assert mask.shape == want.shape
+        if mask.numel():
+            assert not ((want != 0) & ~mask.to_dense()).any()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, "banded"], ids=str)
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_sparse_or_refused(case, layout):
+    func, inputs = case.build(F64)
+    try:
+        rows = jacobian_rows(case, func, inputs, layout=layout)
+    except ValueError as error:
+        if "layout=torch.strided" not in str(error):
+            raise
+        return
+    want = truth(case)
+    dense = tuple(
+        tuple(b.to_dense().reshape(t.shape) for b, t in zip(row, true, strict=True))
+        for row, true in zip(rows, want, strict=True)
+    )
+    compare(case, dense, F64)
