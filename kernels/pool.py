@@ -96,6 +96,24 @@ def _scatter(
     )
 
 
+def _launch(
+    kernel, t: Tensor, index: Tensor, axes: int, sizes, before, after, out: Tensor
+) -> Tensor:
+    """Run a kernel over ``out``; ``sizes`` of t's image are the arguments that the kernels do not share."""
+    src, dst, at = image(t, axes), image(out, axes), image(index, axes)
+    zb, sb, db, pb = diagonal(before, axes)
+    za, sa, da, pa = diagonal(after, axes)
+    K, N, C = t.shape[:3]
+    seeds = min(SEEDS, power_of_two(K))
+    with on_device(t), fitting():
+        kernel[(triton.cdiv(out.numel() // K, TILE), triton.cdiv(K, seeds))](
+            src, at, zb, za, dst, K, N, C, *sizes(tuple(src.shape[3:])), src.stride(), at.stride(), sb, sa,
+            dst.stride(), db, pb, da, pa, dst.stride(2) == 1 and C > 1, seeds, TILE, wide(src, at, zb, za, dst),
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
 def gather(
     t: Tensor,
     index: Tensor,
@@ -116,18 +134,9 @@ def gather(
     out = result(t, t.shape[2], tuple(index.shape[2:]), out)
     if out.numel() == 0:
         return out
-    src, dst, at = image(t, axes), image(out, axes), image(index, axes)
-    zb, sb, db, pb = diagonal(before, axes)
-    za, sa, da, pa = diagonal(after, axes)
-    K, N, C = t.shape[:3]
-    seeds = min(SEEDS, power_of_two(K))
-    far = wide(src, at, zb, za, dst)
-    with on_device(t), fitting():
-        _gather[(triton.cdiv(out.numel() // K, TILE), triton.cdiv(K, seeds))](
-            src, at, zb, za, dst, K, N, C, src.shape[4], window.size, src.stride(), at.stride(), sb, sa, dst.stride(),
-            db, pb, da, pa, dst.stride(2) == 1 and C > 1, seeds, TILE, far, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    return _launch(
+        _gather, t, index, axes, lambda image: (image[1], window.size), before, after, out
+    )
 
 
 def scatter(
@@ -151,16 +160,5 @@ def scatter(
     out = result(t, t.shape[2], window.size[-axes:], out)
     if out.numel() == 0:
         return out
-    src, dst, at = image(t, axes), image(out, axes), image(index, axes)
-    zb, sb, db, pb = diagonal(before, axes)
-    za, sa, da, pa = diagonal(after, axes)
-    K, N, C = t.shape[:3]
-    seeds = min(SEEDS, power_of_two(K))
-    far = wide(src, at, zb, za, dst)
-    with on_device(t), fitting():
-        _scatter[(triton.cdiv(out.numel() // K, TILE), triton.cdiv(K, seeds))](
-            src, at, zb, za, dst, K, N, C, tuple(src.shape[3:]), window.size, (1, *taps)[-2:], window.stride,
-            window.padding, window.dilation, src.stride(), at.stride(), sb, sa, dst.stride(),
-            db, pb, da, pa, dst.stride(2) == 1 and C > 1, seeds, TILE, far, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    windows = window.size, (1, *taps)[-2:], window.stride, window.padding, window.dilation
+    return _launch(_scatter, t, index, axes, lambda image: (image, *windows), before, after, out)
