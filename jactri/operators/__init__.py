@@ -1,0 +1,1 @@
+"""What is computed from Jacobians without forming them: products, traces, second derivatives, parameters."""
