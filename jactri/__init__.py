@@ -1,5 +1,6 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
+from . import func
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
@@ -23,6 +24,7 @@ __all__ = [
     "compile",
     "explain",
     "fallback",
+    "func",
     "jacobian",
     "jacobian_of",
     "profile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -359,10 +360,26 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
-        func = uncompiled(func)
-        result = ranges.call(func, leaves) if watching() else func(*leaves)
+        result = record(uncompiled(func), leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
+
+
+_recording = threading.local()
+
+
+def record(func, leaves):
+    """Call a function for its graph, which will be read."""
+    before, _recording.now = recording(), True
+    try:
+        return ranges.call(func, leaves) if watching() else func(*leaves)
+    finally:
+        _recording.now = before
+
+
+def recording() -> bool:
+    """Whether this runs inside of a function whose graph will be read."""
+    return getattr(_recording, "now", False)
 
 
 def uncompiled(func):
