@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, handover, ranges, whole
+from . import backends, handover, ranges, reentrant, whole
 from .answers import Answer
 from .arguments import (
     as_tuple,
@@ -220,8 +220,10 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     if asked.per_sample:
         check_batch(ys, xs)
     dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
-    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
-        rows = _rows(ys, xs, asked, dests)
+    if reentrant.in_backward():
+        rows = reentrant.aside(lambda: _in_mode(ys, xs, asked, dests))
+    else:
+        rows = _in_mode(ys, xs, asked, dests)
     if asked.strict and asked.create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
@@ -232,6 +234,11 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
                         "strict mode when create_graph=True."
                     )
     return rows
+
+
+def _in_mode(ys, xs, asked: Request, dests):
+    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
+        return _rows(ys, xs, asked, dests)
 
 
 def _rows(ys, xs, asked: Request, dests):

@@ -6,7 +6,6 @@ parameters require grad are never differentiated; one that is, is computed once 
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 
 import torch
@@ -66,18 +65,15 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        blocks = ctx.blocks
+        ys, blocks = ctx.saved_tensors, ctx.blocks
         if blocks is None:
-            with torch.enable_grad():
-                rows = compute(ctx.saved_tensors, ctx.leaves, ctx.asked)
+            rows = compute(ys, ctx.leaves, ctx.asked)
             blocks = [b for row in rows for b in row]
-        if ctx.before:  # the graph is retained: a pass a row must not make it a time a row
+        if ctx.before:  # whoever takes pass after pass, as one for each row, shall not pay for a graph each time
             ctx.blocks = blocks
         ctx.before = True
         used = [
-            (b, g)
-            for b, g in zip(blocks, grads, strict=True)
-            if g is not None and b.requires_grad
+            (b, g) for b, g in zip(blocks, grads, strict=True) if g is not None and b.requires_grad
         ]
         if not used:
             return (None,) * (1 + len(ctx.outside))
@@ -87,7 +83,9 @@ class _Deferred(torch.autograd.Function):
         )  # fmt: skip
 
 
-def differentiable(ys, leaves, asked: Request, start: int, at_once: bool, roots=None) -> list[list[Tensor]]:
+def differentiable(
+    ys, leaves, asked: Request, start: int, at_once: bool, roots=None
+) -> list[list[Tensor]]:
     """``compute(ys, leaves, asked)``, whose blocks require grad where outputs depend on what the caller can vary.
 
     ``start`` is the sequence number before the function ran, ``roots`` are its outputs, one for each of ``ys``, where
