@@ -367,7 +367,8 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
-        result = record(uncompiled(func), leaves)
+        func = uncompiled(func)
+        result = record(ranges.call, func, leaves) if watching() else record(func, *leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
 
@@ -375,11 +376,11 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
 _recording = threading.local()
 
 
-def record(func, leaves):
+def record(call, *args):
     """Call a function for its graph, which will be read."""
     before, _recording.now = recording(), True
     try:
-        return ranges.call(func, leaves) if watching() else func(*leaves)
+        return call(*args)
     finally:
         _recording.now = before
 
