@@ -5,6 +5,7 @@ from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
+from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -24,6 +25,7 @@ __all__ = [
     "compile",
     "explain",
     "fallback",
+    "finite_difference",
     "func",
     "jacobian",
     "jacobian_of",
