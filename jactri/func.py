@@ -24,7 +24,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from . import handover
 from .api import Request, compute, prepare, recording, uncompiled
 from .arguments import check_options
-from .deferred import Outside, differentiable
+from .deferred import differentiable
+from .graph import Outside
 
 _RANDOMNESS = ("error", "different", "same")
 
@@ -208,7 +209,7 @@ class _Transform:
             _check_unmoved(generators, xs)
         for leaf in leaves:
             if leaf.grad_fn is None:
-                leaf._jactri_leaf = True  # see deferred.Outside
+                leaf._jactri_leaf = True  # see graph.Outside
         return _Run(ys, leaves, found[0], spec, found[1], start, at_once)
 
     # -- first and second derivatives --------------------------------------------------------------
