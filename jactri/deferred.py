@@ -1,7 +1,8 @@
 """Jacobians that can be differentiated, whose graph is made when a backward pass comes, and not before.
 
 A Jacobian with a graph costs more: no kernel, no block in place, all blocks kept. Most Jacobians of a module whose
-parameters require grad are never differentiated; one that is, is computed once more, with its graph.
+parameters require grad are never differentiated; one that is, is computed once more, with its graph. Jacobians of
+small networks have theirs at once, which costs them next to nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor
 
 from .api import Request, compute
-from .graph import Outside
+from .graph import Outside, UnsupportedGraph, read
+from .planning import plan_for
+
+_CHEAP = 1e-3
+"""Predicted seconds up to which a graph is made at once: about what a backward pass loses that makes it."""
 
 
 class _Deferred(torch.autograd.Function):
@@ -62,7 +67,7 @@ def differentiable(
     if not any(found):
         return compute(ys, leaves, asked)
     with_graph = replace(asked, create_graph=True)
-    if at_once or any(f.early for f in found if f):
+    if at_once or any(f.early for f in found if f) or _cheap(ys, leaves, asked):
         return [
             [b if f and Outside(b, start) else b.detach() for b in row]
             for f, row in zip(found, compute(ys, leaves, with_graph), strict=True)
@@ -74,3 +79,13 @@ def differentiable(
     recipe = ys, leaves, with_graph, blocks, constant
     made = iter(_Deferred.apply(recipe, *outside.values()))
     return [[next(made) for _ in row] for row in rows]
+
+
+def _cheap(ys, leaves, asked: Request) -> bool:
+    with torch.no_grad():
+        try:
+            graph = read(ys, leaves)
+        except UnsupportedGraph:
+            return False
+        plan = plan_for(graph, asked.strategy, False, asked.chunk_size, None, ys, leaves, False)
+    return min(plan.seconds.values(), default=0.0) < _CHEAP
