@@ -6,7 +6,8 @@ without a batching rule or a forward derivative) works. Where a torch.func trans
 
 A result requires grad, in grad mode, where torch.func's does: where the outputs depend on tensors that require grad,
 be they arguments or captured (it may be constant in these nevertheless, as the Jacobian of ``x.sin() + b`` is in
-``b``). For captured ones, as a module's parameters, the graph for that is made when a backward pass comes.
+``b``). For captured ones, as a module's parameters, the graph for that is made when a backward pass comes, unless it
+costs next to nothing.
 """
 
 from __future__ import annotations
