@@ -1,9 +1,11 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
+from . import func
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
+from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -23,6 +25,8 @@ __all__ = [
     "compile",
     "explain",
     "fallback",
+    "finite_difference",
+    "func",
     "jacobian",
     "jacobian_of",
     "profile",
