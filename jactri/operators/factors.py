@@ -65,9 +65,7 @@ class Piece:
         )
 
 
-def pieces_of(
-    graph: Graph, structure: Structure, sel: Selection | None
-) -> dict[int, list[Piece]]:
+def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict[int, list[Piece]]:
     """The pieces of every parameter (by its value), for a selection of the output's entries."""
     blocks = blocks_of(graph, structure.sweep, sel)
     seeds = len(structure.sweep.layout.seed)
@@ -182,7 +180,12 @@ def patches(x: Tensor, geometry, kernel) -> Tensor:
         windows = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(
-                x.shape[2:], geometry.padding, geometry.dilation, kernel, geometry.stride, strict=True
+                x.shape[2:],
+                geometry.padding,
+                geometry.dilation,
+                kernel,
+                geometry.stride,
+                strict=True,
             )
         ]
         return cut.reshape(*x.shape[:2], *kernel, *windows)
@@ -203,7 +206,9 @@ def _pulled(graph: Graph, structure: Structure, use: Use, block: Tensor | None, 
     value, layout = graph.values[use.value], sweep.layouts[use.value]
     edge = graph.values[use.pull[0]].sources[use.pull[1]][1]
     only = layout.drop(layout.tied - batch)
-    full = convert(block, layout, only, sel, torch.empty((), dtype=value.dtype, device=value.device))
+    full = convert(
+        block, layout, only, sel, torch.empty((), dtype=value.dtype, device=value.device)
+    )
     seeds = [(label, sel[label][1] if label in sel else n) for label, n in enumerate(only.seed)]
     sizes = {**use.sizes, **dict(seeds)}
     if full is None:
@@ -339,7 +344,9 @@ def write(pieces: list[Piece], out: Tensor, seeds: int, cleared: bool = False, a
         if piece.index is None and not add and view.dtype == piece.c.dtype:
             multiply(piece.operands, labels, view)
         else:
-            made = multiply(piece.operands, labels) if piece.index is None else _in_rows(piece, labels)
+            made = (
+                multiply(piece.operands, labels) if piece.index is None else _in_rows(piece, labels)
+            )
             view.add_(made) if add else view.copy_(made)
         add = True
 

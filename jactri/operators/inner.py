@@ -81,7 +81,6 @@ class _Pair:
         self.names: dict[int, int] = {}
         for label in link.shared:
             self._join(label, label + SECOND)
-        self.sizes: dict[int, int] = {}
         for mine, theirs in zip(p.axes, q.axes, strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 self._join(a, b + SECOND)
@@ -97,6 +96,7 @@ class _Pair:
         self.labels = tuple([self._of(s) for s in (own if link.own else link.out)])
         self.out = tuple(dict.fromkeys(self.labels))
         # what is the same for all entries of a label that nobody has is counted as often
+        self.full = [p.sizes[s] for s in own] if link.own else None
         known = set(self.out).union(*(labels for _, labels in self.operands))
         self.times = prod([p.sizes[s] for s in own if self._of(s) not in known])
 
@@ -116,7 +116,9 @@ class _Pair:
 
     def product(self) -> Tensor:
         made = multiply(self.operands, self.out)
-        return made if self.times == 1 else made * self.times
+        if self.times != 1:
+            made = made * self.times
+        return made if self.full is None else made.expand(self.full)
 
 
 def _alike(p: Piece, q: Piece) -> bool:
@@ -280,7 +282,8 @@ def with_bias(pieces: dict[str, list[Piece]]) -> dict[str, tuple[str, Piece]]:
         if len(column) != 1 or not its < own or any(b.sizes[s] != p.sizes[s] for s in its):
             continue
         (k,) = column
-        if k not in p.al or k in p.cl or its.intersection(p.al) or not its.issuperset(own - {k}):
+        same = isinstance(p.origin, str) or its.issubset(p.cl)
+        if k not in p.al or k in p.cl or its.intersection(p.al) or not same:
             continue
         i = p.al.index(k)
         ones = p.a.new_ones([1 if j == i else n for j, n in enumerate(p.a.shape)])

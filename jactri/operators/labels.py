@@ -49,7 +49,13 @@ def aligned(t: Tensor, labels: Labels, out: Labels) -> Tensor:
 
 
 def contract(
-    x: Tensor, xl: Labels, y: Tensor, yl: Labels, out: Labels, dest: Tensor | None = None, own=(False, False)
+    x: Tensor,
+    xl: Labels,
+    y: Tensor,
+    yl: Labels,
+    out: Labels,
+    dest: Tensor | None = None,
+    own=(False, False),
 ) -> Tensor:
     """The product of two tensors, summed over the labels that are not in ``out``.
 

@@ -62,6 +62,8 @@ class Structure:
     uses: list[Use]
     batch: frozenset[int]
     inner: tuple[int, ...] = ()
+    formed: frozenset[int] = frozenset()
+    """The parameters behind ``inner``."""
     extra: float = 0.0
     """Bytes for each seed beside the blocks: Jacobians that are formed."""
 
@@ -152,10 +154,10 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     inner = tuple(sorted({u.root for u in uses} - leaves))
     extra = 0.0
     samples = graph.values[seed].shape[0]
-    formed = {u.root for u in uses if u.pull is not None}.union(_behind(graph, inner) & leaves)
-    for v in formed.union(inner):
+    behind = frozenset(_behind(graph, inner) & leaves)
+    for v in behind.union(inner, (u.root for u in uses if u.pull is not None)):
         extra += samples * prod(graph.values[v].shape) * graph.values[v].dtype.itemsize
-    return Structure(sweep, uses, batch, inner, extra)
+    return Structure(sweep, uses, batch, inner, behind, extra)
 
 
 def _behind(graph: Graph, values) -> set[int]:
@@ -185,6 +187,16 @@ def _use(graph: Graph, sweep: Sweep, v: int, e: int, leaves) -> Use:
             break
         s = sources[0][0]
     return trace.use(v, s)
+
+
+def kind_of(use: Use) -> str:
+    """What a use is, in words."""
+    if use.pull is not None:
+        return "a product a sample"
+    names = {
+        "matrix": "cotangent x activation", "patches": "cotangent x patches", "rows": "cotangent at rows",
+    }  # fmt: skip
+    return next((names[r.kind] for r in use.roles if r.kind in names), "cotangent")
 
 
 class _Trace:
