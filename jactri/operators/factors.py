@@ -143,6 +143,8 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
     if outer is not None:
         # the labels that nothing else has are summed once and for all
         t, labels = settled(*outer, own.union(cl, range(seeds)))
+        if labels != outer[1]:
+            origin = None
         if own.intersection(labels).difference(cl):
             return Piece(c, cl, use.axes, sizes, t, labels, origin=origin)
         out = tuple(sorted((set(cl) | set(labels)) & own.union(range(seeds))))

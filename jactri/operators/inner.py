@@ -98,7 +98,8 @@ class _Pair:
         # what is the same for all entries of a label that nobody has is counted as often
         self.full = [p.sizes[s] for s in own] if link.own else None
         known = set(self.out).union(*(labels for _, labels in self.operands))
-        self.times = prod([p.sizes[s] for s in own if self._of(s) not in known])
+        summed = {self._of(s): p.sizes[s] for s in (*link.shared, *own)}
+        self.times = prod([n for s, n in summed.items() if s not in known])
 
     def _of(self, label: int) -> int:
         while label in self.names:
@@ -273,9 +274,10 @@ def with_bias(pieces: dict[str, list[Piece]]) -> dict[str, tuple[str, Piece]]:
         for name, ps in pieces.items()
         if len(ps) == 1 and ps[0].a is None and ps[0].index is None and ps[0].origin is not None
     }
-    for name, (p, *more) in pieces.items():
-        if more or p.a is None or p.origin is None or id(p.origin) not in blocks:
+    for name, ps in pieces.items():
+        if len(ps) != 1 or ps[0].a is None or id(ps[0].origin) not in blocks:
             continue
+        p = ps[0]
         bias, b = blocks[id(p.origin)]
         own, its = {s for axis in p.axes for s in axis}, {s for axis in b.axes for s in axis}
         column = own - its
