@@ -180,7 +180,7 @@ CASES = {
         _normal(4, 3),
     ),
     "spectral norm": (
-        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).eval(),
         _normal(4, 3),
     ),
     "a loop": (
@@ -251,13 +251,13 @@ def whole(module, x):
 
 def flat(v, lead=0):
     """A dict of tensors as one vector (or a block of them)."""
-    return torch.cat([t.flatten(lead) for t in v.values()], lead)
+    return torch.cat([t.reshape(*t.shape[:lead], -1) for t in v.values()], lead)
 
 
 def like(module, seed=1, positive=False, block=()):
     gen = torch.Generator().manual_seed(seed)
     make = torch.rand if positive else torch.randn
     return {
-        name: make(*block, *p.shape, generator=gen, dtype=F64, device=gen.device).to(p.dtype)
+        name: make((*block, *p.shape), generator=gen, dtype=F64, device=gen.device).to(p.dtype)
         for name, p in module.named_parameters()
     }

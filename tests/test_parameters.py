@@ -8,11 +8,17 @@ import torch
 from parameter_cases import CASES, F64, build, flat, like, rows, whole
 from tolerances import assert_close, assert_gradients_close
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jactri
 
 GENERIC = {"complex": "by autograd", "bag": "opaque", "opaque": "opaque"}
 """Those that autograd computes a part of."""
+
+
+def largest(truth):
+    """The scale of rounding errors: entries of one parameter may all cancel."""
+    return max(t.abs().max().item() for t in truth.values())
 
 
 def jacobian(name, n=4, dtype=F64, **options):
@@ -28,7 +34,7 @@ def test_dense(name, n):
     assert list(dense) == list(truth) == list(jac.names)
     assert_close(jac.output, module(x), F64, what="output")
     for key, want in truth.items():
-        assert_close(dense[key], want, F64, what=key)
+        assert_close(dense[key], want, F64, what=key, scale=largest(truth))
 
 
 @pytest.mark.parametrize("n", [4, 1])
@@ -104,7 +110,7 @@ def test_ggn(name, form, chunk_size):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "language tied", "odd", "gru", "lstm"])
 def test_float32(name):
-    module, x, jac = jacobian(name, dtype=torch.float32)
+    _, _, jac = jacobian(name, dtype=torch.float32)
     dense, gram = jac.dense(), jac.gram()
     truth, by_name = whole(*build(name))
     n, m, p = truth.shape
@@ -115,7 +121,7 @@ def test_float32(name):
     assert_close(gram, want, torch.float32, length=64 * p, what="gram")
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "language", "complex"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "language"])
 def test_empty_batch(name):
     module, x = build(name)
     x = x[:0]
@@ -144,8 +150,8 @@ def test_out():
         }
         jac.dense(out=apart)  # in memory with gaps
         for key, want in truth.items():
-            assert_close(out[key], want, F64, what=key)
-            assert_close(apart[key], want, F64, what=key)
+            assert_close(out[key], want, F64, what=key, scale=largest(truth))
+            assert_close(apart[key], want, F64, what=key, scale=largest(truth))
 
 
 def test_out_that_does_not_fit():
@@ -165,6 +171,11 @@ def test_out_that_does_not_fit():
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "language tied", "odd", "gru", "shared", "norms"])
 def test_create_graph(name):
+    with sdpa_kernel(SDPBackend.MATH):  # torch has no second derivative of the fused one
+        second_derivatives(name)
+
+
+def second_derivatives(name):
     """Gradients of every result, in parameters and inputs, against those of the truth built with a graph."""
     module, x = build(name, 2)
     params = list(module.parameters())
@@ -227,7 +238,7 @@ def test_nothing_of_the_callers_is_modified():
 def test_training_mode_keeps_buffers():
     """The power iteration of a spectral norm and the statistics of BatchNorm are those from before the call."""
     module, x = build("spectral norm")
-    assert module.training
+    module.train()
     before = {k: t.clone() for k, t in module.state_dict().items()}
     jactri.parameter_jacobian(module, x).dense()
     for key, t in module.state_dict().items():
@@ -370,7 +381,7 @@ def test_wrong_operands():
 
 
 def test_a_step_in_between_is_refused():
-    module, x, jac = jacobian("mlp")
+    module, _, jac = jacobian("mlp")
     with torch.no_grad():
         module[2].weight.add_(1)
     for use in (jac.dense, jac.gram, lambda: jac @ like(module), lambda: jac.T @ jac.output):
@@ -387,6 +398,10 @@ def test_several_inputs():
         def forward(self, i, x):
             return self.last(self.words(i) * x)
 
+    class Loose(Two):
+        def forward(self, i, x):
+            return super().forward(i, x.sum(0, keepdim=True))
+
     module = Two().double()
     i, x = torch.tensor([1, 4, 4]), torch.randn(3, 3, dtype=F64)
     dense = jactri.parameter_jacobian(module, (i, x)).dense()
@@ -402,21 +417,7 @@ def test_several_inputs():
     for key, want in rows(One(), x).items():
         assert_close(dense[key.removeprefix("two.")], want, F64, what=key)
     with pytest.raises(ValueError, match=r"x\[1\] has 2 samples"):
-        jactri.parameter_jacobian(
-            cases.Wrap(module, lambda f, i: f(i, x)), (i, x[:2])
-        ) if False else jactri.parameter_jacobian(_loose(module), (i, x[:2]))
-
-
-def _loose(module):
-    class Loose(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = module
-
-        def forward(self, i, x):
-            return self.module(i, x.sum(0, keepdim=True).expand(len(i), -1))
-
-    return Loose()
+        jactri.parameter_jacobian(Loose().double(), (i, x[:2]))
 
 
 def test_fallback_is_refused_where_it_is_one():
@@ -467,7 +468,7 @@ def test_inference_mode_and_compiled_modules():
     with torch.inference_mode():
         dense = jactri.parameter_jacobian(module, x.clone()).dense()
     for key, want in truth.items():
-        assert_close(dense[key], want, F64, what=key)
+        assert_close(dense[key], want, F64, what=key, scale=largest(truth))
 
 
 def test_inside_of_a_transform_is_refused():
@@ -480,17 +481,7 @@ def test_inside_of_a_transform_is_refused():
 
 def test_strided_inputs():
     module, _ = build("cnn")
-    x = (
-        torch.randn(4, 16, 8, 4, dtype=F64)[..., ::2]
-        .transpose(1, 3)[:, :, ::1]
-        .contiguous()
-        .mT[..., ::1]
-    )
-    x = (
-        x[:, :, :, :8]
-        if x.shape[-1] >= 8
-        else torch.randn(4, 8, 8, 2, dtype=F64).permute(0, 3, 1, 2)
-    )
+    x = torch.randn(4, 8, 16, 2, dtype=F64).permute(0, 3, 1, 2)[..., ::2]
     truth, dense = rows(module, x), jactri.parameter_jacobian(module, x).dense()
     for key, want in truth.items():
-        assert_close(dense[key], want, F64, what=key)
+        assert_close(dense[key], want, F64, what=key, scale=largest(truth))

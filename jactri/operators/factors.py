@@ -25,7 +25,8 @@ from .uses import Role, Structure, Use
 class Piece:
     """One term of the Jacobian in a parameter whose axes have the labels ``axes``.
 
-    Labels below ``seeds`` are those of the output. ``a`` may be None; ``index`` numbers rows, and ``row`` is their label.
+    Labels below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose label is
+    ``row``.
     ``origin``: the block that ``c`` is, if it is one as it was.
     """
 

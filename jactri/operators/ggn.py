@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import Selection
 from .inner import SECOND, Link
-from .parameters import ParameterJacobian, _second, entries
+from .parameters import ParameterJacobian, _same, _second, entries
 
 
 def ggn(
@@ -29,9 +29,9 @@ def ggn(
     Args:
         module, x, params, create_graph, chunk_size, memory_limit: see `parameter_jacobian`.
         loss_hessian: of the loss in the output, a sample at a time: a tensor ``(N, *out)`` (its diagonal), a tensor
-            ``(N, *out, *out)``, or a function of blocks ``(K, N, *out)`` that returns products of the same shape. For the
-            softmax's cross-entropy: ``torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)``; for half the squared
-            error, ones.
+            ``(N, *out, *out)``, or a function of blocks ``(K, N, *out)`` that returns products of the same shape. For
+            the softmax's cross-entropy: ``torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)``; for half the
+            squared error, ones.
 
     Returns:
         a `GGN`: ``g @ v`` for ``v`` ``{name: tensor}``, and ``g.diagonal()``.
@@ -145,5 +145,5 @@ class GGN:
 
         sels = jac._selections()
         pairs = [(a, b) for a in sels for b in sels if a == b or not is_diagonal]
-        link = Link((*batch, *out) if is_diagonal else batch, (), own=True)
+        link = Link(_same((*batch, *out) if is_diagonal else batch), (), own=True)
         return entries(jac, link, third, pairs)

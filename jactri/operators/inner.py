@@ -1,8 +1,8 @@
 """Inner products of Jacobians over their parameters, from pieces: J J^T, the NTK, variances, the diagonal of a GGN.
 
 For two Linear layers' pieces the sum over the weight is ``(C C'^T) * (a a'^T)`` (Novak et al. 2022, arXiv:2206.08720,
-section 3). Every such product is a contraction of at most five labelled tensors; where tokens or pixels make that longer
-than a product of formed Jacobians, those are formed, for a range of the parameter at a time.
+section 3). Every such product is a contraction of at most five labelled tensors; where tokens or pixels make that
+longer than a product of formed Jacobians, those are formed, for a range of the parameter at a time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SECOND = 1000
 
 @dataclass(frozen=True)
 class Link:
-    """Which sum is meant: labels of the output that both factors share, and the labels of the result, in order.
+    """Which sum is meant: labels of the two outputs that are one, in pairs, and the labels of the result, in order.
 
-    Labels of the second factor's output have `SECOND` added. ``own``: the result has the axes of the parameter.
+    In ``out``, labels of the second factor's output have `SECOND` added. ``own``: the result has the parameter's axes.
     """
 
-    shared: Labels
+    shared: tuple[tuple[int, int], ...]
     out: Labels
     own: bool = False
 
@@ -79,8 +79,8 @@ class _Pair:
 
     def __init__(self, p: Piece, q: Piece, link: Link, extra: Operand | None):
         self.names: dict[int, int] = {}
-        for label in link.shared:
-            self._join(label, label + SECOND)
+        for a, b in link.shared:
+            self._join(a, b + SECOND)
         for mine, theirs in zip(p.axes, q.axes, strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 self._join(a, b + SECOND)
@@ -98,7 +98,7 @@ class _Pair:
         # what is the same for all entries of a label that nobody has is counted as often
         self.full = [p.sizes[s] for s in own] if link.own else None
         known = set(self.out).union(*(labels for _, labels in self.operands))
-        summed = {self._of(s): p.sizes[s] for s in (*link.shared, *own)}
+        summed = {self._of(s): p.sizes[s] for s in (*(a for a, _ in link.shared), *own)}
         self.times = prod([n for s, n in summed.items() if s not in known])
 
     def _of(self, label: int) -> int:
@@ -138,11 +138,11 @@ def accumulate(
     seconds: list[Piece],
     shape,
     link: Link,
-    seeds: int,
+    seeds: tuple[int, int],
     budget: float,
     extra: Operand | None = None,
 ) -> None:
-    """Add the sum over one parameter of ``shape`` of the products of two Jacobians, ``seeds`` labels of output each.
+    """Add the sum over one parameter of ``shape`` of the products of two Jacobians, ``seeds``: how many labels their outputs have.
 
     ``extra``: a third operand and its labels, None for those of the parameter. ``budget``: bytes for Jacobians that are
     formed.
@@ -164,8 +164,8 @@ def accumulate(
                 total.add(pair.product(), pair.labels)
             return
     for axis, span in _ranges(firsts, seconds, shape, seeds, budget):
-        mine = _form(firsts, shape, seeds, axis, span)
-        theirs = mine if seconds is firsts else _form(seconds, shape, seeds, axis, span)
+        mine = _form(firsts, shape, seeds[0], axis, span)
+        theirs = mine if seconds is firsts else _form(seconds, shape, seeds[1], axis, span)
         third, into = extra, total
         if span is not None:
             if extra is not None and extra[1] is None:
@@ -220,23 +220,27 @@ def _rows_of(pieces: list[Piece], seeds: int) -> int:
     return prod([pieces[0].sizes[s] for s in range(seeds)])
 
 
-def _formed_flops(firsts, seconds, shape, link: Link, seeds: int) -> float:
+def _formed_flops(firsts, seconds, shape, link: Link, seeds: tuple[int, int]) -> float:
     """The flops of forming Jacobians and multiplying them."""
     n, total = prod(shape), 0.0
-    for pieces in (firsts,) if seconds is firsts else (firsts, seconds):
-        labels = tuple(range(seeds))
+    for pieces, count in ((firsts, seeds[0]), (seconds, seeds[1])):
+        if pieces is firsts and total:
+            continue
+        labels = tuple(range(count))
         for p in pieces:
             own = tuple(label for axis in p.axes for label in axis)
             total += flops(p.operands, tuple(dict.fromkeys((*labels, *own))))
-        total += n * _rows_of(pieces, seeds)
-    shared = prod([firsts[0].sizes[s] for s in link.shared])
-    pairs = _rows_of(firsts, seeds) * _rows_of(seconds, seeds) / max(shared, 1)
+        total += n * _rows_of(pieces, count)
+    shared = prod([firsts[0].sizes[s] for s, _ in link.shared])
+    pairs = _rows_of(firsts, seeds[0]) * _rows_of(seconds, seeds[1]) / max(shared, 1)
     return total + 2.0 * n * pairs
 
 
-def _ranges(firsts, seconds, shape, seeds: int, budget: float) -> Iterable:
+def _ranges(firsts, seconds, shape, seeds: tuple[int, int], budget: float) -> Iterable:
     """(axis, (start, length)) of the ranges of a parameter whose Jacobians fit a budget; (0, None) for all at once."""
-    rows = _rows_of(firsts, seeds) + (0 if seconds is firsts else _rows_of(seconds, seeds))
+    rows = _rows_of(firsts, seeds[0])
+    if seconds is not firsts:
+        rows += _rows_of(seconds, seeds[1])
     need = float(rows * prod(shape) * firsts[0].c.element_size())
     best = None
     if need > budget:

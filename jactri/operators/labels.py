@@ -68,10 +68,11 @@ def contract(
     if not inner:
         a, b = aligned(x, xl, out), aligned(y, yl, out)
         if dest is None:
+            shape = torch.broadcast_shapes(a.shape, b.shape)
+            plain = a.dtype == b.dtype and not torch.is_grad_enabled()
             for mine, t, other in ((own[0], a, b), (own[1], b, a)):
-                if mine and not torch.is_grad_enabled() and t.dtype == other.dtype:
-                    if torch.broadcast_shapes(a.shape, b.shape) == t.shape:
-                        return t.mul_(other)
+                if mine and plain and t.shape == shape:
+                    return t.mul_(other)
             return a * b
         plain = a.dtype == b.dtype == dest.dtype and not torch.is_grad_enabled()
         if plain and torch.broadcast_shapes(a.shape, b.shape) == dest.shape:

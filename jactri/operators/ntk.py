@@ -33,8 +33,8 @@ def empirical_ntk(
     Args:
         module, params, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
         x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
-        compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its sum,
-            ``(N1, N2)``.
+        compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
+            sum, ``(N1, N2)``.
         memory_limit: bytes (or ``"2GB"``) for factors and what is formed of them, the kernel excluded. Entries of the
             output run in chunks under it, and parameters in ranges.
 
@@ -43,7 +43,8 @@ def empirical_ntk(
         RuntimeError: outputs of different shapes.
 
     Cost:
-        two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output feature.
+        two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
+        feature.
     """
     if compute not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
@@ -65,15 +66,15 @@ def empirical_ntk(
         return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
     (batch1, out1), (batch2, out2) = a.labels(), b.labels()
     lead = (*batch1, *_second(batch2))
-    alike = out1 == out2 and [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
+    alike = [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
     if compute == "full" or not alike:
         made = inner(first, second, Link((), (*lead, *out1, *_second(out2))))
         if compute != "full":
             made = _reduced(made.reshape(n1, n2, m, m), compute)
     elif compute == "diagonal":
-        made = inner(first, second, Link(out1, (*lead, *out1)))
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), (*lead, *out1)))
     else:
-        made = inner(first, second, Link(out1, lead))
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), lead))
     return made.reshape(n1, n2, *shapes[compute])
 
 

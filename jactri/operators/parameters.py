@@ -31,30 +31,31 @@ def parameter_jacobian(
 ) -> ParameterJacobian:
     """The Jacobian of ``module(x)`` in the module's parameters, not formed until it is asked for.
 
-    The module runs once. For every use of a parameter the result keeps the cotangents of that layer's output and what the
-    layer saw, whose product is the Jacobian: an outer product for a Linear layer, patches for a convolution, indices for an
-    embedding. Products with the Jacobian are contractions of those.
+    The module runs once. For every use of a parameter the result keeps the cotangents of that layer's output and what
+    the layer saw, whose product is the Jacobian: an outer product for a Linear layer, patches for a convolution, indices
+    for an embedding. Sums over the parameters are contractions of those.
 
     Args:
-        module: takes the tensors of ``x``, returns one tensor ``(N, *out)``. It runs as it is: its training flags stay, and
-            buffers that the forward pass writes to are put back.
+        module: takes the tensors of ``x``, returns one tensor ``(N, *out)``. It runs as it is: its training flags stay,
+            and buffers that the forward pass writes to are put back.
         x: a tensor ``(N, *in)`` or a tuple of them, the first axis a batch of ``N`` samples that do not influence one
-            another. This is proven op by op (for integer inputs, from what they look up), or where that cannot tell by a
-            probe, as for `jacobian` under ``per_sample``. Integer tensors are allowed.
+            another. This is proven op by op (for integer inputs, from what they look up), or where that cannot tell by
+            a probe, as for `jacobian` under ``per_sample``.
         params: names, tensors of ``module.parameters()``, or None for all that require grad. A shared parameter is one,
             under its first name (or the one given).
         create_graph: results can be differentiated, in parameters and ``x``.
         chunk_size: how many entries of a sample's output run at once.
-        memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default half of
-            what is free. Sizes the chunks.
+        memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default half
+            of what is free. Sizes the chunks.
 
     Returns:
-        a `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written to
-        in between is refused.
+        a `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
+        to in between is refused.
 
     Raises:
         TypeError: ``module`` is no Module; ``x`` or the output is no tensor.
-        ValueError: no parameters; names or tensors that are not the module's; no batch axis; a ``memory_limit`` too small.
+        ValueError: no parameters; names or tensors that are not the module's; no batch axis; a ``memory_limit`` too
+            small.
         RuntimeError: parameters that are frozen; samples that mix (the op is named); an output that is not real.
 
     Cost:
@@ -335,12 +336,12 @@ class ParameterJacobian:
                     total = total + (flat * v[name].reshape(-1)) @ flat.mT
                 return total.reshape(n, *run.out, *run.out)
         batch, out = run.labels()
-        made = inner(self, self, Link(batch, (*batch, *out, *_second(out))), v)
+        made = inner(self, self, Link(_same(batch), (*batch, *out, *_second(out))), v)
         return made.reshape(run.n, *run.out, *run.out)
 
 
 class Transposed:
-    """``J^T``: ``jac.T @ u`` for ``u`` ``(N, *out)`` is ``{name: tensor}``, summed over samples; ``(K, N, *out)`` alike."""
+    """``J^T``: ``jac.T @ u`` for ``u`` ``(N, *out)`` is ``{name: tensor}``, summed over samples; blocks alike."""
 
     def __init__(self, base: ParameterJacobian):
         self._base = base
@@ -353,6 +354,10 @@ class Transposed:
         return self._base._transposed(u)
 
 
+def _same(labels) -> tuple[tuple[int, int], ...]:
+    return tuple((s, s) for s in labels)
+
+
 def _second(labels) -> tuple[int, ...]:
     return tuple(s + SECOND for s in labels)
 
@@ -363,7 +368,10 @@ def inner(
     link: Link,
     weights: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """The sum over all parameters that ``link`` describes, its axes those labels. ``weights``: of the parameters' entries."""
+    """The sum over all parameters that ``link`` describes, its axes those labels.
+
+    ``weights``: a weight for every entry of the parameters.
+    """
     a, b = first._run, second._run
     same = first is second
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
@@ -377,13 +385,13 @@ def inner(
         for left in sels[0]:
             mine = first._pieces(left)
             for right in sels[1]:
-                if any((left or {}).get(s) != (right or {}).get(s) for s in link.shared):
+                if any((left or {}).get(s) != (right or {}).get(t) for s, t in link.shared):
                     continue
                 theirs = mine if same and left == right else second._pieces(right)
                 cut = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
                 sizes = {s: cut[s][1] if s in cut else n for s, n in full.items()}
                 total = Total(sizes, link.out, a.y.dtype, a.y.device)
-                _add_all(total, first, mine, theirs, link, weights)
+                _add_all(total, first, second, mine, theirs, link, weights)
                 part = total.result()
                 if answer is None:
                     return part
@@ -395,9 +403,17 @@ def inner(
         return answer
 
 
-def _add_all(total: Total, first: ParameterJacobian, mine, theirs, link: Link, weights) -> None:
+def _add_all(
+    total: Total,
+    first: ParameterJacobian,
+    second: ParameterJacobian,
+    mine,
+    theirs,
+    link: Link,
+    weights,
+) -> None:
     run, budget = first._run, first._formed_budget()
-    seeds = len(run.seeds)
+    seeds = len(run.seeds), len(second._run.seeds)
     joined = {}
     if weights is None:
         joined = with_bias(mine)
@@ -434,7 +450,7 @@ def entries(jac: ParameterJacobian, link: Link, third, pairs) -> dict[str, Tenso
         theirs = mine if left == right else jac._pieces(right)
         for name, p in run.params.items():
             accumulate(
-                Entries(made[name]), mine[name], theirs[name], tuple(p.shape), link, len(run.seeds),
+                Entries(made[name]), mine[name], theirs[name], tuple(p.shape), link, (len(run.seeds),) * 2,
                 jac._formed_budget(), third(left, right),
             )  # fmt: skip
     return made

@@ -32,8 +32,8 @@ def chosen(module, params) -> dict[str, Tensor]:
     """The parameters that a call is about, by name. Raises for what is not one of the module's, or frozen."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
-            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function of tensors, pass it and its "
-            "parameters to jactri.jacobian"
+            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function of tensors, pass "
+            "it and its parameters to jactri.jacobian"
         )
     named = dict(module.named_parameters())
     if not named:
@@ -99,7 +99,8 @@ def _buffers_kept(module):
     finally:
         with torch.no_grad():
             for m, name, b, copy, version in saved:
-                if b._version != version:
+                # native ops write to statistics without telling
+                if b._version != version or not torch.equal(b, copy):
                     b.copy_(copy)
                 m._buffers[name] = b
 
@@ -131,10 +132,9 @@ class Recorded:
                 f"{call} is not available inside of a torch.func transform; use torch.func.functional_call there"
             )
         self.create_graph = create_graph
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module):
             leaves = [fresh_leaf(t, create_graph) if _differentiable(t) else _plain(t) for t in xs]
-            with _buffers_kept(module):
-                y = uncompiled(module)(*leaves)
+            y = uncompiled(module)(*leaves)
             self._check_output(y, leaves, module)
             self.y, self.n = y, y.shape[0]
             self.out = tuple(y.shape[1:])
@@ -152,8 +152,8 @@ class Recorded:
         name = type(module).__name__
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the output of {name} must be a Tensor, but it has type {type(y)}; wrap the module in one that returns "
-                "the tensor that is meant"
+                f"the output of {name} must be a Tensor, but it has type {type(y)}; wrap the module in one that "
+                "returns the tensor that is meant"
             )
         if not _differentiable(y):
             raise RuntimeError(
@@ -167,8 +167,8 @@ class Recorded:
                 )
         if y.dim() == 0 or y.shape[0] != n:
             raise ValueError(
-                f"the output of {name} needs the batch of samples on its first axis, but has shape {tuple(y.shape)} for "
-                f"{n} samples; for one sample, pass x.unsqueeze(0)"
+                f"the output of {name} needs the batch of samples on its first axis, but has shape "
+                f"{tuple(y.shape)} for {n} samples; for one sample, pass x.unsqueeze(0)"
             )
 
     # -- structure --------------------------------------------------------------------------------
@@ -313,8 +313,8 @@ class Recorded:
         for name, t, version in self.watched:
             if t._version != version:
                 raise RuntimeError(
-                    f"{name} was modified in place after the forward pass (an optimizer's step?), so its Jacobian cannot "
-                    "be computed any more; call parameter_jacobian again, or .dense() before the step"
+                    f"{name} was modified in place after the forward pass (an optimizer's step?), so its Jacobian "
+                    "cannot be computed any more; call parameter_jacobian again, or .dense() before the step"
                 )
 
 

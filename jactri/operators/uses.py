@@ -1,9 +1,9 @@
 """Where a computation uses its parameters: each use as cotangents times what the layer saw, labelled by axes.
 
-In the reverse sweep from the output every activation keeps the samples tied (see `layout`), and every value that is made
-of parameters alone loses them: the edges in between are the uses. The Jacobian of a use is a product of the block at its
-activation and what the edge multiplies by, an outer product for a Linear layer. Here both get labels, one for each
-factor of their axes: those of the seed, by which blocks are tied to the output, and others, which belong to the
+In the reverse sweep from the output every activation keeps the samples tied (see `layout`), and every value that is
+made of parameters alone loses them: the edges in between are the uses. The Jacobian of a use is a product of the block
+at its activation and what the edge multiplies by, an outer product for a Linear layer. Here both get labels, one for
+each factor of their axes: those of the seed, by which blocks are tied to the output, and others, which belong to the
 parameter or are summed. Pure: no tensor is touched.
 """
 
@@ -36,9 +36,9 @@ class Role:
 class Use:
     """One use: the Jacobian of the output in the value ``root``, which is a parameter or made of parameters alone.
 
-    The block at ``value``, whose axes are ``cotangent`` (first its ``free`` seeds), times the roles, summed over all labels that
-    are neither of the seed nor in ``axes`` (those of the root's axes). ``pull``: the edge (owner, number) that is
-    called a sample at a time instead, where it has no such form.
+    The block at ``value``, whose axes are ``cotangent`` (first its ``free`` seeds), times the roles, summed over all
+    labels that are neither of the seed nor in ``axes`` (those of the root's axes). ``pull``: the edge (owner, number)
+    that is called a sample at a time instead, where it has no such form.
     """
 
     value: int
