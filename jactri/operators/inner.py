@@ -142,9 +142,9 @@ def accumulate(
     budget: float,
     extra: Operand | None = None,
 ) -> None:
-    """Add the sum over one parameter of ``shape`` of the products of two Jacobians, ``seeds``: how many labels their outputs have.
+    """Add the sum over one parameter of ``shape`` of the products of two Jacobians.
 
-    ``extra``: a third operand and its labels, None for those of the parameter. ``budget``: bytes for Jacobians that are
+    ``seeds``: how many labels their outputs have. ``extra``: a third operand and its labels, None for those of the parameter. ``budget``: bytes for Jacobians that are
     formed.
     """
     if not firsts or not seconds:

@@ -48,6 +48,11 @@ def aligned(t: Tensor, labels: Labels, out: Labels) -> Tensor:
     return t
 
 
+def _broadcast(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    """The shape of their product, of as many axes as both have."""
+    return tuple([m if n == 1 else n for m, n in zip(a.shape, b.shape, strict=True)])
+
+
 def contract(
     x: Tensor,
     xl: Labels,
@@ -68,14 +73,14 @@ def contract(
     if not inner:
         a, b = aligned(x, xl, out), aligned(y, yl, out)
         if dest is None:
-            shape = torch.broadcast_shapes(a.shape, b.shape)
+            shape = _broadcast(a, b)
             plain = a.dtype == b.dtype and not torch.is_grad_enabled()
             for mine, t, other in ((own[0], a, b), (own[1], b, a)):
                 if mine and plain and t.shape == shape:
                     return t.mul_(other)
             return a * b
         plain = a.dtype == b.dtype == dest.dtype and not torch.is_grad_enabled()
-        if plain and torch.broadcast_shapes(a.shape, b.shape) == dest.shape:
+        if plain and _broadcast(a, b) == dest.shape:
             return torch.mul(a, b, out=dest)
         return dest.copy_(a * b)
     both = [label for label in out if label in xl and label in yl]

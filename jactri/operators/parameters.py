@@ -32,8 +32,8 @@ def parameter_jacobian(
     """The Jacobian of ``module(x)`` in the module's parameters, not formed until it is asked for.
 
     The module runs once. For every use of a parameter the result keeps the cotangents of that layer's output and what
-    the layer saw, whose product is the Jacobian: an outer product for a Linear layer, patches for a convolution, indices
-    for an embedding. Sums over the parameters are contractions of those.
+    the layer saw, whose product is the Jacobian: an outer product for a Linear layer, patches for a convolution,
+    indices for an embedding. Sums over the parameters are contractions of those.
 
     Args:
         module: takes the tensors of ``x``, returns one tensor ``(N, *out)``. It runs as it is: its training flags stay,
@@ -45,8 +45,8 @@ def parameter_jacobian(
             under its first name (or the one given).
         create_graph: results can be differentiated, in parameters and ``x``.
         chunk_size: how many entries of a sample's output run at once.
-        memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default half
-            of what is free. Sizes the chunks.
+        memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default
+            half of what is free. Sizes the chunks.
 
     Returns:
         a `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
