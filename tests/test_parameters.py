@@ -485,3 +485,22 @@ def test_strided_inputs():
     truth, dense = rows(module, x), jactri.parameter_jacobian(module, x).dense()
     for key, want in truth.items():
         assert_close(dense[key], want, F64, what=key, scale=largest(truth))
+
+
+def test_autocast():
+    """The layers run in bfloat16, what is made of them in what they gave; results have the parameters' dtype."""
+    module, x = build("mlp", dtype=torch.float32)
+    truth = rows(*build("mlp"))
+    v = like(module, positive=True)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        jac = jactri.parameter_jacobian(module, x)
+        dense, gram = jac.dense(), jac.gram()
+        variance, back = jac.variance(v), jac.T @ jac.output
+    assert jac.output.dtype == torch.bfloat16
+    for key, want in truth.items():
+        assert dense[key].dtype == back[key].dtype == torch.float32
+        assert_close(dense[key], want, torch.bfloat16, scale=largest(truth), what=key)
+    full = torch.cat([t.reshape(12, -1) for t in truth.values()], 1)
+    assert_close(gram, (full @ full.t()).reshape(gram.shape), torch.bfloat16, what="gram")
+    n = full.reshape(4, 3, -1)
+    assert_close(variance, (n * flat(v)) @ n.mT, torch.bfloat16, what="variance")

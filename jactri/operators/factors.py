@@ -248,7 +248,7 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     groups: dict[tuple, list[Piece]] = {}
     for p in pieces:
         shapes = tuple(p.c.shape), () if p.a is None else tuple(p.a.shape)
-        groups.setdefault((p.cl, p.al, p.il, p.axes, p.row, shapes), []).append(p)
+        groups.setdefault((p.cl, p.al, p.il, p.axes, p.row, shapes, p.c.dtype), []).append(p)
     out = []
     for same in groups.values():
         first = same[0]

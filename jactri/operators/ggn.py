@@ -99,7 +99,7 @@ class GGN:
         jac = self.jacobian
         pushed = jac @ v
         block = pushed.dim() > jac.output.dim()
-        with torch.set_grad_enabled(jac._run.create_graph):
+        with jac._run.computing():
             turned = self._times(pushed if block else pushed.unsqueeze(0))
         return jac.T @ (turned if block else turned[0])
 
@@ -107,7 +107,7 @@ class GGN:
         """The diagonal of the matrix, ``{name: tensor}`` of the parameters' shapes."""
         jac = self.jacobian
         run = jac._run
-        with torch.set_grad_enabled(run.create_graph):
+        with run.computing():
             h, n, m = self.hessian, run.n, prod(run.out)
             if not isinstance(h, Tensor):
                 eye = torch.eye(m, dtype=run.y.dtype, device=run.y.device).reshape(m, 1, *run.out)

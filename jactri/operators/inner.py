@@ -144,8 +144,8 @@ def accumulate(
 ) -> None:
     """Add the sum over one parameter of ``shape`` of the products of two Jacobians.
 
-    ``seeds``: how many labels their outputs have. ``extra``: a third operand and its labels, None for those of the parameter. ``budget``: bytes for Jacobians that are
-    formed.
+    ``seeds``: how many labels their outputs have. ``extra``: a third operand and its labels, None for those of the
+    parameter. ``budget``: bytes for Jacobians that are formed.
     """
     if not firsts or not seconds:
         return

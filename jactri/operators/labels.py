@@ -69,17 +69,19 @@ def contract(
     """
     x, xl = settled(x, xl, {*yl, *out})
     y, yl = settled(y, yl, {*xl, *out})
+    if x.dtype != y.dtype:
+        wide = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(wide), y.to(wide)
     inner = [label for label in xl if label in yl and label not in out]
     if not inner:
         a, b = aligned(x, xl, out), aligned(y, yl, out)
         if dest is None:
             shape = _broadcast(a, b)
-            plain = a.dtype == b.dtype and not torch.is_grad_enabled()
             for mine, t, other in ((own[0], a, b), (own[1], b, a)):
-                if mine and plain and t.shape == shape:
+                if mine and t.shape == shape and not torch.is_grad_enabled():
                     return t.mul_(other)
             return a * b
-        plain = a.dtype == b.dtype == dest.dtype and not torch.is_grad_enabled()
+        plain = a.dtype == dest.dtype and not torch.is_grad_enabled()
         if plain and _broadcast(a, b) == dest.shape:
             return torch.mul(a, b, out=dest)
         return dest.copy_(a * b)
@@ -91,7 +93,7 @@ def contract(
     p = x.permute([xl.index(s) for s in (*both, *left, *inner)]).reshape(b, m, k)
     q = y.permute([yl.index(s) for s in (*both, *right, *inner)]).reshape(b, n, k)
     order = (*both, *left, *right)
-    if dest is not None and not torch.is_grad_enabled() and p.dtype == q.dtype == dest.dtype:
+    if dest is not None and not torch.is_grad_enabled() and p.dtype == dest.dtype:
         target = _matrices(dest, out, order, (b, m, n))
         if target is not None:
             torch.bmm(p, q.mT, out=target)

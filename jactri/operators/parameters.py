@@ -122,7 +122,7 @@ class ParameterJacobian:
         shape = tuple(run.y.shape)
         if out is not None:
             self._check_out(out)
-        with torch.set_grad_enabled(run.create_graph):
+        with run.computing():
             made = {}
             for name, p in run.params.items():
                 if out is not None:
@@ -198,7 +198,7 @@ class ParameterJacobian:
         if sel is None and self._kept is not None:
             return self._kept
         run.check_unchanged()
-        with torch.set_grad_enabled(run.create_graph):
+        with run.computing():
             found = pieces_of(run.graph, run.structure, sel)
         pieces = {name: [] if v is None else found.get(v, []) for name, v in run.values.items()}
         if sel is None:
@@ -223,7 +223,7 @@ class ParameterJacobian:
         self._check_names(v, "v")
         k = self._block(v)
         lead = () if k is None else (k,)
-        with torch.set_grad_enabled(run.create_graph):
+        with run.computing():
             if run.structure is None:
                 total = run.y.new_zeros((*lead, *run.y.shape))
                 for name, j in self.dense().items() if run.by_autograd else ():
@@ -271,7 +271,7 @@ class ParameterJacobian:
             )
         c = (u if block else u.unsqueeze(0)).to(run.y.dtype)
         k = c.shape[0]
-        with torch.set_grad_enabled(run.create_graph):
+        with run.computing():
             if run.structure is None:
                 found = {}
                 for name, j in self.dense().items() if run.by_autograd else ():
@@ -304,7 +304,7 @@ class ParameterJacobian:
 
     def _dense_gram(self, other: ParameterJacobian) -> Tensor:
         a, b = self._run.y, other._run.y
-        with torch.set_grad_enabled(self._run.create_graph):
+        with self._run.computing():
             total = a.new_zeros(a.numel(), b.numel())
             mine = self.dense() if self._run.by_autograd else {}
             theirs = mine if other is self else other.dense()
@@ -328,7 +328,7 @@ class ParameterJacobian:
                     f"v[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}"
                 )
         if run.structure is None:
-            with torch.set_grad_enabled(run.create_graph):
+            with run.computing():
                 n, m = run.n, prod(run.out)
                 total = run.y.new_zeros(n, m, m)
                 for name, j in self.dense().items() if run.by_autograd else ():
@@ -377,8 +377,7 @@ def inner(
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
     sels = first._selections(), second._selections()
     whole_answer = len(sels[0]) == len(sels[1]) == 1 and sels[0][0] is None and sels[1][0] is None
-    create = a.create_graph or b.create_graph
-    with torch.set_grad_enabled(create):
+    with a.computing():
         answer = None
         if not whole_answer:
             answer = a.y.new_zeros([full[s] for s in link.out])

@@ -222,6 +222,17 @@ class Recorded:
         _structures[key] = found
         return found
 
+    @contextlib.contextmanager
+    def computing(self):
+        """With a graph if one is asked for, and never in the lower precision of an autocast region."""
+        kind = self.y.device.type
+        with torch.set_grad_enabled(self.create_graph):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    yield
+            else:
+                yield
+
     # -- chunks -----------------------------------------------------------------------------------
 
     @property
