@@ -200,7 +200,7 @@ class Recorded:
             self.structure = self._structure(graph, seed, starts, data, picked, real)
 
     def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
-        key = (graph.key, len(starts), tuple(picked), opened)
+        key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
         found = _structures.get(key)
         if found is not None:
             return found
