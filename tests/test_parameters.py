@@ -326,7 +326,9 @@ def test_inference_mode_and_compiled_modules():
     truth = rows(module, x)
     with torch.inference_mode():
         dense = jactri.parameter_jacobian(module, x.clone()).dense()
+    compiled = jactri.parameter_jacobian(torch.compile(module, backend="eager"), x).dense()
     for key, want in truth.items():
+        assert_close(compiled["_orig_mod." + key], want, F64, what=key, scale=largest(truth))
         assert_close(dense[key], want, F64, what=key, scale=largest(truth))
 
 

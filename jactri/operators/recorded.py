@@ -299,10 +299,15 @@ class Recorded:
         return [sel or None for sel in sels]
 
     def factor_bytes(self) -> float:
-        """Bytes of the blocks at all uses."""
+        """Bytes of the blocks at all uses, those that are one counted once."""
         sweep = self.structure.sweep
-        ends = {t for t in sweep.targets if t is not None}
-        return sum(sweep.layouts[t].numel() * itemsize(self.graph, t) for t in ends)
+        owner: dict[int, int] = {}
+        for step in sweep.steps:
+            owner[step.value] = step.value
+            if step.shares:
+                owner[step.value] = owner.get(step.terms[0].other, sweep.seed)
+        held = {owner[t] for t in sweep.targets if t in owner} - {sweep.seed}
+        return sum(sweep.layouts[v].numel() * itemsize(self.graph, v) for v in held)
 
     def kinds(self) -> dict[str, list[str]]:
         """What the uses of every parameter are, in words."""
