@@ -112,7 +112,7 @@ def gradients(name):
     assert_gradients_close(got, want, F64, length=1 << 14)
 
 
-@pytest.mark.parametrize("limit", ["20KB", "1MB"])
+@pytest.mark.parametrize("limit", ["60KB", "1MB"])
 def test_memory_limit(limit):
     module, x = build("cnn")
     truth, _ = whole(module, x)

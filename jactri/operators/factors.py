@@ -271,26 +271,25 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
 
 
 def _spread(piece: Piece, full: dict[int, int], sel: Selection, seeds: int) -> Piece:
-    """A piece that has a diagonal with its zeros, so that a part of the output does not cut the parameter."""
+    """A piece with a diagonal, of whose rows some are selected: the parameter keeps all of its entries.
+
+    The diagonal becomes a matrix of zeros and ones, a factor of the cotangents.
+    """
     axes, sizes, count = [], dict(piece.sizes), max(piece.sizes) + 1
+    c, cl = piece.c, piece.cl
     for axis in piece.axes:
         own = []
         for label in axis:
-            if label < seeds:
+            if label < seeds and label in sel:
+                start, length = sel[label]
+                rows = torch.eye(full[label], dtype=c.dtype, device=c.device)
+                out = (*(s for s in cl if s != label), label, count)
+                c, cl = contract(c, cl, rows.narrow(0, start, length), (label, count), out), out
                 sizes[count] = full[label]
                 label, count = count, count + 1
             own.append(label)
         axes.append(tuple(own))
-    labels = (*range(seeds), *(label for axis in axes for label in axis))
-    made = piece.c.new_zeros([sizes[s] for s in labels])
-    view, at = made, 0
-    for old, new in zip(piece.axes, axes, strict=True):
-        for a, b in zip(old, new, strict=True):
-            if a != b and a in sel:
-                view = view.narrow(seeds + at, *sel[a])
-            at += 1
-    write([piece], view, seeds, cleared=True)
-    return Piece(made, labels, tuple(axes), sizes)
+    return replace(piece, c=c, cl=cl, axes=tuple(axes), sizes=sizes, origin=None)
 
 
 def _through(graph: Graph, structure: Structure, found: dict[int, list[Piece]], sel) -> None:

@@ -189,7 +189,7 @@ class ParameterJacobian:
 
     # -- factors ----------------------------------------------------------------------------------
 
-    def _selections(self, share: float = 0.5) -> list[Selection | None]:
+    def _selections(self, share: float = 0.4) -> list[Selection | None]:
         return self._run.selections(self._chunk_size, self._memory_limit, share)
 
     def _pieces(self, sel: Selection | None) -> dict[str, list[Piece]]:

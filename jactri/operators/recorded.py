@@ -252,7 +252,7 @@ class Recorded:
         return max(free_bytes(self.y.device) / 2, float(LARGE))
 
     def selections(
-        self, chunk_size: int | None, memory_limit, share: float = 0.5
+        self, chunk_size: int | None, memory_limit, share: float = 0.4
     ) -> list[Selection | None]:
         """The output's entries in the pieces that are computed at once: None for all.
 
@@ -276,7 +276,8 @@ class Recorded:
 
         def need(chunks: dict[int, int]) -> float:
             at_once = prod([chunks.get(s, n) for s, n in sizes.items()])
-            return peak_bytes(self.graph, sweep, chunks) + structure.extra * at_once
+            blocks = peak_bytes(self.graph, sweep, chunks)
+            return blocks + structure.extra * at_once + structure.patches
 
         count = total if chunk_size is None else min(chunk_size, total)
         if count == total and memory_limit is None and need({}) <= LARGE:

@@ -66,6 +66,8 @@ class Structure:
     """The parameters behind ``inner``."""
     extra: float = 0.0
     """Bytes for each seed beside the blocks: Jacobians that are formed."""
+    patches: float = 0.0
+    """Bytes of the patches of convolutions."""
 
 
 class SamplesMix(Exception):
@@ -157,7 +159,13 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     behind = frozenset(_behind(graph, inner) & leaves)
     for v in behind.union(inner, (u.root for u in uses if u.pull is not None)):
         extra += samples * prod(graph.values[v].shape) * graph.values[v].dtype.itemsize
-    return Structure(sweep, uses, batch, inner, behind, extra)
+    windows = sum(
+        prod([u.sizes[s] for s in r.labels]) * graph.values[u.value].dtype.itemsize
+        for u in uses
+        for r in u.roles
+        if r.kind == "patches"
+    )
+    return Structure(sweep, uses, batch, inner, behind, extra, float(windows))
 
 
 def _behind(graph: Graph, values) -> set[int]:
