@@ -7,6 +7,9 @@ from .compiled import Compiled, compile
 from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
+from .operators.ggn import GGN, ggn
+from .operators.ntk import empirical_ntk
+from .operators.parameters import ParameterJacobian, parameter_jacobian
 from .profiling import Profile, profile
 from .report import Explanation, explain
 from .sparsity import sparsity
@@ -14,21 +17,26 @@ from .sparsity import sparsity
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGN",
     "Banded",
     "CheckReport",
     "Compiled",
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
+    "ParameterJacobian",
     "Profile",
     "check",
     "compile",
+    "empirical_ntk",
     "explain",
     "fallback",
     "finite_difference",
     "func",
+    "ggn",
     "jacobian",
     "jacobian_of",
+    "parameter_jacobian",
     "profile",
     "sparsity",
 ]
