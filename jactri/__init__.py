@@ -7,6 +7,7 @@ from .compiled import Compiled, compile
 from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
+from .operators.gram import jjt, jtj
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -30,6 +31,8 @@ __all__ = [
     "func",
     "jacobian",
     "jacobian_of",
+    "jjt",
+    "jtj",
     "jvp",
     "profile",
     "sparsity",
