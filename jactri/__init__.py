@@ -7,6 +7,7 @@ from .compiled import Compiled, compile
 from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
+from .operators.diagonal import diagonal
 from .operators.gram import jjt, jtj
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
@@ -25,6 +26,7 @@ __all__ = [
     "Profile",
     "check",
     "compile",
+    "diagonal",
     "explain",
     "fallback",
     "finite_difference",
