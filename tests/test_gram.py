@@ -37,6 +37,11 @@ def alone(x):
     return torch.stack([Cube.apply(row) * row.sum() for row in x])
 
 
+def across(a, b):
+    """Both inputs are tied to the output, by factors that have nothing in common."""
+    return a.view(2, 3).sin().reshape(6) + b.view(3, 2).cos().reshape(6)
+
+
 def several(a, b):
     h = torch.sin(a) @ torch.linspace(-1, 1, 20, dtype=a.dtype).view(4, 5)
     return h * b.exp(), b * 2, (h * h).sum(1)
@@ -74,6 +79,7 @@ WHOLE = {
         [(6, 4)],
     ),
     "one point": (lambda: mlp(5, 7, 9), [(5,)]),
+    "views across": (lambda: across, [(6,), (6,)]),
     "a scalar": (lambda: lambda x: (x**3).sum(), [(2, 3)]),
     "of a scalar": (lambda: lambda x: x * torch.arange(1.0, 4.0, dtype=x.dtype), [()]),
     "parameters": (
