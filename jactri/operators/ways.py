@@ -76,7 +76,10 @@ def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
     if key not in _known:
         if len(_known) >= 256:
             _known.pop(next(iter(_known)), None)
-        _known[key] = sorted(_found(graph, asked, summed), key=lambda w: w.seconds)
+        # a cut must be worth its further products
+        _known[key] = sorted(
+            _found(graph, asked, summed), key=lambda w: w.seconds * (1 if w.cut is None else 1.2)
+        )
     return _known[key]
 
 
