@@ -273,7 +273,11 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | 
         count = max(1, int(total * most / widest))
     while True:
         chosen = cut_seeds(factors, sizes, count)
-        if sum(needs(g, s, chosen, None) for g, s in parts) <= limit:
+        sel = {f: (0, c) for f, c in chosen.items()}
+        need = sum(needs(g, s, chosen, None) for g, s in parts)
+        for v in way.at:  # where they meet, blocks are multiplied
+            need += sum(s.layouts[v].numel(sel) * itemsize(graph, v) for _, s in parts)
+        if need <= limit:
             break
         if count <= 1 or chunk_size is not None:
             return None
