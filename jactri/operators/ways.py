@@ -111,7 +111,8 @@ def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
                 if _predict(graph, way, asked) or summed:
                     ways.append(way)
             except Unaligned:
-                if cut is None:  # it runs with zeros written out
+                # it runs with zeros written out, which must not be those between samples
+                if cut is None and (summed or not asked.per_sample):
                     way.seconds, way.summing, way.plain = float("inf"), False, True
                     ways.append(way)
     return ways
