@@ -202,14 +202,14 @@ def _products(
             yield (a, b), c, network, between(network, left, middle, right)
 
 
-def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool, plain=False) -> _Made:
+def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool) -> _Made:
     """The products at a cut, between far blocks."""
     kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
     planned = middle.made.data is None
     for a, b in pairs(kept, half):
         network = Network()
         left, right = (
-            _block(network, graph, far[way.cut, v], v, None, plain, planned) for v in (a, b)
+            _block(network, graph, far[way.cut, v], v, None, False, planned) for v in (a, b)
         )
         inner = network.copy(middle.network, middle.made)
         yield (a, b), 0, network, between(network, left, inner, right)
@@ -389,8 +389,6 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
 
 
 def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
-    plain = way.plain
-
     def chunked() -> _Made:
         for sweep in way.near:
             ends = [t for t in sweep.targets if t is not None]
@@ -402,10 +400,10 @@ def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
         total = summed_up(chunked())
     else:
         near = _blocks(way.near, stored(graph, way.near))
-        total = summed_up(_products(graph, way, near, weights, asked, half, plain=plain))
+        total = summed_up(_products(graph, way, near, weights, asked, half, plain=way.plain))
     if way.cut is not None:
         far = _blocks(way.far, stored(graph, way.far))
-        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half, plain))
+        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half))
     return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
 
 
