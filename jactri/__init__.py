@@ -7,9 +7,12 @@ from .compiled import Compiled, compile
 from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
+from .operators.diagonal import diagonal
 from .operators.ggn import GGN, ggn
+from .operators.gram import jjt, jtj
 from .operators.ntk import empirical_ntk
 from .operators.parameters import ParameterJacobian, parameter_jacobian
+from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
 from .sparsity import sparsity
@@ -28,6 +31,7 @@ __all__ = [
     "Profile",
     "check",
     "compile",
+    "diagonal",
     "empirical_ntk",
     "explain",
     "fallback",
@@ -36,7 +40,11 @@ __all__ = [
     "ggn",
     "jacobian",
     "jacobian_of",
+    "jjt",
+    "jtj",
+    "jvp",
     "parameter_jacobian",
     "profile",
     "sparsity",
+    "vjp",
 ]
