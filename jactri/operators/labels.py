@@ -118,6 +118,7 @@ def _matrices(dest: Tensor, out: Labels, order: Labels, shape) -> Tensor | None:
 def order(operands: tuple[Labels, ...], sizes: tuple[tuple[int, int], ...], out: Labels):
     """Which operands to multiply, pair by pair, the smallest result first: ((i, j, labels), ...), and the flops."""
     size = dict(sizes)
+    place = {label: i for i, label in enumerate(out)}
     present = [frozenset(labels) for labels in operands]
     steps, flops = [], 0.0
     while len(present) > 1:
@@ -131,7 +132,8 @@ def order(operands: tuple[Labels, ...], sizes: tuple[tuple[int, int], ...], out:
                 if best is None or cost < best[0]:
                     best = cost, i, j, kept
         (_, work), i, j, kept = best
-        steps.append((i, j, tuple(sorted(kept))))
+        # in the order of the result: its memory is then gone through in order
+        steps.append((i, j, tuple(sorted(kept, key=lambda s: (place.get(s, len(out)), s)))))
         flops += 2.0 * work
         present = [p for k, p in enumerate(present) if k not in (i, j)] + [kept]
     if not steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import whole
-from ..graph import Graph
 from ..layout import Selection
 from ..memory import si
 from .factors import Piece, pieces_of, write
 from .inner import SECOND, Entries, Link, Total, accumulate, with_bias
+from .labels import Labels
 from .recorded import Recorded
+from .through import pull, push
 
 FORMED = 1 << 28
 """Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
@@ -373,6 +375,11 @@ def inner(
     ``weights``: a weight for every entry of the parameters.
     """
     a, b = first._run, second._run
+    if len(link.out) > 1:
+        wanted, link = link.out, replace(link, out=_batch_last(a, b, link.out))
+        if wanted != link.out:
+            made = inner(first, second, link, weights)
+            return made.permute([link.out.index(s) for s in wanted])
     same = first is second
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
     sels = first._selections(), second._selections()
@@ -400,6 +407,17 @@ def inner(
                         view = view.narrow(i, *cut[s])
                 view.add_(part)
         return answer
+
+
+def _batch_last(a: Recorded, b: Recorded, out: Labels) -> Labels:
+    """The labels of a result with the samples of each factor behind the rest of its output.
+
+    A kernel of inputs varies by samples only: along them a product with it runs through memory.
+    """
+    if min(a.n, b.n) < 16:
+        return out
+    batch = {*a.labels()[0], *_second(b.labels()[0])}
+    return tuple(sorted(out, key=lambda s: (s >= SECOND, s in batch)))
 
 
 def _add_all(
@@ -453,40 +471,3 @@ def entries(jac: ParameterJacobian, link: Link, third, pairs) -> dict[str, Tenso
                 jac._formed_budget(), third(left, right),
             )  # fmt: skip
     return made
-
-
-# -- blocks through the whole graph -------------------------------------------------------------------
-
-
-def push(graph: Graph, blocks: dict[int, Tensor], end: int) -> Tensor:
-    """Tangents ``(K, *value)`` of some values as those of ``end``."""
-    last: dict[int, int] = {}
-    for v, value in enumerate(graph.values):
-        for s, _ in value.sources:
-            last[s] = v
-    live = dict(blocks)
-    for v in range(end + 1):
-        total = None
-        for s, edge in graph.values[v].sources:
-            if s in live:
-                t, _ = edge.push(live[s], False)
-                total = t if total is None else total + t
-        if total is not None:
-            live[v] = live[v] + total if v in live else total
-        for s, _ in graph.values[v].sources:
-            if last[s] == v and s != end:
-                live.pop(s, None)
-    return live[end]
-
-
-def pull(graph: Graph, blocks: dict[int, Tensor], ends: set) -> dict[int, Tensor]:
-    """Cotangents ``(K, *value)`` of some values as those of ``ends``."""
-    live = dict(blocks)
-    for v in range(max(live), -1, -1):
-        if v not in live or not graph.values[v].sources:
-            continue
-        c = live[v] if v in ends else live.pop(v)
-        for s, edge in graph.values[v].sources:
-            t, _ = edge.pull(c, False)
-            live[s] = live[s] + t if s in live else t
-    return live
