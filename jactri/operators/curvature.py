@@ -255,7 +255,7 @@ def mixing(t: Tangents, value: int, axes: tuple[int, ...]) -> Tensor:
 
 
 class SoftmaxBend(Curvature):
-    """Softmax and its logarithm along an axis; with centred tangents ``c_k = u_k - sum(p u_k)`` and ``q = sum_k c_k^2``:
+    """Softmax and its logarithm along an axis; for centred tangents ``c_k = u_k - sum(p u_k)`` and ``q = sum_k c_k^2``
 
     ``p * (q - sum(p q))``, and for the logarithm ``-sum(p q)``.
     """

@@ -282,9 +282,7 @@ def atan2(r):
         mixed = 2 * x * y * square * square
         return -mixed, 2 * (y * y - x * x) * square * square, mixed
 
-    return pairs(
-        r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other"))
-    )
+    return pairs(r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other")))
 
 
 @curve("Hypot")
@@ -296,9 +294,7 @@ def hypot(r):
         cube = torch.hypot(x, y) ** -3
         return y * y * cube, -2 * x * y * cube, x * x * cube
 
-    return pairs(
-        r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other"))
-    )
+    return pairs(r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other")))
 
 
 @curve("Logaddexp", "Logaddexp2")
@@ -312,9 +308,7 @@ def logaddexp(r):
         spread = p * (1 - p) * base
         return spread, -2 * spread, spread
 
-    return pairs(
-        r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other"))
-    )
+    return pairs(r, ((0, 0), (0, 1), (1, 1)), second, (r.tensor("self"), r.tensor("other")))
 
 
 @curve("Xlogy.0")

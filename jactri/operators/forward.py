@@ -1,9 +1,9 @@
 """The forward Laplacian: tangents and the Laplacian of every value, carried through the graph in one sweep.
 
-Li et al. 2023, "Forward Laplacian" (arXiv:2307.08214): with the Jacobian ``J = (u_1 ... u_n)`` of a value, its Laplacian
-follows from those of the values behind it by the second-order chain rule (see `curvature`), so that one sweep of
-``n + 1`` rows a sample gives all. It is Taylor mode of second order with the second coefficients summed over the
-directions at once ("collapsed", Dangel et al. 2025, arXiv:2505.13644).
+Li et al. 2023, "Forward Laplacian" (arXiv:2307.08214): with the Jacobian ``J = (u_1 ... u_n)`` of a value, its
+Laplacian follows from those of the values behind it by the second-order chain rule (see `curvature`), so that one
+sweep of ``n + 1`` rows a sample gives all. It is Taylor mode of second order with the second coefficients summed over
+the directions at once ("collapsed", Dangel et al. 2025, arXiv:2505.13644).
 
 Blocks of tangents follow the layouts of `sweep`: before the first Linear layer they are the identity, which is never
 written out; after it the weights, stored once for all samples. Where tangents are dense, the Laplacian lies behind them
@@ -157,9 +157,9 @@ class Run:
 
     def block(self, value: int, ties: frozenset[int] | None = None) -> Tensor | None:
         data, _ = self.blocks[value]
-        if ties is None:
-            return data
         layout = self.layouts[value]
+        if ties is None or layout.tied <= ties:
+            return data
         return unfolded(data, layout, layout.drop(layout.tied - ties), None, self.values[value])[0]
 
     def __call__(self, directions: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,8 @@ from ..opaque import refuse_or_log
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
 from ..samples import places
-from . import points, weight as weights
+from . import points
+from . import weight as weights
 from .curvature import Seeds
 from .curves import UnknownCurvature, read_curves
 from .forward import Course, Run, course, narrowed
@@ -49,8 +50,8 @@ def laplacian(
     Args:
         func: maps ``x`` to a tensor ``(N, *out)``, for a single point to ``(*out,)``.
         x: floating-point, ``(N, *in)``: N samples; or of one axis, a single point ``(n,)``.
-        weight: A, of shape ``(*in, *in)``, or ``(N, *in, *in)`` with one for each sample; dtype and device of ``x``. Only
-            its symmetric part counts. A low rank makes it cheaper.
+        weight: A, of shape ``(*in, *in)``, or ``(N, *in, *in)`` with one for each sample; dtype and device of ``x``.
+            Only its symmetric part counts. A low rank makes it cheaper.
         create_graph: return what can be differentiated again, with respect to parameters, ``x`` and ``weight``.
         return_lower: return ``(output, jacobian, laplacian)``, the Jacobian of shape ``(N, *out, *in)``.
         chunk_size: how many directions (columns of the Jacobian) run at once.
@@ -70,8 +71,8 @@ def laplacian(
             too small for one direction of one sample; an option out of range.
 
     Cost:
-        ``n + 2`` rows a sample through every layer after the first: the forward pass, n tangents and the Laplacian; with a
-        weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
+        ``n + 2`` rows a sample through every layer after the first: the forward pass, n tangents and the Laplacian;
+        with a weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
     """
     asked = points.options(x, "laplacian", create_graph, chunk_size, memory_limit, backend)
     a = None if weight is None else weights.check(weight, x)
@@ -101,13 +102,14 @@ def bilaplacian(
     """The Laplacian of the Laplacian, ``sum_ij d4 func / d x_i^2 d x_j^2``, at each sample.
 
     The graph of the first Laplacian is read again. Arguments, errors and shapes are those of `laplacian`;
-    ``return_lower`` gives ``(output, laplacian, bilaplacian)``. ``func`` should have four derivatives: at kinks the result
-    is what autograd's derivatives give.
+    ``return_lower`` gives ``(output, laplacian, bilaplacian)``. ``func`` should have four derivatives: at kinks the
+    result is what autograd's derivatives give.
 
     Cost: two Laplacians, the second over a graph of ``n + 1`` rows a sample; all of it is held.
     """
     asked = points.options(x, "bilaplacian", create_graph, chunk_size, memory_limit, backend)
     if handover.transforming((x,)):
+
         def once(v: Tensor) -> Tensor:
             return _inside(func, v, None, False)
 
@@ -142,7 +144,10 @@ def of_output(
             found = _forward(y, x, a, asked, lower and a is None)
         except (UnknownCurvature, UnsupportedGraph) as reason:
             refuse_or_log(
-                str(reason), y.shape, [x.shape], "has no known second-order term in a forward Laplacian"
+                str(reason),
+                y.shape,
+                [x.shape],
+                "has no known second-order term in a forward Laplacian",
             )
             found = None
         if found is None:
@@ -158,7 +163,7 @@ def of_output(
 
 
 def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
-    """``(jacobian or None, laplacian)`` by the forward Laplacian; None where it cannot prove that samples do not mix."""
+    """``(jacobian or None, laplacian)`` by the forward Laplacian; None where samples are not proven to be apart."""
     batch = points.batched(x)
     graph, curves = read_curves(y, x)
     shape = (*y.shape, *points.inner(x))
@@ -241,7 +246,15 @@ def _directions(block: Tensor, start: int, stop: int, span, x: Tensor, batch: bo
 
 
 def _chunks(
-    graph, curves, plan: Course, y: Tensor, x: Tensor, count: int, unit: bool, asked: Options, lower: bool
+    graph,
+    curves,
+    plan: Course,
+    y: Tensor,
+    x: Tensor,
+    count: int,
+    unit: bool,
+    asked: Options,
+    lower: bool,
 ) -> tuple[int, int | None, Course]:
     """How many seeds and how many samples run at once (None: all samples in one), and the course of that.
 
@@ -292,12 +305,15 @@ def by_gradient(y: Tensor, x: Tensor, a, asked: Options) -> tuple[Tensor, Tensor
     batch = points.batched(x)
     size = points.inner(x)
     n = prod(size)
-    flat = first.reshape(*y.shape, n)
+    with torch.enable_grad():
+        flat = first.reshape(*y.shape, n)
     if not first.requires_grad:
         return first, torch.zeros_like(y)
     # columns at once, so that what is computed beside the trace stays small
     each = max(y.numel() * n * y.element_size(), 1)
-    limit = free_bytes(x.device) // 4 if asked.memory_limit is None else parse_bytes(asked.memory_limit)
+    limit = (
+        free_bytes(x.device) // 4 if asked.memory_limit is None else parse_bytes(asked.memory_limit)
+    )
     columns = max(1, min(n, asked.chunk_size or n, limit // (2 * each)))
     total = torch.zeros_like(y)
     for start in range(0, n, columns):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import backends
@@ -27,9 +26,7 @@ class Options:
     backend: str
 
 
-def options(
-    x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str
-) -> Options:
+def options(x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str) -> Options:
     """Raises what the arguments deserve; ``name`` is the call's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x of {name} must be a tensor, got {type(x)}")

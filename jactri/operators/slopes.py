@@ -1,8 +1,8 @@
 """First and second derivatives of elementwise ops, from what autograd saved.
 
 By the name of the node: the saved value, its constants, and a formula that gives both derivatives. Kinks are where
-autograd has them; second derivatives there are those of its double backward. Ops that are not here are differentiated by
-autograd (see `curves`).
+autograd has them; second derivatives there are those of its double backward. Ops that are not here are differentiated
+by autograd (see `curves`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -56,13 +57,13 @@ def gelu_tanh(x: Tensor) -> Slopes:
 def elu(x: Tensor, alpha: float, scale: float, inner: float) -> Slopes:
     below = x <= 0
     d = torch.exp(x.masked_fill(~below, 0) * inner) * (alpha * scale * inner)
-    return torch.where(below, d, scale), torch.where(below, d * inner, 0)
+    return torch.where(below, d, scale), torch.where(x < 0, d * inner, 0)
 
 
 def elu_result(y: Tensor, alpha: float, scale: float, inner: float) -> Slopes:
     below = y <= 0
     d = (y + alpha * scale) * inner
-    return torch.where(below, d, scale), torch.where(below, d * inner, 0)
+    return torch.where(below, d, scale), torch.where(y < 0, d * inner, 0)
 
 
 def mish(x: Tensor) -> Slopes:
@@ -175,7 +176,8 @@ def _elu(read) -> tuple:
 
 
 def _celu(read) -> tuple:
-    return read("alpha"), 1.0, 1 / read("alpha")
+    # autograd rounds alpha to float32 here
+    return read("alpha"), 1.0, 1 / float(numpy.float32(read("alpha")))
 
 
 Row = tuple[str, Callable[..., Slopes], Callable]

@@ -11,7 +11,7 @@ from . import points
 
 
 def check(weight, x: Tensor) -> Tensor:
-    """The symmetric part of ``weight`` as ``(n, n)`` or ``(N, n, n)``. Raises for a shape or dtype that does not fit."""
+    """The symmetric part of ``weight``, ``(n, n)`` or ``(N, n, n)``. Raises for a shape or dtype that does not fit."""
     size = points.inner(x)
     n = prod(size)
     want = [(*size, *size)]
