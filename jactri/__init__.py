@@ -5,6 +5,7 @@ from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
 from .opaque import FallbackError, fallback
+from .operators.gram import jjt, jtj
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -26,6 +27,8 @@ __all__ = [
     "fallback",
     "jacobian",
     "jacobian_of",
+    "jjt",
+    "jtj",
     "jvp",
     "profile",
     "sparsity",

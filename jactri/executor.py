@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -119,6 +120,34 @@ def _sweep(
     if sweep.windows:
         _patches(graph, sweep, ends, watch, marks)
         return
+    if sweep.chunks:
+        for _, answer in ends:  # before the blocks: it outlives them
+            answer.reserve()
+    skip = None if watch is None else lambda sel: watch.skip(_parts(ends, sel))
+    for sel, blocks in chunks(graph, sweep, ends, marks, given, skip):
+        for v, answer in ends:
+            mine = _own(sweep.layouts[v], sel)
+            if any(start for f, (start, _) in sel.items() if f not in mine):
+                continue  # a block in which the cut factor is tied is whole: it is written once
+            answer.put(*blocks[v], mine)
+        del blocks
+        if watch:
+            watch.done(_parts(ends, sel))
+
+
+def chunks(
+    graph: Graph,
+    sweep: Sweep,
+    ends=(),
+    marks: Marks | None = None,
+    given: Given | None = None,
+    skip: Callable[[Selection], bool] | None = None,
+) -> Iterator[tuple[Selection, Blocks]]:
+    """Every chunk of a sweep: its selection of the seeds, and blocks, those of the sweep's targets among them.
+
+    Blocks in which all cut factors are tied are whole, the same in every chunk. ``ends``: (value, answer), where blocks
+    may be written to directly; ``skip`` tells the chunks to leave out.
+    """
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
     items = sweep.steps
@@ -128,39 +157,29 @@ def _sweep(
             sweep.items = fuse(graph, sweep)
         items = sweep.items
     if not sweep.chunks:
-        if watch and watch.skip(_parts(ends, {})):
+        if skip and skip({}):
             return
         blocks = _start(graph, sweep, None, given)
         steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
-        for v, answer in ends:
-            answer.put(*blocks[v], {})
-        if watch:
-            watch.done(_parts(ends, {}))
+        yield {}, blocks
         return
-    for _, answer in ends:  # before the blocks: it outlives them
-        answer.reserve()
     # steps in which every cut factor is still tied are the same for all chunks
     cut = frozenset(sweep.chunks)
     shared = [s for s in items if cut <= s.layout.tied]
     body = [s for s in items if not cut <= s.layout.tied]
     used = frozenset(v for s in body for v in s.reads)
     seeds = sweep.given or (sweep.seed,)
-    pinned = used.intersection([*seeds, *(s.value for s in shared)]).union(v for v, _ in ends)
+    pinned = used.intersection([*seeds, *(s.value for s in shared)])
+    pinned = pinned.union(t for t in sweep.targets if t is not None)
     blocks: Blocks = {sweep.seed: (None, False)}  # what is shared starts from an identity
     steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
-        if watch and watch.skip(_parts(ends, sel)):
+        if skip and skip(sel):
             continue
         local = {**blocks, **_start(graph, sweep, sel, given)}
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
-        for v, answer in ends:
-            mine = _own(sweep.layouts[v], sel)
-            if any(start for f, (start, _) in sel.items() if f not in mine):
-                continue  # a block in which the cut factor is tied is whole: it is written once
-            answer.put(*local[v], mine)
+        yield sel, local
         del local
-        if watch:
-            watch.done(_parts(ends, sel))
 
 
 def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None) -> None:

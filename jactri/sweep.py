@@ -79,6 +79,8 @@ class Sweep:
     """Whether it is the only stage of its plan: a derivative that all chunks share is then used once."""
     given: tuple[int, ...] = ()
     """The values whose blocks are given, if the seed is not an identity; ``seed`` is the first of them."""
+    alike: frozenset[int] = frozenset()
+    """The values whose blocks are made of weights alone, the same for all samples."""
 
     @property
     def flops(self) -> float:
@@ -275,6 +277,7 @@ def _follow(graph, index, seeds, layout, reverse, targets, summed, unit_seed: bo
         layouts,
         [t if t in present else None for t in targets],
         summed,
+        alike=frozenset(v for v, same in alike.items() if same),
     )
 
 

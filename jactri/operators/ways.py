@@ -1,0 +1,379 @@
+"""How a Gram matrix of the Jacobian is computed (see `gram`): the ways, what they cost, and how they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import mixed
+from ..answers import Store
+from ..executor import chunks
+from ..graph import Graph
+from ..memory import free_bytes, parse_bytes
+from ..planner import MemoryLimitTooSmall, choose_chunks, predict, seconds
+from ..rates import rough
+from ..samples import narrow, places
+from ..sweep import Sweep, follow, itemsize
+from .contract import Network, Operand, Sum, Unaligned
+
+LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for; ``forms`` are those of the weights."""
+
+    kind: str
+    forms: tuple[str, ...]
+    per_sample: bool
+    chunk_size: int | None
+    limit: int | str | None
+
+    @property
+    def dense(self) -> bool:
+        return any(f.startswith("dense") for f in self.forms)
+
+
+@dataclass
+class Way:
+    """How to compute: ``near`` are the sweeps between the contracted ends and the kept ones, or a cut; ``far`` those
+    between the cut and the kept ones.
+
+    ``summing``: the near seeds are at the contracted ends, and chunks of them are summed up.
+    """
+
+    cut: int | None
+    near: list[Sweep]
+    far: list[Sweep]
+    summing: bool
+    seconds: float = 0.0
+    held: float = 0.0
+    """Bytes of the blocks that are there as a whole."""
+    result: float = 0.0
+    """Bytes of the products."""
+
+
+_Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
+"""(value, value) -> sweep, the value at its end, data: the block between both, whichever of them has the seed."""
+
+
+_known: dict[tuple, list[Way]] = {}
+
+
+def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
+    """All ways that are worth a look, the cheapest first."""
+    key = (graph.key, asked.kind, asked.forms, asked.per_sample, summed)
+    if key not in _known:
+        if len(_known) >= 256:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = sorted(_found(graph, asked, summed), key=lambda w: w.seconds)
+    return _known[key]
+
+
+def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
+    reverse = asked.kind == "jtj"
+    ends = [[v for v in dict.fromkeys(e) if v is not None] for e in (graph.outputs, graph.inputs)]
+    contracted, kept = ends if reverse else ends[::-1]
+    if not (contracted and kept):
+        return []
+    ways = []
+    rates = rough(graph.values[kept[0]].device.type)
+    for cut in [None, *(() if summed else _cuts(graph))]:
+        far: list[Sweep] = []
+        to = kept
+        if cut is not None:
+            to = [cut]
+            seeded = [follow(graph, k, not reverse, [cut], i) for i, k in enumerate(kept)]
+            far = min(
+                [follow(graph, cut, reverse, list(kept))], seeded, key=lambda s: seconds(s, rates)
+            )
+        for chunked in (True, False):
+            seeds, targets = (contracted, to) if chunked else (to, contracted)
+            near = [
+                follow(graph, v, reverse == chunked, list(targets), i, summed)
+                for i, v in enumerate(seeds)
+            ]
+            way = Way(cut, near, far, chunked and not asked.dense)
+            try:
+                if _predict(graph, way, asked) or summed:
+                    ways.append(way)
+            except Unaligned:
+                if cut is None:  # it runs with zeros written out
+                    way.seconds, way.summing = float("inf"), False
+                    ways.append(way)
+    return ways
+
+
+def _cuts(graph: Graph) -> list[int]:
+    found = mixed.cuts(graph)
+    return sorted(found, key=lambda v: prod(graph.values[v].shape))[: mixed.MOST_CUTS]
+
+
+def _size(graph: Graph, sweeps: list[Sweep]) -> float:
+    """Bytes of the blocks at the ends of sweeps."""
+    return sum(
+        sweep.layouts[t].numel() * itemsize(graph, t)
+        for sweep in sweeps
+        for t in sweep.targets
+        if t is not None
+    )
+
+
+def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
+    """The blocks between both ends of sweeps; ``made``: their data, by sweep and value."""
+    out: _Blocks = {}
+    for i, sweep in enumerate(sweeps):
+        for t in sweep.targets:
+            if t is not None:
+                entry = sweep, t, None if made is None else made[i, t]
+                out[sweep.seed, t] = out[t, sweep.seed] = entry
+    return out
+
+
+def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
+    """Fill in what a way costs and holds; whether it keeps samples apart that are to be.
+
+    Raises Unaligned where its blocks have no letters in common.
+    """
+    rates = rough(graph.values[way.near[0].seed].device.type)
+    near = _blocks(way.near)
+    sums, networks = _products(graph, way, near, None, asked, half=not asked.dense)
+    if way.cut is not None:
+        more, others = _around(
+            graph, way, _blocks(way.far), sums[way.cut, way.cut], not asked.dense
+        )
+        networks += others
+        sums = {**sums, **more}
+    way.result = sum(
+        prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, v)
+        for (v, _), s in sums.items()
+    )
+    flops = sum(n.flops for n in networks)
+    way.seconds = seconds([*way.near, *way.far], rates)
+    way.seconds += predict(flops, way.result, len(networks), rates)
+    way.held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
+    return not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
+
+
+def _products(
+    graph: Graph, way: Way, near: _Blocks, weights, asked: Asked, half: bool, sel=None, seeds=None, plain=False
+):  # fmt: skip
+    """The products of near blocks over the contracted ends, one for each pair of the others; and their networks.
+
+    ``seeds``: the contracted values to sum over. Without weights, the products have no data.
+    """
+    sums: dict[tuple[int, int], Sum] = {}
+    networks = []
+    ends = graph.outputs if asked.kind == "jtj" else graph.inputs
+    others = graph.inputs if asked.kind == "jtj" else graph.outputs
+    to = [way.cut] if way.cut is not None else [v for v in dict.fromkeys(others) if v is not None]
+    planned = weights is None
+    for c, end in enumerate(ends):
+        if end is None or (seeds is not None and end not in seeds):
+            continue
+        for i, a in enumerate(to):
+            for b in to[i if half else 0 :]:
+                if (end, a) not in near or (end, b) not in near:
+                    continue
+                network = Network()
+                left, right = (
+                    _block(network, graph, near[end, v], v, sel, plain, planned) for v in (a, b)
+                )
+                shape = graph.values[end].shape
+                middle = weight_in(
+                    network,
+                    asked.forms[c],
+                    None if planned else weights[c],
+                    shape,
+                    asked.per_sample,
+                )
+                network.identify(left[1], middle.ends[0])
+                network.identify(right[1], middle.ends[1])
+                parts = [left[0], middle, right[0]]
+                if asked.forms[c] == "identity":
+                    del parts[1]
+                part = Sum()
+                part.add(network, network.multiply(parts, (left[2], right[2])))
+                networks.append(network)
+                sums.setdefault((a, b), Sum()).merge(part)
+    return sums, networks
+
+
+def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool, plain=False):
+    """The product at a cut, between far blocks."""
+    sums, networks = {}, []
+    kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
+    planned = middle.made.data is None
+    for i, a in enumerate(kept):
+        for b in kept[i if half else 0 :]:
+            network = Network()
+            left, right = (
+                _block(network, graph, far[way.cut, v], v, None, plain, planned) for v in (a, b)
+            )
+            inner = network.copy(middle.network, middle.made)
+            network.identify(left[1], inner.ends[0])
+            network.identify(right[1], inner.ends[1])
+            sums[a, b] = Sum()
+            sums[a, b].add(
+                network, network.multiply([left[0], inner, right[0]], (left[2], right[2]))
+            )
+            networks.append(network)
+    return sums, networks
+
+
+def _block(network: Network, graph: Graph, entry, value: int, sel, plain: bool, planned: bool):
+    """A block in a network: the operand, its end that is contracted, and that at ``value``."""
+    sweep, target, data = entry
+    operand = network.block(sweep, target, graph.values[target], data, sel, plain, planned)
+    seed, end = operand.ends
+    return (operand, end, seed) if sweep.seed == value else (operand, seed, end)
+
+
+def weight_in(
+    network: Network, form: str, weight: Tensor | None, shape, per_sample: bool
+) -> Operand:
+    """M; its ends are those of the contracted value, twice."""
+    rows = network.axes(shape)
+    if not form.startswith("dense"):
+        columns = [list(axis) for axis in rows]
+        dims = [] if form == "identity" else rows
+    else:
+        columns = network.axes(shape)
+        if per_sample:
+            columns[0] = list(rows[0])
+        dims = [*rows, *columns[per_sample:]]
+    if per_sample and form in ("dense", "diagonal"):
+        dims = dims[1:]
+    dims = [c for axis in dims for c in axis]
+    if weight is not None:
+        weight = weight.reshape([network.sizes[c] for c in dims])
+    return network.add(dims, (rows, columns), weight)
+
+
+def gram(
+    graph: Graph, weights, asked: Asked, summed: bool, half: bool, device: torch.device
+) -> dict[tuple[int, int], Tensor]:
+    """The products, by pairs of kept values; of all pairs, or ``half``, which their transposes complete.
+
+    ``summed``: a probe has shown that samples do not mix.
+    """
+    if asked.per_sample and not _ways(graph, asked, summed):
+        summed = True  # shown by a plan, that none of the ways can follow
+    if asked.limit is not None:
+        limit = parse_bytes(asked.limit)
+    else:
+        largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
+        limit = float("inf") if largest < LARGE else max(free_bytes(device) // 2, LARGE)
+    return _run(graph, weights, asked, summed, half, limit)
+
+
+def _run(
+    graph: Graph, weights, asked: Asked, summed: bool, half: bool, limit: float
+) -> dict[tuple[int, int], Tensor]:
+    """The products, by pairs of kept values, by the cheapest way that the memory allows."""
+    error = None
+    for way in _ways(graph, asked, summed):
+        try:
+            _cut(graph, way, limit, asked.chunk_size)
+        except MemoryLimitTooSmall as refused:
+            error = error or refused
+            parts = _halves(graph, way, weights, asked, half, limit)
+            if parts is not None:
+                return parts
+            continue
+        return _computed(graph, way, weights, asked, half, way.seconds == float("inf"))
+    if error is not None:
+        raise error
+    return {}
+
+
+def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> None:
+    """Choose the chunks of a way. Raises MemoryLimitTooSmall."""
+    free = limit - way.held - way.result
+    if free < 0:
+        raise MemoryLimitTooSmall(
+            f"memory_limit leaves {int(limit)} bytes, and the result and the partial Jacobians that it is made of "
+            f"need {int(way.held + way.result)}; raise memory_limit"
+        )
+    device = graph.values[way.near[0].seed].device.type
+    for sweep in (*way.near, *way.far):
+        sweep.alone = False
+        summing = way.summing and any(sweep is s for s in way.near)
+        # a chunk is copied once for its product
+        room = free / 2 if summing else free
+        sweep.chunks = choose_chunks(graph, sweep, room, chunk_size, device)
+        if summing and len(sweep.selections()) * 2 * way.result > sweep.bytes:
+            # to add up the result again and again costs more than blocks that leave the cache
+            sweep.chunks = choose_chunks(graph, sweep, room, chunk_size, "any")
+
+
+def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool, plain: bool):
+    total: dict[tuple[int, int], Sum] = {}
+    if way.summing:
+        for sweep in way.near:
+            sums: dict[tuple[int, int], Sum] = {}
+            for sel, blocks in chunks(graph, sweep):
+                near = _blocks(
+                    [sweep], {(0, t): blocks[t][0] for t in sweep.targets if t is not None}
+                )
+                made, _ = _products(graph, way, near, weights, asked, half, sel, (sweep.seed,))
+                for pair, part in made.items():
+                    sums.setdefault(pair, Sum()).add(part.network, part.made)
+            for pair, part in sums.items():
+                total.setdefault(pair, Sum()).merge(part)
+    else:
+        near = _blocks(way.near, stored(graph, way.near))
+        total, _ = _products(graph, way, near, weights, asked, half, plain=plain)
+    if way.cut is not None:
+        far = _blocks(way.far, stored(graph, way.far))
+        total, _ = _around(graph, way, far, total[way.cut, way.cut], half, plain)
+    return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
+
+
+def stored(graph: Graph, sweeps: list[Sweep]) -> dict[tuple[int, int], Tensor | None]:
+    """The whole blocks at the ends of sweeps, by sweep and value; None where they are ones."""
+    out = {}
+    for i, sweep in enumerate(sweeps):
+        ends = [t for t in dict.fromkeys(sweep.targets) if t is not None]
+        if not sweep.chunks:
+            for _, blocks in chunks(graph, sweep):
+                out.update({(i, t): blocks[t][0] for t in ends})
+            continue
+        stores = {t: Store(sweep.layouts[t], graph.values[t]) for t in ends}
+        for sel, blocks in chunks(graph, sweep, list(stores.items())):
+            for t, store in stores.items():
+                mine = {f: r for f, r in sel.items() if f not in sweep.layouts[t].tied}
+                if not any(start for f, (start, _) in sel.items() if f not in mine):
+                    store.put(*blocks[t], mine)
+        out.update({(i, t): store.block() for t, store in stores.items()})
+    return out
+
+
+def _halves(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float):
+    """The products of both halves of the samples, or None where samples cannot be run one after the other."""
+    if not asked.per_sample:
+        return None
+    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
+    n = graph.values[ends[0]].shape[0]
+    where = places(graph, [*way.near, *way.far])
+    if n < 2 or where is None or any(where.get(v) != (0, 1) for v in ends):
+        return None
+    limit -= way.result
+    parts = []
+    for start, length in ((0, n // 2), (n // 2, n - n // 2)):
+        part = narrow(graph, where, start, length)
+        if part is None:
+            return None
+        mine = [
+            w.narrow(0, start, length) if form.endswith("sample") else w
+            for w, form in zip(weights, asked.forms, strict=True)
+        ]
+        try:
+            parts.append(_run(part, mine, asked, False, half, limit))
+        except MemoryLimitTooSmall:
+            return None
+    return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
