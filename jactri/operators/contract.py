@@ -252,7 +252,7 @@ class Sum:
         cut = [(i, network.chunk[c]) for i, c in enumerate(part.dims) if c in network.chunk]
         if self.made is None:
             self.network, self.made = network, part
-            if not cut:
+            if not cut or part.data is None:
                 return
             shape = [network.sizes[c] for c in part.dims]
             whole = torch.zeros(shape, dtype=part.data.dtype, device=part.data.device)

@@ -20,8 +20,8 @@ from ..arguments import as_tuple, check_batch, check_options
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
 from ..planning import plan_for, prove_by_probe
-from .contract import Network, Sum
-from .ways import Asked, gram, weight_in
+from .contract import Network
+from .ways import Asked, between, gram, pairs, summed_up, weight_in
 
 
 def jtj(
@@ -270,33 +270,27 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
 def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[int, int], Tensor]:
     """The products of whole Jacobians ``rows[kept][contracted]``."""
     contracted, kept = ends
-    total: dict[tuple[int, int], Sum] = {}
-    for c, end in enumerate(contracted):
-        for i in range(len(kept)):
-            for k in range(i if half else 0, len(kept)):
+    lead = int(asked.per_sample)
+
+    def operand(network: Network, data: Tensor, end: Tensor, to: Tensor):
+        near, far = network.axes(end.shape), network.axes(to.shape)
+        if lead:
+            far[0] = list(near[0])
+        first, last = (near, far) if asked.kind == "jtj" else (far, near)
+        dims = [c for axis in (*first, *last[lead:]) for c in axis]
+        data = data.reshape([network.sizes[d] for d in dims])
+        return network.add(dims, (near, far), data), near, far
+
+    def products():
+        for c, end in enumerate(contracted):
+            for a, b in pairs(range(len(kept)), half):
                 network = Network()
-                parts = []
-                for e in (i, k):
-                    near, far = network.axes(end.shape), network.axes(kept[e].shape)
-                    if asked.per_sample:
-                        (far if asked.kind == "jtj" else near)[0] = list(
-                            (near if asked.kind == "jtj" else far)[0]
-                        )
-                    first, last = (near, far) if asked.kind == "jtj" else (far, near)
-                    dims = [c for axis in (*first, *last[asked.per_sample :]) for c in axis]
-                    data = rows[e][c].reshape([network.sizes[d] for d in dims])
-                    parts.append((network.add(dims, (near, far), data), near, far))
-                left, right = parts
-                middle = weight_in(network, asked.forms[c], weights[c], end.shape, asked.per_sample)
-                network.identify(left[1], middle.ends[0])
-                network.identify(right[1], middle.ends[1])
-                operands = [left[0], middle, right[0]]
-                if asked.forms[c] == "identity":
-                    del operands[1]
-                part = Sum()
-                part.add(network, network.multiply(operands, (left[2], right[2])))
-                total.setdefault((i, k), Sum()).merge(part)
-    return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
+                left, right = (operand(network, rows[e][c], end, kept[e]) for e in (a, b))
+                form = asked.forms[c]
+                middle = weight_in(network, form, weights[c], end.shape, asked.per_sample)
+                yield (a, b), c, network, between(network, left, middle, right)
+
+    return {pair: s.dense(asked.per_sample) for pair, s in summed_up(products()).items()}
 
 
 def _finished(made, values, kept, asked: Asked, half: bool):

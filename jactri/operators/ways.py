@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -17,7 +18,7 @@ from ..planner import MemoryLimitTooSmall, choose_chunks, predict, seconds
 from ..rates import rough
 from ..samples import narrow, places
 from ..sweep import Sweep, follow, itemsize
-from .contract import Network, Operand, Sum, Unaligned
+from .contract import Axes, Network, Operand, Sum, Unaligned
 
 LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
@@ -55,6 +56,8 @@ class Way:
     """Bytes of the blocks that are there as a whole."""
     result: float = 0.0
     """Bytes of the products."""
+    ready: dict[int | None, Way] = field(default_factory=dict)
+    """By chunk size: the way with its chunks, where memory does not decide them."""
 
 
 _Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
@@ -139,94 +142,102 @@ def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
 
     Raises Unaligned where its blocks have no letters in common.
     """
-    rates = rough(graph.values[way.near[0].seed].device.type)
-    near = _blocks(way.near)
-    sums, networks = _products(graph, way, near, None, asked, half=not asked.dense)
+    half = not asked.dense
+    made = list(_products(graph, way, _blocks(way.near), None, asked, half))
+    sums = summed_up(iter(made))
     if way.cut is not None:
-        more, others = _around(
-            graph, way, _blocks(way.far), sums[way.cut, way.cut], not asked.dense
-        )
-        networks += others
-        sums = {**sums, **more}
+        more = list(_around(graph, way, _blocks(way.far), sums[way.cut, way.cut], half))
+        made += more
+        sums = {**sums, **summed_up(iter(more))}
     way.result = sum(
         prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, v)
         for (v, _), s in sums.items()
     )
-    flops = sum(n.flops for n in networks)
+    rates = rough(graph.values[way.near[0].seed].device.type)
+    flops = sum(network.flops for _, _, network, _ in made)
     way.seconds = seconds([*way.near, *way.far], rates)
-    way.seconds += predict(flops, way.result, len(networks), rates)
+    way.seconds += predict(flops, way.result, len(made), rates)
     way.held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
     return not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
 
 
-def _products(
-    graph: Graph, way: Way, near: _Blocks, weights, asked: Asked, half: bool, sel=None, seeds=None, plain=False
-):  # fmt: skip
-    """The products of near blocks over the contracted ends, one for each pair of the others; and their networks.
+_Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]
+"""(kept values, the contracted end, network, product)."""
 
-    ``seeds``: the contracted values to sum over. Without weights, the products have no data.
+
+def _products(
+    graph: Graph, way: Way, near: _Blocks, weights, asked: Asked, half: bool, sel=None, seed=None, plain=False
+) -> _Made:  # fmt: skip
+    """The products of near blocks over every contracted end (or ``seed`` alone), for pairs of the others.
+
+    Without weights, they have no data.
     """
-    sums: dict[tuple[int, int], Sum] = {}
-    networks = []
     ends = graph.outputs if asked.kind == "jtj" else graph.inputs
     others = graph.inputs if asked.kind == "jtj" else graph.outputs
     to = [way.cut] if way.cut is not None else [v for v in dict.fromkeys(others) if v is not None]
     planned = weights is None
     for c, end in enumerate(ends):
-        if end is None or (seeds is not None and end not in seeds):
+        if end is None or seed not in (None, end):
             continue
-        for i, a in enumerate(to):
-            for b in to[i if half else 0 :]:
-                if (end, a) not in near or (end, b) not in near:
-                    continue
-                network = Network()
-                left, right = (
-                    _block(network, graph, near[end, v], v, sel, plain, planned) for v in (a, b)
-                )
-                shape = graph.values[end].shape
-                middle = weight_in(
-                    network,
-                    asked.forms[c],
-                    None if planned else weights[c],
-                    shape,
-                    asked.per_sample,
-                )
-                network.identify(left[1], middle.ends[0])
-                network.identify(right[1], middle.ends[1])
-                parts = [left[0], middle, right[0]]
-                if asked.forms[c] == "identity":
-                    del parts[1]
-                part = Sum()
-                part.add(network, network.multiply(parts, (left[2], right[2])))
-                networks.append(network)
-                sums.setdefault((a, b), Sum()).merge(part)
-    return sums, networks
-
-
-def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool, plain=False):
-    """The product at a cut, between far blocks."""
-    sums, networks = {}, []
-    kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
-    planned = middle.made.data is None
-    for i, a in enumerate(kept):
-        for b in kept[i if half else 0 :]:
+        for a, b in pairs(to, half):
+            if (end, a) not in near or (end, b) not in near:
+                continue
             network = Network()
             left, right = (
-                _block(network, graph, far[way.cut, v], v, None, plain, planned) for v in (a, b)
+                _block(network, graph, near[end, v], v, sel, plain, planned) for v in (a, b)
             )
-            inner = network.copy(middle.network, middle.made)
-            network.identify(left[1], inner.ends[0])
-            network.identify(right[1], inner.ends[1])
-            sums[a, b] = Sum()
-            sums[a, b].add(
-                network, network.multiply([left[0], inner, right[0]], (left[2], right[2]))
-            )
-            networks.append(network)
-    return sums, networks
+            weight = None if planned else weights[c]
+            shape = graph.values[end].shape
+            middle = weight_in(network, asked.forms[c], weight, shape, asked.per_sample)
+            yield (a, b), c, network, between(network, left, middle, right)
 
 
-def _block(network: Network, graph: Graph, entry, value: int, sel, plain: bool, planned: bool):
-    """A block in a network: the operand, its end that is contracted, and that at ``value``."""
+def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool, plain=False) -> _Made:
+    """The products at a cut, between far blocks."""
+    kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
+    planned = middle.made.data is None
+    for a, b in pairs(kept, half):
+        network = Network()
+        left, right = (
+            _block(network, graph, far[way.cut, v], v, None, plain, planned) for v in (a, b)
+        )
+        inner = network.copy(middle.network, middle.made)
+        yield (a, b), 0, network, between(network, left, inner, right)
+
+
+def pairs(kept, half: bool):
+    """All pairs of kept ends, or those of which the others are the transposes."""
+    return [(a, b) for i, a in enumerate(kept) for b in kept[i if half else 0 :]]
+
+
+Part = tuple[Operand, Axes, Axes]
+"""A block in a network, its contracted end and its kept end."""
+
+
+def between(network: Network, left: Part, middle: Operand, right: Part) -> Operand:
+    """``left^T middle right``, where the left and the right are blocks from the kept end to the contracted one."""
+    network.identify(left[1], middle.ends[0])
+    network.identify(right[1], middle.ends[1])
+    unit = not middle.dims and middle.data is None
+    parts = [left[0], right[0]] if unit else [left[0], middle, right[0]]
+    return network.multiply(parts, (left[2], right[2]))
+
+
+def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
+    """The sums over contracted ends, and over the chunks of each, by kept values."""
+    parts: dict[tuple, Sum] = {}
+    for pair, c, network, product in made:
+        parts.setdefault((pair, c), Sum()).add(network, product)
+    total: dict[tuple[int, int], Sum] = {}
+    for (pair, _), part in parts.items():
+        total.setdefault(pair, Sum()).merge(part)
+    return total
+
+
+def _block(
+    network: Network, graph: Graph, entry, value: int, sel, plain: bool, planned: bool
+) -> Part:
+    """The block between a contracted end and ``value`` in a network."""
     sweep, target, data = entry
     operand = network.block(sweep, target, graph.values[target], data, sel, plain, planned)
     seed, end = operand.ends
@@ -278,21 +289,23 @@ def _run(
     error = None
     for way in _ways(graph, asked, summed):
         try:
-            _cut(graph, way, limit, asked.chunk_size)
+            ready = _cut(graph, way, limit, asked.chunk_size)
         except MemoryLimitTooSmall as refused:
             error = error or refused
             parts = _halves(graph, way, weights, asked, half, limit)
             if parts is not None:
                 return parts
             continue
-        return _computed(graph, way, weights, asked, half, way.seconds == float("inf"))
+        return _computed(graph, ready, weights, asked, half, way.seconds == float("inf"))
     if error is not None:
         raise error
     return {}
 
 
-def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> None:
-    """Choose the chunks of a way. Raises MemoryLimitTooSmall."""
+def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
+    """A way with the chunks of its sweeps. Raises MemoryLimitTooSmall."""
+    if limit == float("inf") and chunk_size in way.ready:
+        return way.ready[chunk_size]
     free = limit - way.held - way.result
     if free < 0:
         raise MemoryLimitTooSmall(
@@ -300,37 +313,43 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> None:
             f"need {int(way.held + way.result)}; raise memory_limit"
         )
     device = graph.values[way.near[0].seed].device.type
-    for sweep in (*way.near, *way.far):
-        sweep.alone = False
-        summing = way.summing and any(sweep is s for s in way.near)
+
+    def chosen(sweep: Sweep, summing: bool) -> Sweep:
+        sweep = replace(sweep)
         # a chunk is copied once for its product
-        room = free / 2 if summing else free
-        sweep.chunks = choose_chunks(graph, sweep, room, chunk_size, device)
+        options = free / 2 if summing else free, chunk_size
+        sweep.chunks = choose_chunks(graph, sweep, *options, device)
         if summing and len(sweep.selections()) * 2 * way.result > sweep.bytes:
             # to add up the result again and again costs more than blocks that leave the cache
-            sweep.chunks = choose_chunks(graph, sweep, room, chunk_size, "any")
+            sweep.chunks = choose_chunks(graph, sweep, *options, "any")
+        return sweep
+
+    ready = replace(
+        way,
+        near=[chosen(s, way.summing) for s in way.near],
+        far=[chosen(s, False) for s in way.far],
+    )
+    if limit == float("inf"):
+        way.ready[chunk_size] = ready
+    return ready
 
 
 def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool, plain: bool):
-    total: dict[tuple[int, int], Sum] = {}
-    if way.summing:
+    def chunked() -> _Made:
         for sweep in way.near:
-            sums: dict[tuple[int, int], Sum] = {}
+            ends = [t for t in sweep.targets if t is not None]
             for sel, blocks in chunks(graph, sweep):
-                near = _blocks(
-                    [sweep], {(0, t): blocks[t][0] for t in sweep.targets if t is not None}
-                )
-                made, _ = _products(graph, way, near, weights, asked, half, sel, (sweep.seed,))
-                for pair, part in made.items():
-                    sums.setdefault(pair, Sum()).add(part.network, part.made)
-            for pair, part in sums.items():
-                total.setdefault(pair, Sum()).merge(part)
+                near = _blocks([sweep], {(0, t): blocks[t][0] for t in ends})
+                yield from _products(graph, way, near, weights, asked, half, sel, sweep.seed)
+
+    if way.summing:
+        total = summed_up(chunked())
     else:
         near = _blocks(way.near, stored(graph, way.near))
-        total, _ = _products(graph, way, near, weights, asked, half, plain=plain)
+        total = summed_up(_products(graph, way, near, weights, asked, half, plain=plain))
     if way.cut is not None:
         far = _blocks(way.far, stored(graph, way.far))
-        total, _ = _around(graph, way, far, total[way.cut, way.cut], half, plain)
+        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half, plain))
     return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
 
 
