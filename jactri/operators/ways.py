@@ -55,7 +55,10 @@ class Way:
     held: float = 0.0
     """Bytes of the blocks that are there as a whole."""
     result: float = 0.0
-    """Bytes of the products."""
+    """Bytes of the products, the answer included."""
+    answer: float = 0.0
+    plain: bool = False
+    """Whether zeros are written out, as blocks have no letters in common."""
     ready: dict[int | None, Way] = field(default_factory=dict)
     """By chunk size: the way with its chunks, where memory does not decide them."""
 
@@ -106,7 +109,7 @@ def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
                     ways.append(way)
             except Unaligned:
                 if cut is None:  # it runs with zeros written out
-                    way.seconds, way.summing = float("inf"), False
+                    way.seconds, way.summing, way.plain = float("inf"), False, True
                     ways.append(way)
     return ways
 
@@ -149,10 +152,12 @@ def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
         more = list(_around(graph, way, _blocks(way.far), sums[way.cut, way.cut], half))
         made += more
         sums = {**sums, **summed_up(iter(more))}
-    way.result = sum(
-        prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, v)
-        for (v, _), s in sums.items()
-    )
+    size = {
+        pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
+        for pair, s in sums.items()
+    }
+    way.result = sum(size.values())
+    way.answer = way.result - size.get((way.cut, way.cut), 0.0)
     rates = rough(graph.values[way.near[0].seed].device.type)
     flops = sum(network.flops for _, _, network, _ in made)
     way.seconds = seconds([*way.near, *way.far], rates)
@@ -285,21 +290,68 @@ def gram(
 def _run(
     graph: Graph, weights, asked: Asked, summed: bool, half: bool, limit: float
 ) -> dict[tuple[int, int], Tensor]:
-    """The products, by pairs of kept values, by the cheapest way that the memory allows."""
-    error = None
-    for way in _ways(graph, asked, summed):
-        try:
-            ready = _cut(graph, way, limit, asked.chunk_size)
-        except MemoryLimitTooSmall as refused:
-            error = error or refused
-            parts = _halves(graph, way, weights, asked, half, limit)
-            if parts is not None:
-                return parts
-            continue
-        return _computed(graph, ready, weights, asked, half, way.seconds == float("inf"))
-    if error is not None:
-        raise error
-    return {}
+    """The products, by pairs of kept values, by the cheapest way that the memory allows.
+
+    Samples run in ranges if the cheapest way fits so and not else, before a way that costs more is taken.
+    """
+    ways = _ways(graph, asked, summed)
+    if not ways:
+        return {}
+    if (ready := _fitting(graph, ways[:1], asked, limit)) is not None:
+        return _computed(graph, ready, weights, asked, half)
+    if asked.per_sample and not summed:
+        made = _in_ranges(graph, ways[0], weights, asked, half, limit)
+        if made is not None:
+            return made
+    ready = _fitting(graph, ways, asked, limit)
+    if ready is None:
+        least = min(w.held + w.result for w in ways)
+        raise MemoryLimitTooSmall(
+            f"memory_limit leaves {int(limit)} bytes; the result, and partial Jacobians of which it is made, need "
+            f"more than {int(least)}; raise memory_limit"
+        )
+    return _computed(graph, ready, weights, asked, half)
+
+
+def _fitting(graph: Graph, ways: list[Way], asked: Asked, limit: float) -> Way | None:
+    """The first way that fits the memory limit, with its chunks."""
+    for way in ways:
+        if way.held + way.result <= limit:
+            try:
+                return _cut(graph, way, limit, asked.chunk_size)
+            except MemoryLimitTooSmall:
+                continue
+    return None
+
+
+def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float):
+    """The products of ranges of samples, the longest that fit the memory limit; None where there are none."""
+    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
+    n = graph.values[ends[0]].shape[0]
+    where = places(graph, [*way.near, *way.far])
+    if where is None or any(where.get(v) != (0, 1) for v in ends):
+        return None
+    limit -= way.answer
+    count = n
+    while count > 1:
+        count = (count + 1) // 2
+        part = narrow(graph, where, 0, count)
+        if part is None:
+            return None
+        if _fitting(part, _ways(part, asked, False)[:1], asked, limit) is not None:
+            break
+    else:
+        return None
+    parts = []
+    for start in range(0, n, count):
+        length = min(count, n - start)
+        mine = [
+            w.narrow(0, start, length) if form.endswith("sample") else w
+            for w, form in zip(weights, asked.forms, strict=True)
+        ]
+        part = narrow(graph, where, start, length)
+        parts.append(_run(part, mine, asked, False, half, limit))
+    return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
 
 
 def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
@@ -307,11 +359,6 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
     if limit == float("inf") and chunk_size in way.ready:
         return way.ready[chunk_size]
     free = limit - way.held - way.result
-    if free < 0:
-        raise MemoryLimitTooSmall(
-            f"memory_limit leaves {int(limit)} bytes, and the result and the partial Jacobians that it is made of "
-            f"need {int(way.held + way.result)}; raise memory_limit"
-        )
     device = graph.values[way.near[0].seed].device.type
 
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
@@ -334,7 +381,9 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
     return ready
 
 
-def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool, plain: bool):
+def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
+    plain = way.plain
+
     def chunked() -> _Made:
         for sweep in way.near:
             ends = [t for t in sweep.targets if t is not None]
@@ -370,29 +419,3 @@ def stored(graph: Graph, sweeps: list[Sweep]) -> dict[tuple[int, int], Tensor | 
                     store.put(*blocks[t], mine)
         out.update({(i, t): store.block() for t, store in stores.items()})
     return out
-
-
-def _halves(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float):
-    """The products of both halves of the samples, or None where samples cannot be run one after the other."""
-    if not asked.per_sample:
-        return None
-    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
-    n = graph.values[ends[0]].shape[0]
-    where = places(graph, [*way.near, *way.far])
-    if n < 2 or where is None or any(where.get(v) != (0, 1) for v in ends):
-        return None
-    limit -= way.result
-    parts = []
-    for start, length in ((0, n // 2), (n // 2, n - n // 2)):
-        part = narrow(graph, where, start, length)
-        if part is None:
-            return None
-        mine = [
-            w.narrow(0, start, length) if form.endswith("sample") else w
-            for w, form in zip(weights, asked.forms, strict=True)
-        ]
-        try:
-            parts.append(_run(part, mine, asked, False, half, limit))
-        except MemoryLimitTooSmall:
-            return None
-    return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
