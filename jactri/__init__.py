@@ -5,6 +5,7 @@ from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
 from .opaque import FallbackError, fallback
+from .operators.diagonal import diagonal
 from .operators.gram import jjt, jtj
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
@@ -23,6 +24,7 @@ __all__ = [
     "Profile",
     "check",
     "compile",
+    "diagonal",
     "explain",
     "fallback",
     "jacobian",

@@ -88,3 +88,13 @@ def vjp(func, xs, tupled: bool, cotangents, check, chunk_size: int | None):
 
     made = vmap(one, chunk_size=chunk_size)(*cotangents) if block else one(*cotangents)
     return result, made if tupled else made[0]
+
+
+def diagonal(func, x, check, chunk_size: int | None):
+    """The output, and the diagonal of its Jacobian by torch.func; ``check(output, x)`` raises where there is none."""
+    result, pull = torch.func.vjp(func, x)
+    check(result, x)
+    n = x.numel()
+    rows = torch.eye(n, dtype=result.dtype, device=result.device).view(n, *result.shape)
+    made = vmap(lambda row: (pull(row)[0] * row).sum(), chunk_size=chunk_size)(rows)
+    return result, made.reshape(x.shape)

@@ -90,14 +90,7 @@ def choose_chunks(
     total = prod(sizes)
 
     def cut(count: int) -> dict[int, int]:
-        chunks, room = {}, max(1, count)
-        for f, n in reversed(list(zip(factors, sizes, strict=True))):
-            take = min(n, room)
-            take = ceil(n / ceil(n / take))  # equal chunks
-            room = max(1, room // n)
-            if take < n:
-                chunks[f] = take
-        return chunks
+        return cut_seeds(factors, sizes, count)
 
     if total <= 1 or sweep.windows:
         if needs(graph, sweep, {}, answer) > limit:
@@ -123,6 +116,18 @@ def choose_chunks(
             _refuse(needs(graph, sweep, cut(1), answer), limit, sweep)
         count = max(1, count // 2)
         chunks = cut(count)
+    return chunks
+
+
+def cut_seeds(factors: list[int], sizes: list[int], count: int) -> dict[int, int]:
+    """At most ``count`` indices at once of seed factors, in equal chunks; the last factors stay whole if they can."""
+    chunks, room = {}, max(1, count)
+    for f, n in reversed(list(zip(factors, sizes, strict=True))):
+        take = min(n, room)
+        take = ceil(n / ceil(n / take))
+        room = max(1, room // n)
+        if take < n:
+            chunks[f] = take
     return chunks
 
 
