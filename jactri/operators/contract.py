@@ -217,7 +217,8 @@ class Network:
                 span = self.chunk.get(dims[i])
                 if span is not None and data.shape[i] != span[1]:
                     data = data.narrow(i, *span)
-                if data.stride(i) == 0 and data.shape[i] > 1 and dims.count(dims[i]) == 1:
+                alike = data.stride(i) == 0 and data.shape[i] > 1 and dims.count(dims[i]) == 1
+                if alike and span is None:
                     data = data.select(i, 0)
                     del dims[i]
             out.append(Operand(dims, o.ends, None if data is None else data.to(dtype)))
@@ -249,21 +250,25 @@ class Sum:
 
     def add(self, network: Network, part: Operand) -> None:
         """Add a chunk of a product; those of letters that it keeps are put in their places."""
-        cut = [(i, network.chunk[c]) for i, c in enumerate(part.dims) if c in network.chunk]
+        letters = list(dict.fromkeys(c for end in part.ends for axis in end for c in axis))
+        cut = {c: network.chunk[c] for c in letters if c in network.chunk}
         if self.made is None:
             self.network, self.made = network, part
             if not cut or part.data is None:
                 return
-            shape = [network.sizes[c] for c in part.dims]
+            shape = [network.sizes[c] for c in letters]
             whole = torch.zeros(shape, dtype=part.data.dtype, device=part.data.device)
-            self.made, self._own = Operand(part.dims, part.ends, whole), True
-        if not (cut or (self._own and not torch.is_grad_enabled())):
-            self.made.data, self._own = self.made.data + part.data, True
-            return
-        view = self.made.data
-        for i, span in cut:
-            view = view.narrow(i, *span)
-        view.add_(part.data)
+            self.made, self._own = Operand(letters, part.ends, whole), True
+        dims = [c for c in letters if c in self.made.dims or c in part.dims]
+        more = _spread(part, dims)
+        if cut or (self._own and dims == self.made.dims and not torch.is_grad_enabled()):
+            view = self.made.data
+            for c, span in cut.items():
+                view = view.narrow(dims.index(c), *span)
+            view.add_(more)
+        else:
+            self.made.data, self._own = _spread(self.made, dims) + more, True
+            self.made.dims = dims
 
     def merge(self, other: Sum) -> None:
         """Add another sum, whose ties may be others."""
@@ -288,6 +293,15 @@ class Sum:
         first, second = self.made.ends
         ends = first, second[1:] if shared else second
         return dense(self.network, Operand(self.made.dims, ends, self.made.data))
+
+
+def _spread(operand: Operand, dims: list[Letter]) -> Tensor:
+    """The data of an operand with a dim for each of ``dims``, in their order as its own are."""
+    data = operand.data
+    for i, c in enumerate(dims):
+        if c not in operand.dims:
+            data = data.unsqueeze(i)
+    return data
 
 
 def _untied(network: Network, made: Operand, tied: bool) -> tuple[Network, Operand]:
