@@ -5,6 +5,9 @@ from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
 from .opaque import FallbackError, fallback
+from .operators.diagonal import diagonal
+from .operators.gram import jjt, jtj
+from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
 from .sparsity import sparsity
@@ -21,10 +24,15 @@ __all__ = [
     "Profile",
     "check",
     "compile",
+    "diagonal",
     "explain",
     "fallback",
     "jacobian",
     "jacobian_of",
+    "jjt",
+    "jtj",
+    "jvp",
     "profile",
     "sparsity",
+    "vjp",
 ]

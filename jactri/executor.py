@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -24,6 +25,9 @@ from .sweep import Step, Sweep
 Blocks = dict[int, tuple[Tensor | None, bool]]
 """Value -> (data, whether the executor may overwrite it)."""
 
+Given = dict[int, Tensor]
+"""Value -> the block ``(K, *value)`` that a caller gives."""
+
 Made = dict[tuple[int, int], Tensor]
 """(id of a part of the plan, value) -> its whole block."""
 
@@ -33,8 +37,12 @@ def run(
     plan: Plan,
     answers: dict[tuple[int, int], Answer],
     watch: Watch | None = None,
+    given: Given | None = None,
 ) -> None:
-    """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``watch`` is told of every chunk."""
+    """Execute every stage of a plan; ``answers[j, i]`` receive the blocks. ``watch`` is told of every chunk.
+
+    ``given``: the blocks to start from, for sweeps whose seed is not an identity.
+    """
     made: Made = {}
     marks = None if graph.layers is None else Marks(graph, plan)
     stage = _stage if marks is None else marks.staged(_stage)
@@ -49,16 +57,18 @@ def run(
                 pair = (sweep.index, k) if plan.reverse else (k, sweep.index)
                 if pair in answers:
                     ends.append((v, answers[pair]))
-        stage(graph, sweep, ends, watch, made, marks)
+        stage(graph, sweep, ends, watch, made, marks, given)
     if marks is not None:
         marks.close()
 
 
-def _stage(graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None) -> None:
+def _stage(
+    graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None, given=None
+) -> None:
     if isinstance(sweep, Join):
         _join(sweep, ends, watch, made, marks)
     else:
-        _sweep(graph, sweep, ends, watch, marks)
+        _sweep(graph, sweep, ends, watch, marks, given)
 
 
 def _own(layout: Layout, sel: Selection) -> Selection:
@@ -87,16 +97,59 @@ def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None
             watch.done(_parts(ends, sel))
 
 
+def _start(graph: Graph, sweep: Sweep, sel: Selection | None, given: Given | None) -> Blocks:
+    """The blocks of the seeds, for a chunk."""
+    if sweep.given:
+        cut = (sel or {}).get(0)
+        return {
+            v: (given[v] if cut is None else given[v].narrow(0, *cut), False) for v in sweep.given
+        }
+    if sweep.colours:
+        return {sweep.seed: (seed_block(sweep, sel, graph.values[sweep.seed]), False)}
+    return {sweep.seed: (None, False)}
+
+
 def _sweep(
-    graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None = None
+    graph: Graph,
+    sweep: Sweep,
+    ends,
+    watch: Watch | None,
+    marks: Marks | None = None,
+    given: Given | None = None,
 ) -> None:
     if sweep.windows:
         _patches(graph, sweep, ends, watch, marks)
         return
+    if sweep.chunks:
+        for _, answer in ends:  # before the blocks: it outlives them
+            answer.reserve()
+    skip = None if watch is None else lambda sel: watch.skip(_parts(ends, sel))
+    for sel, blocks in chunks(graph, sweep, ends, marks, given, skip):
+        for v, answer in ends:
+            mine = _own(sweep.layouts[v], sel)
+            if any(start for f, (start, _) in sel.items() if f not in mine):
+                continue  # a block in which the cut factor is tied is whole: it is written once
+            answer.put(*blocks[v], mine)
+        del blocks
+        if watch:
+            watch.done(_parts(ends, sel))
+
+
+def chunks(
+    graph: Graph,
+    sweep: Sweep,
+    ends=(),
+    marks: Marks | None = None,
+    given: Given | None = None,
+    skip: Callable[[Selection], bool] | None = None,
+) -> Iterator[tuple[Selection, Blocks]]:
+    """Every chunk of a sweep: its selection of the seeds, and blocks, those of the sweep's targets among them.
+
+    Blocks in which all cut factors are tied are whole, the same in every chunk. ``ends``: (value, answer), where blocks
+    may be written to directly; ``skip`` tells the chunks to leave out.
+    """
     # in-place writes are for blocks that autograd does not watch
     writable = not torch.is_grad_enabled()
-    coloured = bool(sweep.colours)
-    blocks: Blocks = {sweep.seed: (None, False)}
     items = sweep.steps
     steps = _steps if marks is None else _marked(marks)
     if backends.kernels_on(graph.values[sweep.seed].device):
@@ -104,40 +157,29 @@ def _sweep(
             sweep.items = fuse(graph, sweep)
         items = sweep.items
     if not sweep.chunks:
-        if watch and watch.skip(_parts(ends, {})):
+        if skip and skip({}):
             return
-        if coloured:
-            blocks[sweep.seed] = seed_block(sweep, None, graph.values[sweep.seed]), False
+        blocks = _start(graph, sweep, None, given)
         steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
-        for v, answer in ends:
-            answer.put(*blocks[v], {})
-        if watch:
-            watch.done(_parts(ends, {}))
+        yield {}, blocks
         return
-    for _, answer in ends:  # before the blocks: it outlives them
-        answer.reserve()
     # steps in which every cut factor is still tied are the same for all chunks
     cut = frozenset(sweep.chunks)
     shared = [s for s in items if cut <= s.layout.tied]
     body = [s for s in items if not cut <= s.layout.tied]
     used = frozenset(v for s in body for v in s.reads)
-    pinned = used.intersection([sweep.seed, *(s.value for s in shared)]).union(v for v, _ in ends)
+    seeds = sweep.given or (sweep.seed,)
+    pinned = used.intersection([*seeds, *(s.value for s in shared)])
+    pinned = pinned.union(t for t in sweep.targets if t is not None)
+    blocks: Blocks = {sweep.seed: (None, False)}  # what is shared starts from an identity
     steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
-        if watch and watch.skip(_parts(ends, sel)):
+        if skip and skip(sel):
             continue
-        local = dict(blocks)
-        if coloured:
-            local[sweep.seed] = seed_block(sweep, sel, graph.values[sweep.seed]), False
+        local = {**blocks, **_start(graph, sweep, sel, given)}
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
-        for v, answer in ends:
-            mine = _own(sweep.layouts[v], sel)
-            if any(start for f, (start, _) in sel.items() if f not in mine):
-                continue  # a block in which the cut factor is tied is whole: it is written once
-            answer.put(*local[v], mine)
+        yield sel, local
         del local
-        if watch:
-            watch.done(_parts(ends, sel))
 
 
 def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None) -> None:

@@ -61,3 +61,40 @@ def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chun
     if not return_output:
         return answer
     return (tuple(ys) if tupled_out[0] else ys[0]), answer
+
+
+def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
+    """`jactri.jvp` by torch.func; ``block``: the tangents have an axis K in front."""
+    if not block:
+        return torch.func.jvp(func, xs, tangents)
+
+    def one(*ts):
+        return torch.func.jvp(func, xs, ts)
+
+    # the output is that of every tangent: a transform cannot tell that it is the same
+    outputs, products = vmap(one, randomness="same", chunk_size=chunk_size)(*tangents)
+    same = tuple(y[0] for y in outputs) if isinstance(outputs, tuple) else outputs[0]
+    return same, products
+
+
+def vjp(func, xs, tupled: bool, cotangents, check, chunk_size: int | None):
+    """`jactri.vjp` by torch.func. ``check`` says whether cotangents have an axis K in front."""
+    result, pull = torch.func.vjp(func, *xs)
+    tupled_out = isinstance(result, tuple)
+    block = check("cotangents", cotangents, "outputs", result if tupled_out else (result,))
+
+    def one(*cs):
+        return pull(cs if tupled_out else cs[0])
+
+    made = vmap(one, chunk_size=chunk_size)(*cotangents) if block else one(*cotangents)
+    return result, made if tupled else made[0]
+
+
+def diagonal(func, x, check, chunk_size: int | None):
+    """The output, and the diagonal of its Jacobian by torch.func; ``check(output, x)`` raises where there is none."""
+    result, pull = torch.func.vjp(func, x)
+    check(result, x)
+    n = x.numel()
+    rows = torch.eye(n, dtype=result.dtype, device=result.device).view(n, *result.shape)
+    made = vmap(lambda row: (pull(row)[0] * row).sum(), chunk_size=chunk_size)(rows)
+    return result, made.reshape(x.shape)

@@ -17,7 +17,7 @@ from .graph import Graph
 from .layout import FREE
 from .pattern import Trace, colours_of, has_windows, pattern_of
 from .rates import Rates, rough
-from .sweep import Sweep, follow, itemsize, simulate, untied_targets
+from .sweep import Sweep, follow, follow_given, itemsize, simulate, untied_targets
 
 CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
@@ -90,18 +90,11 @@ def choose_chunks(
     total = prod(sizes)
 
     def cut(count: int) -> dict[int, int]:
-        chunks, room = {}, max(1, count)
-        for f, n in reversed(list(zip(factors, sizes, strict=True))):
-            take = min(n, room)
-            take = ceil(n / ceil(n / take))  # equal chunks
-            room = max(1, room // n)
-            if take < n:
-                chunks[f] = take
-        return chunks
+        return cut_seeds(factors, sizes, count)
 
     if total <= 1 or sweep.windows:
         if needs(graph, sweep, {}, answer) > limit:
-            _refuse(needs(graph, sweep, {}, answer), limit)
+            _refuse(needs(graph, sweep, {}, answer), limit, sweep)
         return {}
     if chunk_size is not None:
         return cut(chunk_size) if chunk_size < total else {}
@@ -120,9 +113,21 @@ def choose_chunks(
     chunks = cut(count) if count < total else {}
     while needs(graph, sweep, chunks, answer) > limit:
         if count <= 1:
-            _refuse(needs(graph, sweep, cut(1), answer), limit)
+            _refuse(needs(graph, sweep, cut(1), answer), limit, sweep)
         count = max(1, count // 2)
         chunks = cut(count)
+    return chunks
+
+
+def cut_seeds(factors: list[int], sizes: list[int], count: int) -> dict[int, int]:
+    """At most ``count`` indices at once of seed factors, in equal chunks; the last factors stay whole if they can."""
+    chunks, room = {}, max(1, count)
+    for f, n in reversed(list(zip(factors, sizes, strict=True))):
+        take = min(n, room)
+        take = ceil(n / ceil(n / take))
+        room = max(1, room // n)
+        if take < n:
+            chunks[f] = take
     return chunks
 
 
@@ -137,10 +142,11 @@ def _weights(graph: Graph, sweep: Sweep) -> float:
     )
 
 
-def _refuse(need: float, limit: float) -> NoReturn:
+def _refuse(need: float, limit: float, sweep: Sweep) -> NoReturn:
+    instead = "" if sweep.given else ", or pass out= to write the answer elsewhere"
     raise MemoryLimitTooSmall(
         f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(need) + 1} with its "
-        "answer; raise memory_limit, or pass out= to write the answer elsewhere"
+        f"answer; raise memory_limit{instead}"
     )
 
 
@@ -188,6 +194,8 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     targets = {t for t in sweep.targets if t is not None}
     if sweep.patterns:
         return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
+    if sweep.given and chunks:
+        return peak + sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
     if answer is None or answer.given:
         return peak
     whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
@@ -361,6 +369,25 @@ def make_plan(
     return Plan(
         chosen, chosen != "forward-mode", sweeps, reason, cost, not _untied(graph, sweeps), parts
     )
+
+
+def plan_given(
+    graph: Graph,
+    seeds: list[int],
+    columns: int,
+    reverse: bool,
+    limit: float = float("inf"),
+    chunk_size: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
+    targets = list(graph.inputs if reverse else graph.outputs)
+    sweep = follow_given(graph, seeds, columns, reverse, targets)
+    sweep.alone = True
+    sweep.chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
+    sweep.peak = footprint(graph, sweep, sweep.chunks, None)
+    strategy = "reverse-mode" if reverse else "forward-mode"
+    return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False)
 
 
 def _cut(graph: Graph, parts, sweeps, limit, chunk_size, device: str, answer: Asked | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import rates
 from .graph import Graph
 from .memory import free_bytes, parse_bytes
-from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan
+from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
 from .samples import narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
 
@@ -86,9 +86,32 @@ def plan_for(
             return plan
         return make_plan(*options, rates.measured(device), answer)
 
+    key = (graph.key, strategy, summed, chunk_size, device.type, answer)
+    return _kept(key, make, memory_limit, chunk_size, device)
+
+
+def plan_for_given(
+    graph: Graph,
+    seeds: list[int],
+    columns: int,
+    reverse: bool,
+    chunk_size: int | None,
+    memory_limit: int | str | None,
+    device,
+) -> Plan:
+    """`planner.plan_given` under the memory limit of a call, remembered as `plan_for` does."""
+
+    def make(limit: float) -> Plan:
+        return plan_given(graph, seeds, columns, reverse, limit, chunk_size, device.type)
+
+    key = (graph.key, tuple(seeds), columns, reverse, chunk_size, device.type)
+    return _kept(key, make, memory_limit, chunk_size, device)
+
+
+def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Plan:
+    """The plan that ``make(limit)`` gives, remembered by ``key`` where no limit decides."""
     if memory_limit is not None:
         return make(parse_bytes(memory_limit))
-    key = (graph.key, strategy, summed, chunk_size, device.type, answer)
     plan = _plans.get(key)
     if plan is None:
         plan = make(float("inf"))

@@ -1,7 +1,8 @@
 """A sweep: the steps that accumulate a Jacobian from one seed, found by following layouts through the graph.
 
 The seed is the identity at one value: at an input or a cut (forward mode: its columns), at an output or a cut (reverse
-mode: its rows). Pure: it reads layouts and map structures, and holds no tensor.
+mode: its rows). Or blocks of tangents or cotangents are given, at several values at once. Pure: it reads layouts and
+map structures, and holds no tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from .graph import Graph
-from .layout import Colours, Layout, Selection, SplitSeed
+from .layout import FREE, Colours, Layout, Selection, SplitSeed
 from .linear_map import Route
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Sweep:
     items: list | None = None
     alone: bool = False
     """Whether it is the only stage of its plan: a derivative that all chunks share is then used once."""
+    given: tuple[int, ...] = ()
+    """The values whose blocks are given, if the seed is not an identity; ``seed`` is the first of them."""
+    alike: frozenset[int] = frozenset()
+    """The values whose blocks are made of weights alone, the same for all samples."""
 
     @property
     def flops(self) -> float:
@@ -135,11 +140,28 @@ def follow(
     while True:
         layout = Layout.identity(shape, splits, 0 if summed else None, colours)
         try:
-            sweep = _follow(graph, index, seed, layout, reverse, targets, summed, not colours)
+            seeds = {seed: layout}
+            sweep = _follow(graph, index, seeds, layout, reverse, targets, summed, not colours)
             sweep.colours = colours or {}
             return sweep
         except SplitSeed as split:
             refine(splits, shape, split, 0 if summed else None)
+
+
+def follow_given(
+    graph: Graph, seeds: list[int], columns: int, reverse: bool, targets: list[int | None]
+) -> Sweep:
+    """The sweep from blocks ``(columns, *value)`` that are given at the values ``seeds``.
+
+    They have one seed factor in common and no ties: what reaches a target is the sum over all of them. No seed may
+    lie on the way of another.
+    """
+    layouts = {
+        v: Layout(tuple(((n, FREE),) for n in graph.values[v].shape), (columns,)) for v in seeds
+    }
+    sweep = _follow(graph, 0, layouts, Layout((), (columns,)), reverse, targets, False, False)
+    sweep.given = tuple(seeds)
+    return sweep
 
 
 def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
@@ -157,36 +179,38 @@ def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
     raise AssertionError("a seed factor belongs to no axis")
 
 
-def _relevant(graph: Graph, seed: int, targets: list[int | None], reverse: bool) -> list[int]:
-    """The values on a path between the seed and a target, in sweep order, the seed first."""
+def _relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> list[int]:
+    """The values on a path between a seed and a target, in sweep order."""
     wanted = {t for t in targets if t is not None}
     values = graph.values
     if reverse:
-        up = {seed}
-        for v in range(seed, -1, -1):
+        first = max(seeds)
+        up = set(seeds)
+        for v in range(first, -1, -1):
             if v in up:
                 up.update(s for s, _ in values[v].sources)
         down = set(wanted)
-        for v in range(seed + 1):
+        for v in range(first + 1):
             if v not in down and any(s in down for s, _ in values[v].sources):
                 down.add(v)
-        return [v for v in range(seed, -1, -1) if v in up and v in down]
+        return [v for v in range(first, -1, -1) if v in up and v in down]
     up = set()
-    last = max(wanted, default=-1)
+    first, last = min(seeds), max(wanted, default=-1)
     for v in range(last, -1, -1):
         if v in up or v in wanted:
             up.add(v)
             up.update(s for s, _ in values[v].sources)
-    down = {seed}
-    for v in range(seed + 1, last + 1):
+    down = set(seeds)
+    for v in range(first + 1, last + 1):
         if any(s in down for s, _ in values[v].sources):
             down.add(v)
-    return [v for v in range(seed, last + 1) if v in up and v in down]
+    return [v for v in range(first, last + 1) if v in up and v in down]
 
 
-def _follow(graph, index, seed, layout, reverse, targets, summed, unit_seed: bool) -> Sweep:
+def _follow(graph, index, seeds, layout, reverse, targets, summed, unit_seed: bool) -> Sweep:
+    """``seeds``: the layouts of the blocks to start from; ``layout``: that of the sweep, whose seed is theirs."""
     values = graph.values
-    order = _relevant(graph, seed, targets, reverse)
+    order = _relevant(graph, seeds, targets, reverse)
     present = set(order)
     incoming: dict[int, list[tuple[int, int, int]]] = {v: [] for v in order}
     for v in order:
@@ -211,10 +235,11 @@ def _follow(graph, index, seed, layout, reverse, targets, summed, unit_seed: boo
         int, bool
     ] = {}  # made of weights alone: the same for all samples, and computed once
     steps = []
-    if seed in present:
-        layouts[seed], ones[seed], alike[seed] = layout, unit_seed, True
+    for v, at in seeds.items():
+        if v in present:  # what a caller gives may be of any sample its own
+            layouts[v], ones[v], alike[v] = at, unit_seed, at is layout
     for v in order:
-        if v == seed:
+        if v in seeds:
             continue
         terms, meet, flops, written, sums = [], None, 0.0, 0.0, 0
         unit = len(incoming[v]) == 1
@@ -246,12 +271,13 @@ def _follow(graph, index, seed, layout, reverse, targets, summed, unit_seed: boo
     return Sweep(
         reverse,
         index,
-        seed,
+        next(iter(seeds)),
         layout,
         steps,
         layouts,
         [t if t in present else None for t in targets],
         summed,
+        alike=frozenset(v for v, same in alike.items() if same),
     )
 
 
@@ -264,7 +290,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
 
     # a view shares its source's memory: blocks are counted by the value that owns the memory
     nobody = -1
-    root: dict[int, int] = {sweep.seed: nobody}
+    root: dict[int, int] = dict.fromkeys(sweep.given or (sweep.seed,), nobody)
     users: dict[int, int] = {}
     size: dict[int, float] = {}
 

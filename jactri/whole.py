@@ -48,7 +48,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
             return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)
 
         n = y[0].numel() if per_sample else y.numel()
-        count = chunk_size or _rows_at_once(y, xs, memory_limit)
+        count = chunk_size or rows_at_once(y, xs, memory_limit)
         pieces = []
         for start in range(0, n, count):
             k = min(count, n - start)
@@ -75,7 +75,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
     return out
 
 
-def _rows_at_once(y, xs, memory_limit) -> int:
+def rows_at_once(y, xs, memory_limit) -> int:
     """Rows that fit the memory limit, by a guess: what lies between the ends is taken for ten times as large."""
     budget = free_bytes(y.device) // 2 if memory_limit is None else parse_bytes(memory_limit)
     ends = y.numel() * y.element_size() + sum(x.numel() * x.element_size() for x in xs)

@@ -432,3 +432,19 @@ def test_what_a_kernel_runs_is_one_range(device, launched):
     assert names == ["jactri #0 reverse 4 Linear AddmmBackward0 [0 FLOP 0 B]", whole]
     found = jactri.profile(f, x, repeats=1, **options)
     assert [s.measured_ms is None for s in found.steps] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_given_tangents_and_cotangents(chunk_size, device, launched):
+    f = mlp((5, 40, 33, 4), nn.Tanh, nn.Softmax(-1)).to(device)
+    x = torch.randn(6, 5, device=device)
+    wide = copy.deepcopy(f).double()
+    for call, v in (
+        (jactri.jvp, torch.randn(7, 6, 5, device=device)),
+        (jactri.vjp, torch.randn(7, 6, 4, device=device)),
+    ):
+        launched.clear()
+        _, got = call(f, x, v, backend="triton", chunk_size=chunk_size)
+        _, want = call(wide, x.double(), v.double(), backend="torch")
+        assert distance(got, want) <= 2e-6
+        assert {"chain", "rows"} <= set(launched)
