@@ -6,7 +6,10 @@ from .compiled import Compiled, compile
 from .entries import Banded
 from .opaque import FallbackError, fallback
 from .operators.diagonal import diagonal
+from .operators.divergence import divergence
+from .operators.gradient import gradient
 from .operators.gram import jjt, jtj
+from .operators.laplacian import bilaplacian, laplacian
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -22,16 +25,20 @@ __all__ = [
     "FallbackError",
     "JacobianMismatch",
     "Profile",
+    "bilaplacian",
     "check",
     "compile",
     "diagonal",
+    "divergence",
     "explain",
     "fallback",
+    "gradient",
     "jacobian",
     "jacobian_of",
     "jjt",
     "jtj",
     "jvp",
+    "laplacian",
     "profile",
     "sparsity",
     "vjp",

@@ -49,8 +49,21 @@ def inner(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape[1:]) if batched(x) else tuple(x.shape)
 
 
-def evaluate(func: Callable, x: Tensor, name: str, create_graph: bool) -> tuple[Tensor, Tensor]:
-    """``func`` at ``x``: its output, and the tensor that requires grad and that it was called with."""
+def check_same(y: Tensor, x: Tensor, name: str) -> None:
+    """Raise unless an output has the shape of its input."""
+    if y.shape != x.shape:
+        raise RuntimeError(
+            f"{name} needs a func whose output has the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
+
+
+def evaluate(
+    func: Callable, x: Tensor, name: str, create_graph: bool, same: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``func`` at ``x``: its output, and the tensor that requires grad and that it was called with.
+
+    ``same``: the output must have the shape of the input.
+    """
     ys, (leaf,), tupled, _ = prepare(func, (x,), create_graph)
     if tupled:
         raise TypeError(
@@ -61,6 +74,8 @@ def evaluate(func: Callable, x: Tensor, name: str, create_graph: bool) -> tuple[
         raise RuntimeError(
             f"func of {name} must return a floating-point tensor, got {y.dtype}, which has no derivative"
         )
+    if same:
+        check_same(y, x, name)
     if batched(x) and (y.dim() == 0 or y.shape[0] != x.shape[0]):
         raise ValueError(
             f"x of {name} has shape {tuple(x.shape)}: a batch of {x.shape[0]} samples, for which func must return "
