@@ -38,6 +38,8 @@ class Course:
     sweep: Sweep
     frees: dict[int, tuple[int, ...]]
     dense: frozenset[int]
+    samples: frozenset[int]
+    """The seed's factors that are the samples."""
     tied: bool
     """Whether the samples of the result stay tied to those of the input: they do not mix."""
     peak: float
@@ -83,7 +85,7 @@ def _course(graph: Graph, curves: Curves, batch: bool, seeds: int | None) -> Cou
     samples = _samples(sweep, batch)
     dense = frozenset(v for v, lay in sweep.layouts.items() if lay.tied <= samples)
     tied = not batch or sample_ties(sweep, sweep.layouts[y], graph)
-    return Course(sweep, frees, dense, tied, peak_bytes(graph, sweep, {}))
+    return Course(sweep, frees, dense, samples, tied, peak_bytes(graph, sweep, {}))
 
 
 def _dense(graph: Graph, x: int, y: int, batch: bool, count: int) -> Sweep:
@@ -96,7 +98,7 @@ def _dense(graph: Graph, x: int, y: int, batch: bool, count: int) -> Sweep:
         axes += [((n, FREE),) for n in shape[len(axes) :]]
         layout = Layout(tuple(axes), (*own, count))
         try:
-            return _follow(graph, 0, x, layout, False, [y], False, False)
+            return _follow(graph, 0, {x: layout}, layout, False, [y], False, False)
         except SplitSeed as split:
             refine(splits, shape, split)
 
@@ -180,8 +182,7 @@ class Run:
                 self.joined.pop(v, None)
         y = self.graph.outputs[0]
         layout = self.layouts[y]
-        samples = frozenset(t for _, t in self.sweep.layout.axes[0]) if self.plan.tied else ()
-        block = self.block(y, layout.tied.intersection(samples))
+        block = self.block(y, layout.tied & self.plan.samples)
         if block is None:
             like = self.values[y]
             block = torch.ones((), dtype=like.dtype, device=like.device).expand(1, *like.shape)

@@ -65,4 +65,4 @@ def directions(a: Tensor, x: Tensor, create_graph: bool) -> tuple[Tensor, int]:
     count = block.shape[0]
     if not points.batched(x):
         return block.reshape(count, *size), plus
-    return block.reshape(count, -1, *size), plus
+    return block.reshape(count, block.shape[1], *size), plus
