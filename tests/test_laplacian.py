@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -27,7 +28,7 @@ F32 = torch.float32
 
 def mlp(act, *sizes):
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), act()]
     return nn.Sequential(*layers[:-1]).double()
 
@@ -213,7 +214,8 @@ def test_functions(case):
     else:
         want = truth(f, x)
     y, jacobian, lap = jactri.laplacian(f, x, return_lower=True)
-    assert_close(lap, want, F64, length=x.numel() * 16, what="laplacian", scale=scale_of(want))
+    factor = 16 if name == "logcumsumexp" else 1  # torch's own backward of it cancels
+    assert_close(lap, want, F64, length=x.numel() * 16, scale=scale_of(want), factor=factor)
     assert_close(y, f(x), F64)
     if name != "python":
         assert_close(jacobian, first(f, x), F64, length=x.numel())
@@ -241,7 +243,7 @@ def test_mlp_of_every_activation(act, dtype):
     net = mlp(act, 3, 17, 13, 2)
     x = torch.randn(7, 3, dtype=F64)
     want = hand(net, x.clone().requires_grad_()).detach()
-    y, jacobian, lap = jactri.laplacian(net.to(dtype), x.to(dtype), return_lower=True)
+    _y, jacobian, lap = jactri.laplacian(net.to(dtype), x.to(dtype), return_lower=True)
     assert lap.dtype == dtype and lap.shape == (7, 2) and jacobian.shape == (7, 2, 3)
     narrow = F64 if dtype == F64 else F32
     assert_close(lap, want, narrow, length=17 * 13, scale=scale_of(want))
@@ -267,6 +269,7 @@ TABLE = [
     if c.second
     and not c.variant
     and c.twin is None
+    and c.inner is None
     and 0 < sum(torch.Size(i.shape).numel() for i in c.inputs) <= 60
     # torch's own second derivative of the transposed convolution's weight fails
     and c.name != "conv_transpose1d_weights_padded_beyond_stride"
@@ -290,7 +293,10 @@ def test_table_of_ops(case):
             g = torch.zeros_like(x)
         rows = [torch.zeros_like(x)]
         if g.requires_grad:
-            rows = [torch.autograd.grad(p, leaf, retain_graph=True)[0] for p in g.unbind()]
+            rows = [
+                torch.autograd.grad(p, leaf, retain_graph=True, materialize_grads=True)[0]
+                for p in g.unbind()
+            ]
     hessians = torch.stack(rows)
     want = hessians.diagonal().sum()
     got = (jactri.laplacian(f, x) * c).sum()
@@ -333,7 +339,7 @@ def test_chunks_of_samples_are_taken(monkeypatch):
         build, shape = NETWORKS[name]
         net, x = make(build), torch.randn(11, *shape[1:], dtype=F64)
         lengths.clear()
-        y, jacobian, lap = jactri.laplacian(net, x, return_lower=True)
+        _y, jacobian, lap = jactri.laplacian(net, x, return_lower=True)
         assert len(set(lengths[1:])) == 2 or len(lengths) > 11, lengths
         assert_close(lap, truth(net, x), F64, length=1000)
         assert_close(jacobian, first(net, x), F64, length=100)
@@ -372,7 +378,7 @@ def test_weights(name, create_graph):
     net, x, weight = make(Residual), torch.randn(5, 4, dtype=F64), WEIGHTS[name]()
     form = weight if weight.dim() == 2 else weight.unsqueeze(1)
     want = (second(net, x) * form).sum((-2, -1))
-    y, jacobian, lap = jactri.laplacian(net, x, weight, create_graph, return_lower=True)
+    _y, jacobian, lap = jactri.laplacian(net, x, weight, create_graph, return_lower=True)
     assert_close(lap, want, F64, length=400, scale=scale_of(want))
     assert_close(jacobian, first(net, x), F64, length=100)
 
@@ -438,7 +444,7 @@ def test_third_derivatives(name):
         y = net(x)
         theirs = loss(hand(with_norms_by_hand(net), x), y)
         want = torch.autograd.grad(theirs, parameters, allow_unused=True)
-    y, jacobian, lap = jactri.laplacian(net, x, create_graph=True, return_lower=True)
+    y, _jacobian, lap = jactri.laplacian(net, x, create_graph=True, return_lower=True)
     assert lap.requires_grad and y.requires_grad
     got = torch.autograd.grad(loss(lap, y), parameters, allow_unused=True)
     assert_gradients_close(got, want, F64, length=4000)
@@ -573,7 +579,7 @@ def test_points(size):
     def f(v):
         return torch.stack([(v**3).sum(), torch.sin(v).sum() ** 2])
 
-    y, jacobian, lap = jactri.laplacian(f, x, return_lower=True)
+    _y, jacobian, lap = jactri.laplacian(f, x, return_lower=True)
     assert jacobian.shape == (2, *size)
     n = max(x.numel(), 1)
     want = hessian(f)(x).reshape(2, n, n).diagonal(0, -2, -1).sum(-1)
@@ -597,7 +603,7 @@ def test_strided_inputs_and_bystanders():
 def test_multi_axis_in_and_out():
     torch.manual_seed(0)
     net, x = make(Attention), torch.randn(2, 3, 4, dtype=F64)
-    y, jacobian, lap = jactri.laplacian(net, x, return_lower=True)
+    _y, jacobian, lap = jactri.laplacian(net, x, return_lower=True)
     assert jacobian.shape == (2, 3, 4, 3, 4) and lap.shape == (2, 3, 4)
 
 
@@ -645,7 +651,7 @@ def test_bad_input(call):
         call(lambda v: v.long(), x)
     with pytest.raises(ValueError, match=r"\(4, 3\).*returned shape \(\)"):
         call(lambda v: net(v).sum(), x)
-    with pytest.raises(RuntimeError, match="samples mix.*Mm|samples mix.*MeanBackward|mixed|mix"):
+    with pytest.raises(RuntimeError, match=r"samples mix: the op (Mean|Sub|Sum|Expand)"):
         call(lambda v: torch.tanh(v - v.mean(0)), x)
     with pytest.raises(ValueError, match="chunk_size"):
         call(net, x, chunk_size=0)
