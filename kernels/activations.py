@@ -232,7 +232,9 @@ DERIVATIVES = {
     "relu": Derivative(relu, "y"),
     "leaky_relu": Derivative(leaky_relu, "x", ("slope",)),
     "elu": Derivative(elu, "x", ("alpha", "scale", "input_scale"), second=elu2),
-    "elu_result": Derivative(elu_result, "y", ("alpha", "scale", "input_scale"), second=elu_result2),
+    "elu_result": Derivative(
+        elu_result, "y", ("alpha", "scale", "input_scale"), second=elu_result2
+    ),
     "gelu": Derivative(gelu, "x", second=gelu2),
     "gelu_tanh": Derivative(gelu_tanh, "x", second=gelu_tanh2),
     "silu": Derivative(silu, "x", second=silu2),

@@ -21,30 +21,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import chain as chains
 from .activations import DERIVATIVES
-from .chain import _hopper
 from .linear import Config
 from .operands import multiply, prepare
 from .support import Factor, Unfit, factor, fitting, on_device, power_of_two, wide
-
-WIDEST, WIDEST_BEFORE_HOPPER = 128, 64
-"""The widest layer of a `chain`, for the reasons of `kernels.chain`."""
 
 MOST_LAST = 4
 """The most features of a last layer that is summed in the epilogue."""
 
 MOST_ROWS = 64
-"""The most rows of one sample that a `chain` holds together, and the most of them in a tile of `step`."""
+"""The most rows of one sample that a `chain` holds: they lie in one tile."""
 
 CONFIGS = (
-    Config(128, 64, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
+    # half the registers of the second: two programs on a multiprocessor
+    Config(128, 64, 32, 8, 3),
     Config(128, 128, 32, 8, 3),
-)
-
-CHAIN_CONFIGS = (
-    Config(128, 0, 0, 8, 1),
-    Config(64, 0, 0, 4, 1),
+    # few rows
+    Config(64, 64, 32, 4, 3),
 )
 
 _PROGRAMS = 132
@@ -55,26 +49,19 @@ _PROGRAMS = 132
 def _rows(TILE: tl.constexpr):
     """The row of its sample, and the sample, of each row of a tile.
 
-    TILE: rows (slow), samples (slow), rows (fast), samples (fast). Tensor cores give a thread entries 8 rows apart, and
-    of every 64 rows: where the rows of a sample lie so, most of a sum over them stays inside a thread.
+    TILE: samples, rows, samples, rows, from slow to fast. Tensor cores give a thread entries 8 rows apart and a warp
+    16 rows: with the rows of a sample there, a sum over them stays inside a warp, and its first half inside a thread.
     """
     m = tl.arange(0, TILE[0] * TILE[1] * TILE[2] * TILE[3])
-    fast, m = m % TILE[3], m // TILE[3]
-    low, m = m % TILE[2], m // TILE[2]
-    return m // TILE[1] * TILE[2] + low, m % TILE[1] * TILE[3] + fast
-
-
-@triton.jit
-def _sum_rows(z, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """(samples, WIDTH) sums over the rows of each sample."""
-    z = tl.reshape(z, (TILE[0], TILE[1], TILE[2], TILE[3], WIDTH))
-    return tl.reshape(tl.sum(tl.sum(z, 2), 0), (TILE[1] * TILE[3], WIDTH))
+    k0, m = m % TILE[3], m // TILE[3]
+    r0, m = m % TILE[2], m // TILE[2]
+    return m % TILE[1] * TILE[3] + k0, m // TILE[1] * TILE[2] + r0
 
 
 @triton.jit
 def _spread(x, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """(samples, WIDTH) values at every row of their sample."""
-    x = tl.reshape(x, (1, TILE[1], 1, TILE[3], WIDTH))
+    """What there is once a sample, at every row of the tile."""
+    x = tl.reshape(x, (TILE[0], 1, TILE[2], 1, WIDTH))
     x = tl.broadcast_to(x, (TILE[0], TILE[1], TILE[2], TILE[3], WIDTH))
     return tl.reshape(x, (TILE[0] * TILE[1] * TILE[2] * TILE[3], WIDTH))
 
@@ -95,25 +82,45 @@ def _derivatives(Z, Y, s, y, D: tl.constexpr, DD: tl.constexpr, P: tl.constexpr,
 
 @triton.jit
 def _seeded(
-    t, k, K, Z, Y, s, y, D: tl.constexpr, DD: tl.constexpr, P: tl.constexpr, r, i, mask
+    T, k, K, Z, Y, s, y, D: tl.constexpr, DD: tl.constexpr, P: tl.constexpr, r, i, mask
 ):  # fmt: skip
-    """The block behind the first activation, from `seeds`."""
+    """The block at T, rows k; behind the first activation, where T holds `seeds`."""
     if D is None:
-        return t
+        return tl.load(T, mask=mask, other=0.0)
     else:
         d, dd = _derivatives(Z, Y, s, y, D, DD, P, r, i, mask)
-        return t.to(tl.float32) * tl.where((k < K)[:, None], d, dd)
+        # loaded twice, not chosen from: what comes out of loads alone is made in the layout of the product
+        tangents = tl.load(T, mask=mask & (k < K)[:, None], other=0.0).to(tl.float32)
+        squares = tl.load(T, mask=mask & (k == K)[:, None], other=0.0).to(tl.float32)
+        return tangents * d + squares * dd
 
 
 @triton.jit
-def _squares(z, k, r, K, W, w_r, w_k, inside, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the rows k of samples r: ``sum_k w_k z[k]^2``, for each sample of the tile."""
-    tangent = (k < K) & inside
-    square = tl.where(tangent[:, None], z * z, 0.0)
-    if W is not None:
-        w = tl.load(W + r * w_r + k * w_k, mask=tangent, other=0.0).to(tl.float32)
-        square *= w[:, None]
-    return _sum_rows(square, TILE, WIDTH)
+def _behind(
+    t, q, Z, Y, s, y, D: tl.constexpr, DD: tl.constexpr, P: tl.constexpr, rs, i, mask,
+    k, r, K, W, w_r, w_k, inside, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rows k of a tile behind an activation, and ``q``, the sums of the rows before, with those of these added."""
+    d, dd = _derivatives(Z, Y, s, y, D, DD, P, rs, i, mask)
+    d = _spread(d, TILE, WIDTH)
+    if DD is None and Y is None:
+        return t * d, q
+    else:
+        tangent = (k < K) & inside
+        square = tl.where(tangent[:, None], t * t, 0.0)
+        if W is not None:
+            w = tl.load(W + r * w_r + k * w_k, mask=tangent, other=0.0).to(tl.float32)
+            square *= w[:, None]
+        square = tl.reshape(square, (TILE[0], TILE[1], TILE[2], TILE[3], WIDTH))
+        q += tl.sum(tl.sum(square, 1, keep_dims=True), 3, keep_dims=True)
+        # both spread, then multiplied: the sums stay in the layout that they came in
+        bend = _spread(dd, TILE, WIDTH) * _spread(q, TILE, WIDTH)
+        return t * d + tl.where((k == K)[:, None], bend, 0.0), q
+
+
+@triton.jit
+def _sums(TILE: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros((TILE[0], 1, TILE[2], 1, WIDTH), tl.float32)
 
 
 @triton.jit
@@ -123,8 +130,8 @@ def _reduced(
     """Stores ``t @ last`` at OUT."""
     for c in tl.static_range(COUNT):
         w = tl.load(LAST + o * l_i + c * l_o, mask=outside, other=0.0).to(tl.float32)
-        s = tl.sum(t * w[None, :], 1)
-        tl.store(OUT + c * o_o, s.to(OUT.dtype.element_ty), mask=mask)
+        s = tl.sum(t * w[None, :], 1, keep_dims=True)
+        tl.store(OUT[:, None] + c * o_o, s.to(OUT.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
@@ -135,8 +142,8 @@ def _laplacian_step(
     PRECISION: tl.constexpr, TILE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, COUNT: tl.constexpr,
     ONCE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    KB: tl.constexpr = TILE[0] * TILE[2]
-    BR: tl.constexpr = TILE[1] * TILE[3]
+    KB: tl.constexpr = TILE[1] * TILE[3]
+    BR: tl.constexpr = TILE[0] * TILE[2]
     pid = tl.program_id(0)
     tiles = tl.cdiv(O, BO)
     part, at = pid % tiles, pid // tiles
@@ -147,7 +154,7 @@ def _laplacian_step(
         kt, rt = kt.to(tl.int64), rt.to(tl.int64)
     r, rs = at * BR + rt, at * BR + r0
     outside = o < O
-    q = tl.zeros((BR, BO), tl.float32)
+    q = _sums(TILE, BO)
     for k0 in range(0, 1 if ONCE else K + 1, KB):
         k = k0 + kt
         inside = (r < R) & (k <= K)
@@ -156,19 +163,15 @@ def _laplacian_step(
             i = start + i0
             mask = inside[:, None] & (i < I)[None, :]
             from_ = T + k[:, None] * t_k + r[:, None] * t_r + i[None, :] * t_i
-            t = tl.load(from_, mask=mask, other=0.0)
-            t = _seeded(t, k, K, ZB, YB, zb, yb, DB, DDB, PB, r, i, mask)
+            t = _seeded(from_, k, K, ZB, YB, zb, yb, DB, DDB, PB, r, i, mask)
             m_at = M + i[:, None] * m_i + o[None, :] * m_o
             within = (i < padded)[:, None] & outside[None, :]
             acc = multiply(t, m_at, m_p, within, acc, PRECISION, DB is not None)
         if DA is not None:
             mask = (rs < R)[:, None] & outside[None, :]
-            d, dd = _derivatives(ZA, YA, za, ya, DA, DDA, PA, rs, o, mask)
-            if DDA is not None or YA is not None:
-                q += _squares(acc, k, r, K, W, w_r, w_k, inside, TILE, BO)
-            acc *= _spread(d, TILE, BO)
-            if DDA is not None or YA is not None:
-                acc += tl.where((k == K)[:, None], _spread(dd * q, TILE, BO), 0.0)
+            acc, q = _behind(
+                acc, q, ZA, YA, za, ya, DA, DDA, PA, rs, o, mask, k, r, K, W, w_r, w_k, inside, TILE, BO
+            )  # fmt: skip
         to = OUT + k * o_k + r * o_r
         if LAST is not None:
             _reduced(acc, LAST, l_i, l_o, to + part * o_p, o, outside, o_o, inside, COUNT)
@@ -184,7 +187,7 @@ def _laplacian_chain(
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, DS: tl.constexpr, DDS: tl.constexpr, PS: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    BR: tl.constexpr = TILE[1] * TILE[3]
+    BR: tl.constexpr = TILE[0] * TILE[2]
     at, i = tl.program_id(0), tl.arange(0, COLUMNS[0])
     k, rt = _rows(TILE)
     if WIDE:
@@ -193,26 +196,20 @@ def _laplacian_chain(
     inside = (r < R) & (k <= K)
     mask = inside[:, None] & (i < WIDTHS[0])[None, :]
     t = tl.load(T + k[:, None] * t_k + r[:, None] * t_r + i[None, :] * t_i, mask=mask, other=0.0)
-    t = _seeded(t, k, K, ZS[0], YS[0], z_s[0], y_s[0], DS[0], DDS[0], PS[0], r, i, mask)
     for l in tl.static_range(len(MS)):
         i, o = tl.arange(0, COLUMNS[l]), tl.arange(0, COLUMNS[l + 1])
         if WIDE:
             o = o.to(tl.int64)
         from_ = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
         mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
-        acc = tl.zeros((TILE[0] * TILE[2] * BR, COLUMNS[l + 1]), tl.float32)
+        acc = tl.zeros((TILE[1] * TILE[3] * BR, COLUMNS[l + 1]), tl.float32)
         t = multiply(t, from_, m_s[l][0], mask, acc, PRECISION)
-        if DS[l + 1] is not None:
+        if DS[l] is not None:
             mask = (rs < R)[:, None] & (o < WIDTHS[l + 1])[None, :]
-            d, dd = _derivatives(
-                ZS[l + 1], YS[l + 1], z_s[l + 1], y_s[l + 1], DS[l + 1], DDS[l + 1], PS[l + 1], rs, o, mask
+            t, _ = _behind(
+                t, _sums(TILE, COLUMNS[l + 1]), ZS[l], YS[l], z_s[l], y_s[l], DS[l], DDS[l], PS[l], rs, o, mask,
+                k, r, K, W, w_r, w_k, inside, TILE, COLUMNS[l + 1],
             )  # fmt: skip
-            if DDS[l + 1] is not None or YS[l + 1] is not None:
-                q = _squares(t, k, r, K, W, w_r, w_k, inside, TILE, COLUMNS[l + 1])
-                t *= _spread(d, TILE, COLUMNS[l + 1])
-                t += tl.where((k == K)[:, None], _spread(dd * q, TILE, COLUMNS[l + 1]), 0.0)
-            else:
-                t *= _spread(d, TILE, COLUMNS[l + 1])
     o = tl.arange(0, COLUMNS[len(MS)])
     if WIDE:
         o = o.to(tl.int64)
@@ -225,7 +222,9 @@ def _laplacian_chain(
         tl.store(to[:, None] + o[None, :] * o_o, t.to(OUT.dtype.element_ty), mask=mask)
 
 
-def seeds(weight: Tensor, directions: Tensor | None = None, weights: Tensor | None = None):
+def seeds(
+    weight: Tensor, directions: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """The block behind the first Linear layer, the same for all samples: ``(K + 1, O)``.
 
     weight: (O, I); directions: (K, I), by default the axes; weights: (K,). Row k is the weight times direction k, the
@@ -239,19 +238,25 @@ def seeds(weight: Tensor, directions: Tensor | None = None, weights: Tensor | No
 
 def _tile(rows: int, together: int) -> tuple[int, int, int, int]:
     """`_rows`'s TILE of this many rows, so many of them of one sample."""
-    low = min(together, 2)
-    fast = min(8, rows // together)
-    return together // low, rows // together // fast, low, fast
+    slow = min(together, 2)
+    fast = together // slow
+    between = max(1, 8 // fast)
+    return rows // (together * between), slow, between, fast
 
 
 def _together(K: int, R: int, tiles: int, rows: int) -> int:
-    """How many rows of one sample lie in a tile: the fewest turns of the GPU's programs, then the least padding."""
+    """How many rows of one sample lie in a tile: what takes the programs of a GPU the fewest turns.
+
+    Of several, the one nearest to 4; one row at a time would take a register for each sum.
+    """
 
     def turns(n: int) -> tuple[int, int]:
         programs = -(-R // (rows // n)) * tiles
-        return -(-programs // _PROGRAMS) * -(-(K + 1) // n), n
+        return -(-programs // _PROGRAMS) * -(-(K + 1) // n), abs(n - 4)
 
-    return min((n for n in (1, 2, 4, 8, 16) if n <= power_of_two(K + 1)), key=turns)
+    return min(
+        (n for n in (1, 2, 4, 8, 16) if min(2, K + 1) <= n <= power_of_two(K + 1)), key=turns
+    )
 
 
 def _activation(f: Factor | None):
@@ -301,7 +306,7 @@ def step(
         return out
     if last is not None and O == 0:
         return out.zero_()
-    c = config or (CONFIGS[0] if (K + 1) * R > 64 else CONFIGS[1])
+    c = config or CONFIGS[0 if (K + 1) * R > 64 else 2]
     columns = min(c.out, power_of_two(O, 16))
     tiles = triton.cdiv(O, columns)
     together = _together(K, R, tiles, c.rows)
@@ -323,7 +328,7 @@ def step(
             min(c.inner, power_of_two(I, 16)), count, together > K, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return out if into.shape[0] == 1 else torch.sum(into, 0, out=out) if out.dtype == torch.float32 else out.copy_(into.sum(0))
+    return out if into.shape[0] == 1 else out.copy_(into.sum(0))
 
 
 def chain_configs(widths: Sequence[int], K: int, device: torch.device) -> tuple[Config, ...]:
@@ -331,12 +336,7 @@ def chain_configs(widths: Sequence[int], K: int, device: torch.device) -> tuple[
 
     A last layer that is summed in the epilogue does not count.
     """
-    widest = max(widths)
-    if min(widths) < 1 or widest > (WIDEST if _hopper(device) else WIDEST_BEFORE_HOPPER):
-        return ()
-    if K + 1 > MOST_ROWS:
-        return ()
-    return CHAIN_CONFIGS if widest <= 64 else CHAIN_CONFIGS[:1]
+    return chains.chain_configs(widths, device) if K < MOST_ROWS else ()
 
 
 def chain(
@@ -352,8 +352,8 @@ def chain(
 ) -> Tensor:
     """Several layers in one launch: between its first and its last no tangent leaves the chip.
 
-    As so many `step`s: t: (K + 1, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each
-    or None, the first of them the activation ahead of the first matrix, for `seeds` in t. See `chain_configs` for
+    As so many `step`s: t: (K + 1, R, w_0), for the whole network the directions and zeros, with a stride of 0 along
+    the samples; matrices[l]: (w_l, w_(l+1)); factors: as many, (R, w_(l+1)) each or None. See `chain_configs` for
     widths and K; raises Unfit where the device cannot run it. The rows of a sample are padded to a power of two
     P > K: costs ``2 P R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
     """
@@ -364,7 +364,7 @@ def chain(
         out = torch.empty(K + 1, R, count or widths[-1], dtype=t.dtype, device=t.device)
     if out.numel() == 0:
         return out
-    c = config or CHAIN_CONFIGS[0]
+    c = config or chains.CHAIN_CONFIGS[0]
     together = power_of_two(K + 1)
     if together > min(c.rows, MOST_ROWS):
         raise Unfit(f"{K} tangents: a chain holds {MOST_ROWS - 1} of a sample")
@@ -379,7 +379,8 @@ def chain(
             t, tuple(m.values for m in operands), last, w, zs, ys, out, K, R, tuple(m.padded for m in operands),
             *t.stride(), tuple(m.strides for m in operands), *((0, 0) if last is None else last.stride()),
             *((0, 0) if w is None else w.stride()), ss, ts, *out.stride(),
-            widths, tuple(power_of_two(n, 16) for n in widths), ds, dds, ps, precision, _tile(c.rows, together), count, far,
+            widths, tuple(power_of_two(n, 16) for n in widths), ds, dds, ps,
+            precision, _tile(c.rows, together), count, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The kernels over images in plain torch, for tests: any dtype, no speed."""
+"""The kernels over images, and of the Laplacian, in plain torch, for tests: any dtype, no speed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,6 @@ def laplacian_step(
 
 def laplacian_chain(t: Tensor, matrices, factors, last=None, weights=None) -> Tensor:
     """`laplacian.chain`; activations as in `laplacian_step`."""
-    before = factors[0]
-    for m, after in zip(matrices, factors[1:], strict=True):
-        t, before = laplacian_step(t, m, after, before, weights=weights), None
+    for m, after in zip(matrices, factors, strict=True):
+        t = laplacian_step(t, m, after, weights=weights)
     return t if last is None else t @ last
