@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import chain as chains
 from .activations import DERIVATIVES
+from .chain import _zeros
 from .linear import Config
 from .operands import multiply, prepare
 from .support import Factor, Unfit, factor, fitting, on_device, power_of_two, wide
@@ -59,11 +60,25 @@ def _rows(TILE: tl.constexpr):
 
 
 @triton.jit
+def _along(x, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows of a tile along `_rows`'s four axes."""
+    r1: tl.constexpr = TILE[0]
+    k1: tl.constexpr = TILE[1]
+    r0: tl.constexpr = TILE[2]
+    k0: tl.constexpr = TILE[3]
+    return tl.reshape(x, (r1, k1, r0, k0, WIDTH))
+
+
+@triton.jit
 def _spread(x, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """What there is once a sample, at every row of the tile."""
-    x = tl.reshape(x, (TILE[0], 1, TILE[2], 1, WIDTH))
-    x = tl.broadcast_to(x, (TILE[0], TILE[1], TILE[2], TILE[3], WIDTH))
-    return tl.reshape(x, (TILE[0] * TILE[1] * TILE[2] * TILE[3], WIDTH))
+    r1: tl.constexpr = TILE[0]
+    k1: tl.constexpr = TILE[1]
+    r0: tl.constexpr = TILE[2]
+    k0: tl.constexpr = TILE[3]
+    x = tl.reshape(x, (r1, 1, r0, 1, WIDTH))
+    x = tl.broadcast_to(x, (r1, k1, r0, k0, WIDTH))
+    return tl.reshape(x, (r1 * k1 * r0 * k0, WIDTH))
 
 
 @triton.jit
@@ -111,7 +126,7 @@ def _behind(
         if W is not None:
             w = tl.load(W + r * w_r + k * w_k, mask=tangent, other=0.0).to(tl.float32)
             square *= w[:, None]
-        square = tl.reshape(square, (TILE[0], TILE[1], TILE[2], TILE[3], WIDTH))
+        square = _along(square, TILE, WIDTH)
         q += tl.sum(tl.sum(square, 1, keep_dims=True), 3, keep_dims=True)
         # both spread, then multiplied: the sums stay in the layout that they came in
         bend = _spread(dd, TILE, WIDTH) * _spread(q, TILE, WIDTH)
@@ -120,7 +135,9 @@ def _behind(
 
 @triton.jit
 def _sums(TILE: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros((TILE[0], 1, TILE[2], 1, WIDTH), tl.float32)
+    r1: tl.constexpr = TILE[0]
+    r0: tl.constexpr = TILE[2]
+    return tl.zeros((r1, 1, r0, 1, WIDTH), tl.float32)
 
 
 @triton.jit
@@ -188,6 +205,7 @@ def _laplacian_chain(
     PRECISION: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     BR: tl.constexpr = TILE[0] * TILE[2]
+    BM: tl.constexpr = BR * TILE[1] * TILE[3]
     at, i = tl.program_id(0), tl.arange(0, COLUMNS[0])
     k, rt = _rows(TILE)
     if WIDE:
@@ -202,7 +220,7 @@ def _laplacian_chain(
             o = o.to(tl.int64)
         from_ = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
         mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
-        acc = tl.zeros((TILE[1] * TILE[3] * BR, COLUMNS[l + 1]), tl.float32)
+        acc = _zeros(BM, COLUMNS[l + 1])
         t = multiply(t, from_, m_s[l][0], mask, acc, PRECISION)
         if DS[l] is not None:
             mask = (rs < R)[:, None] & (o < WIDTHS[l + 1])[None, :]

@@ -37,7 +37,7 @@ def curve(R, width, device, name="tanh", dtype=torch.float32, gap=1):
             dd.double(),
         )
     op, numbers = ways[name]
-    z, y, d, dd = derivatives(op, x)
+    _, y, d, dd = derivatives(op, x)
     if DERIVATIVES[name].of == "y":  # the derivatives at the value that was saved, which is rounded
         saved = y.to(dtype)
         if name == "tanh":
