@@ -174,16 +174,15 @@ class Run:
         ``directions``: ``(K, *in)``, or None for the identity.
         """
         self.blocks[self.sweep.seed] = directions, False
-        runs, done = self._runs(), set()
+        runs, done = self._runs(), set[int]()
         for step in self.sweep.steps:
-            if step.value in runs:
-                run = runs[step.value]
-                both = fused.launch(self, run)
-                if both is not None:
-                    self._put(run[-1].value, both, True)
-                    done.update(s.value for s in run)
+            run = runs.get(step.value, ()) if step.value not in done else ()
+            both = fused.launch(self, run) if run else None
             curve = self.curves.get(step.value)
-            if step.value in done:
+            if both is not None:
+                self._put(run[-1].value, both, True)
+                done.update(s.value for s in run)
+            elif step.value in done:
                 pass
             elif curve.__class__ is Unary:
                 self._unary(step, curve)
@@ -203,7 +202,7 @@ class Run:
 
     def _runs(self) -> dict[int, tuple[Step, ...]]:
         """What kernels are tried for."""
-        if not backends.kernels_on(self.values[self.sweep.seed].device):
+        if not backends.kernels_for(self.values[self.sweep.seed]):
             return {}
         if self.plan.runs is None:
             self.plan.runs = fused.runs(self.graph, self.curves, self.plan)

@@ -35,7 +35,10 @@ _refused: set[tuple] = set()
 
 
 def runs(graph: Graph, curves: Curves, plan: Course) -> dict[int, tuple[Step, ...]]:
-    """The runs of a course, by the value of their first step: each step reads the one before, and nobody else does."""
+    """The runs of a course, by the value of their first step: each step reads the one before, and nobody else does.
+
+    The rest of a run, from each of its layers on, is one too: for where its start cannot be run.
+    """
     steps = plan.sweep.steps
     readers: Counter[int] = Counter()
     for s in steps:
@@ -51,18 +54,20 @@ def runs(graph: Graph, curves: Curves, plan: Course) -> dict[int, tuple[Step, ..
         while readers[run[-1].value] == 1 and run[-1].value in after:
             step = after[run[-1].value]
             name = _link(graph, curves, plan, step)
-            if not name or name == names[-1] == "diagonal":
+            behind = [n for n in names if n != "view"]
+            if not name or name == behind[-1] == "diagonal":
                 break
             run.append(step)
             names.append(name)
-        if "diagonal" in names:
-            taken.update(s.value for s in run)
-            found[run[0].value] = tuple(run)
+        taken.update(s.value for s in run)
+        for i, name in enumerate(names):
+            if name == "matmul" and "diagonal" in names[i:]:
+                found[run[i].value] = tuple(run[i:])
     return found
 
 
 def _link(graph: Graph, curves: Curves, plan: Course, step: Step) -> str:
-    """ "matmul" or "diagonal" for a step that a kernel can run, else nothing."""
+    """ "matmul", "diagonal" or "view" for a step that can be a part of a run, else nothing."""
     if len(step.terms) != 1 or step.value not in plan.dense:
         return ""
     term = step.terms[0]
@@ -70,6 +75,9 @@ def _link(graph: Graph, curves: Curves, plan: Course, step: Step) -> str:
     curve = curves.get(step.value)
     if edge.name == "diagonal" and edge.structure == "diagonal":
         return "diagonal" if curve is None or curve.__class__ is Unary else ""
+    if edge.name == edge.structure == "view":
+        shape, other = graph.values[step.value].shape, graph.values[term.other].shape
+        return "view" if shape[-1:] == other[-1:] != () else ""
     shared = edge.name == "matmul" and edge.structure == "shared matrix" and edge.side == "right"
     return "matmul" if shared and curve is None else ""
 
@@ -77,7 +85,7 @@ def _link(graph: Graph, curves: Curves, plan: Course, step: Step) -> str:
 def launch(run: Run, steps: Sequence[Step]) -> Tensor | None:
     """Tangents and Laplacian ``(K + 1, *value)`` of the last step, or None where torch has to run them."""
     block = _start(run, steps[0])
-    if block is None or not backends.kernels_for(block):
+    if block is None:
         return None
     matrices, factors = _layers(run, steps)
     if any(m.dtype != block.dtype or m.device != block.device for m in matrices):
@@ -91,27 +99,28 @@ def launch(run: Run, steps: Sequence[Step]) -> Tensor | None:
 
 
 def _start(run: Run, step: Step) -> Tensor | None:
-    """Tangents and Laplacian ahead of the first layer, ``(K + 1, rows, features)``; None where they are no such block."""
+    """Tangents and Laplacian ``(K + 1, rows, features)`` ahead of a run; None where they are no such block."""
     source = step.terms[0].other
-    shape = run.values[source].shape
-    rows, n = prod(shape[:-1]), shape[-1]
+    like, layout = run.values[source], run.layouts[source]
+    rows, n = prod(like.shape[:-1]), like.shape[-1]
     both = run.joined.get(source)
     if both is not None:
         return both.reshape(both.shape[0], rows, n) if source in run.plan.dense else None
-    if source != run.sweep.seed:
+    if run.laplacians.get(source) is not None:
         return None
-    directions, _ = run.blocks[source]
-    like = run.values[source]
-    if directions is None:  # the identity, tied to the features
-        if run.layouts[step.value].columns() != n:
+    block, _ = run.blocks[source]
+    if block is None:  # ones, tied to the features: the identity
+        ties = [t for _, t in layout.axes[-1]]
+        if run.layouts[step.value].columns() != n or ties != sorted(ties):
             return None
-        directions = torch.eye(n, dtype=like.dtype, device=like.device).unsqueeze(1)
+        block = torch.eye(n, dtype=like.dtype, device=like.device).unsqueeze(1)
+    elif source in run.plan.dense:
+        block = block.reshape(block.shape[0], rows, n)
+        if rows and block.stride(1) == 0:
+            block = block[:, :1]
     else:
-        directions = directions.reshape(directions.shape[0], rows, n)
-        if rows and directions.stride(1) == 0:
-            directions = directions[:, :1]
-    zero = directions.new_zeros(1, *directions.shape[1:])
-    return torch.cat((directions, zero)).expand(-1, rows, -1)
+        return None
+    return torch.cat((block, block.new_zeros(1, *block.shape[1:]))).expand(-1, rows, -1)
 
 
 def _layers(run: Run, steps: Sequence[Step]) -> tuple[list[Tensor], list[Factor | None]]:
@@ -124,7 +133,7 @@ def _layers(run: Run, steps: Sequence[Step]) -> tuple[list[Tensor], list[Factor 
         if edge.name == "matmul":
             matrices.append(edge.partner)
             factors.append(None)
-        else:
+        elif edge.name == "diagonal":
             factors[-1] = _activation(run, step, edge)
     return matrices, factors
 
