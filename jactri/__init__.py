@@ -8,8 +8,11 @@ from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
 from .operators.diagonal import diagonal
+from .operators.divergence import divergence
 from .operators.ggn import GGN, ggn
+from .operators.gradient import gradient
 from .operators.gram import jjt, jtj
+from .operators.laplacian import bilaplacian, laplacian
 from .operators.ntk import empirical_ntk
 from .operators.parameters import ParameterJacobian, parameter_jacobian
 from .operators.vectors import jvp, vjp
@@ -29,20 +32,24 @@ __all__ = [
     "JacobianMismatch",
     "ParameterJacobian",
     "Profile",
+    "bilaplacian",
     "check",
     "compile",
     "diagonal",
+    "divergence",
     "empirical_ntk",
     "explain",
     "fallback",
     "finite_difference",
     "func",
     "ggn",
+    "gradient",
     "jacobian",
     "jacobian_of",
     "jjt",
     "jtj",
     "jvp",
+    "laplacian",
     "parameter_jacobian",
     "profile",
     "sparsity",

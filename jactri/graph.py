@@ -319,10 +319,16 @@ class Outside:
         return bool(self.leaves)
 
 
-def read(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Graph:
-    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow."""
-    log = layers.noted() if (watched := layers.watching()) else None
-    reader = Reader() if log is None else _NamingReader(log)
+def read(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
+) -> Graph:
+    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
+
+    ``reader``: one that has read nothing yet, and that notes more than the graph holds.
+    """
+    log = layers.noted() if (watched := layers.watching()) and reader is None else None
+    if reader is None:
+        reader = Reader() if log is None else _NamingReader(log)
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
     wanted: dict[
         object, dict[int, int | None]

@@ -20,10 +20,11 @@ MOST_BYTES = 1 << 28
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     copy: Tensor
-    made: dict[Hashable, tuple[object, tuple[Tensor, ...]]] = field(default_factory=dict)
+    made: dict[Hashable, tuple] = field(default_factory=dict)
+    """By key: what was made, its tensors and, of several weights, their entries."""
 
     def holds(self, weight: Tensor) -> bool:
         c = self.copy
@@ -58,10 +59,31 @@ def kept(
     return found[0]
 
 
+def kept_together(
+    weights: tuple[Tensor, ...],
+    key: Hashable,
+    make: Callable[[], T],
+    tensors: Callable[[T], tuple[Tensor, ...]],
+) -> T:
+    """`kept` for what is made of several weights: with the first, while all are equal."""
+    if torch.is_grad_enabled() or not all(w.is_leaf for w in weights):
+        return make()
+    for w in weights:
+        kept(w, "seen", tuple, tuple)  # an entry with a copy, where there is room for one
+    entries = [_entries.get(w) for w in weights]
+    if None in entries:
+        return make()
+    found = entries[0].made.get(key)
+    if found is None or found[2] != entries:
+        value = make()
+        found = entries[0].made[key] = value, tensors(value), entries
+    return found[0]
+
+
 def kept_tensors() -> list[Tensor]:
     """All that are kept, and the copies of weights."""
     return [
         t
         for e in _entries.values()
-        for t in (e.copy, *(t for _, ts in e.made.values() for t in ts))
+        for t in (e.copy, *(t for kept_value in e.made.values() for t in kept_value[1]))
     ]
