@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import jactri
 
 from ..machine import ROOT
+from ..peers import BY_OPERATOR
 from ..record import Record
 from .device import SETTINGS, Device, precision
 from .sizes import Sized, distance, problem, truth
@@ -143,6 +145,9 @@ def _read(report: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _accuracy(device: Device, record: Record, size: Sized) -> None:
     """jactri's error against float64 beside that of torch.func, and its memory beside the answer's."""
     w = size.workload
+    if w.operator is not None:
+        _accuracy_of_operator(device, record, size)
+        return
     net, x = problem(w, device.device)
     want = truth(w, net, x, min(w.samples, 8))
     mode = torch.func.jacfwd if w.columns < w.rows and not w.no_forward else torch.func.jacrev
@@ -174,6 +179,37 @@ def _accuracy(device: Device, record: Record, size: Sized) -> None:
                         found["peak_of_predicted"] = peak / told.peak_bytes
                 except Exception as error:  # one backend may fail in any way: the others go on
                     record.failed(f"accuracy {name}", error)
+                device.release()
+        record.add(found)
+        print(
+            ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else str(v) for k, v in found.items()),
+            flush=True,
+        )
+
+
+def _accuracy_of_operator(device: Device, record: Record, size: Sized) -> None:
+    """The same for what is no Jacobian of an input: against the first of torch's ways."""
+    w = size.workload
+    net, x = problem(w, device.device)
+    want = truth(w, net, x, min(w.samples, 8))
+    theirs = next(p for p in BY_OPERATOR[w.operator] if p.kind == "torch")
+    few = replace(w, samples=len(want))
+    for setting in SETTINGS:
+        found: dict[str, Any] = {"what": "accuracy", "workload": w.name, "setting": setting}
+        with precision(setting):
+            found["torch.func"] = distance(theirs.make(few, net)(x[: len(want)]), want, w.operator)
+            for backend in device.backends:
+                try:
+                    call = partial(w.operator.jactri, net, x, backend=backend)
+                    off = found[backend] = distance(call(), want, w.operator)
+                    if not off <= 2 * found["torch.func"] + SLACK[setting]:
+                        raise AssertionError(
+                            f"off by {off:.1e}, torch.func by {found['torch.func']:.1e}"
+                        )
+                    if backend == "auto":
+                        found["peak_of_answer"] = device.peak(call) / w.answer_bytes
+                except Exception as error:  # one backend may fail in any way: the others go on
+                    record.failed(f"accuracy {w.name} {setting} {backend}", error)
                 device.release()
         record.add(found)
         print(
