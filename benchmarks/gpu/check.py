@@ -1,4 +1,8 @@
-"""``check``: the kernel tests and the whole suite on the device, accuracy at GPU sizes, and memory."""
+"""``check``: the kernel tests and the whole suite on the device, accuracy at GPU sizes, and memory.
+
+``--parts sanitizer`` runs the kernel tests of small sizes under compute-sanitizer, for accesses outside of tensors and
+for races.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +39,12 @@ ENDS = (0, 5)
 """pytest's codes for: all passed, and nothing to run (a shard of which every file is about the CPU)."""
 
 SHARDS = 6
-PARTS = ("kernels", "suite", "accuracy")
+PARTS = ("kernels", "suite", "accuracy", "sanitizer")
+TOOLS = ("memcheck", "racecheck")
+SANITIZED = "not whole_suite and not end_to_end and not networks and not infrastructure"
+"""The kernel tests that run under compute-sanitizer, some hundred times slower; the time that is left cuts them off."""
+FOUND = 86
+"""The exit code by which compute-sanitizer says that it found something."""
 SLACK = {"ieee": 2.0**-22, "tf32": 1e-3, "bf16": 2.0**-6}
 """What jactri may be off by beside twice the error of torch.func at the same setting."""
 
@@ -61,6 +72,26 @@ def run(device: Device, record: Record, workloads: list[Sized], parts: list[str]
                 device.release()
     for one in running:
         _finish(record, *one)
+    if "sanitizer" in parts:
+        _sanitize(record)
+
+
+def _sanitize(record: Record) -> None:
+    """The kernel tests under each of compute-sanitizer's `TOOLS`, in the time that is left."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        record.data["not_run"].append("sanitizer: compute-sanitizer is not on the PATH")
+        return
+    # one allocation a tensor: in memory that torch hands out in pieces, an access outside of one is inside of another
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "JACTRI_TUNE": "0"}
+    for k, tool in enumerate(TOOLS):
+        until = record.left / (len(TOOLS) - k)
+        wrap = [
+            sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20",
+            "--target-processes", "all",
+        ]  # fmt: skip
+        running = _pytest(f"kernel tests, {tool}", ["tests/kernels", "-k", SANITIZED], alone, wrap)
+        _finish(record, *running, seconds=until)
 
 
 def suite_files() -> tuple[list[Path], dict[str, str]]:
@@ -76,20 +107,13 @@ def suite_files() -> tuple[list[Path], dict[str, str]]:
     return files, left_out
 
 
-def _pytest(what: str, options: list[str], more: dict[str, str]):
-    """Start pytest in a process of its own: (what, process, its files, started)."""
+def _pytest(what: str, options: list[str], more: dict[str, str], wrap: Sequence[str] = ()):
+    """Start pytest in a process of its own, under ``wrap``: (what, process, its files, started)."""
     folder = tempfile.TemporaryDirectory()
     report = Path(folder.name) / "junit.xml"
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *options,
-    ]
+        *wrap, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *options,
+    ]  # fmt: skip
     log = (Path(folder.name) / "log").open("w+")
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **more}
@@ -97,12 +121,14 @@ def _pytest(what: str, options: list[str], more: dict[str, str]):
     return what, process, (folder, report, log), time.monotonic()
 
 
-def _finish(record: Record, what: str, process, files, started: float) -> None:
-    """Wait for a pytest process, within the budget, and note what failed."""
+def _finish(
+    record: Record, what: str, process, files, started: float, seconds: float | None = None
+) -> None:
+    """Wait for a pytest process, within the budget or so many ``seconds``, and note what failed."""
     folder, report, log = files
     with contextlib.closing(log), folder:
         try:
-            code = process.wait(timeout=max(record.left, 1))
+            code = process.wait(timeout=max(record.left if seconds is None else seconds, 1))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
