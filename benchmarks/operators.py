@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import jactri
+from jactri import backends
 
 if TYPE_CHECKING:
     from .workloads import Workload
@@ -93,8 +94,9 @@ def _parameters_truth(net: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows).reshape(len(x), -1, sum(p.numel() for p in names.values()))
 
 
-def _parameters(net: nn.Module, x: Tensor, **options: Any) -> Any:
-    return jactri.parameter_jacobian(net, x, **options).dense()
+def _parameters(net: nn.Module, x: Tensor, backend: str = "auto") -> Any:
+    with backends.use(backend):
+        return jactri.parameter_jacobian(net, x).dense()
 
 
 def _kernel_truth(net: nn.Module, x: Tensor) -> Tensor:
@@ -102,8 +104,9 @@ def _kernel_truth(net: nn.Module, x: Tensor) -> Tensor:
     return torch.einsum("nap,mbp->nmab", jac, jac)
 
 
-def _kernel(net: nn.Module, x: Tensor, **options: Any) -> Any:
-    return jactri.empirical_ntk(net, x, **options)
+def _kernel(net: nn.Module, x: Tensor, backend: str = "auto") -> Any:
+    with backends.use(backend):
+        return jactri.empirical_ntk(net, x)
 
 
 def _parameter_count(w: Workload) -> int:

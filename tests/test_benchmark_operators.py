@@ -74,7 +74,7 @@ def test_the_gpu_command_takes_them(tmp_path):
         "--device",
         "cpu",
         "--shrink",
-        "20000",
+        "4000",
         "--no-compile",
         "--json",
         str(tmp_path / "r"),
