@@ -1,15 +1,20 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
+from . import func
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .entries import Banded
+from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
 from .operators.diagonal import diagonal
 from .operators.divergence import divergence
+from .operators.ggn import GGN, ggn
 from .operators.gradient import gradient
 from .operators.gram import jjt, jtj
 from .operators.laplacian import bilaplacian, laplacian
+from .operators.ntk import empirical_ntk
+from .operators.parameters import ParameterJacobian, parameter_jacobian
 from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
@@ -18,20 +23,26 @@ from .sparsity import sparsity
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGN",
     "Banded",
     "CheckReport",
     "Compiled",
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
+    "ParameterJacobian",
     "Profile",
     "bilaplacian",
     "check",
     "compile",
     "diagonal",
     "divergence",
+    "empirical_ntk",
     "explain",
     "fallback",
+    "finite_difference",
+    "func",
+    "ggn",
     "gradient",
     "jacobian",
     "jacobian_of",
@@ -39,6 +50,7 @@ __all__ = [
     "jtj",
     "jvp",
     "laplacian",
+    "parameter_jacobian",
     "profile",
     "sparsity",
     "vjp",

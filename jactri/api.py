@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, handover, ranges, whole
+from . import backends, handover, ranges, reentrant, whole
 from .answers import Answer
 from .arguments import (
     as_tuple,
@@ -219,8 +220,10 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     if asked.per_sample:
         check_batch(ys, xs)
     dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
-    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
-        rows = _rows(ys, xs, asked, dests)
+    if reentrant.in_backward():
+        rows = reentrant.aside(lambda: _in_mode(ys, xs, asked, dests))
+    else:
+        rows = _in_mode(ys, xs, asked, dests)
     if asked.strict and asked.create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
@@ -231,6 +234,11 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
                         "strict mode when create_graph=True."
                     )
     return rows
+
+
+def _in_mode(ys, xs, asked: Request, dests):
+    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
+        return _rows(ys, xs, asked, dests)
 
 
 def _rows(ys, xs, asked: Request, dests):
@@ -360,9 +368,26 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
     with torch.enable_grad():
         leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
         func = uncompiled(func)
-        result = ranges.call(func, leaves) if watching() else func(*leaves)
+        result = record(ranges.call, func, leaves) if watching() else record(func, *leaves)
     tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
     return ys, leaves, tupled_out, result
+
+
+_recording = threading.local()
+
+
+def record(call, *args):
+    """Call a function for its graph, which will be read."""
+    before, _recording.now = recording(), True
+    try:
+        return call(*args)
+    finally:
+        _recording.now = before
+
+
+def recording() -> bool:
+    """Whether this runs inside of a function whose graph will be read."""
+    return getattr(_recording, "now", False)
 
 
 def uncompiled(func):

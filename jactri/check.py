@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from .api import jacobian
 from .arguments import as_tuple
+from .finite_difference import Differences
 from .report import explain
 from .samples import probe_mixing
 
@@ -30,7 +31,9 @@ class CheckReport:
 
     ``relative`` errors are relative to the largest entry of the block. ``worst`` is (output index, input index) of the
     largest relative error. ``float64_rel_error`` is jactri in float64 against torch in float64: it is rounding
-    or a bug, whatever the dtype of the inputs.
+    or a bug, whatever the dtype of the inputs. The ``finite_difference_`` fields are None unless these were asked for:
+    how far jactri in float64 is from them at most, the (output index, input index, index in the block) of that entry,
+    and how far the slopes to both sides are apart there: at a kink, at least as far as the derivatives.
     """
 
     ok: bool
@@ -44,6 +47,9 @@ class CheckReport:
     torch_ms: float
     fallbacks: tuple[str, ...]
     reason: str = ""
+    finite_difference_rel_error: float | None = None
+    finite_difference_at: tuple[int, int, tuple[int, ...]] | None = None
+    finite_difference_gap: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -56,7 +62,19 @@ class CheckReport:
             f"  jactri {self.jactri_ms:.3g} ms, torch.autograd.functional.jacobian {self.torch_ms:.3g} ms",
             f"  fallbacks: {', '.join(self.fallbacks) if self.fallbacks else 'none'}",
         ]
+        if self.finite_difference_rel_error is not None:
+            lines.insert(4, f"  {self._slopes()}")
         return "\n".join(lines)
+
+    def _slopes(self) -> str:
+        if self.finite_difference_at is None:
+            return "finite differences in float64: none to compare with"
+        j, i, index = self.finite_difference_at
+        return (
+            f"finite differences in float64: off by {self.finite_difference_rel_error:.3g} of the largest entry, at "
+            f"entry {index} of output {j}, input {i}; the slopes to both sides are {self.finite_difference_gap:.3g} "
+            "apart there"
+        )
 
 
 class _Float64(TorchFunctionMode):
@@ -86,6 +104,7 @@ def check(
     per_sample: bool = False,
     strategy: str = "auto",
     raise_on_error: bool = False,
+    finite_difference: bool = False,
 ) -> CheckReport:
     """Compare `jactri.jacobian` with ``torch.autograd.functional.jacobian`` in the inputs' dtype and in float64.
 
@@ -97,6 +116,9 @@ def check(
         func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum
             over the batch, and a probe confirms that samples do not mix.
         raise_on_error: raise `JacobianMismatch` instead of returning a report that is not ok.
+        finite_difference: compare jactri in float64 with `jactri.finite_difference` too, which shares no derivative
+            rule with torch. An entry passes that lies between the slopes to both sides, or is as near to their mean as
+            rounding lets one tell; so a kink within the step, as of a ReLU near 0, is no mismatch.
 
     Returns:
         A `CheckReport`.
@@ -104,38 +126,36 @@ def check(
     Raises:
         JacobianMismatch, and whatever `jactri.jacobian` raises.
 
-    Cost: torch's row-by-row Jacobian, three times over.
+    Cost: torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
     """
-    _, xs = as_tuple(inputs, "inputs", "check")
+    tupled, xs = as_tuple(inputs, "inputs", "check")
     devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        state = torch.random.get_rng_state()
 
-        def same_random(call):
-            torch.random.set_rng_state(state)
+    def same_random(call):
+        with torch.random.fork_rng(devices):
             return call()
 
-        def ours(args):
-            return jacobian(func, args, strategy=strategy, per_sample=per_sample)
+    def ours(args):
+        return jacobian(func, args, strategy=strategy, per_sample=per_sample)
 
-        mine, jactri_ms = _timed(lambda: same_random(lambda: ours(inputs)))
-        theirs, torch_ms = _timed(lambda: same_random(lambda: _torch(func, inputs, per_sample)))
-        plan = same_random(lambda: explain(func, inputs, strategy=strategy, per_sample=per_sample))
-        wide = tuple(_double(x.detach()) for x in xs)
-        wide = wide if isinstance(inputs, tuple) else wide[0]
+    mine, jactri_ms = _timed(lambda: same_random(lambda: ours(inputs)))
+    theirs, torch_ms = _timed(lambda: same_random(lambda: _torch(func, inputs, per_sample)))
+    plan = same_random(lambda: explain(func, inputs, strategy=strategy, per_sample=per_sample))
+    wides = tuple(_double(x.detach()) for x in xs)
+    wide = wides if tupled else wides[0]
 
-        def func64(*args):
-            with _Float64():
-                return func(*args)
+    def func64(*args):
+        with _Float64():
+            return func(*args)
 
-        truth = same_random(lambda: _torch(func64, wide, per_sample))
-        mine64 = same_random(
-            lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample)
-        )
-        mixes = per_sample and same_random(lambda: _mixes(func, xs))
-    report = _compare(
-        mine, theirs, mine64, truth, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks
-    )
+    truth = same_random(lambda: _torch(func64, wide, per_sample))
+    mine64 = same_random(lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample))
+    mixes = per_sample and same_random(lambda: _mixes(func, xs))
+    lists = [_blocks(nested, not tupled) for nested in (mine, theirs, mine64, truth)]
+    report = _compare(lists, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks)
+    if finite_difference:
+        near = Differences(func64, wides, None, False, per_sample)
+        report = _compare_slopes(report, near, lists[2])
     if raise_on_error and not report.ok:
         raise JacobianMismatch(str(report))
     return report
@@ -211,11 +231,10 @@ def _scale(block: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _compare(
-    mine, theirs, mine64, truth, dtype, mixes, jactri_ms, torch_ms, fallbacks
-) -> CheckReport:
-    lists = [[b for _, _, b in _blocks(nested, True)] for nested in (mine, theirs, mine64, truth)]
-    where = [(j, i) for j, i, _ in _blocks(mine, True)]
+def _compare(lists, dtype, mixes, jactri_ms, torch_ms, fallbacks) -> CheckReport:
+    """``lists``: the blocks of jactri, torch, and both in float64."""
+    where = [(j, i) for j, i, _ in lists[0]]
+    lists = [[b for _, _, b in blocks] for blocks in lists]
     eps, eps64 = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
     ok, reason = True, ""
     worst, worst_rel, worst_abs, torch_rel, same, rel64 = (0, 0), 0.0, 0.0, 0.0, 0.0, 0.0
@@ -248,3 +267,36 @@ def _compare(
         fallbacks,
         reason,
     )
+
+
+def _compare_slopes(report: CheckReport, near: Differences, mine64) -> CheckReport:
+    """The report with what finite differences say of the blocks in float64."""
+    slopes, gaps = near.blocks(gaps=True)
+    eps = torch.finfo(torch.float64).eps
+    found = []
+    for j, i, a in mine64:
+        d, gap = slopes[j][i], gaps[j][i]
+        known = a.isfinite() & d.isfinite() & gap.isfinite()
+        if not bool(known.any()):
+            continue
+        scale = _scale(a[known]) or 1.0
+        off = torch.where(known, (a - d).abs(), 0.0)
+        # the formula's h^2 times a third derivative is far below this; rounding grows on the way to the output
+        rounding = 1e-6 * scale + 1e3 * eps * _scale(near.ys[j]) / float(near.steps[i].min())
+        wrong = off > gap / 2 + rounding
+        failed = bool(wrong.any())
+        worst = (torch.where(wrong, off, 0.0) if failed else off).argmax()
+        place = tuple(int(p) for p in torch.unravel_index(worst, off.shape))
+        found.append((failed, float(off[place]) / scale, (j, i, place), float(gap[place])))
+    failed, error, at, apart = max(found, default=(False, 0.0, None, None), key=lambda f: f[:2])
+    report = replace(
+        report,
+        finite_difference_rel_error=error,
+        finite_difference_at=at,
+        finite_difference_gap=apart,
+    )
+    if not failed:
+        return report
+    j, i, place = at
+    reason = f"output {j}, input {i} is off from finite differences at entry {place}"
+    return replace(report, ok=False, reason=reason)

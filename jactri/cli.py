@@ -144,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--train", action="store_true", help="leave a module in the mode that it is in"
         )
+        if name == "check":
+            command.add_argument(
+                "--finite-difference",
+                action="store_true",
+                help="compare with central differences too, which share no derivative rule with torch",
+            )
         if name == "profile":
             command.add_argument(
                 "--trace",
@@ -209,7 +215,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     function, inputs = _load(arguments)
-    report = _ask(jactri.check, function, inputs, arguments)
+    check = functools.partial(jactri.check, finite_difference=arguments.finite_difference)
+    report = _ask(check, function, inputs, arguments)
     print(report)
     return 0 if report.ok else 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from . import backends, handover
-from .api import Request, compute, detached, nest, uncompiled
+from .api import Request, compute, detached, nest, record, uncompiled
 from .arguments import as_tuple, check_options, fresh_leaf
 from .constants import constants
 from .cudagraph import Graphed
@@ -119,7 +119,7 @@ class Compiled:
             plan = self._plans[signature]
         with torch.enable_grad():
             leaves = [fresh_leaf(x, False) for x in inputs]
-            result = self.func(*leaves)
+            result = record(self.func, *leaves)
         tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
         if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
             return self._answer(result, compute(ys, leaves, self._asked), tupled_out)

@@ -62,6 +62,19 @@ def run(
         marks.close()
 
 
+def blocks_of(graph: Graph, sweep: Sweep, sel: Selection | None = None) -> dict[int, Tensor | None]:
+    """The blocks of a sweep's targets themselves, for one selection of its seeds. None stands for ones."""
+    items = sweep.steps
+    if backends.kernels_on(graph.values[sweep.seed].device):
+        if sweep.items is None:
+            sweep.items = fuse(graph, sweep)
+        items = sweep.items
+    ends = frozenset([t for t in sweep.targets if t is not None])
+    blocks: Blocks = {sweep.seed: (None, False)}
+    _steps(graph, sweep, items, blocks, sel, not torch.is_grad_enabled(), ends)
+    return {t: blocks[t][0] for t in ends}
+
+
 def _stage(
     graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None, given=None
 ) -> None:

@@ -285,6 +285,40 @@ class MissingValue(Exception):
     """A rule needs a tensor that the node did not save."""
 
 
+class Outside:
+    """What a tensor depends on besides the inputs of a call of ours: the caller's ``leaves``, by id.
+
+    ``early``: whether a node lies between that is older than ``start``, a sequence number: something that the caller
+    computed before may be differentiated for, and no tensor of it can be had from the graph.
+    """
+
+    def __init__(self, y: Tensor, start: int):
+        self.leaves: dict[int, Tensor] = {}
+        self.early = False
+        if y.grad_fn is None:
+            if y.requires_grad:
+                self._meet(y)
+            return
+        seen, stack = {y.grad_fn}, [y.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node.__class__ is _ACCUMULATE:
+                self._meet(node.variable)
+                continue
+            self.early = self.early or node._sequence_nr() < start
+            for p, _ in node.next_functions:
+                if p is not None and p not in seen:
+                    seen.add(p)
+                    stack.append(p)
+
+    def _meet(self, x: Tensor) -> None:
+        if not getattr(x, "_jactri_leaf", False):
+            self.leaves[id(x)] = x
+
+    def __bool__(self) -> bool:
+        return bool(self.leaves)
+
+
 def read(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
 ) -> Graph:

@@ -63,6 +63,15 @@ def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chun
     return (tuple(ys) if tupled_out[0] else ys[0]), answer
 
 
+def transform(name, func, argnums, has_aux, chunk_size, randomness):
+    """torch.func's own ``jacrev``, ``jacfwd`` or ``hessian``."""
+    if name == "jacrev":
+        return jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
+    if name == "hessian":  # as torch.func, forward over reverse
+        func = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
+    return jacfwd(func, argnums, has_aux, randomness=randomness)
+
+
 def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
     """`jactri.jvp` by torch.func; ``block``: the tangents have an axis K in front."""
     if not block:

@@ -213,6 +213,10 @@ class Opaque(LinearMap):
     def kept(self, in_shape, out_shape):
         return self._kept
 
+    def keep(self, pairs) -> None:
+        """Note axes that a probe found to be left unmixed."""
+        self._kept = pairs
+
     def work(self, in_shape, out_shape, reverse):
         # unknown; a dense product is the cautious guess, and a Python node's push needs its whole matrix
         n = float(prod(in_shape if not reverse else out_shape))

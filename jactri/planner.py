@@ -30,7 +30,9 @@ SLACK = 0.15
 
 
 class MemoryLimitTooSmall(ValueError):
-    """One seed alone needs more than the memory limit allows."""
+    """One seed alone needs more than the memory limit allows: ``need`` bytes."""
+
+    need = 0.0
 
 
 @dataclass
@@ -144,10 +146,12 @@ def _weights(graph: Graph, sweep: Sweep) -> float:
 
 def _refuse(need: float, limit: float, sweep: Sweep) -> NoReturn:
     instead = "" if sweep.given else ", or pass out= to write the answer elsewhere"
-    raise MemoryLimitTooSmall(
+    error = MemoryLimitTooSmall(
         f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(need) + 1} with its "
         f"answer; raise memory_limit{instead}"
     )
+    error.need = need
+    raise error
 
 
 def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:

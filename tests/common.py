@@ -1,10 +1,14 @@
 """What several test files start from."""
 
 import collections
+import itertools
 import re
 
 import torch
+from torch import nn
 from torch.nn.modules import module as modules
+
+import jactri
 
 F64 = torch.float64
 MODES = ["auto", "forward-mode", "reverse-mode"]
@@ -21,6 +25,16 @@ def x23():
 def make(module):
     torch.manual_seed(0)
     return module().double()
+
+
+def mlp(*widths):
+    parts = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*parts[:-1])
+
+
+def ours_and_theirs(name):
+    """A transform of `jactri.func` and that of torch.func."""
+    return getattr(jactri.func, name), getattr(torch.func, name)
 
 
 class Cube(torch.autograd.Function):

@@ -53,6 +53,19 @@ def mixes(x):
     return x - x.mean(0)
 
 
+class Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+wrong = Wrong.apply
+
+
 def raises(x):
     raise KeyError("mine")
 
@@ -183,6 +196,17 @@ def test_profile_prints_a_table_and_writes_a_trace(folder, capsys):
 def test_check_reports_a_mismatch_by_its_exit_code(folder, capsys):
     assert cli.main(["check", "cli_model:fickle", "--input", "x.npy"]) == 1
     assert capsys.readouterr().out.strip()
+
+
+def test_check_by_finite_differences(folder, capsys):
+    """What torch itself has wrong is found by them alone."""
+    line = ["check", "cli_model:wrong", "--input", "x.npy"]
+    assert cli.main(line) == 0
+    assert "finite" not in capsys.readouterr().out
+    assert cli.main([*line, "--finite-difference"]) == 1
+    assert "off from finite differences" in capsys.readouterr().out
+    assert cli.main(["check", "cli_model:net", *line[2:], "--finite-difference"]) == 0
+    assert "finite differences in float64" in capsys.readouterr().out
 
 
 def test_from_a_shell_the_current_folder_is_importable(folder):

@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..layout import FREE, Selection, convert, one
 from ..sweep import Sweep
 
@@ -179,19 +180,22 @@ class Network:
         while True:
             group = [parts.pop(), total] if parts else [total]
             rest = wanted.union(*(p.dims for p in parts))
-            keep = [c for c in dict.fromkeys(c for p in group for c in p.dims) if c in rest]
-            if not parts:
-                keep = [c for c in order if c in keep]
-            if len(group) == 2 or keep != total.dims:
+            if (
+                len(group) == 2
+                or not rest.issuperset(total.dims)
+                or len(total.dims) > len({*total.dims})
+            ):
                 self.flops += 2.0 * prod(self.size(c) for c in {c for p in group for c in p.dims})
-                total = _einsum(group, keep)
+                total = _product(group, rest)
             if not parts:
                 break
         # letters along which all operands are alike
         many = prod(self.size(c) for c in seen - held - wanted)
-        if many != 1 and total.data is not None:
-            total.data = total.data * many
-        return Operand(total.dims, ends, total.data)
+        dims, data = [c for c in order if c in total.dims], total.data
+        if data is not None:
+            data = data.permute([total.dims.index(c) for c in dims])
+            data = data if many == 1 else data * many
+        return Operand(dims, ends, data)
 
     def copy(self, other: Network, operand: Operand) -> Operand:
         """An operand of another network, with letters of this one."""
@@ -230,14 +234,48 @@ def _distinct(lists: Iterable[list]) -> list[list]:
     return list({id(x): x for x in lists}.values())
 
 
-def _einsum(parts: list[Operand], keep: list[Letter]) -> Operand:
+def _product(parts: list[Operand], keep: set[Letter]) -> Operand:
+    """The product of one or two operands, with the letters of ``keep``; all others are summed."""
+    letters = list(dict.fromkeys(c for p in parts for c in p.dims))
     if any(p.data is None for p in parts):
-        return Operand(keep, ())
-    names = {c: i for i, c in enumerate(dict.fromkeys(c for p in parts for c in p.dims))}
+        return Operand([c for c in letters if c in keep], ())
+    if len(parts) == 2 and all(len(set(p.dims)) == len(p.dims) for p in parts):
+        a, b = parts
+        shared = [c for c in a.dims if c in b.dims]
+        inner = [c for c in shared if c not in keep]
+        rows, columns = ([c for c in p.dims if c not in shared] for p in parts)
+        if inner and keep.issuperset((*rows, *columns)):
+            return _matrices(a, b, [c for c in shared if c in keep], rows, inner, columns)
+    names = {c: i for i, c in enumerate(letters)}
     arguments = []
     for p in parts:
         arguments += [p.data, [names[c] for c in p.dims]]
-    return Operand(keep, (), torch.einsum(*arguments, [names[c] for c in keep]))
+    out = [c for c in letters if c in keep]
+    return Operand(out, (), torch.einsum(*arguments, [names[c] for c in out]))
+
+
+def _matrices(a: Operand, b: Operand, batch, rows, inner, columns) -> Operand:
+    """A batch of matrix products ``(rows, inner) (inner, columns)``."""
+
+    def ordered(operand: Operand, *groups: list[Letter]) -> Tensor:
+        data = operand.data.permute([operand.dims.index(c) for group in groups for c in group])
+        sizes, at = [], 0
+        for group in groups:
+            sizes.append(prod(data.shape[at : at + len(group)]))
+            at += len(group)
+        return data.reshape(sizes)
+
+    size = {c: n for o in (a, b) for c, n in zip(o.dims, o.data.shape, strict=True)}
+    if not (rows or columns):
+        made = (ordered(a, batch, inner) * ordered(b, batch, inner)).sum(1)
+    elif batch:
+        made = torch.bmm(ordered(a, batch, rows, inner), ordered(b, batch, inner, columns))
+    else:
+        if prod(size[c] for c in columns) > prod(size[c] for c in rows):
+            a, b, rows, columns = b, a, columns, rows
+        made = backends.product(ordered(a, rows, inner), ordered(b, inner, columns), False)
+    dims = [*batch, *rows, *columns]
+    return Operand(dims, (), made.reshape([size[c] for c in dims]))
 
 
 class Sum:

@@ -115,6 +115,8 @@ class Way:
     at: tuple[int, ...] = ()
     masks: dict[int, numpy.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
+    ready: dict[int | None, Way] = field(default_factory=dict)
+    """By chunk size: the way with its chunks, where memory does not decide them."""
 
     @property
     def sweeps(self) -> list[Sweep]:
@@ -259,6 +261,8 @@ def _above(graph: Graph, place: int) -> Graph:
 
 def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | None:
     """A way with the chunks of its sweeps, which both have in common; None where they do not fit the memory."""
+    if limit == float("inf") and chunk_size in way.ready:
+        return way.ready[chunk_size]
     parts = [(graph, way.ahead), (_above(graph, way.place), way.back)]
     parts = [(g, s) for g, s in parts if s is not None]
     factors = sorted({f for _, s in parts for lay in s.layouts.values() for f in lay.free})
@@ -273,13 +277,20 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | 
         count = max(1, int(total * most / widest))
     while True:
         chosen = cut_seeds(factors, sizes, count)
-        if sum(needs(g, s, chosen, None) for g, s in parts) <= limit:
+        sel = {f: (0, c) for f, c in chosen.items()}
+        need = sum(needs(g, s, chosen, None) for g, s in parts)
+        for v in way.at:  # where they meet, blocks are multiplied
+            need += sum(s.layouts[v].numel(sel) * itemsize(graph, v) for _, s in parts)
+        if need <= limit:
             break
         if count <= 1 or chunk_size is not None:
             return None
         count = max(1, count // 2)
     ahead, back = (None if s is None else replace(s, chunks=chosen) for s in (way.ahead, way.back))
-    return replace(way, ahead=ahead, back=back)
+    ready = replace(way, ahead=ahead, back=back)
+    if limit == float("inf"):
+        way.ready[chunk_size] = ready
+    return ready
 
 
 def _computed(graph: Graph, way: Way) -> Tensor:

@@ -307,9 +307,11 @@ def _finished(made, values, kept, asked: Asked, half: bool):
             if (a, b) in made:
                 block = made[a, b]
                 if half and a == b:
-                    block = (block + block.permute(turned)) / 2
+                    block = block + block.permute(turned)
+                    block = block / 2 if torch.is_grad_enabled() else block.mul_(0.5)
+                    made[a, b] = block  # what it was made of is not held
             elif (b, a) in made:
-                block = made[b, a].permute(turned)
+                block = made[b, a].permute(turned).clone()
             else:
                 block = torch.zeros(shape, dtype=dtype, device=kept[i].device)
             rows[i].append(block.to(dtype).reshape(shape))

@@ -14,7 +14,7 @@ from ..answers import Store
 from ..executor import chunks
 from ..graph import Graph
 from ..memory import free_bytes, parse_bytes
-from ..planner import MemoryLimitTooSmall, choose_chunks, predict, seconds
+from ..planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
 from ..rates import rough
 from ..samples import narrow, places
 from ..sweep import Sweep, follow, itemsize
@@ -55,7 +55,7 @@ class Way:
     held: float = 0.0
     """Bytes of the blocks that are there as a whole."""
     result: float = 0.0
-    """Bytes of the products, the answer included."""
+    """Bytes of the products, among them the answer, once more for what is made of it."""
     answer: float = 0.0
     plain: bool = False
     """Whether zeros are written out, as blocks have no letters in common."""
@@ -76,7 +76,10 @@ def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
     if key not in _known:
         if len(_known) >= 256:
             _known.pop(next(iter(_known)), None)
-        _known[key] = sorted(_found(graph, asked, summed), key=lambda w: w.seconds)
+        # a cut must be worth its further products
+        _known[key] = sorted(
+            _found(graph, asked, summed), key=lambda w: w.seconds * (1 if w.cut is None else 1.2)
+        )
     return _known[key]
 
 
@@ -108,7 +111,8 @@ def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
                 if _predict(graph, way, asked) or summed:
                     ways.append(way)
             except Unaligned:
-                if cut is None:  # it runs with zeros written out
+                # it runs with zeros written out, which must not be those between samples
+                if cut is None and (summed or not asked.per_sample):
                     way.seconds, way.summing, way.plain = float("inf"), False, True
                     ways.append(way)
     return ways
@@ -156,13 +160,14 @@ def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
         pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
         for pair, s in sums.items()
     }
-    way.result = sum(size.values())
-    way.answer = way.result - size.get((way.cut, way.cut), 0.0)
+    way.answer = sum(size.values()) - size.get((way.cut, way.cut), 0.0)
+    way.result = sum(size.values()) + way.answer  # what is made symmetric is there twice
     rates = rough(graph.values[way.near[0].seed].device.type)
     flops = sum(network.flops for _, _, network, _ in made)
     way.seconds = seconds([*way.near, *way.far], rates)
     way.seconds += predict(flops, way.result, len(made), rates)
     way.held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
+    way.held *= 1 + SLACK
     return not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
 
 
@@ -197,14 +202,14 @@ def _products(
             yield (a, b), c, network, between(network, left, middle, right)
 
 
-def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool, plain=False) -> _Made:
+def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool) -> _Made:
     """The products at a cut, between far blocks."""
     kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
     planned = middle.made.data is None
     for a, b in pairs(kept, half):
         network = Network()
         left, right = (
-            _block(network, graph, far[way.cut, v], v, None, plain, planned) for v in (a, b)
+            _block(network, graph, far[way.cut, v], v, None, False, planned) for v in (a, b)
         )
         inner = network.copy(middle.network, middle.made)
         yield (a, b), 0, network, between(network, left, inner, right)
@@ -297,30 +302,32 @@ def _run(
     ways = _ways(graph, asked, summed)
     if not ways:
         return {}
-    if (ready := _fitting(graph, ways[:1], asked, limit)) is not None:
-        return _computed(graph, ready, weights, asked, half)
-    if asked.per_sample and not summed:
+    ready = _fitting(graph, ways[:1], asked, limit)
+    if ready is None and asked.per_sample and not summed:
         made = _in_ranges(graph, ways[0], weights, asked, half, limit)
         if made is not None:
             return made
-    ready = _fitting(graph, ways, asked, limit)
     if ready is None:
-        least = min(w.held + w.result for w in ways)
-        raise MemoryLimitTooSmall(
-            f"memory_limit leaves {int(limit)} bytes; the result, and partial Jacobians of which it is made, need "
-            f"more than {int(least)}; raise memory_limit"
-        )
+        needs: list[float] = []
+        ready = _fitting(graph, ways, asked, limit, needs)
+        if ready is None:
+            raise MemoryLimitTooSmall(
+                f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(min(needs)) + 1} with "
+                "the result; raise memory_limit"
+            )
     return _computed(graph, ready, weights, asked, half)
 
 
-def _fitting(graph: Graph, ways: list[Way], asked: Asked, limit: float) -> Way | None:
-    """The first way that fits the memory limit, with its chunks."""
+def _fitting(
+    graph: Graph, ways: list[Way], asked: Asked, limit: float, needs: list[float] | None = None
+) -> Way | None:
+    """The first way that fits the memory limit, with its chunks; what each of the others ``needs``."""
     for way in ways:
-        if way.held + way.result <= limit:
-            try:
-                return _cut(graph, way, limit, asked.chunk_size)
-            except MemoryLimitTooSmall:
-                continue
+        try:
+            return _cut(graph, way, limit, asked.chunk_size)
+        except MemoryLimitTooSmall as error:
+            if needs is not None:
+                needs.append(way.held + way.result + error.need * (2 if way.summing else 1))
     return None
 
 
@@ -363,7 +370,7 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
 
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
         sweep = replace(sweep)
-        # a chunk is copied once for its product
+        # the copy of a chunk for its product
         options = free / 2 if summing else free, chunk_size
         sweep.chunks = choose_chunks(graph, sweep, *options, device)
         if summing and len(sweep.selections()) * 2 * way.result > sweep.bytes:
@@ -382,8 +389,6 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
 
 
 def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
-    plain = way.plain
-
     def chunked() -> _Made:
         for sweep in way.near:
             ends = [t for t in sweep.targets if t is not None]
@@ -395,10 +400,10 @@ def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
         total = summed_up(chunked())
     else:
         near = _blocks(way.near, stored(graph, way.near))
-        total = summed_up(_products(graph, way, near, weights, asked, half, plain=plain))
+        total = summed_up(_products(graph, way, near, weights, asked, half, plain=way.plain))
     if way.cut is not None:
         far = _blocks(way.far, stored(graph, way.far))
-        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half, plain))
+        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half))
     return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
 
 

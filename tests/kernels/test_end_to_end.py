@@ -448,3 +448,17 @@ def test_given_tangents_and_cotangents(chunk_size, device, launched):
         _, want = call(wide, x.double(), v.double(), backend="torch")
         assert distance(got, want) <= 2e-6
         assert {"chain", "rows"} <= set(launched)
+
+
+def test_gram_matrices_and_diagonals(device, launched):
+    f = mlp((6, 40, 33, 6), nn.Tanh, nn.Sigmoid()).to(device)
+    x = torch.randn(5, 6, device=device)
+    wide = copy.deepcopy(f).double()
+    for call in (jactri.jtj, jactri.jjt, jactri.diagonal):
+        for chunk_size in (None, 2):
+            launched.clear()
+            options = {} if call is jactri.diagonal else {"per_sample": True}
+            got = call(f, x, backend="triton", chunk_size=chunk_size, **options)
+            want = call(wide, x.double(), backend="torch", **options)
+            assert distance(got, want) <= 2e-6
+            assert launched

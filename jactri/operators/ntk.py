@@ -1,0 +1,85 @@
+"""The empirical neural tangent kernel, from the factors of parameter Jacobians."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inner import Link
+from .parameters import ParameterJacobian, _second, inner
+
+COMPUTE = ("full", "trace", "diagonal")
+
+
+def empirical_ntk(
+    module: torch.nn.Module,
+    x1: Tensor | tuple[Tensor, ...],
+    x2: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    compute: str = "full",
+    params: Any = None,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+) -> Tensor:
+    """The kernel ``J(x1) J(x2)^T`` of a module's Jacobians in its parameters (Jacot et al. 2018, arXiv:1806.07572).
+
+    The Jacobians are not formed: for a layer the kernel is the product of that of its cotangents and that of its inputs
+    (Novak et al. 2022, arXiv:2206.08720).
+
+    Args:
+        module, params, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
+        x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
+        compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
+            sum, ``(N1, N2)``.
+        memory_limit: bytes (or ``"2GB"``) for factors and what is formed of them, the kernel excluded. Entries of the
+            output run in chunks under it, and parameters in ranges.
+
+    Raises:
+        ValueError: another ``compute``; and what `parameter_jacobian` raises.
+        RuntimeError: outputs of different shapes.
+
+    Cost:
+        two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
+        feature.
+    """
+    if compute not in COMPUTE:
+        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
+    options = create_graph, chunk_size, memory_limit, "empirical_ntk"
+    first = ParameterJacobian(module, x1, params, *options)
+    second = first if x2 is None else ParameterJacobian(module, x2, params, *options)
+    a, b = first._run, second._run
+    if a.out != b.out:
+        raise RuntimeError(
+            f"the outputs for x1 and x2 must have one shape behind the batch, got {a.out} and {b.out}"
+        )
+    n1, n2, out = a.n, b.n, a.out
+    m, axes = prod(out), len(out)
+    shapes = {"full": (*out, *out), "diagonal": out, "trace": ()}
+    if not (n1 and n2 and m):
+        return a.y.new_zeros((n1, n2, *shapes[compute]))
+    if a.structure is None or b.structure is None:
+        made = first._dense_gram(second).movedim(axes + 1, 1)
+        return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
+    (batch1, out1), (batch2, out2) = a.labels(), b.labels()
+    lead = (*batch1, *_second(batch2))
+    alike = [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
+    if compute == "full" or not alike:
+        made = inner(first, second, Link((), (*lead, *out1, *_second(out2))))
+        if compute != "full":
+            made = _reduced(made.reshape(n1, n2, m, m), compute)
+    elif compute == "diagonal":
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), (*lead, *out1)))
+    else:
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), lead))
+    return made.reshape(n1, n2, *shapes[compute])
+
+
+def _reduced(kernel: Tensor, compute: str) -> Tensor:
+    if compute == "full":
+        return kernel
+    diagonal = kernel.diagonal(0, 2, 3)
+    return diagonal if compute == "diagonal" else diagonal.sum(-1)

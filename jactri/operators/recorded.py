@@ -1,0 +1,382 @@
+"""One forward pass of a module, read as the graph from its parameters to its output."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .. import handover
+from ..api import uncompiled
+from ..arguments import fresh_leaf
+from ..graph import Graph, UnsupportedGraph, read
+from ..layout import Selection
+from ..memory import free_bytes, parse_bytes
+from ..opaque import Opaque, refuse_or_log
+from ..samples import halves, probe_mixing
+from ..sweep import itemsize, peak_bytes
+from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
+
+LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+_structures: dict[tuple, Structure] = {}
+_STRUCTURES_KEPT = 64
+
+
+def chosen(module, params) -> dict[str, Tensor]:
+    """The parameters that a call is about, by name. Raises for what is not one of the module's, or frozen."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function of tensors, pass "
+            "it and its parameters to jactri.jacobian"
+        )
+    named = dict(module.named_parameters())
+    if not named:
+        raise ValueError(f"the module {type(module).__name__} has no parameters")
+    if params is None:
+        found = {name: p for name, p in named.items() if p.requires_grad}
+        if not found:
+            raise RuntimeError(
+                f"all {len(named)} parameters of {type(module).__name__} are frozen (requires_grad is False); call "
+                "requires_grad_() on those that are meant"
+            )
+        return found
+    if isinstance(params, (str, Tensor)):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be names or tensors, got {type(params).__name__}")
+    every = dict(module.named_parameters(remove_duplicate=False))
+    names = {id(p): name for name, p in named.items()}
+    found = {}
+    for item in params:
+        if isinstance(item, str):
+            if item not in every:
+                close = difflib.get_close_matches(item, every, 3) or list(every)[:5]
+                raise ValueError(
+                    f"params: {type(module).__name__} has no parameter {item!r}; names like it: {', '.join(close)}"
+                )
+            name = item
+        elif isinstance(item, Tensor):
+            if id(item) not in names:
+                raise ValueError(
+                    f"params: a tensor of shape {tuple(item.shape)} is no parameter of {type(module).__name__}; pass "
+                    "names, or the very tensors of module.parameters()"
+                )
+            name = names[id(item)]
+        else:
+            raise TypeError(f"params must hold names or tensors, got {type(item).__name__}")
+        p = every[name]
+        if not p.requires_grad:
+            raise RuntimeError(
+                f"params: {name!r} is frozen (requires_grad is False), so the output has no graph to it; call "
+                "requires_grad_() on it first"
+            )
+        if any(p is q for q in found.values()):
+            raise ValueError(f"params: {name!r} is given twice, or shared with one that is given")
+        found[name] = p
+    if not found:
+        raise ValueError("params is empty: pass at least one name, or None for all")
+    return found
+
+
+@contextlib.contextmanager
+def _buffers_kept(module):
+    """Put back the buffers that a forward pass in training mode writes to."""
+    saved = [
+        (m, name, b, b.clone(), b._version)
+        for m in module.modules()
+        if m.training
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for m, name, b, copy, version in saved:
+                # native ops write to statistics without telling
+                if b._version != version or not torch.equal(b, copy):
+                    b.copy_(copy)
+                m._buffers[name] = b
+
+
+class Recorded:
+    """The output ``y`` of one forward pass, the graph to its parameters, and the structure of their uses.
+
+    ``graph`` is None where blocks cannot follow (complex values), and where the batch or the output is empty;
+    ``structure`` then is, too.
+    """
+
+    def __init__(self, module, x, params, create_graph: bool, call: str):
+        self.params = chosen(module, params)
+        xs = x if isinstance(x, tuple) else (x,)
+        for i, t in enumerate(xs):
+            if not isinstance(t, Tensor):
+                where = f"x[{i}]" if isinstance(x, tuple) else "x"
+                raise TypeError(
+                    f"x of {call} must be a Tensor or a tuple of Tensors, but {where} has type {type(t)}"
+                )
+            if t.dim() == 0:
+                raise ValueError(
+                    "x needs a batch of samples on its first axis, but it is 0-dimensional"
+                )
+        if not xs:
+            raise IndexError("x is an empty tuple: pass at least one tensor")
+        if handover.transforming([*xs, *self.params.values()]):
+            raise RuntimeError(
+                f"{call} is not available inside of a torch.func transform; use torch.func.functional_call there"
+            )
+        self.create_graph = create_graph
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module):
+            leaves = [fresh_leaf(t, create_graph) if _differentiable(t) else _plain(t) for t in xs]
+            y = uncompiled(module)(*leaves)
+            self._check_output(y, leaves, module)
+            self.y, self.n = y, y.shape[0]
+            self.out = tuple(y.shape[1:])
+            self.watched = [(name, p, p._version) for name, p in self.params.items()]
+            self.watched += [("x", t, t._version) for t in leaves]
+            self.by_autograd = False
+            """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
+            self.graph: Graph | None = None
+            self.structure: Structure | None = None
+            if y.numel() and y.requires_grad:
+                self._read(leaves)
+
+    @staticmethod
+    def _check_output(y, leaves, module) -> None:
+        name = type(module).__name__
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the output of {name} must be a Tensor, but it has type {type(y)}; wrap the module in one that "
+                "returns the tensor that is meant"
+            )
+        if not _differentiable(y):
+            raise RuntimeError(
+                f"the output of {name} has dtype {y.dtype}: only real floating-point outputs have one"
+            )
+        n = leaves[0].shape[0]
+        for i, t in enumerate(leaves):
+            if t.shape[0] != n:
+                raise ValueError(
+                    f"x[{i}] has {t.shape[0]} samples on its first axis, and x[0] has {n}"
+                )
+        if y.dim() == 0 or y.shape[0] != n:
+            raise ValueError(
+                f"the output of {name} needs the batch of samples on its first axis, but has shape "
+                f"{tuple(y.shape)} for {n} samples; for one sample, pass x.unsqueeze(0)"
+            )
+
+    # -- structure --------------------------------------------------------------------------------
+
+    def _read(self, leaves) -> None:
+        y, real = self.y, [t for t in leaves if t.requires_grad]
+        try:
+            self.graph = graph = read([y], [*self.params.values(), *real])
+        except UnsupportedGraph as reason:
+            shapes = [p.shape for p in self.params.values()]
+            refuse_or_log("the module", y.shape, shapes, f"holds {reason}")
+            if real and probe_mixing([y], real):
+                raise _mixing(
+                    f"it holds {reason}, and a probe found derivatives across samples"
+                ) from None
+            self.by_autograd = True
+            return
+        count = len(self.params)
+        starts = graph.inputs[:count]
+        self.values = dict(zip(self.params, starts, strict=True))
+        (seed,) = graph.outputs
+        if seed is None or all(s is None for s in starts):
+            self.graph = None
+            return
+        data = [s for s in graph.inputs[count:] if s is not None]
+        whole = [t for t in leaves if not t.requires_grad]
+        picked = looked_up(graph, self.n, whole) if whole and not real else []
+        with torch.no_grad():
+            self.structure = self._structure(graph, seed, starts, data, picked, real)
+
+    def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
+        key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
+        found = _structures.get(key)
+        if found is not None:
+            return found
+        try:
+            found = find(graph, seed, starts, data, picked)
+        except SamplesMix as mix:
+            if not opened:
+                opened = _keep_samples(graph, self.n)
+                if opened:
+                    return self._structure(graph, seed, starts, data, picked, real, opened)
+            value = graph.values[mix.value]
+            if not real or probe_mixing([self.y], real):
+                raise _mixing(
+                    f"the op {value.op} (output {tuple(value.shape)}) does not keep the batch axis"
+                ) from None
+            found = unstructured(graph, seed, starts)
+        if len(_structures) >= _STRUCTURES_KEPT:
+            _structures.pop(next(iter(_structures)), None)
+        _structures[key] = found
+        return found
+
+    @contextlib.contextmanager
+    def computing(self):
+        """With a graph if one is asked for, and never in the lower precision of an autocast region."""
+        kind = self.y.device.type
+        with torch.set_grad_enabled(self.create_graph):
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    yield
+            else:
+                yield
+
+    # -- chunks -----------------------------------------------------------------------------------
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The sizes of the output's labels, those of its samples first."""
+        return self.structure.sweep.layout.seed
+
+    def labels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The labels of the samples, and of the rest of the output."""
+        batch = self.structure.batch
+        every = range(len(self.seeds))
+        return tuple(s for s in every if s in batch), tuple(s for s in every if s not in batch)
+
+    def budget(self, memory_limit) -> float:
+        if memory_limit is not None:
+            return float(parse_bytes(memory_limit))
+        return max(free_bytes(self.y.device) / 2, float(LARGE))
+
+    def selections(
+        self, chunk_size: int | None, memory_limit, share: float = 0.4
+    ) -> list[Selection | None]:
+        """The output's entries in the pieces that are computed at once: None for all.
+
+        Samples are never cut: what an entry of the output needs is about what the forward pass holds. ``share``: of the
+        memory that blocks may take.
+        """
+        sweep, structure = self.structure.sweep, self.structure
+        _, out = self.labels()
+        sizes = {s: self.seeds[s] for s in out}
+        total = prod(sizes.values())
+
+        def cut(count: int) -> dict[int, int]:
+            chunks, room = {}, count
+            for s in reversed(out):
+                take = min(sizes[s], max(room, 1))
+                take = -(-sizes[s] // -(-sizes[s] // take))
+                room //= sizes[s]
+                if take < sizes[s]:
+                    chunks[s] = take
+            return chunks
+
+        def need(chunks: dict[int, int]) -> float:
+            at_once = prod([chunks.get(s, n) for s, n in sizes.items()])
+            blocks = peak_bytes(self.graph, sweep, chunks)
+            return blocks + structure.extra * at_once + structure.patches
+
+        count = total if chunk_size is None else min(chunk_size, total)
+        if count == total and memory_limit is None and need({}) <= LARGE:
+            return [None]
+        limit = share * self.budget(memory_limit)
+        while need(cut(count)) > limit:
+            if count == 1:
+                raise ValueError(
+                    f"memory_limit leaves {int(limit)} bytes for the factors, and those of one output entry need "
+                    f"{int(need(cut(1)))}; raise memory_limit, or pass fewer samples"
+                )
+            count //= 2
+        sels: list[Selection] = [{}]
+        for s, size in cut(count).items():
+            sels = [
+                {**sel, s: (start, min(size, sizes[s] - start))}
+                for sel in sels
+                for start in range(0, sizes[s], size)
+            ]
+        return [sel or None for sel in sels]
+
+    def factor_bytes(self) -> float:
+        """Bytes of the blocks at all uses, those that are one counted once."""
+        sweep = self.structure.sweep
+        owner: dict[int, int] = {}
+        for step in sweep.steps:
+            owner[step.value] = step.value
+            if step.shares:
+                owner[step.value] = owner.get(step.terms[0].other, sweep.seed)
+        held = {owner[t] for t in sweep.targets if t in owner} - {sweep.seed}
+        return sum(sweep.layouts[v].numel() * itemsize(self.graph, v) for v in held)
+
+    def kinds(self) -> dict[str, list[str]]:
+        """What the uses of every parameter are, in words."""
+        structure, found = self.structure, {}
+        for name, value in self.values.items():
+            uses = [u for u in structure.uses if u.root == value]
+            words = [kind_of(u) for u in uses]
+            if value in structure.formed:
+                words.append("formed")
+            counted = dict.fromkeys(words)
+            found[name] = [
+                word if words.count(word) == 1 else f"{words.count(word)} times {word}"
+                for word in counted
+            ] or ["not used"]
+        return found
+
+    def check_unchanged(self) -> None:
+        """Raise if something was written to since the forward pass."""
+        for name, t, version in self.watched:
+            if t._version != version:
+                raise RuntimeError(
+                    f"{name} was modified in place after the forward pass (an optimizer's step?), so its Jacobian "
+                    "cannot be computed any more; call parameter_jacobian again, or .dense() before the step"
+                )
+
+
+def _mixing(why: str) -> RuntimeError:
+    return RuntimeError(
+        f"samples mix: {why}. A Jacobian a sample does not exist then; make the samples independent (BatchNorm: call "
+        "eval(); attention: batch_first=True)"
+    )
+
+
+def _differentiable(t: Tensor) -> bool:
+    return t.dtype.is_floating_point
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.clone() if t.is_inference() else t
+
+
+def _keep_samples(graph: Graph, n: int) -> tuple:
+    """Let ops that are called instead of understood keep the axes of samples that a probe finds unmixed.
+
+    A random cotangent on half of the samples must leave exact zeros on the others; see `samples.halves`. Returns which
+    edges, and their axes.
+    """
+    found = []
+    for v, value in enumerate(graph.values):
+        for e, (s, edge) in enumerate(value.sources):
+            source = graph.values[s].shape
+            if not isinstance(edge, Opaque) or edge.kept(source, value.shape):
+                continue
+            for a in range(min(len(source), len(value.shape))):
+                if source[a] == value.shape[a] == n and _unmixed(edge, value, a, n):
+                    edge.keep(((a, a),))
+                    found.append((v, e, a))
+                    break
+    return tuple(found)
+
+
+def _unmixed(edge: Opaque, value, axis: int, n: int) -> bool:
+    noise = torch.arange(1, prod(value.shape) + 1, dtype=torch.float64, device=value.device)
+    noise = noise.mul(2.399963).sin().to(value.dtype).view(value.shape)
+    for mask in halves(n, value.device):
+        shape = [1] * len(value.shape)
+        shape[axis] = n
+        pulled, _ = edge.pull((noise * mask.view(shape)).unsqueeze(0), False)
+        if bool((pulled.movedim(axis + 1, 0)[~mask] != 0).any()):
+            return False
+    return True
