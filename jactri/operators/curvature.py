@@ -125,10 +125,7 @@ class Unary(Curvature):
         return self.formula(*self.saved, *self.constants)
 
     def term(self, t):
-        return self.bend(t, self.slopes()[1])
-
-    def bend(self, t: Tangents, second: Tensor) -> Tensor:
-        block = t.block(self.sources[0])
+        block, second = t.block(self.sources[0]), self.slopes()[1]
         return second if block is None else second * t.seeds.squares(block)
 
 

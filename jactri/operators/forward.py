@@ -225,29 +225,30 @@ class Run:
         """``f' u_k`` and ``f' lap + f'' sum_k u_k^2``."""
         v, s = step.value, step.terms[0].other
         first, second = curve.slopes()
-        bend = curve.bend(self, second)
         both = self.joined.get(s)
+        data, _ = self.blocks[s]
+        squares = None if data is None else self.seeds.squares(data)
         if both is not None:
             if self._dying(s, step):
                 both.mul_(first)
             else:
                 both = both * first
-            both[-1].add_(bend)
+            both[-1].addcmul_(second, squares)
             self._put(v, both, True)
             return
-        data, _ = self.blocks[s]
         lap = self.laplacians.get(s)
         shape = self.values[v].shape
         if self.writable and data is not None and v in self.plan.dense:
             both = data.new_empty(data.shape[0] + 1, *shape)
             torch.mul(data, first, out=both[:-1])
             if lap is None:
-                both[-1] = bend
+                torch.mul(second, squares, out=both[-1])
             else:
-                torch.mul(lap, first, out=both[-1]).add_(bend)
+                torch.mul(lap, first, out=both[-1]).addcmul_(second, squares)
             self._put(v, both, True)
             return
         block = first.expand(shape).unsqueeze(0) if data is None else data * first
+        bend = second if data is None else second * squares
         self.blocks[v] = block, data is not None
         self.laplacians[v] = (bend if lap is None else lap * first + bend).expand(shape)
 

@@ -19,7 +19,7 @@ Slopes = tuple[Tensor, Tensor]
 
 def tanh(y: Tensor) -> Slopes:
     d = 1 - y * y
-    return d, y * d * -2
+    return d, (y * d).mul_(-2)
 
 
 def sigmoid(y: Tensor) -> Slopes:

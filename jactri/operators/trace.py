@@ -145,7 +145,9 @@ def _trace(graph: Graph, chain: Chain, n: int, width: int) -> Tensor:
     elif len(diagonals) == 1:
         out = diagonals[0] @ core
     else:
-        out = (backends.product(diagonals[0], core, False) * diagonals[1]).sum(1)
+        rows = backends.product(diagonals[0], core, False)
+        rows = rows * diagonals[1] if torch.is_grad_enabled() else rows.mul_(diagonals[1])
+        out = rows.sum(1)
     return out if factor == 1 else out * factor
 
 
