@@ -182,6 +182,21 @@ def test_chunks_limits_and_progress():
             jactri.jacobian(func, x, per_sample=True, layout=layout, memory_limit=10_000)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_of_samples_that_mix_after_the_windows(mode):
+    """The first layers are the same for all chunks of samples: they see the coloured seeds, too."""
+    net = FUNCTIONS["three convolutions"][0]
+    x = torch.randn(4, 1, 12, 11, dtype=F64)
+
+    def func(x):
+        y = net(x)
+        return y - y.mean(0)
+
+    want = truth(func, x, False)
+    for size in (49, 98):
+        close(jactri.jacobian(func, x, strategy=mode, chunk_size=size), want)
+
+
 def test_a_memmap_is_still_filled_chunk_by_chunk(tmp_path):
     func, x, _ = data("three convolutions", 2)
     want = truth(func, x, True)

@@ -1,6 +1,7 @@
 """Image-to-image networks under backend="triton": convolution kernels under coloured seeds, and the band writer."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_end_to_end import MODES, _fresh  # noqa: F401
 from torch import nn
 
 import jactri
-from jactri import backends, planning
+from jactri import planning
 from jactri.graph import read
 from jactri.kernels import band, conv, direct, first
 from jactri.kernels.support import Unfit
@@ -28,6 +29,10 @@ def launched(monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
     return ran
+
+
+SIZE = (3, 10)
+"""Of which columns are coloured, with 7 colours; lines are too few."""
 
 
 def w6(channels=4):
@@ -49,19 +54,18 @@ def check(f, x, per_sample=True, most=2e-6, **options):
     got = jactri.jacobian(f, x, backend="triton", per_sample=per_sample, **options)
     want = truth(f, x, per_sample)
     assert got.shape == want.shape and distance(got, want) <= most
-    assert torch.equal(got == 0, (want == 0)) or not want.eq(0).any()
     return got
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    "n, per_sample, given", [(1, True, True), (2, True, False), (2, False, True)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_w6(mode, n, per_sample, given, device, launched):
-    f, x = w6().to(device), torch.randn(n, 1, 10, 11, device=device)
+    f, x = w6().to(device), torch.randn(n, 1, *SIZE, device=device)
     out = None
     if given:
-        shape = (n, 1, 10, 11, 1, 10, 11) if per_sample else (n, 1, 10, 11, n, 1, 10, 11)
+        shape = (n, 1, *SIZE, *([] if per_sample else [n]), 1, *SIZE)
         out = torch.full(shape, float("nan"), device=device)
     got = check(f, x, per_sample, strategy=mode, out=out)
     assert out is None or got is out
@@ -69,45 +73,40 @@ def test_w6(mode, n, per_sample, given, device, launched):
 
 
 def test_explain_says_so(device):
-    f, x = w6().to(device), torch.randn(2, 1, 10, 11, device=device)
+    f, x = w6().to(device), torch.randn(2, 1, *SIZE, device=device)
     text = str(jactri.explain(f, x, per_sample=True, backend="triton"))
     assert "triton (from the weight alone, no seeds are read)" in text
     assert "tile 128x64x32, 4 warps): 1 launch)" in text
     assert text.endswith("by images, as kernels are asked for, written out by the kernel band")
+    x = torch.randn(2, 1, 10, 11, device=device)
     text = str(jactri.explain(f, x, per_sample=True, backend="torch"))
     assert ", by patches (predicted" in text and "triton" not in text
 
 
 NETWORKS = {
-    "strides": nn.Sequential(
-        nn.Conv2d(2, 3, 3, 2, 1), nn.Tanh(), nn.ConvTranspose2d(3, 2, 4, 2, 1)
-    ),
-    "lines": nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3, padding=2)),
-    "nothing between": nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)),
-    "depthwise": nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Tanh()),
-}
+    "both axes": (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1)), (7, 8)),
+    "strides": (nn.Sequential(nn.Conv2d(2, 3, 3, 2, 1), nn.Tanh(), nn.ConvTranspose2d(3, 2, 4, 2, 1)), (3, 10)),
+    "lines": (nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3, padding=2)), (9,)),
+    "nothing between": (nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, (1, 3), padding=(0, 1))), (3, 8)),
+    "depthwise": (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Tanh()), (3, 6)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, mode, device, launched):
-    f = NETWORKS[name].to(device)
-    x = (
-        torch.randn(2, 2, 17, device=device)
-        if name == "lines"
-        else torch.randn(2, f[0].in_channels, 9, 10, device=device)
-    )
-    for per_sample in (True, False):
-        check(f, x, per_sample, strategy=mode)
-    assert launched.count("dense") == 2
-    assert launched.count("first") == (0 if name == "depthwise" else 2)
+    f, size = NETWORKS[name]
+    f = f.to(device)
+    x = torch.randn(2, f[0].in_channels, *size, device=device)
+    check(f, x, mode == "forward-mode", strategy=mode)
+    assert launched.count("dense") == 1
+    assert launched.count("first") == (name != "depthwise")
 
 
 def test_chunks_memory_orders_and_dtypes(device, launched):
-    f, x = w6().to(device), torch.randn(2, 1, 10, 11, device=device)
-    for size in (1, 9):
-        check(f, x, strategy="forward-mode", chunk_size=size)
-    out = torch.empty(2, 1, 10, 11, 1, 11, 10, device=device).transpose(-1, -2)
+    f, x = w6().to(device), torch.randn(1, 1, *SIZE, device=device)
+    check(f, x, strategy="forward-mode", chunk_size=9)
+    out = torch.empty(1, 1, *SIZE, 1, *SIZE[::-1], device=device).transpose(-1, -2)
     assert check(f, x, strategy="reverse-mode", out=out) is out
     check(f.half(), x.half(), most=4e-3, strategy="forward-mode")
     launched.clear()
@@ -119,7 +118,7 @@ def test_what_the_kernels_do_not_fit_goes_to_torch(device, launched, monkeypatch
     def refuse(*args, **options):
         raise Unfit("no registers left")
 
-    f, x = w6().to(device), torch.randn(2, 1, 10, 11, device=device)
+    f, x = w6().to(device), torch.randn(1, 1, *SIZE, device=device)
     monkeypatch.setattr(first, "first", refuse)
     with pytest.warns(RuntimeWarning, match="first does not run here .*no registers left"):
         check(f, x)
@@ -141,10 +140,10 @@ def test_the_cheaper_of_patches_and_images(device):
     (torchs,), (auto,), (asked,) = (p.sweeps for p in plans.values())
     assert torchs.windows and "by patches (predicted" in torchs.why
     assert not asked.windows and asked.items
-    told = float(auto.why.split("predicted ")[1].split(" ms")[0])
-    other = float(auto.why.split(", ")[1].split(" ")[0])
-    assert told <= other
-    seen = [float(s.why.split("images")[0].split(", ")[1]) for s in (torchs,)]
-    by_images = told if not auto.windows else other
-    assert by_images < seen[0]
-    assert not backends.forced()
+    chosen = "patches" if auto.windows else "images"
+    assert f"by {chosen} (predicted" in auto.why
+
+    def by_images(sweep):
+        return float(re.search(r"([\d.e+-]+) (?:ms, .* by patches|by images)", sweep.why)[1])
+
+    assert by_images(auto) < by_images(torchs)
