@@ -25,6 +25,7 @@ from .arguments import (
 )
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
+from .folding import fold
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
 from .layers import watching
@@ -256,6 +257,7 @@ def _rows(ys, xs, asked: Request, dests):
         )
     if asked.strict:
         _check_dependence(graph, ys, xs)
+    graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)

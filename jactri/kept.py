@@ -23,22 +23,32 @@ T = TypeVar("T")
 @dataclass
 class _Entry:
     copy: Tensor
-    made: dict[Hashable, tuple[object, tuple[Tensor, ...]]] = field(default_factory=dict)
+    made: dict[Hashable, tuple[object, tuple[Tensor, ...], tuple[Tensor, ...]]] = field(
+        default_factory=dict
+    )
+    """What was made, the tensors that it holds, and copies of what else it was made of."""
 
     def holds(self, weight: Tensor) -> bool:
-        c = self.copy
-        if c.shape != weight.shape or (c.dtype, c.device) != (weight.dtype, weight.device):
-            return False
-        return torch.equal(c, weight)
+        return _same(self.copy, weight)
 
 
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def kept(
-    weight: Tensor, key: Hashable, make: Callable[[], T], tensors: Callable[[T], tuple[Tensor, ...]]
+    weight: Tensor,
+    key: Hashable,
+    make: Callable[[], T],
+    tensors: Callable[[T], tuple[Tensor, ...]],
+    given: tuple[Tensor, ...] = (),
 ) -> T:
-    """``make()``, or what it returned for an equal ``weight`` and ``key``; ``tensors`` are those that it holds."""
+    """``make()``, or what it returned for an equal ``weight``, ``key`` and other tensors ``given``.
+
+    ``tensors`` are those that it holds. For a weight that is a view, the leaf that it is a view of is looked at.
+    """
+    if not weight.is_leaf and weight._base is not None:
+        key = key, weight.shape, weight.stride(), weight.storage_offset()
+        weight = weight._base
     if torch.is_grad_enabled() or not weight.is_leaf:
         return make()
     entry = _entries.get(weight)
@@ -52,10 +62,16 @@ def kept(
             return make()
         entry = _entries[weight] = _Entry(weight.detach().clone())
     found = entry.made.get(key)
-    if found is None:
+    if found is None or not all(map(_same, found[2], given)):
         value = make()
-        found = entry.made[key] = value, tensors(value)
+        found = entry.made[key] = value, tensors(value), tuple(g.detach().clone() for g in given)
     return found[0]
+
+
+def _same(copy: Tensor, t: Tensor) -> bool:
+    return (copy.shape, copy.dtype, copy.device) == (t.shape, t.dtype, t.device) and torch.equal(
+        copy, t
+    )
 
 
 def kept_tensors() -> list[Tensor]:
@@ -63,5 +79,5 @@ def kept_tensors() -> list[Tensor]:
     return [
         t
         for e in _entries.values()
-        for t in (e.copy, *(t for _, ts in e.made.values() for t in ts))
+        for t in (e.copy, *(t for _, *groups in e.made.values() for ts in groups for t in ts))
     ]

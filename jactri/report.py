@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends, launch
 from .api import prepare
 from .arguments import as_tuple, check_batch
+from .folding import fold
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout
@@ -125,7 +126,7 @@ def explain(
         if not all(t.numel() for t in (*xs, *ys)):
             return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
         try:
-            graph = read(ys, xs)
+            graph = fold(read(ys, xs))
         except UnsupportedGraph as reason:
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
         with backends.use(backend):
@@ -152,8 +153,8 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
-        m.work(graph.values[s].shape, v.shape, True) * prod(graph.values[s].shape)
-        for v in graph.values
+        m.work(graph.recorded.values[s].shape, v.shape, True) * prod(graph.recorded.values[s].shape)
+        for v in graph.recorded.values
         for s, m in v.sources
         if m.structure not in ("view", "identity")
     )
