@@ -209,10 +209,15 @@ class Conv(LinearMap):
         return ((0, 0),)
 
     def windows(self, in_shape, out_shape):
-        return tuple((a, a) for a in range(2, len(in_shape)))
+        groups = self.geometry.groups
+        mixed_or_kept = groups == 1 or groups == in_shape[1] == out_shape[1]
+        return tuple((a, a) for a in range(1 + mixed_or_kept, len(in_shape)))
 
     def support(self, axis, in_shape, out_shape):
         g, i = self.geometry, axis - 2
+        if axis == 1:
+            own = [numpy.arange(n) // (n // g.groups) for n in (out_shape[1], in_shape[1])]
+            return own[0][:, None] == own[1]
         fine, coarse = in_shape[axis], out_shape[axis]
         if g.transposed:
             fine, coarse = coarse, fine

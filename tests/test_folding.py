@@ -110,7 +110,7 @@ def test_flops_and_names():
     # as recorded, for one sample: 64 pixels of 8 channels, 36 of 2, and the matrix
     assert report.naive_flops == 2 * 2 * 2 * (64 * 8 * 18 + 36 * 2 * 72 + 2 * 72)
     found = jactri.profile(f, x, per_sample=True, repeats=1)
-    assert any("0 Conv2d + 1 Conv2d" in s.layer for s in found.steps)
+    assert any("0 Conv2d + 1 Conv2d" in s.step.layer for s in found.steps)
 
 
 def test_what_is_read_twice_is_not_folded():
