@@ -80,6 +80,8 @@ class Answer(Store):
         super().__init__(layout, like)
         self.sweep, self.out, self.into, self.per_sample = sweep, out, into, per_sample
         self.dest = dest
+        self.begun = False
+        """Whether an interrupted call has written a part of ``dest``, zeros included."""
         tied = per_sample and not sweep.summed and out[0] != 1
         keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
         self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout
@@ -97,7 +99,7 @@ class Answer(Store):
             return make(
                 (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
             )
-        if make is torch.zeros:
+        if make is torch.zeros and not self.begun:
             self.dest.zero_()
         # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
         n, m = len(seed), self.dest.dim()

@@ -303,19 +303,21 @@ def _rows(ys, xs, asked: Request, dests):
             if span is not None:
                 for answer in answers.values():
                     answer.finish()
-    if pieces[0][0] is not None:
-        return dests
-    return [
-        [
-            answers[j, i].finish()
-            if (j, i) in answers
-            else nothing(asked.form, y, x, per_sample)
-            if sparse
-            else zero_block(y, x, per_sample, y if forward else x, dests[j][i] if dests else None)
-            for i, x in enumerate(xs)
+        if pieces[0][0] is not None:
+            return dests
+        return [
+            [
+                answers[j, i].finish()
+                if (j, i) in answers
+                else nothing(asked.form, y, x, per_sample)
+                if sparse
+                else zero_block(
+                    y, x, per_sample, y if forward else x, dests[j][i] if dests else None
+                )
+                for i, x in enumerate(xs)
+            ]
+            for j, y in enumerate(ys)
         ]
-        for j, y in enumerate(ys)
-    ]
 
 
 @contextlib.contextmanager

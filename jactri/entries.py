@@ -8,6 +8,7 @@ mix.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy
@@ -31,6 +32,9 @@ FORMS = {
     "banded": "banded",
 }
 """By the ``layout`` of a call."""
+
+ROWS_BYTES = 1 << 26
+"""Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ class Entries(Answer):
             found = [self._place(entries)]
             if self.form == "dense":
                 found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
+                found.append(entries.start)
             else:
                 found += [entries.row, entries.column, entries.start]
             return tuple(torch.from_numpy(t).to(device) for t in found)
@@ -249,25 +254,32 @@ class Entries(Answer):
             return None
         return out if self.dest is None or out is self.dest else self.dest.copy_(out)
 
-    def _dense(self, values: Tensor, target: Tensor) -> Tensor:
+    def _dense(self, values: Tensor, target: Tensor, start: Tensor) -> Tensor:
         shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
+        rows, columns = self.pattern.shape
+        width = columns * (1 if self.per_sample else max(self.samples, 1))
+        step = rows * width + (0 if self.per_sample else columns)
+        if torch.is_grad_enabled():
+            flat = values.new_zeros(prod(shape))
+            for i, own in enumerate(values):
+                flat = flat.index_copy(0, target + i * step, own)
+            dense = flat.view(shape)
+            return dense if self.dest is None else self.dest.copy_(dense)
         dense = self.dest
         if dense is None or not dense.is_contiguous() or dense.device != values.device:
-            dense = values.new_zeros(shape)
-        else:
-            dense.zero_()
-        rows, columns = self.pattern.shape
-        step = (
-            rows * columns if self.per_sample else rows * columns * max(self.samples, 1) + columns
-        )
-        flat = dense.view(-1)
+            dense = values.new_empty(shape)
+        flat, each = dense.view(-1), max(rows, 1)
+        if (
+            dense.device.type == "cpu"
+        ):  # zeros and entries in one pass: some rows are in the cache for both
+            each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
+        ends = [*range(0, rows, each), rows]
+        places = start[ends].tolist()
         for i, own in enumerate(values):
-            if torch.is_grad_enabled():
-                flat = flat.index_copy(0, target + i * step, own)
-            else:
-                flat[i * step :].index_copy_(0, target, own)
-        dense = flat.view(shape)
-        if self.dest is not None and dense.data_ptr() != self.dest.data_ptr():
+            for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        if self.dest is not None and dense is not self.dest:
             dense = self.dest.copy_(dense)
         return dense
 

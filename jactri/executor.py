@@ -78,6 +78,9 @@ def blocks_of(graph: Graph, sweep: Sweep, sel: Selection | None = None) -> dict[
 def _stage(
     graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None, given=None
 ) -> None:
+    if watch and watch.ahead:
+        for _, answer in ends:
+            answer.begun = True
     if isinstance(sweep, Join):
         _join(sweep, ends, watch, made, marks)
     else:
@@ -91,7 +94,9 @@ def _own(layout: Layout, sel: Selection) -> Selection:
 
 def _parts(ends, sel: Selection) -> list[Tensor]:
     """Where a chunk goes in results on disk."""
-    return [a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None]
+    return [
+        a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None and a.__class__ is Answer
+    ]
 
 
 def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None) -> None:
@@ -132,6 +137,10 @@ def _sweep(
     marks: Marks | None = None,
     given: Given | None = None,
 ) -> None:
+    if (
+        watch and sweep.patterns
+    ):  # entries are written when all are there: a call that goes on starts here
+        watch = Watch(watch.advance, None)
     if sweep.windows:
         _patches(graph, sweep, ends, watch, marks)
         return
@@ -186,7 +195,9 @@ def chunks(
     seeds = sweep.given or (sweep.seed,)
     pinned = used.intersection([*seeds, *(s.value for s in shared)])
     pinned = pinned.union(t for t in sweep.targets if t is not None)
-    blocks: Blocks = {sweep.seed: (None, False)}  # what is shared starts from an identity, or from colours
+    blocks: Blocks = {
+        sweep.seed: (None, False)
+    }  # what is shared starts from an identity, or from colours
     if sweep.colours:
         blocks = _start(graph, sweep, None, None, shared)
     steps(graph, sweep, shared, blocks, None, writable, pinned)

@@ -56,7 +56,10 @@ class Plan:
     @property
     def signature(self) -> list:
         """What decides which chunk comes when."""
-        return [self.strategy, [[s.index, sorted(s.chunks.items())] for s in self.sweeps]]
+        return [
+            self.strategy,
+            [[s.index, sorted(s.chunks.items()), bool(s.patterns)] for s in self.sweeps],
+        ]
 
     @property
     def flops(self) -> float:
@@ -167,8 +170,6 @@ class Asked:
     per_sample: bool
     given: bool
     sparse: bool = False
-    whole: bool = False
-    """Whether chunks are part of the answer as they come, as a file needs them: then no seeds are coloured."""
     kernels: str = ""
     """The backend by which kernels run the blocks: "auto", "triton" where they are asked for, or none."""
 
@@ -368,7 +369,7 @@ def make_plan(
     ways: dict[str, list[Sweep]] = {}
     sparse = answer is not None and answer.sparse
     traces = None
-    if sparse or (answer is not None and not answer.whole and not summed and has_windows(graph)):
+    if sparse or (answer is not None and not summed and has_windows(graph)):
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
     budget = _Budget(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
