@@ -13,6 +13,9 @@ from .sweep import Sweep
 class Store:
     """The block of one value, whole, as chunks fill it: ``(free seed factors..., value axes...)``."""
 
+    begun = False
+    """Whether an interrupted call has written a part of ``dest``, zeros included."""
+
     def __init__(self, layout: Layout, like):
         self.layout = self.final = layout
         self.like = like
@@ -57,7 +60,10 @@ class Store:
         if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
             self.store = data.to(device=self.like.device, dtype=self.like.dtype)
             return
-        scatter(self.part(sel), self.final, data, self.layout, sel)
+        part = self.part(sel)
+        if self.begun and self.final.tied != self.layout.tied:
+            part.zero_()
+        scatter(part, self.final, data, self.layout, sel)
 
     def block(self) -> Tensor:
         """The whole block, ``(K, *value)``."""
@@ -80,8 +86,6 @@ class Answer(Store):
         super().__init__(layout, like)
         self.sweep, self.out, self.into, self.per_sample = sweep, out, into, per_sample
         self.dest = dest
-        self.begun = False
-        """Whether an interrupted call has written a part of ``dest``, zeros included."""
         tied = per_sample and not sweep.summed and out[0] != 1
         keep = frozenset(t for _, t in sweep.layout.axes[0]) if tied else frozenset()
         self.final = layout.drop(layout.tied - keep) if layout.tied != keep else layout

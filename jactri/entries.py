@@ -269,16 +269,19 @@ class Entries(Answer):
         if dense is None or not dense.is_contiguous() or dense.device != values.device:
             dense = values.new_empty(shape)
         flat, each = dense.view(-1), max(rows, 1)
-        if (
-            dense.device.type == "cpu"
-        ):  # zeros and entries in one pass: some rows are in the cache for both
+        if dense.device.type == "cpu":
             each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
-        ends = [*range(0, rows, each), rows]
-        places = start[ends].tolist()
-        for i, own in enumerate(values):
-            for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
-                flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
-                flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        if each >= rows:
+            flat.zero_()
+            for i, own in enumerate(values):
+                flat[i * step :].index_copy_(0, target, own)
+        else:
+            ends = [*range(0, rows, each), rows]
+            places = start[ends].tolist()
+            for i, own in enumerate(values):
+                for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                    flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                    flat[i * step :].index_copy_(0, target[a:b], own[a:b])
         if self.dest is not None and dense is not self.dest:
             dense = self.dest.copy_(dense)
         return dense
