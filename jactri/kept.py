@@ -33,6 +33,11 @@ class _Entry:
 
 
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Leaf -> view of it (shape, strides, offset; None for itself) -> entry."""
+
+
+def _all() -> list[_Entry]:
+    return [e for views in _entries.values() for e in views.values()]
 
 
 def kept(
@@ -44,23 +49,21 @@ def kept(
 ) -> T:
     """``make()``, or what it returned for an equal ``weight``, ``key`` and other tensors ``given``.
 
-    ``tensors`` are those that it holds. For a weight that is a view, the leaf that it is a view of is looked at.
+    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of.
     """
+    leaf, view = weight, None
     if not weight.is_leaf and weight._base is not None:
-        key = key, weight.shape, weight.stride(), weight.storage_offset()
-        weight = weight._base
-    if torch.is_grad_enabled() or not weight.is_leaf:
+        leaf, view = weight._base, (weight.shape, weight.stride(), weight.storage_offset())
+    if torch.is_grad_enabled() or not leaf.is_leaf:
         return make()
-    entry = _entries.get(weight)
+    entry = _entries.get(leaf, {}).get(view)
     if entry is None or not entry.holds(weight):
-        _entries.pop(weight, None)
+        _entries.get(leaf, {}).pop(view, None)
         size = weight.numel() * weight.element_size()
-        if (
-            size + sum(e.copy.numel() * e.copy.element_size() for e in _entries.values())
-            > MOST_BYTES
-        ):
+        if size + sum(e.copy.numel() * e.copy.element_size() for e in _all()) > MOST_BYTES:
             return make()
-        entry = _entries[weight] = _Entry(weight.detach().clone())
+        entry = _Entry(weight.detach().clone())
+        _entries.setdefault(leaf, {})[view] = entry
     found = entry.made.get(key)
     if found is None or not all(map(_same, found[2], given)):
         value = make()
@@ -78,6 +81,6 @@ def kept_tensors() -> list[Tensor]:
     """All that are kept, and the copies of weights."""
     return [
         t
-        for e in _entries.values()
+        for e in _all()
         for t in (e.copy, *(t for _, *groups in e.made.values() for ts in groups for t in ts))
     ]
