@@ -137,9 +137,8 @@ def _sweep(
     marks: Marks | None = None,
     given: Given | None = None,
 ) -> None:
-    if (
-        watch and sweep.patterns
-    ):  # entries are written when all are there: a call that goes on starts here
+    if watch and sweep.patterns:
+        # entries are written when all are there: a call that goes on forms them again
         watch = Watch(watch.advance, None)
     if sweep.windows:
         _patches(graph, sweep, ends, watch, marks)
