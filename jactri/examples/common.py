@@ -115,6 +115,13 @@ def figure(title: str, subtitle: str, size: tuple[float, float]) -> Figure:
     return made
 
 
+def panels(figure: Figure, rows: int, columns: int, *, sharex: bool = False, **place):
+    """Panels in a part of the figure: ``left``, ``right``, ``bottom``, ``top``, as shares of it, and their spacing."""
+    return figure.subplots(
+        rows, columns, sharex=sharex, gridspec_kw={"bottom": 0.07, "top": 0.82, **place}
+    )
+
+
 def label(axes, title: str = "", x: str = "", y: str = "") -> None:
     """Titles a panel and names its axes, in the demo's plain style."""
     from jactri.demo.pictures import plain

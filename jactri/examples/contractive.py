@@ -191,9 +191,7 @@ def draw(found: Found) -> Figure:
                     name, rotation=0, ha="right", va="center", fontsize=9.5, color=common.INK
                 )
 
-    spectrum, moved, right = figure.subplots(
-        3, 1, gridspec_kw={"left": 0.69, "right": 0.98, "bottom": 0.07, "top": 0.83, "hspace": 0.62}
-    )
+    spectrum, moved, right = common.panels(figure, 3, 1, left=0.69, right=0.98, hspace=0.62)
     for net, colour, mark in ((plain, common.ORANGE, "s"), (contractive, common.BLUE, "o")):
         style = {"color": colour, "marker": mark, "ms": 4, "lw": 1.8, "label": net.name}
         order = range(1, WIDTHS[-1] + 1)
