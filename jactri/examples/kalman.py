@@ -284,14 +284,9 @@ def draw(found: Found) -> Figure:
     common.label(place, "the tip, as a camera sees the pendulum", "sideways (m)", "up (m)")
     errors = [f"{name}: {error:.2f} m" for name, error in found.tip_error.items()]
     place.text(
-        0,
-        -0.12,
-        "\n".join(["root mean square error", *errors]),
-        ha="center",
-        va="top",
-        fontsize=9,
-        color=common.INK,
-    )
+        0, -0.12, "\n".join(["root mean square error", *errors]), ha="center", va="top", fontsize=9,
+        color=common.INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3},
+    )  # fmt: skip
     names, values = zip(*found.microseconds.items(), strict=True)
     costs.barh(names, values, color=[common.BLUE, common.SKY, "#b6bcc6"], height=0.65)
     costs.bar_label(costs.containers[0], fmt="%.0f", padding=3, fontsize=9, color=common.INK)
