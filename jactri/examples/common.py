@@ -132,9 +132,10 @@ def label(axes, title: str = "", x: str = "", y: str = "") -> None:
     axes.set_ylabel(y, fontsize=9.5, color=MUTED)
 
 
-def colour_bar(figure: Figure, shown, axes, text: str, **options) -> None:
+def colour_bar(figure: Figure, shown, axes, text: str, **options):
     """The scale of a map, beside ``axes``."""
     bar = figure.colorbar(shown, ax=axes, **{"fraction": 0.046, "pad": 0.03, **options})
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=8, length=2)
     bar.set_label(text, fontsize=9, color=MUTED)
+    return bar
