@@ -79,7 +79,7 @@ def make_classifier() -> nn.Sequential:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Networks this small gain nothing from more threads, and lose much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@_one_thread()
+@one_thread()
 def _fit(
     net: nn.Module,
     loss_of: Callable[[torch.Tensor], torch.Tensor],

@@ -22,19 +22,19 @@ ACCENT = "#0f6e84"
 ALARM = "#c8402f"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure).print_png(path)
     return path
 
 
-def _heading(figure: Figure, title: str, subtitle: str, *, top: float) -> None:
+def heading(figure: Figure, title: str, subtitle: str, *, top: float) -> None:
     figure.text(0.03, top, title, fontsize=16, fontweight="bold", color=INK, va="top")
     figure.text(
         0.03, top - 0.42 / figure.get_figheight(), subtitle, fontsize=10.5, color=MUTED, va="top"
     )
 
 
-def _plain(axes) -> None:
+def plain(axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -114,7 +114,7 @@ def saliency(
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=8, length=2)
     bar.set_label("d score / d pixel", color=MUTED, fontsize=9)
-    _heading(
+    heading(
         figure,
         "Which pixels decide?",
         "Two rows of each digit's input Jacobian: ink on a red pixel raises the score of the class above the map, "
@@ -122,7 +122,7 @@ def saliency(
         "with the probabilities that the classifier gave.",
         top=0.965,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def spectrum(
@@ -187,17 +187,17 @@ def spectrum(
     right.set_xlim(left=0)
     right.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     for axes in (left, right):
-        _plain(axes)
+        plain(axes)
         axes.grid(axis="y", color="#e7eaee", lw=0.8)
         axes.set_axisbelow(True)
-    _heading(
+    heading(
         figure,
         "How sensitive is the classifier?",
         f"Singular values of the {values.shape[1]} x {jacobian[0, 0].numel()} input Jacobian at each of "
         f"{len(values):,} test images. Upper left in the right panel is fragile: small margin, large response.",
         top=0.955,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def metric(path: Path, plane: Plane, codes: torch.Tensor, labels: torch.Tensor) 
         handles=[Line2D([], [], marker="o", ls="", mfc="none", mec="white", ms=9, label="equal steps of the image")],
         loc="lower right", fontsize=9, facecolor="#000000", framealpha=0.55, labelcolor="white", edgecolor="none",
     )  # fmt: skip
-    _heading(
+    heading(
         figure,
         "The shape of the latent plane",
         "The decoder's pullback metric JᵀJ at every code. Where it is bright, a small step redraws the digit; "
@@ -269,7 +269,7 @@ def metric(path: Path, plane: Plane, codes: torch.Tensor, labels: torch.Tensor) 
         "all change the drawing equally; the longest are cut short.",
         top=0.965,
     )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _embedded(axes, codes: torch.Tensor, labels: torch.Tensor) -> None:

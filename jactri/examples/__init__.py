@@ -1,1 +1,11 @@
-"""What jactri is used for, in short programs: ``python -m jactri.examples.NAME``."""
+"""What jactri is used for, in short programs: ``python -m jactri.examples.NAME``.
+
+- ``contractive``: an autoencoder whose code ignores noise, by a penalty on its encoder's Jacobian
+- ``geodesic``: shortest paths between digits in a VAE's latent plane, by its decoder's metric JᵀJ
+- ``kalman``: an extended Kalman filter over learned dynamics, linearised by ``jactri.compile``
+- ``poisson``: a network that solves Poisson's equation, by its Laplacian
+- ``flow``: a continuous normalising flow with an exact trace, by the divergence of its field
+- ``laplace``: a regression network that knows where it knows nothing, by its parameter Jacobian
+
+Each takes ``--output FOLDER``, ``--quick`` and ``--no-plot``, prints a table and saves a picture.
+"""
