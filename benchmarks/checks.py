@@ -25,6 +25,8 @@ def error_of(workload: Workload, result: Any) -> float:
     Raises `WrongResult` for a wrong type, shape, dtype or value.
     """
     want = truth(workload)
+    if workload.operator is not None and not hasattr(result, "__array__"):
+        result = workload.operator.flat(result)
     if not isinstance(result, Tensor):
         if not hasattr(result, "__array__"):
             raise WrongResult(f"a {type(result).__name__}, not a tensor")

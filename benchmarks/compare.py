@@ -136,7 +136,7 @@ def contend(
             for n in calls
             if n != forward and forward in calls
         }
-    if workload.full and options.memory:
+    if workload.measures_memory and options.memory:
         kinds = [p for p in peers if p.name in calls]
         result["memory"] = {p.name: memory.in_subprocess(workload, p) for p in kinds}
     return result

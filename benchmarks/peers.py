@@ -3,7 +3,7 @@
 A `Peer` turns (workload, net) into a function of the input. Whatever belongs to one user's
 one-time set-up (building a transform, compiling) happens there and is not timed.
 Every function returns (N, *out, *in), or (N, *out, N, *in) for a workload in the drop-in shape.
-folx, a peer for Laplacians, has nothing to compute here: no workload asks for a Laplacian yet.
+Workloads that ask for something else have contenders of their own (see operators.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.func import jacfwd, jacrev, jvp, vmap
 
 import jactri
 
-from . import peers_jax
+from . import operators, peers_jax
 from .workloads import CPU, Workload, problem
 
 Call = Callable[[Tensor], Tensor]
@@ -245,6 +245,38 @@ OVERHEAD = (
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
     FORWARD,
 )
+OWN = Peer("jactri", "jactri", operators.ours)
+BY_OPERATOR = {
+    operators.LAPLACIAN: (
+        OWN,
+        Peer("vmap(hessian) trace", "torch", operators.hessian_trace, func=True),
+        Peer("jvp of vmap(grad)", "torch", operators.jvp_of_grad, func=True),
+        Peer("jvp of jvp", "torch", operators.jvp_of_jvp, func=True),
+        Peer("grad of grad loop", "torch", operators.grad_of_grad),
+    ),
+    operators.DIVERGENCE: (
+        OWN,
+        Peer("vmap(trace of jacrev)", "torch", operators.trace_of_jacrev, func=True),
+        Peer("vmap(trace of jacfwd)", "torch", operators.trace_of_jacfwd, func=True),
+        Peer("grad loop", "torch", operators.trace_by_loop),
+        Peer("bilinear by hand", "expert", operators.bilinear),
+    ),
+    operators.PARAMETERS: (
+        OWN,
+        Peer("jactri out=", "jactri", operators.parameters_out),
+        Peer("vmap(jacrev)", "torch", operators.parameters_by_func, func=True),
+    ),
+    operators.KERNEL: (
+        OWN,
+        Peer("vmap(jacrev), einsum", "torch", operators.kernel_by_contraction, func=True),
+        Peer("vmap(jacrev), matmul", "torch", operators.kernel_by_matmul, func=True),
+    ),
+}
+JAX_OPERATORS = {
+    operators.LAPLACIAN: Peer("jax vmap(hessian) trace", "jax", peers_jax.laplacian),
+    operators.DIVERGENCE: Peer("jax vmap(trace of jacfwd)", "jax", peers_jax.divergence),
+    operators.KERNEL: Peer("jax vmap(jacrev), matmul", "jax", peers_jax.kernel),
+}
 # All under jax.jit. lax.map takes the batch in pieces that stay in the cache.
 PIECE = 64
 JAX = (
@@ -280,6 +312,9 @@ def contender(
 def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[str, str]]:
     """The peers to run on a workload, jactri first, and those left out with the reason."""
     jax = peers_jax.available(device)
+    if w.operator is not None:
+        own = BY_OPERATOR[w.operator]
+        return [*own, *(p for o, p in JAX_OPERATORS.items() if jax and o == w.operator)], {}
     if w.name == "overhead":
         return [*OVERHEAD, *(JAX[:1] if jax else ())], {}
     if w.full:

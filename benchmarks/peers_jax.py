@@ -93,6 +93,54 @@ def hand_split(_workload, net: nn.Module) -> Call:
     return _jitted(jax.vmap(one, in_axes=(None, 0)), (first, second))
 
 
+def laplacian(_workload, net: nn.Module) -> Call:
+    """Gradient and Hessian's trace of each sample."""
+    import jax
+    import jax.numpy as jnp
+
+    weights, function = translate(net)
+
+    def one(w, v):
+        def f(u):
+            return function(w, u)[0]
+
+        return jax.grad(f)(v), jnp.trace(jax.hessian(f)(v))
+
+    def joined(w, x):
+        g, lap = jax.vmap(one, in_axes=(None, 0))(w, x)
+        return jnp.concatenate([g, lap[:, None]], 1)
+
+    return _jitted(joined, weights)
+
+
+def divergence(_workload, net: nn.Module) -> Call:
+    """The Jacobian's trace of each sample."""
+    import jax
+    import jax.numpy as jnp
+
+    weights, function = translate(net)
+
+    def one(w, v):
+        return jnp.trace(jax.jacfwd(function, argnums=1)(w, v))
+
+    return _jitted(jax.vmap(one, in_axes=(None, 0)), weights)
+
+
+def kernel(workload, net: nn.Module) -> Call:
+    """The empirical tangent kernel, a product a parameter."""
+    import jax
+
+    weights, function = translate(net)
+    n, m = workload.samples, workload.rows
+
+    def whole(w, x):
+        jac = jax.vmap(jax.jacrev(function), in_axes=(None, 0))(w, x)
+        total = sum((j := leaf.reshape(n * m, -1)) @ j.T for leaf in jax.tree.leaves(jac))
+        return total.reshape(n, m, n, m).transpose(0, 2, 1, 3)
+
+    return _jitted(whole, weights)
+
+
 def _jitted(function: JaxFunction, weights: Any) -> Call:
     """A call that moves its input once and returns when the result is there."""
     import jax

@@ -27,7 +27,7 @@ def _cpu(measured: dict) -> str:
         f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, float32, "
         f"{machine['date']}; medians of interleaved calls, ratios paired round by round.",
         "",
-        "| workload | J | into `out=` ms | jactri ms | best torch peer ms | ratio |",
+        "| workload | answer | into `out=` ms | jactri ms | best torch peer ms | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for row in measured["results"]:
@@ -86,7 +86,7 @@ def _gpu(measured: dict) -> str:
         "interleaved calls with a cold L2 cache; the bound is the larger of flops and bytes at the card's measured "
         "rates.",
         "",
-        "| workload | J | float32 products | jactri ms | of the bound | best peer ms | ratio |",
+        "| workload | answer | float32 products | jactri ms | of the bound | best peer ms | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in measured["results"]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from . import nets
+from . import nets, operators
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to differentiate. `full` asks for the drop-in shape (N, *out, N, *in)."""
+    """One thing to differentiate. `full` asks for the drop-in shape (N, *out, N, *in).
+
+    `operator` asks for something else than a Jacobian; `shape` is then that of its answer.
+    """
 
     name: str
     title: str
@@ -44,12 +47,20 @@ class Workload:
     full: bool = False
     no_forward: str = ""
     goal: Goal | None = None
+    operator: operators.Operator | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The Jacobian's shape."""
+        if self.operator is not None:
+            return self.operator.shape(self)
         batch = (self.samples,)
         return batch + self.out_shape + (batch if self.full else ()) + self.in_shape
+
+    @property
+    def measures_memory(self) -> bool:
+        """Whether memory is a part of the comparison."""
+        return self.full or self.name == "W8-wide"
 
     @property
     def answer_bytes(self) -> int:
@@ -73,7 +84,8 @@ class Workload:
 
     def build(self) -> nn.Module:
         """The network, the same at every call."""
-        return nets.frozen(self.module)
+        trains = self.operator is not None and self.operator.trains
+        return nets.frozen(self.module).requires_grad_(trains)
 
     def draw(self, net: nn.Module) -> Tensor:
         """The input batch, the same at every call."""
@@ -96,6 +108,8 @@ def truth(workload: Workload) -> Tensor:
     """The Jacobian in float64, one `autograd.grad` a row: the plainest way there is."""
     net, x = problem(workload)
     net = copy.deepcopy(net).double()
+    if workload.operator is not None:
+        return workload.operator.truth(net, x.double())
     x = x.double().requires_grad_()
     y = net(x)
     # Samples do not mix in these networks, so the sum over the batch has every sample's gradient.
@@ -293,9 +307,75 @@ DROPIN = (
 OVERHEAD = (
     mlp("overhead", "time a call above the forward pass,", (12, 64, 64, 64, 4), nn.Tanh, samples=1),
 )
+
+
+def laplacian_flops(widths: Sequence[int]) -> int:
+    """Flops a sample of value, gradient and Laplacian of a scalar MLP: the first layer's tangents are its weights."""
+    n = widths[0]
+    return 2 * (chain_weights(widths) + (n + 1) * chain_weights(widths[1:]))
+
+
+def _laplacian(name: str, widths: tuple[int, ...], goal: float, samples: int) -> Workload:
+    """Gradient and Laplacian of a scalar function of each sample."""
+    w = mlp(name, "gradient and Laplacian, MLP", widths, nn.Tanh, samples=samples)
+    flops = samples * laplacian_flops(widths)
+    return replace(w, flops=flops, goal=Goal(goal), operator=operators.LAPLACIAN)
+
+
+def _divergence(samples: int) -> Workload:
+    """W8's vector field: a product of weights alone, then one product and two scalings a sample."""
+    widths = (64, 256, 256, 64)
+    w = mlp("W8-divergence", "divergence, MLP", widths, nn.Tanh, samples=samples)
+    n, a, b, _ = widths
+    flops = 2 * (a * n * b + samples * (chain_weights(widths) + a * b))
+    return replace(w, flops=flops, goal=Goal(40.0), operator=operators.DIVERGENCE)
+
+
+SMALL = (32, 64, 64, 8)
+
+
+def _cotangent_flops(samples: int) -> int:
+    """The forward pass of `SMALL`, and the cotangents of all its layers: the last one's are its weights."""
+    return 2 * samples * (chain_weights(SMALL) + SMALL[3] * SMALL[1] * SMALL[2])
+
+
+def _parameters(samples: int) -> Workload:
+    """W9's Jacobian: products for the cotangents, then each entry is one product of two numbers."""
+    w = mlp("W9-parameters", "Jacobian in all parameters, MLP", SMALL, nn.Tanh, samples=samples)
+    flops = _cotangent_flops(samples)
+    return replace(w, flops=flops, goal=Goal(1.1), operator=operators.PARAMETERS)
+
+
+def _kernel(samples: int) -> Workload:
+    """W9's tangent kernel: for each layer a product of cotangents and one of activations."""
+    w = mlp("W9-ntk", "empirical tangent kernel, MLP", SMALL, nn.Tanh, samples=samples)
+    cotangents = 2 * (samples * w.rows) ** 2 * (SMALL[1] + SMALL[2])
+    flops = _cotangent_flops(samples) + cotangents + 2 * samples**2 * sum(SMALL[:3])
+    return replace(w, flops=flops, goal=Goal(40.0), operator=operators.KERNEL)
+
+
+OPERATORS_OF = {
+    "W8-laplacian": (partial(_laplacian, "W8-laplacian", (3, 128, 128, 128, 1), 2.5), 4096),
+    "W8-wide": (partial(_laplacian, "W8-wide", (50, 768, 768, 512, 512, 1), 2.0), 256),
+    "W8-divergence": (_divergence, 512),
+    "W9-parameters": (_parameters, 128),
+    "W9-ntk": (_kernel, 160),
+}
+"""By name: a workload for a number of samples, and that number."""
+OPERATORS = tuple(make(samples) for make, samples in OPERATORS_OF.values())
+
+
+def resized(w: Workload, samples: int) -> Workload:
+    """The same workload for another number of samples."""
+    if w.name in OPERATORS_OF:
+        return OPERATORS_OF[w.name][0](samples)
+    title = f"{w.title.rsplit(', N=', 1)[0]}, N={samples}"
+    return replace(w, title=title, samples=samples, flops=w.flops // w.samples * samples)
+
+
 LARGE = (_resnet("resnet18-1000", 1000, Goal(1.2)),)
 """Run by name only: minutes."""
-ALL = MLP + CONV + ATTENTION + ELEMENTWISE + DROPIN + OVERHEAD
+ALL = MLP + CONV + ATTENTION + OPERATORS + ELEMENTWISE + DROPIN + OVERHEAD
 
 
 def select(names: Sequence[str]) -> list[Workload]:

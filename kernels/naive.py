@@ -1,4 +1,4 @@
-"""The kernels over images in plain torch, for tests: any dtype, no speed."""
+"""The kernels over images, and of the Laplacian, in plain torch, for tests: any dtype, no speed."""
 
 from __future__ import annotations
 
@@ -78,3 +78,29 @@ def dense(values: Tensor, colour: Tensor, supports: tuple[Tensor, ...]) -> Tenso
         seen = torch.kron(seen, table.bool())
     seen = seen.repeat(rows // max(1, seen.shape[0]), columns // max(1, seen.shape[1]))
     return values[:, colour.long()].transpose(1, 2) * seen
+
+
+def laplacian_step(
+    t: Tensor,
+    matrix: Tensor,
+    after: tuple[Tensor, Tensor] | None = None,
+    before: tuple[Tensor, Tensor] | None = None,
+    last: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`laplacian.step`; an activation is its two derivatives (R, w)."""
+    if before is not None:
+        t = torch.cat((t[:-1] * before[0], t[-1:] * before[1]))
+    z = t @ matrix
+    if after is not None:
+        w = torch.ones(1, 1).to(z) if weights is None else weights.to(z).expand(z.shape[1], -1)
+        q = (w.t()[:, :, None] * z[:-1] ** 2).sum(0)
+        z = torch.cat((z[:-1] * after[0], (z[-1] * after[0] + q * after[1])[None]))
+    return z if last is None else z @ last
+
+
+def laplacian_chain(t: Tensor, matrices, factors, last=None, weights=None) -> Tensor:
+    """`laplacian.chain`; activations as in `laplacian_step`."""
+    for m, after in zip(matrices, factors, strict=True):
+        t = laplacian_step(t, m, after, weights=weights)
+    return t if last is None else t @ last

@@ -23,12 +23,14 @@ DTYPES = (torch.float32, *HALF)
 class Factor:
     """A diagonal for a kernel: ``name`` of `activations.DERIVATIVES` applied to ``values``.
 
-    ``values`` has the shape of one block without its seeds, through strides of 0 where it is broadcast.
+    ``values`` has the shape of one block without its seeds, through strides of 0 where it is broadcast. ``second``,
+    of the same shape: the second derivative beside a ready one, for a Laplacian; None for zero.
     """
 
     values: Tensor
     name: str = "ready"
     constants: tuple[float, ...] = ()
+    second: Tensor | None = None
 
 
 def factor(f: Factor | None):

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import record as records
 from benchmarks import report
-from benchmarks.gpu import bench, check
+from benchmarks.gpu import bench, check, counters
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.device import Cpu, precision
 from benchmarks.gpu.sizes import GOALS, bound_ms, distance, problem, sized, truth
@@ -184,5 +184,80 @@ def test_importing_the_command_needs_no_plotting():
 
 def test_the_report_takes_all_files_by_default(capsys, tmp_path):
     assert report.main(["--plot", str(tmp_path / "all.png")]) == 0
-    assert "| workload | J | into `out=` ms | jactri ms |" in capsys.readouterr().out
+    assert "| workload | answer | into `out=` ms | jactri ms |" in capsys.readouterr().out
     assert (tmp_path / "all.png").exists()
+
+
+RAW = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed",\
+"sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","","ns","%","%"
+"0","1","_step","2,000","80.5","50"
+"1","1","_step","6,000","60.5","10"
+"2","1","copy","1,000","5","12"
+"3","1","wait","500","5","n/a"
+""".replace("\\\n", "")
+
+
+def fake(tmp_path, name, code):
+    path = tmp_path / name
+    path.write_text(f"#!{sys.executable}\nimport sys\n{code}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_counters_are_added_up_by_kernel(tmp_path):
+    # a card that knows neither of these counters: they are left out, and the call is repeated
+    code = (
+        "asked = sys.argv[sys.argv.index('--metrics') + 1]\n"
+        "for m in ('sm__issue_active', 'sm__pipe_tensor_cycles_active'):\n"
+        "    if m in asked:\n"
+        "        sys.exit('==ERROR== Failed to find metric ' + next(a for a in asked.split(',') if m in a))\n"
+        f"print({RAW!r})\n"
+    )
+    found = counters._profiled(fake(tmp_path, "ncu", code), "W1-tanh", "ieee", 1, 60)
+    step, copy, wait = found
+    assert step["name"] == "_step" and step["us"] == 8.0 and step["count"] == 2
+    assert step["memory"] == pytest.approx((2 * 80.5 + 6 * 60.5) / 8)
+    assert [k["bound by"] for k in found] == ["memory", "occupancy", "latency"]
+    assert "occupancy" not in wait and "tensor pipe" not in step
+    assert counters.line(copy).startswith("      1.0 us    1 x  bound by occupancy    (memory 5%")
+
+
+def test_a_failing_profiler_is_a_failure(tmp_path):
+    ncu = fake(tmp_path, "ncu", "sys.exit('ERR_NVGPUCTRPERM')")
+    with pytest.raises(ValueError, match="ended with 1: ERR_NVGPUCTRPERM"):
+        counters._profiled(ncu, "W2", "ieee", 1, 60)
+    ncu = fake(tmp_path, "ncu", "print('no kernels were profiled')")
+    with pytest.raises(ValueError, match="no table in what ncu printed"):
+        counters._profiled(ncu, "W2", "ieee", 1, 60)
+
+
+def test_limits_without_the_tool_fails(run, monkeypatch):
+    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+    code, found = run("limits", "W2")
+    assert code == 1 and "ncu" in found["failures"][0]["error"]
+
+
+def test_the_sanitizer_runs_the_kernel_tests(tmp_path, monkeypatch):
+    log = tmp_path / "calls"
+    code = (
+        f"open({str(log)!r}, 'a').write(' '.join(sys.argv) + '\\n')\n"
+        f"sys.exit('racecheck' in sys.argv and {check.FOUND})"
+    )
+    tool = fake(tmp_path, "compute-sanitizer", code)
+    monkeypatch.setattr(check.shutil, "which", lambda name: tool)
+    record = records.Record(tmp_path / "r.json", "check", {}, 60)
+    check._sanitize(record)
+    memory, race = record.data["results"]
+    assert (memory["code"], race["code"]) == (0, check.FOUND)
+    assert [f["what"] for f in record.data["failures"]] == ["kernel tests, racecheck"]
+    first = log.read_text().splitlines()[0]
+    assert "--tool memcheck" in first and "-m pytest" in first and "tests/kernels" in first
+
+
+def test_without_a_sanitizer_that_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    record = records.Record(tmp_path / "r.json", "check", {}, 60)
+    check._sanitize(record)
+    assert record.data["not_run"] == ["sanitizer: compute-sanitizer is not on the PATH"]

@@ -4,6 +4,7 @@
     python -m benchmarks.gpu check      # the tests on the device, accuracy against float64, memory
     python -m benchmarks.gpu bench      # the card's rates; jactri and its peers at equal precision
     python -m benchmarks.gpu profile    # kernels by time, launches a call
+    python -m benchmarks.gpu limits     # what bounds each kernel, by Nsight Compute's counters
 
 Each ends inside its budget (7 minutes) and writes benchmarks/results/gpu-<device>-<command>.json after every step; the
 exit code is 1 if anything failed, 2 if there is no device. ``--device cpu --shrink 1000`` tries the command itself
@@ -20,7 +21,7 @@ import torch
 
 from ..machine import ROOT
 from ..record import Record
-from . import bench, check, profile
+from . import bench, check, counters, profile
 from .device import Cpu, Cuda, versions
 from .sizes import sized
 
@@ -32,7 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=("check", "bench", "profile"))
+    parser.add_argument("command", choices=("check", "bench", "profile", "limits"))
     parser.add_argument(
         "workloads", nargs="*", metavar="WORKLOAD", help="W1, W2, ...; default: all"
     )
@@ -81,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         check.run(device, record, workloads, options.parts)
     elif options.command == "bench":
         bench.run(device, record, workloads, options.shrink, options.compile)
+    elif options.command == "limits":
+        counters.run(device, record, workloads, options.shrink)
     else:
         if options.traces:
             options.traces.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import jactri
 from jactri import chooser
 
-from ..peers import JACTRI_COMPILE, TORCH, Peer, compiled
+from ..peers import BY_OPERATOR, JACTRI_COMPILE, TORCH, Peer, compiled
 from ..record import Record
 from ..timing import Spread
 from ..workloads import Workload
@@ -30,7 +30,9 @@ LAUNCH_BOUND_MS = 1.0
 def own(backend: str) -> Peer:
     """jactri with a backend as a contender."""
 
-    def make(w: Workload, net: nn.Module) -> Callable[[Tensor], Tensor]:
+    def make(w: Workload, net: nn.Module) -> Callable[[Tensor], Any]:
+        if w.operator is not None:
+            return lambda x: w.operator.jactri(net, x, backend=backend)
         return lambda x: jactri.jacobian(net, x, per_sample=True, backend=backend)
 
     return Peer(f"jactri {backend}", "jactri", make)
@@ -81,7 +83,7 @@ class Contest:
             return
         try:
             call = peer.make(self.w, self.net)
-            fact["error"] = distance(call(self.x), self.want)
+            fact["error"] = distance(call(self.x), self.want, self.w.operator)
             if not fact["error"] <= ALLOWED[self.setting]:
                 raise AssertionError(
                     f"off by {fact['error']:.1e}, {ALLOWED[self.setting]:.0e} allowed"
@@ -104,17 +106,24 @@ class Contest:
 
 def _contend(device, record: Record, size: Sized, setting: str, card) -> dict[str, Any]:
     contest = Contest(device, record, size, setting)
-    for peer in (*map(own, device.backends), JACTRI_COMPILE, *TORCH):
+    for peer in (*map(own, device.backends), *_others(size.workload)):
         contest.add(peer)
     least = bound_ms(size.workload, card, setting)
     contest.time(least, record.left / 16)
     return _summary(size, setting, least, contest.facts)
 
 
+def _others(w: Workload) -> list[Peer]:
+    """The contenders beside `own`."""
+    if w.operator is None:
+        return [JACTRI_COMPILE, *TORCH]
+    return [p for p in BY_OPERATOR[w.operator] if p.name != "jactri" and p.kind != "expert"]
+
+
 def _compile_best(device, record: Record, size: Sized, setting: str, result) -> None:
     """Add the fastest peer that torch.compile takes whole, compiled, timed beside jactri again."""
     facts = result["contenders"]
-    able = [p for p in TORCH if p.func and "ms" in facts.get(p.name, {})]
+    able = [p for p in _others(size.workload) if p.func and "ms" in facts.get(p.name, {})]
     if not able:
         return
     contest = Contest(device, record, size, setting)

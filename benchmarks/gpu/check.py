@@ -1,4 +1,8 @@
-"""``check``: the kernel tests and the whole suite on the device, accuracy at GPU sizes, and memory."""
+"""``check``: the kernel tests and the whole suite on the device, accuracy at GPU sizes, and memory.
+
+``--parts sanitizer`` runs the kernel tests of small sizes under compute-sanitizer, for accesses outside of tensors and
+for races.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,7 @@ import torch
 import jactri
 
 from ..machine import ROOT
+from ..peers import BY_OPERATOR
 from ..record import Record
 from .device import SETTINGS, Device, precision
 from .sizes import Sized, distance, problem, truth
@@ -31,7 +39,12 @@ ENDS = (0, 5)
 """pytest's codes for: all passed, and nothing to run (a shard of which every file is about the CPU)."""
 
 SHARDS = 6
-PARTS = ("kernels", "suite", "accuracy")
+PARTS = ("kernels", "suite", "accuracy", "sanitizer")
+TOOLS = ("memcheck", "racecheck")
+SANITIZED = "not whole_suite and not end_to_end and not networks and not infrastructure"
+"""The kernel tests that run under compute-sanitizer, some hundred times slower; the time that is left cuts them off."""
+FOUND = 86
+"""The exit code by which compute-sanitizer says that it found something."""
 SLACK = {"ieee": 2.0**-22, "tf32": 1e-3, "bf16": 2.0**-6}
 """What jactri may be off by beside twice the error of torch.func at the same setting."""
 
@@ -59,6 +72,26 @@ def run(device: Device, record: Record, workloads: list[Sized], parts: list[str]
                 device.release()
     for one in running:
         _finish(record, *one)
+    if "sanitizer" in parts:
+        _sanitize(record)
+
+
+def _sanitize(record: Record) -> None:
+    """The kernel tests under each of compute-sanitizer's `TOOLS`, in the time that is left."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        record.data["not_run"].append("sanitizer: compute-sanitizer is not on the PATH")
+        return
+    # one allocation a tensor: in memory that torch hands out in pieces, an access outside of one is inside of another
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "JACTRI_TUNE": "0"}
+    for k, tool in enumerate(TOOLS):
+        until = record.left / (len(TOOLS) - k)
+        wrap = [
+            sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20",
+            "--target-processes", "all",
+        ]  # fmt: skip
+        running = _pytest(f"kernel tests, {tool}", ["tests/kernels", "-k", SANITIZED], alone, wrap)
+        _finish(record, *running, seconds=until)
 
 
 def suite_files() -> tuple[list[Path], dict[str, str]]:
@@ -74,20 +107,13 @@ def suite_files() -> tuple[list[Path], dict[str, str]]:
     return files, left_out
 
 
-def _pytest(what: str, options: list[str], more: dict[str, str]):
-    """Start pytest in a process of its own: (what, process, its files, started)."""
+def _pytest(what: str, options: list[str], more: dict[str, str], wrap: Sequence[str] = ()):
+    """Start pytest in a process of its own, under ``wrap``: (what, process, its files, started)."""
     folder = tempfile.TemporaryDirectory()
     report = Path(folder.name) / "junit.xml"
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *options,
-    ]
+        *wrap, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *options,
+    ]  # fmt: skip
     log = (Path(folder.name) / "log").open("w+")
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **more}
@@ -95,12 +121,14 @@ def _pytest(what: str, options: list[str], more: dict[str, str]):
     return what, process, (folder, report, log), time.monotonic()
 
 
-def _finish(record: Record, what: str, process, files, started: float) -> None:
-    """Wait for a pytest process, within the budget, and note what failed."""
+def _finish(
+    record: Record, what: str, process, files, started: float, seconds: float | None = None
+) -> None:
+    """Wait for a pytest process, within the budget or so many ``seconds``, and note what failed."""
     folder, report, log = files
     with contextlib.closing(log), folder:
         try:
-            code = process.wait(timeout=max(record.left, 1))
+            code = process.wait(timeout=max(record.left if seconds is None else seconds, 1))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -143,6 +171,9 @@ def _read(report: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _accuracy(device: Device, record: Record, size: Sized) -> None:
     """jactri's error against float64 beside that of torch.func, and its memory beside the answer's."""
     w = size.workload
+    if w.operator is not None:
+        _accuracy_of_operator(device, record, size)
+        return
     net, x = problem(w, device.device)
     want = truth(w, net, x, min(w.samples, 8))
     mode = torch.func.jacfwd if w.columns < w.rows and not w.no_forward else torch.func.jacrev
@@ -174,6 +205,37 @@ def _accuracy(device: Device, record: Record, size: Sized) -> None:
                         found["peak_of_predicted"] = peak / told.peak_bytes
                 except Exception as error:  # one backend may fail in any way: the others go on
                     record.failed(f"accuracy {name}", error)
+                device.release()
+        record.add(found)
+        print(
+            ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else str(v) for k, v in found.items()),
+            flush=True,
+        )
+
+
+def _accuracy_of_operator(device: Device, record: Record, size: Sized) -> None:
+    """The same for what is no Jacobian of an input: against the first of torch's ways."""
+    w = size.workload
+    net, x = problem(w, device.device)
+    want = truth(w, net, x, min(w.samples, 8))
+    theirs = next(p for p in BY_OPERATOR[w.operator] if p.kind == "torch")
+    few = replace(w, samples=len(want))
+    for setting in SETTINGS:
+        found: dict[str, Any] = {"what": "accuracy", "workload": w.name, "setting": setting}
+        with precision(setting):
+            found["torch.func"] = distance(theirs.make(few, net)(x[: len(want)]), want, w.operator)
+            for backend in device.backends:
+                try:
+                    call = partial(w.operator.jactri, net, x, backend=backend)
+                    off = found[backend] = distance(call(), want, w.operator)
+                    if not off <= 2 * found["torch.func"] + SLACK[setting]:
+                        raise AssertionError(
+                            f"off by {off:.1e}, torch.func by {found['torch.func']:.1e}"
+                        )
+                    if backend == "auto":
+                        found["peak_of_answer"] = device.peak(call) / w.answer_bytes
+                except Exception as error:  # one backend may fail in any way: the others go on
+                    record.failed(f"accuracy {w.name} {setting} {backend}", error)
                 device.release()
         record.add(found)
         print(

@@ -44,8 +44,13 @@ def run(device: Device, record: Record, workloads: list[Sized], traces: Path | N
 def _profiled(device: Device, size: Sized, activities, traces: Path | None) -> dict[str, Any]:
     net, x = problem(size.workload, device.device)
 
+    w = size.workload
+
     def call():
-        jactri.jacobian(net, x, per_sample=True)
+        if w.operator is not None:
+            w.operator.jactri(net, x)
+        else:
+            jactri.jacobian(net, x, per_sample=True)
 
     for _ in range(3):
         call()

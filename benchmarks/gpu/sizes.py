@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..workloads import Workload, select
+from ..operators import Operator
+from ..workloads import Workload, resized, select
 
 FP32_GRADE = 130e12
 """Flops a second at which a Hopper card can deliver products of float32 accuracy, on paper: tensor cores, three tf32 or
@@ -39,8 +41,13 @@ GOALS = {
     "W5": (256, 0.5, (2, 2)),
     "W7": (64, 0.4, (20, 20)),
     "W6-n4": (64, 0.6, (80, 80)),
+    "W8-laplacian": (65536, 0.5, (5, 5)),
+    "W8-divergence": (8192, 0.0, (40, 40)),
+    "W9-parameters": (2048, 0.8, (1, 1)),
+    "W9-ntk": (160, 0.5, (50, 50)),
 }
-"""In the order in which they are run: what time does not suffice for is the least important."""
+"""In the order in which they are run: what time does not suffice for is the least important. A share of 0: launches
+are what bounds it."""
 
 
 def sized(names: list[str], shrink: int = 1) -> list[Sized]:
@@ -51,11 +58,8 @@ def sized(names: list[str], shrink: int = 1) -> list[Sized]:
             continue
         (w,) = select([name])
         samples = max(2, samples // shrink)
-        title = f"{w.title.rsplit(', N=', 1)[0]}, N={samples}"
         name = "W6" if name == "W6-n4" else name
-        w = replace(
-            w, name=name, title=title, samples=samples, flops=w.flops // w.samples * samples, goal=None
-        )  # fmt: skip
+        w = replace(resized(w, samples), name=name, goal=None)
         found.append(Sized(w, share, {"ieee": ieee, "tf32": tf32}))
     if names and not found:
         raise KeyError(f"no workload {names}; there are {', '.join(GOALS)}")
@@ -69,16 +73,25 @@ def problem(w: Workload, device: torch.device) -> tuple[nn.Module, Tensor]:
 
 
 def truth(w: Workload, net: nn.Module, x: Tensor, samples: int) -> Tensor:
-    """Jacobians of the first samples in float64, one ``autograd.grad`` a row: (samples, *out, *in)."""
+    """Jacobians of the first samples in float64, one ``autograd.grad`` a row: (samples, *out, *in).
+
+    Where the workload asks for something else: that, of the first samples.
+    """
     net = copy.deepcopy(net).double()
+    if w.operator is not None:
+        return w.operator.truth(net, x[:samples].double())
     x = x[:samples].double().requires_grad_()
     y = net(x).reshape(samples, -1)
     rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0] for k in range(y.shape[1])]
     return torch.stack(rows, 1).reshape(samples, *w.out_shape, *w.in_shape)
 
 
-def distance(got: Tensor, want: Tensor) -> float:
-    """Relative, in the Frobenius norm; NaN where there is a NaN."""
+def distance(got: Any, want: Tensor, operator: Operator | None = None) -> float:
+    """Relative, in the Frobenius norm; NaN where there is a NaN. ``got``, of more samples, is what a contender gave."""
+    if operator is not None:
+        got = operator.flat(got)
+        if operator.pairs:
+            got = got[:, : len(want)]
     got = got[: len(want)]
     if got.shape != want.shape:
         raise AssertionError(f"shape {tuple(got.shape)}, not {tuple(want.shape)}")

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..contraction import Sum
 from ..executor import Blocks, _sum
 from ..graph import Graph, Value
 from ..layout import FREE, Layout, SplitSeed, unfolded
 from ..linear_map import Cut, LinearMap, Route
 from ..sweep import Step, Sweep, _follow, follow, peak_bytes, refine, sample_ties
+from . import fused
 from .curvature import Curvature, Seeds, Unary
 from .curves import Curves
 
@@ -44,6 +46,8 @@ class Course:
     """Whether the samples of the result stay tied to those of the input: they do not mix."""
     peak: float
     """Predicted bytes of the blocks of tangents at their worst, for all samples and seeds."""
+    runs: dict[int, tuple[Step, ...]] | None = None
+    """What kernels run together (see `fused`), filled in where kernels run."""
 
 
 _courses: dict[tuple, Course] = {}
@@ -170,14 +174,22 @@ class Run:
         ``directions``: ``(K, *in)``, or None for the identity.
         """
         self.blocks[self.sweep.seed] = directions, False
+        runs, done = self._runs(), set[int]()
         for step in self.sweep.steps:
+            run = runs.get(step.value, ()) if step.value not in done else ()
+            both = fused.launch(self, run) if run else None
             curve = self.curves.get(step.value)
-            if curve.__class__ is Unary:
+            if both is not None:
+                self._put(run[-1].value, both, True)
+                done.update(s.value for s in run)
+            elif step.value in done:
+                pass
+            elif curve.__class__ is Unary:
                 self._unary(step, curve)
             else:
                 self._step(step, curve)
             for v in self.plan.frees.get(step.value, ()):
-                del self.blocks[v]
+                self.blocks.pop(v, None)  # inside a run there is none
                 self.laplacians.pop(v, None)
                 self.joined.pop(v, None)
         y = self.graph.outputs[0]
@@ -187,6 +199,14 @@ class Run:
             like = self.values[y]
             block = torch.ones((), dtype=like.dtype, device=like.device).expand(1, *like.shape)
         return block, self.laplacian(y)
+
+    def _runs(self) -> dict[int, tuple[Step, ...]]:
+        """What kernels are tried for."""
+        if not backends.kernels_for(self.values[self.sweep.seed]):
+            return {}
+        if self.plan.runs is None:
+            self.plan.runs = fused.runs(self.graph, self.curves, self.plan)
+        return self.plan.runs
 
     def laplacian(self, value: int) -> Tensor | None:
         both = self.joined.get(value)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from driver import TARGETS
 
-from jactri.kernels import band, conv, direct, elementwise, linear, operands, pool, rows
+from jactri.kernels import band, conv, direct, elementwise, laplacian, linear, operands, pool, rows
 from jactri.kernels import chain as chains
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.support import Factor
@@ -46,6 +46,26 @@ def _whole(kernel, widths, K, R, name, config, reverse=False):
     def run(way):
         given = _network(widths, K, R, DTYPES.get(way, torch.float32), name, reverse)
         getattr(chains, kernel)(*given, precision=way, config=config)
+
+    return run
+
+
+def _laplacian(kernel, widths, K, R, config, first=False, last=False):
+    """Layers of a tanh network; a chain's first block is shared by all samples, a ``first`` step forms its own."""
+
+    def run(way):
+        dtype = DTYPES.get(way, torch.float32)
+        shared = first or kernel == "chain"
+        t = torch.empty(K + 1, 1 if shared else R, widths[0], dtype=dtype).expand(K + 1, R, -1)
+        matrices = [torch.empty(b, a, dtype=dtype).t() for a, b in pairwise(widths)]
+        before, *factors = (Factor(torch.empty(R, w, dtype=dtype), "tanh") for w in widths)
+        options = {"precision": way, "config": config}
+        if last:
+            options["last"] = torch.empty(1, widths[-1], dtype=dtype).t()
+        if kernel == "chain":
+            laplacian.chain(t, matrices, factors, **options)
+        else:
+            laplacian.step(t, *matrices, *factors, before=before if first else None, **options)
 
     return run
 
@@ -164,6 +184,19 @@ for _i, _c in enumerate(chains.CHAIN_CONFIGS):
     CASES[f"chain/W9 64-64-8/{_i}"] = Case("chain", _w9, _ways(_i))
 _w8 = _whole("chain", (128, 128, 128, 3), 1, 65536, "tanh", chains.CHAIN_CONFIGS[0], True)
 CASES["chain/W8 128-128-128-3/0"] = Case("chain", _w8, _ways(0), MODERN)
+# W8: the whole network but its last layer of one feature, which is summed; narrower where 128 does not fit
+_w8 = _laplacian("chain", (3, 128, 128, 128), 3, 65536, chains.CHAIN_CONFIGS[0], last=True)
+CASES["laplacian chain/W8/0"] = Case("laplacian_chain", _w8, MORE, MODERN)
+_narrow = _laplacian("chain", (3, 64, 64, 64), 3, 65536, chains.CHAIN_CONFIGS[1], last=True)
+CASES["laplacian chain/64/1"] = Case("laplacian_chain", _narrow, MORE[:1], ("sm_80", "gfx942"))
+_w8 = _laplacian("step", (128, 128), 3, 65536, laplacian.CONFIGS[0], last=True)
+CASES["laplacian step/W8 last/0"] = Case(
+    "laplacian_step", _w8, MORE[:1], ("sm_80", "sm_90", "gfx942")
+)
+_wide = _laplacian("step", (768, 768), 50, 256, laplacian.CONFIGS[0], first=True)
+CASES["laplacian step/50-768 first/0"] = Case("laplacian_step", _wide, MORE[:1], MODERN)
+_wide = _laplacian("step", (768, 768), 50, 256, laplacian.CONFIGS[1])
+CASES["laplacian step/50-768/1"] = Case("laplacian_step", _wide, MORE[1:], ("sm_90",))
 for _n in (16, 784, 2 * rows.WHOLE):
     CASES[f"rows/softmax/{_n}"] = Case(
         "rows", _rows("softmax", _n), ("fp32",), ("sm_90", "gfx942"), False
