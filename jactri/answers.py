@@ -13,6 +13,9 @@ from .sweep import Sweep
 class Store:
     """The block of one value, whole, as chunks fill it: ``(free seed factors..., value axes...)``."""
 
+    begun = False
+    """Whether an interrupted call has written a part of ``dest``, zeros included."""
+
     def __init__(self, layout: Layout, like):
         self.layout = self.final = layout
         self.like = like
@@ -57,7 +60,10 @@ class Store:
         if own and self.dest is None and not sel and self.final.tied == self.layout.tied:
             self.store = data.to(device=self.like.device, dtype=self.like.dtype)
             return
-        scatter(self.part(sel), self.final, data, self.layout, sel)
+        part = self.part(sel)
+        if self.begun and self.final.tied != self.layout.tied:
+            part.zero_()
+        scatter(part, self.final, data, self.layout, sel)
 
     def block(self) -> Tensor:
         """The whole block, ``(K, *value)``."""
@@ -97,7 +103,7 @@ class Answer(Store):
             return make(
                 (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
             )
-        if make is torch.zeros:
+        if make is torch.zeros and not self.begun:
             self.dest.zero_()
         # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
         n, m = len(seed), self.dest.dim()

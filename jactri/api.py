@@ -25,6 +25,7 @@ from .arguments import (
 )
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
+from .folding import fold
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
 from .layers import watching
@@ -256,6 +257,7 @@ def _rows(ys, xs, asked: Request, dests):
         )
     if asked.strict:
         _check_dependence(graph, ys, xs)
+    graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
@@ -301,19 +303,21 @@ def _rows(ys, xs, asked: Request, dests):
             if span is not None:
                 for answer in answers.values():
                     answer.finish()
-    if pieces[0][0] is not None:
-        return dests
-    return [
-        [
-            answers[j, i].finish()
-            if (j, i) in answers
-            else nothing(asked.form, y, x, per_sample)
-            if sparse
-            else zero_block(y, x, per_sample, y if forward else x, dests[j][i] if dests else None)
-            for i, x in enumerate(xs)
+        if pieces[0][0] is not None:
+            return dests
+        return [
+            [
+                answers[j, i].finish()
+                if (j, i) in answers
+                else nothing(asked.form, y, x, per_sample)
+                if sparse
+                else zero_block(
+                    y, x, per_sample, y if forward else x, dests[j][i] if dests else None
+                )
+                for i, x in enumerate(xs)
+            ]
+            for j, y in enumerate(ys)
         ]
-        for j, y in enumerate(ys)
-    ]
 
 
 @contextlib.contextmanager

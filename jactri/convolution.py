@@ -6,16 +6,19 @@ float32 as `packed` says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kept import kept
 from .linear_map import LinearMap
 from .maps import fold, unfold
-from .packed import Packed, by_columns, quick
+from .packed import Packed, by_columns, quick, small
 
 
 class Geometry:
@@ -95,23 +98,110 @@ class Geometry:
         return out
 
 
-class Conv(LinearMap):
-    """A convolution (or a transposed one) as a map of its input ``(N, C, *size)``."""
+@dataclass(frozen=True)
+class Folded:
+    """How a weight is made (``key``), and of which other tensors (``given``)."""
 
-    __slots__ = ("_packed", "geometry", "size", "weight")
+    key: tuple
+    make: Callable[[], Tensor]
+    given: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+
+
+class Conv(LinearMap):
+    """A convolution (or a transposed one) as a map of its input ``(N, C, *size)``.
+
+    ``folded``: how its weight is made of that and other tensors (see `folding`), when it is first needed.
+    """
+
+    __slots__ = ("_folded", "_made", "_packed", "_weight", "geometry", "shape", "size")
     name, structure, uniform = "convolution", "convolution", True
 
-    def __init__(self, weight: Tensor, geometry: Geometry, size: tuple[int, ...]):
-        self.weight, self.geometry, self.size = weight, geometry, size
+    def __init__(
+        self,
+        weight: Tensor,
+        geometry: Geometry,
+        size: tuple[int, ...],
+        folded: Folded | None = None,
+    ):
+        self._weight, self.geometry, self.size, self._folded = weight, geometry, size, folded
+        self.shape = weight.shape if folded is None else torch.Size(folded.shape)
+        self._made = weight if folded is None else None
         self._packed: dict[bool, Packed] = {}
 
     @property
+    def weight(self) -> Tensor:
+        if self._made is None:
+            self._made = self.once("weight", self.form, lambda w: (w,))
+        return self._made
+
+    def form(self) -> Tensor:
+        """The weight, not kept."""
+        return self._made if self._made is not None else self._folded.make()
+
+    def once(self, key, make, tensors):
+        """What is made of the weight, kept for as long as all that it is made of is what it was."""
+        f = self._folded
+        if f is None:
+            return kept(self._weight, key, make, tensors)
+        return kept(self._weight, (key, f.key), make, tensors, f.given)
+
+    def scaled(self, scale: Tensor) -> Conv:
+        """The channels of its result times ``scale``, a vector."""
+
+        def make() -> Tensor:
+            w, s = self.form().detach(), scale
+            if self.geometry.transposed:  # (g I', O', ...)
+                g = self.geometry.groups
+                s = s.view(g, 1, -1).expand(-1, len(w) // g, -1).reshape(len(w), -1)
+            return w * s.view(*s.shape, *(1,) * (w.dim() - s.dim()))
+
+        return self._with("scaled", make, (scale,), self.shape, self.geometry)
+
+    def then(self, other: Conv) -> Conv | None:
+        """With another convolution after it, as one; None where that is none, or not of this kind.
+
+        An output of ``other`` must see no padding where the result of this one has padding of its own: ``other`` has
+        none, or this one is of single pixels.
+        """
+        g, h, k, l = self.geometry, other.geometry, self.shape[2:], other.shape[2:]
+        if g.transposed or h.transposed or g.groups > 1 or h.groups > 1:
+            return None
+        alone = {*k, *g.stride} == {1} and not any(g.padding)
+        if any(h.padding) and not alone:
+            return None
+        if {*l} != {1} and not ({*g.dilation} == {1} == {*h.dilation, *g.stride}) and not alone:
+            return None
+        padding = h.padding if alone else g.padding
+        dilation = h.dilation if alone else g.dilation
+        stride = tuple(a * b for a, b in zip(g.stride, h.stride, strict=True))
+        taps = tuple(a + b - 1 for a, b in zip(k, l, strict=True))
+
+        def make() -> Tensor:
+            # each kernel of this one is an image that the other sees, reversed
+            run = (F.conv1d, F.conv2d, F.conv3d)[len(k) - 1]
+            images, seen = self.form().detach().transpose(0, 1), other.form().detach()
+            flipped = seen.flip(*range(2, seen.dim()))
+            return run(images, flipped, padding=[n - 1 for n in l]).transpose(0, 1).contiguous()
+
+        f = other._folded
+        recipe = ("then", g.key, h.key, None if f is None else f.key)
+        given = (other._weight, *(() if f is None else f.given))
+        geometry = Geometry(stride, padding, dilation, False, g.output_padding, 1)
+        return self._with(recipe, make, given, (other.shape[0], self.shape[1], *taps), geometry)
+
+    def _with(self, recipe, make, given, shape, geometry) -> Conv:
+        f = self._folded or Folded((), make, (), ())
+        folded = Folded((*f.key, recipe), make, (*f.given, *given), tuple(shape))
+        return Conv(self._weight, geometry, self.size, folded)
+
+    @property
     def key(self):
-        return Conv, tuple(self.weight.shape), self.geometry.key
+        return Conv, tuple(self.shape), self.geometry.key
 
     @property
     def entries(self):
-        return self.weight.numel()
+        return self.shape.numel()
 
     def kept(self, in_shape, out_shape):
         if self.geometry.groups == in_shape[1] == out_shape[1]:
@@ -119,16 +209,21 @@ class Conv(LinearMap):
         return ((0, 0),)
 
     def windows(self, in_shape, out_shape):
-        return tuple((a, a) for a in range(2, len(in_shape)))
+        groups = self.geometry.groups
+        mixed_or_kept = groups == 1 or groups == in_shape[1] == out_shape[1]
+        return tuple((a, a) for a in range(1 + mixed_or_kept, len(in_shape)))
 
     def support(self, axis, in_shape, out_shape):
         g, i = self.geometry, axis - 2
+        if axis == 1:
+            own = [numpy.arange(n) // (n // g.groups) for n in (out_shape[1], in_shape[1])]
+            return own[0][:, None] == own[1]
         fine, coarse = in_shape[axis], out_shape[axis]
         if g.transposed:
             fine, coarse = coarse, fine
         seen = numpy.zeros((coarse, fine), bool)
         first = g.stride[i] * numpy.arange(coarse) - g.padding[i]
-        for k in range(self.weight.shape[axis]):
+        for k in range(self.shape[axis]):
             at = first + g.dilation[i] * k
             rows = numpy.flatnonzero((at >= 0) & (at < fine))
             seen[rows, at[rows]] = True
@@ -137,7 +232,7 @@ class Conv(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         # a multiply-add for each weight of a window and each place of the coarser side, in either direction
         coarse = in_shape if self.geometry.transposed else out_shape
-        total = 2.0 * prod(coarse) * prod(self.weight.shape[1:])
+        total = 2.0 * prod(coarse) * prod(self.shape[1:])
         return total / max(1, prod(in_shape if reverse else out_shape))
 
     def narrow(self, source, target, in_shape, out_shape):
@@ -154,13 +249,18 @@ class Conv(LinearMap):
     def _run(self, t: Tensor, push: bool) -> tuple[Tensor, bool]:
         flat, batch = fold(t, len(self.size) + 1)
         if quick(flat):
-            out = by_columns(self.geometry, self.weight, flat, push, self.size)
-            if out is None:
+            out = None
+            if small(self.geometry, self.shape, flat, push):
+                out = by_columns(self.geometry, self.weight, flat, push, self.size)
+            else:
                 packed = self._packed.get(push)
                 if packed is None:
-                    given = self.geometry, self.weight, push, tuple(flat.shape[2:]), self.size
-                    key = self.geometry.key, *given[2:]
-                    packed = kept(self.weight, key, lambda: Packed(*given), lambda p: p.tensors())
+                    given = push, tuple(flat.shape[2:]), self.size
+
+                    def pack() -> Packed:
+                        return Packed(self.geometry, self.form(), *given)
+
+                    packed = self.once((self.geometry.key, *given), pack, lambda p: p.tensors())
                     self._packed[push] = packed
                 out = packed.run(flat)
         elif push:

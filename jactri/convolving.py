@@ -40,15 +40,11 @@ class Shape:
     @classmethod
     def of(cls, edge: Conv, push: bool, size_in, size) -> Shape:
         """Of a map's push or pull between images of these sizes: one of the two gathers as a transpose does."""
-        g, w = edge.geometry, edge.weight
+        g, w = edge.geometry, edge.shape
         transposed = g.transposed == push
-        ends = (
-            (w.shape[0], w.shape[1] * g.groups)
-            if transposed
-            else (w.shape[1] * g.groups, w.shape[0])
-        )
+        ends = (w[0], w[1] * g.groups) if transposed else (w[1] * g.groups, w[0])
         return cls(
-            *ends, tuple(size_in), tuple(size), tuple(w.shape[2:]), tuple(g.stride), tuple(g.padding),
+            *ends, tuple(size_in), tuple(size), tuple(w[2:]), tuple(g.stride), tuple(g.padding),
             tuple(g.dilation), g.groups, transposed,
         )  # fmt: skip
 

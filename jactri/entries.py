@@ -8,19 +8,22 @@ mix.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy
 import torch
 from torch import Tensor
 
+from . import backends
 from .answers import Answer, Store
 from .constants import fixed
 from .graph import Graph
+from .kernels.support import Unfit
 from .layout import Selection, scatter
 from .patches import Window, images
 from .pattern import Pattern, Trace, pattern_of
-from .sweep import Sweep
+from .sweep import Sweep, factors_of
 
 FORMS = {
     torch.strided: "dense",
@@ -29,6 +32,9 @@ FORMS = {
     "banded": "banded",
 }
 """By the ``layout`` of a call."""
+
+ROWS_BYTES = 1 << 26
+"""Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +63,6 @@ class Banded:
         )  # what is nowhere goes to a column of its own
         dense = dense.scatter(2, columns.remainder(n + 1), values)
         return dense[..., :n].reshape(self.shape)
-
-
-def factors_of(sweep: Sweep) -> list[tuple[int, int | None]]:
-    """(size, seed factor or None) of every factor of the seed's axes: seeds are numbered in their order."""
-    found: list[tuple[int, int | None]] = []
-    count = 0
-    for a, axis in enumerate(sweep.layout.axes):
-        for n, _ in axis:
-            none = n == 1 or (sweep.summed and a == 0)
-            found.append((n, None if none else count))
-            count += not none
-    return found
 
 
 def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
@@ -153,16 +147,21 @@ class Entries(Answer):
             seed, value = value, seed
         if sweep.windows:
             return self._patch_place(seed, value)
-        factors = factors_of(sweep)
+        size = prod(layout.shape[1:] if self.samples else layout.shape)
+        return self._colour(seed) * size + value
+
+    def _colour(self, seed: numpy.ndarray) -> numpy.ndarray:
+        """Which of the seeds that ran holds each seed (of a sample)."""
+        layout, factors = self.final, factors_of(self.sweep)
         if self.samples > 1:
             factors = factors[1:]
-        place, unit, k = numpy.zeros_like(seed), 1, 1
+        found, unit, k = numpy.zeros_like(seed), 1, 1
         for n, f in reversed(factors):
             if f in layout.free:
-                place += (seed // unit) % n % layout.seed[f] * k
+                found += (seed // unit) % n % layout.seed[f] * k
                 k *= layout.seed[f]
             unit *= n
-        return place * prod(layout.shape[1:] if self.samples else layout.shape) + value
+        return found
 
     def _patch_place(self, seed: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
         """Where each entry is in the patches of a sample (see `patches`)."""
@@ -185,6 +184,7 @@ class Entries(Answer):
             found = [self._place(entries)]
             if self.form == "dense":
                 found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
+                found.append(entries.start)
             else:
                 found += [entries.row, entries.column, entries.start]
             return tuple(torch.from_numpy(t).to(device) for t in found)
@@ -204,6 +204,8 @@ class Entries(Answer):
         return block.reshape(block.shape[0], -1).index_select(1, place)
 
     def finish(self):
+        if self.form == "dense" and (made := self._written_out()) is not None:
+            return made
         place, *where = self._index()
         values = self._values(place)
         if values.dtype != self.like.dtype or values.device != self.like.device:
@@ -215,25 +217,72 @@ class Entries(Answer):
             values, shape, *where
         )
 
-    def _dense(self, values: Tensor, target: Tensor) -> Tensor:
+    def _written_out(self) -> Tensor | None:
+        """The dense answer, written from the block by a kernel in one pass; None where kernels do not run or fit."""
+        ties, like, reverse = self.pattern.bands, self.like, self.sweep.reverse
+        if ties is None or self.patch is not None or not backends.kernels_on(like.device):
+            return None
+        block = self.block()
+        if (block.dtype, block.device) != (like.dtype, like.device):
+            return None
+        from .kernels import band
+
+        def make() -> tuple[Tensor, ...]:
+            seeds = numpy.arange(self.pattern.shape[not reverse])
+            colour = torch.from_numpy(self._colour(seeds)).to(like.device, torch.int32)
+            supports = [torch.from_numpy(self.pattern.supports[t]).to(like.device) for t in ties]
+            return (colour, *(t.to(torch.uint8) for t in supports))
+
+        key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, self.samples
+        colour, *supports = fixed((*key, like.device), make)
+        (rows, columns), many = self.pattern.shape, max(self.samples, 1)
         shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
-        dense = self.dest
-        if dense is None or not dense.is_contiguous():
-            dense = values.new_zeros(shape)
-        else:
-            dense.zero_()
+        out = self.dest
+        same = out is not None and (out.dtype, out.device) == (like.dtype, like.device)
+        if not same or not out.is_contiguous():
+            out = block.new_empty(shape)
+        both = () if self.per_sample or many == 1 else (many,)
+        target = out.view(many, rows, *both, columns)
+        if reverse:
+            target, supports = target.transpose(1, -1), [t.t() for t in supports]
+        block = block.transpose(0, 1) if self.samples else block.unsqueeze(0)
+        values = block.reshape(many, len(self.block()), -1)
+        try:
+            band.dense(values, colour, tuple(supports), out=target)
+        except Unfit as error:
+            backends.unfit("band", error)
+            return None
+        return out if self.dest is None or out is self.dest else self.dest.copy_(out)
+
+    def _dense(self, values: Tensor, target: Tensor, start: Tensor) -> Tensor:
+        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
         rows, columns = self.pattern.shape
-        step = (
-            rows * columns if self.per_sample else rows * columns * max(self.samples, 1) + columns
-        )
-        flat = dense.view(-1)
-        for i, own in enumerate(values):
-            if torch.is_grad_enabled():
+        width = columns * (1 if self.per_sample else max(self.samples, 1))
+        step = rows * width + (0 if self.per_sample else columns)
+        if torch.is_grad_enabled():
+            flat = values.new_zeros(prod(shape))
+            for i, own in enumerate(values):
                 flat = flat.index_copy(0, target + i * step, own)
-            else:
+            dense = flat.view(shape)
+            return dense if self.dest is None else self.dest.copy_(dense)
+        dense = self.dest
+        if dense is None or not dense.is_contiguous() or dense.device != values.device:
+            dense = values.new_empty(shape)
+        flat, each = dense.view(-1), max(rows, 1)
+        if dense.device.type == "cpu":
+            each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
+        if each >= rows:
+            flat.zero_()
+            for i, own in enumerate(values):
                 flat[i * step :].index_copy_(0, target, own)
-        dense = flat.view(shape)
-        if self.dest is not None and dense.data_ptr() != self.dest.data_ptr():
+        else:
+            ends = [*range(0, rows, each), rows]
+            places = start[ends].tolist()
+            for i, own in enumerate(values):
+                for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                    flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                    flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        if self.dest is not None and dense is not self.dest:
             dense = self.dest.copy_(dense)
         return dense
 

@@ -78,6 +78,9 @@ def blocks_of(graph: Graph, sweep: Sweep, sel: Selection | None = None) -> dict[
 def _stage(
     graph: Graph, sweep: Sweep, ends, watch, made: Made, marks: Marks | None, given=None
 ) -> None:
+    if watch and watch.ahead:
+        for _, answer in ends:
+            answer.begun = True
     if isinstance(sweep, Join):
         _join(sweep, ends, watch, made, marks)
     else:
@@ -91,7 +94,9 @@ def _own(layout: Layout, sel: Selection) -> Selection:
 
 def _parts(ends, sel: Selection) -> list[Tensor]:
     """Where a chunk goes in results on disk."""
-    return [a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None]
+    return [
+        a.part(_own(a.layout, sel)) for _, a in ends if a.dest is not None and a.__class__ is Answer
+    ]
 
 
 def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None) -> None:
@@ -110,14 +115,16 @@ def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None
             watch.done(_parts(ends, sel))
 
 
-def _start(graph: Graph, sweep: Sweep, sel: Selection | None, given: Given | None) -> Blocks:
-    """The blocks of the seeds, for a chunk."""
+def _start(
+    graph: Graph, sweep: Sweep, sel: Selection | None, given: Given | None, items: list[Item]
+) -> Blocks:
+    """The blocks of the seeds, for a chunk that runs ``items``."""
     if sweep.given:
         cut = (sel or {}).get(0)
         return {
             v: (given[v] if cut is None else given[v].narrow(0, *cut), False) for v in sweep.given
         }
-    if sweep.colours:
+    if sweep.colours and _formed(sweep, items):
         return {sweep.seed: (seed_block(sweep, sel, graph.values[sweep.seed]), False)}
     return {sweep.seed: (None, False)}
 
@@ -130,6 +137,9 @@ def _sweep(
     marks: Marks | None = None,
     given: Given | None = None,
 ) -> None:
+    if watch and sweep.patterns:
+        # entries are written when all are there: a call that goes on forms them again
+        watch = Watch(watch.advance, None)
     if sweep.windows:
         _patches(graph, sweep, ends, watch, marks)
         return
@@ -172,7 +182,7 @@ def chunks(
     if not sweep.chunks:
         if skip and skip({}):
             return
-        blocks = _start(graph, sweep, None, given)
+        blocks = _start(graph, sweep, None, given, items)
         steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
         yield {}, blocks
         return
@@ -184,15 +194,26 @@ def chunks(
     seeds = sweep.given or (sweep.seed,)
     pinned = used.intersection([*seeds, *(s.value for s in shared)])
     pinned = pinned.union(t for t in sweep.targets if t is not None)
-    blocks: Blocks = {sweep.seed: (None, False)}  # what is shared starts from an identity
+    blocks: Blocks = {
+        sweep.seed: (None, False)
+    }  # what is shared starts from an identity, or from colours
+    if sweep.colours:
+        blocks = _start(graph, sweep, None, None, shared)
     steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
         if skip and skip(sel):
             continue
-        local = {**blocks, **_start(graph, sweep, sel, given)}
+        local = {**blocks, **_start(graph, sweep, sel, given, body)}
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
         yield sel, local
         del local
+
+
+def _formed(sweep: Sweep, items: list[Item]) -> bool:
+    """Whether the block of coloured seeds is needed: by anything but a kernel that knows them."""
+    return sweep.seed in sweep.targets or any(
+        sweep.seed in i.reads and not (i.__class__ is Fused and i.kind == "first") for i in items
+    )
 
 
 def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks | None) -> None:
@@ -277,10 +298,13 @@ def _fused(
     for v, answer in ends:
         if v == item.value and direct is None:
             direct = answer.window(sel or {})
-    made = launch.run(graph, item, data, sweep.reverse, item.layout.columns(sel), direct)
+    made = launch.run(graph, sweep, item, data, sel, direct)
     if made is not None:
-        blocks[item.value] = (made, made is not direct)
+        once = all(s for n, s in zip(made.shape, made.stride(), strict=True) if n > 1)
+        blocks[item.value] = (made, made is not direct and once)
     else:
+        if item.kind == "first" and data[0] is None:
+            blocks[sweep.seed] = seed_block(sweep, sel, graph.values[sweep.seed]), False
         kept = pinned.union(item.reads)
         steps(graph, sweep, list(item.steps), blocks, sel, writable, kept)
     for f in item.frees:

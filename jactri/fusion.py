@@ -1,9 +1,10 @@
 """Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
 
-Four patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations),
-whose blocks in between nobody else reads; a map over *rows* (softmax, normalisation), a convolution (*conv*) or a max
-*pool* with the scalings around it; and a scaled *sum* of two blocks (a product of two values that both depend on the
-input). The executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
+Five patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations), whose
+blocks in between nobody else reads; a map over *rows* (softmax, normalisation), a convolution (*conv*) or a max *pool*
+with the scalings around it; the *first* convolution of coloured seeds with the scalings after it; and a scaled *sum* of
+two blocks (a product of two values that both depend on the input). The executor runs the result where kernels run (see
+`backends`), and the steps themselves elsewhere.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from .graph import Graph
 from .layout import Layout
 from .linear_map import LinearMap
 from .selection import Picked
-from .sweep import Step, Sweep
+from .sweep import Step, Sweep, factors_of
 
 
 @dataclass(frozen=True)
 class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
-    ``kind`` is "chain", "rows", "conv" or "pool" (each step reads the one before) or "sum" (the last step adds up the
-    two blocks of ``reads``, each scaled by the step among the others that reads it, if any).
+    ``kind`` is "chain", "rows", "conv", "pool" or "first" (each step reads the one before) or "sum" (the last step adds
+    up the two blocks of ``reads``, each scaled by the step among the others that reads it, if any).
     """
 
     kind: str
@@ -42,6 +43,11 @@ class Fused:
     @property
     def flops(self) -> float:
         return sum(s.flops for s in self.steps)
+
+    @property
+    def bytes(self) -> float:
+        """Of the last block: those in between are never written."""
+        return self.steps[-1].bytes
 
 
 Item = Step | Fused
@@ -144,7 +150,9 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
 
 
 def _around(graph: Graph, sweep: Sweep, step: Step) -> str:
-    """ "rows", "conv" or "pool" for a step that a kernel runs with the scalings around it; else nothing."""
+    """ "rows", "conv", "pool" or "first" for a step that a kernel runs with the scalings around it; else nothing."""
+    if _first(graph, sweep, step):
+        return "first"
     if len(step.terms) != 1 or not _plain(sweep, step):
         return ""
     edge = edge_of(graph, step)
@@ -154,6 +162,29 @@ def _around(graph: Graph, sweep: Sweep, step: Step) -> str:
         return "pool"
     mixes = edge.row_map(len(step.layout.shape), sweep.reverse) is not None
     return "rows" if mixes else ""
+
+
+def _first(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a step convolves coloured seeds, all of which a kernel forms from the weight alone."""
+    term, edge = step.terms[0], edge_of(graph, step)
+    if (
+        len(step.terms) != 1
+        or term.other != sweep.seed
+        or not sweep.colours
+        or edge.name != "convolution"
+        or len(sweep.layout.axes) > 4
+        or any(len(axis) > 1 for axis in sweep.layout.axes)
+        or term.route.out.tied != step.layout.tied
+    ):
+        return False
+    samples, (channels, f), *image = factors_of(sweep)
+    free = term.route.mid.free
+    own = f is None or sweep.layout.seed[f] == channels
+    return (
+        own
+        and samples[1] not in free
+        and all(s in free for _, s in ((channels, f), *image) if s is not None)
+    )
 
 
 def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:

@@ -127,9 +127,14 @@ class Journal:
         if self.resumed:
             _log.info("resuming %s after %d chunks", self.path, len(self.state["chunks"]))
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the next chunk is one that the earlier call wrote."""
+        return self.at < len(self.state["chunks"])
+
     def skip(self, parts: list[Tensor]) -> bool:
         """Whether the next chunk is written already, to ``parts`` of the results; then it counts as done."""
-        if self.at >= len(self.state["chunks"]):
+        if not self.ahead:
             return False
         if self._checksum(parts) != self.state["chunks"][self.at]:
             raise RuntimeError(

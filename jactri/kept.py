@@ -20,70 +20,67 @@ MOST_BYTES = 1 << 28
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
+@dataclass
 class _Entry:
     copy: Tensor
-    made: dict[Hashable, tuple] = field(default_factory=dict)
-    """By key: what was made, its tensors and, of several weights, their entries."""
+    made: dict[Hashable, tuple[object, tuple[Tensor, ...], tuple[Tensor, ...]]] = field(
+        default_factory=dict
+    )
+    """What was made, the tensors that it holds, and copies of what else it was made of."""
 
     def holds(self, weight: Tensor) -> bool:
-        c = self.copy
-        if c.shape != weight.shape or (c.dtype, c.device) != (weight.dtype, weight.device):
-            return False
-        return torch.equal(c, weight)
+        return _same(self.copy, weight)
 
 
 _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Leaf -> view of it (shape, strides, offset; None for itself) -> entry."""
+
+
+def _all() -> list[_Entry]:
+    return [e for views in _entries.values() for e in views.values()]
 
 
 def kept(
-    weight: Tensor, key: Hashable, make: Callable[[], T], tensors: Callable[[T], tuple[Tensor, ...]]
-) -> T:
-    """``make()``, or what it returned for an equal ``weight`` and ``key``; ``tensors`` are those that it holds."""
-    if torch.is_grad_enabled() or not weight.is_leaf:
-        return make()
-    entry = _entries.get(weight)
-    if entry is None or not entry.holds(weight):
-        _entries.pop(weight, None)
-        size = weight.numel() * weight.element_size()
-        if (
-            size + sum(e.copy.numel() * e.copy.element_size() for e in _entries.values())
-            > MOST_BYTES
-        ):
-            return make()
-        entry = _entries[weight] = _Entry(weight.detach().clone())
-    found = entry.made.get(key)
-    if found is None:
-        value = make()
-        found = entry.made[key] = value, tensors(value)
-    return found[0]
-
-
-def kept_together(
-    weights: tuple[Tensor, ...],
+    weight: Tensor,
     key: Hashable,
     make: Callable[[], T],
     tensors: Callable[[T], tuple[Tensor, ...]],
+    given: tuple[Tensor, ...] = (),
 ) -> T:
-    """`kept` for what is made of several weights: with the first, while all are equal."""
-    if torch.is_grad_enabled() or not all(w.is_leaf for w in weights):
+    """``make()``, or what it returned for an equal ``weight``, ``key`` and other tensors ``given``.
+
+    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of.
+    """
+    leaf, view = weight, None
+    if not weight.is_leaf and weight._base is not None:
+        leaf, view = weight._base, (weight.shape, weight.stride(), weight.storage_offset())
+    if torch.is_grad_enabled() or not leaf.is_leaf:
         return make()
-    for w in weights:
-        kept(w, "seen", tuple, tuple)  # an entry with a copy, where there is room for one
-    entries = [_entries.get(w) for w in weights]
-    if None in entries:
-        return make()
-    found = entries[0].made.get(key)
-    if found is None or found[2] != entries:
+    entry = _entries.get(leaf, {}).get(view)
+    if entry is None or not entry.holds(weight):
+        _entries.get(leaf, {}).pop(view, None)
+        size = weight.numel() * weight.element_size()
+        if size + sum(e.copy.numel() * e.copy.element_size() for e in _all()) > MOST_BYTES:
+            return make()
+        entry = _Entry(weight.detach().clone())
+        _entries.setdefault(leaf, {})[view] = entry
+    found = entry.made.get(key)
+    if found is None or not all(map(_same, found[2], given)):
         value = make()
-        found = entries[0].made[key] = value, tensors(value), entries
+        found = entry.made[key] = value, tensors(value), tuple(g.detach().clone() for g in given)
     return found[0]
+
+
+def _same(copy: Tensor, t: Tensor) -> bool:
+    return (copy.shape, copy.dtype, copy.device) == (t.shape, t.dtype, t.device) and torch.equal(
+        copy, t
+    )
 
 
 def kept_tensors() -> list[Tensor]:
     """All that are kept, and the copies of weights."""
     return [
         t
-        for e in _entries.values()
-        for t in (e.copy, *(t for kept_value in e.made.values() for t in kept_value[1]))
+        for e in _all()
+        for t in (e.copy, *(t for _, *groups in e.made.values() for ts in groups for t in ts))
     ]

@@ -12,24 +12,27 @@ from .fusion import Fused, edge_of
 from .graph import Graph
 from .kernels import support
 from .kernels.support import Factor, Unfit
+from .layout import Selection
 from .linear_map import Diagonal
-from .sweep import Sweep
+from .sweep import Sweep, factors_of
 
 
 def run(
     graph: Graph,
+    sweep: Sweep,
     item: Fused,
     data: list[Tensor | None],
-    reverse: bool,
-    columns: int,
+    sel: Selection | None,
     out: Tensor | None,
 ) -> Tensor | None:
     """The block of a fused item, or None where no kernel covers these blocks (dtypes, devices, identity seeds).
 
-    ``data``: the blocks of ``item.reads``. ``columns``: the seeds of the result. ``out``: where to write it if that
-    can be done, ``(columns, *value)``. Returns ``out`` itself if it was written.
+    ``data``: the blocks of ``item.reads``. ``sel``: the chunk. ``out``: where to write the result if that can be done,
+    ``(K, *value)``. Returns ``out`` itself if it was written.
     """
-    t = data[0]
+    t, reverse = data[0], sweep.reverse
+    if item.kind == "first":
+        return _first(graph, sweep, item, sel or {}, out)
     if any(b is None or not backends.kernels_for(b) for b in data):
         return None
     if any(b.dtype != t.dtype or b.device != t.device for b in data):
@@ -37,7 +40,7 @@ def run(
     if out is not None and (out.dtype != t.dtype or out.device != t.device):
         out = None
     if item.kind == "sum":
-        return _scaled_sum(graph, item, data, columns, out)
+        return _scaled_sum(graph, item, data, item.layout.columns(sel), out)
     if item.kind == "conv":
         return _convolution(graph, item, t, reverse, out)
     if item.kind == "pool":
@@ -56,6 +59,8 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
     # the block of the first layer under an identity seed is its weight, the same for all rows
     shared = any(s.value == first and s.shares for s in sweep.steps)
     seeds = item.layout.columns((sweep.selections() or [None])[0])
+    if item.kind == "first":
+        return "triton", "from the weight alone, no seeds are read"
     if item.kind == "conv":
         edge, around, sizes = _parts(graph, item, sweep.layouts[first].shape)
         samples = item.layout.shape[0]
@@ -179,6 +184,38 @@ def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         lambda: tuple(_product(*b) for b in both),
     )  # fmt: skip
     return chooser.run(problem, out)
+
+
+def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor | None):
+    from .kernels.first import first
+    from .kernels.windows import Window
+
+    seed = graph.values[sweep.seed]
+    edge, (_, scalings), (given, shape) = _parts(graph, item, seed.shape)
+    weight, g = edge.weight, edge.geometry
+    if not backends.kernels_for(seed) or (weight.dtype, weight.device) != (seed.dtype, seed.device):
+        return None
+    colours = []
+    for _, f in factors_of(sweep)[1:]:
+        period = 1 if f is None else sweep.layout.seed[f]
+        colours.append((period, *sel.get(f, (0, period))))
+    after = _on_image(scalings, shape)
+    # without a scaling, it is the same for all samples
+    samples = shape[0] if scalings else min(shape[0], 1)
+    if out is not None and (
+        samples != shape[0] or (out.dtype, out.device) != (seed.dtype, seed.device)
+    ):
+        out = None
+    window = Window(
+        tuple(shape[2:]), tuple(g.stride), tuple(g.padding), tuple(g.dilation), g.groups,
+        g.transposed != sweep.reverse,
+    )  # fmt: skip
+    try:
+        made = first(weight, window, given[2:], tuple(colours), samples, after, out=out)
+    except Unfit as error:
+        backends.unfit("first", error)
+        return None
+    return made if samples == shape[0] else made.expand(-1, *shape)
 
 
 def _pooled(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):

@@ -245,10 +245,10 @@ class Diagonal(Elementwise):
 
     ``fresh`` says that the callable returns memory that nobody else holds: under an identity seed it then becomes
     the block, and may be written to. ``activation`` gives the same derivative as kernels compute it themselves,
-    or None where they do not.
+    or None where they do not. ``along``: the one axis along which it varies, if it is made of weights alone.
     """
 
-    __slots__ = ("_activation", "_derivative", "_fresh", "_value")
+    __slots__ = ("_activation", "_derivative", "_fresh", "_value", "along")
     name, structure = "diagonal", "diagonal"
 
     def __init__(
@@ -256,9 +256,15 @@ class Diagonal(Elementwise):
         derivative: Callable[[], Tensor] | Tensor,
         fresh: bool = False,
         activation: Callable[[], Factor | None] | None = None,
+        along: int | None = None,
     ):
         self._derivative, self._fresh, self._activation = derivative, fresh, activation
+        self.along = along
         self._value = derivative if isinstance(derivative, Tensor) else None
+
+    @property
+    def key(self):
+        return Diagonal if self.along is None else (Diagonal, self.along)
 
     def factor(self) -> Factor:
         """The derivative for a kernel: what it computes it from, or the derivative."""

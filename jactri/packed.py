@@ -8,6 +8,7 @@ there a product with the weights as they are does (`by_columns`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,20 +65,25 @@ def deblock(t: Tensor, by: int, bx: int) -> Tensor:
     return t.reshape(b, c, h * by, w * bx)
 
 
-def by_columns(g: Geometry, w: Tensor, flat: Tensor, push: bool, size) -> Tensor | None:
-    """A convolution as a product with its weights where they lie; None where packing them pays.
+def small(g: Geometry, weight, flat: Tensor, push: bool) -> bool:
+    """Whether images are so few and small that packing weights of this shape does not pay: see `by_columns`."""
+    if g.groups != 1 or len(weight) != 4 or not g.exact:
+        return False
+    coarse = flat.shape[2:] if push == g.transposed else _coarse(g, flat.shape[2:], weight[2:])
+    rows = flat.shape[0] * coarse[0] * coarse[1]
+    return 2 * rows < weight[0] and prod(weight[1:]) >= LANES and weight[2] * weight[3] > 1
+
+
+def by_columns(g: Geometry, w: Tensor, flat: Tensor, push: bool, size) -> Tensor:
+    """A convolution as a product with its weights where they lie.
 
     ``flat`` is ``(batch, channels, *image)``, ``size`` the map's input image. Columns (Chellapilla et al. 2006) take
-    ``kernel`` times the memory of the larger image; they are fewer than the weights here.
+    ``kernel`` times the memory of the larger image; they are fewer than the weights where the images are `small`.
     """
-    if g.groups != 1 or w.dim() != 4 or not g.exact:
-        return None
     kernel, spread = w.shape[2:], push == g.transposed
     options = kernel, g.dilation, g.padding, g.stride
     coarse = flat.shape[2:] if spread else _coarse(g, flat.shape[2:], kernel)
     rows = flat.shape[0] * coarse[0] * coarse[1]
-    if 2 * rows >= w.shape[0] or w[0].numel() < LANES or kernel[0] * kernel[1] == 1:
-        return None
     if spread:
         columns = backends.product(flat.movedim(1, -1).reshape(rows, -1), w.flatten(1), False)
         columns = columns.view(flat.shape[0], coarse[0] * coarse[1], -1).transpose(1, 2)

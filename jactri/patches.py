@@ -21,7 +21,6 @@ from torch import Tensor
 from . import backends
 from .convolution import Conv
 from .graph import Graph
-from .kept import kept
 from .linear_map import Diagonal, Identity, LinearMap, Scale
 from .packed import LANES, channels_last
 from .sweep import Step, Sweep
@@ -68,11 +67,11 @@ def _spreads(edge: Conv, reverse: bool) -> bool:
     return reverse != edge.geometry.transposed
 
 
-def _geometry(edge: Conv) -> tuple[Tensor, Pair, Pair, Pair]:
-    """Weight, stride, padding and dilation, for images."""
-    g, w = edge.geometry, edge.weight
-    if w.dim() == 3:
-        g, w = g.planar(), w.unsqueeze(2)
+def _geometry(edge: Conv) -> tuple[tuple[int, ...], Pair, Pair, Pair]:
+    """The weight's shape, stride, padding and dilation, for images."""
+    g, w = edge.geometry, edge.shape
+    if len(w) == 3:
+        g, w = g.planar(), (*w[:2], 1, w[2])
     return w, tuple(g.stride), tuple(g.padding), tuple(g.dilation)
 
 
@@ -80,10 +79,10 @@ def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
     """The window after a map, or None where patches cannot pass it."""
     if edge.__class__ in (Diagonal, Scale, Identity):
         return at
-    if edge.__class__ is not Conv or edge.weight.dim() > 4:
+    if edge.__class__ is not Conv or len(edge.shape) > 4:
         return None
     weight, stride, padding, dilation = _geometry(edge)
-    reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
     if _spreads(edge, reverse):
         return Window(
             tuple(s * t for s, t in zip(stride, at.stride, strict=True)),
@@ -148,9 +147,8 @@ def _way(
     edge: Conv, at: Window, to: Window, channels: int, outs: int, reverse: bool
 ) -> tuple[bool, float]:
     """Whether a product is faster than a convolution of small images, and the flops for one pixel of the seed."""
-    weight = edge.weight
     coarse = prod(at.size) if _spreads(edge, reverse) else prod(to.size)
-    small = 2.0 * coarse * prod(weight.shape[2:]) * channels * outs / edge.geometry.groups
+    small = 2.0 * coarse * prod(edge.shape[2:]) * channels * outs / edge.geometry.groups
     entries = prod(at.size) * channels * prod(to.size) * outs
     slower = GAIN * max(1.0, LANES / outs)
     if edge.geometry.groups > 1 or entries > LARGEST or 2.0 * entries > slower * small:
@@ -330,7 +328,8 @@ class Run:
 
 def _small(edge: Conv, patches: Tensor, reverse: bool) -> Tensor:
     """The convolution of small images, whole windows of them."""
-    weight, stride, _, dilation = _geometry(edge)
+    shape, stride, _, dilation = _geometry(edge)
+    weight = edge.weight.view(shape)
     groups = edge.geometry.groups
     if patches.device.type == "cpu":
         weight = channels_last(weight)
@@ -342,16 +341,16 @@ def _small(edge: Conv, patches: Tensor, reverse: bool) -> Tensor:
 
 def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
     """The convolution as a matrix ``(pixels * channels, pixels * channels)`` of windows, made of the weight alone."""
-    weight = edge.weight
 
     def make() -> Tensor:
+        weight = edge.weight
         inputs = weight.shape[0 if _spreads(edge, reverse) else 1]
         inner = prod(at.size) * inputs
         eye = torch.eye(inner, dtype=weight.dtype, device=weight.device)
         patches = eye.view(inner, *at.size, inputs).permute(0, 3, 1, 2)
         return _small(edge, patches, reverse).permute(0, 2, 3, 1).reshape(inner, -1)
 
-    return kept(weight, ("matrix", at.size, edge.geometry.key, reverse), make, lambda m: (m,))
+    return edge.once(("matrix", at.size, edge.geometry.key, reverse), make, lambda m: (m,))
 
 
 def _widened(data: Tensor, at: Window, to: Window) -> Tensor:

@@ -199,6 +199,15 @@ class Pattern:
         free = prod(n for n, t in (*self.out, *self.into) if t == FREE)
         return free * prod(int(s.sum()) for s in self.supports.values())
 
+    @property
+    def bands(self) -> tuple[int, ...] | None:
+        """The ties, slow axis first, if both ends have them last and in one order, as `kernels.band` writes them."""
+        ties = tuple(t for _, t in self.out if t != FREE)
+        ends = self.out[len(self.out) - len(ties) :], self.into[len(self.into) - len(ties) :]
+        if not 1 <= len(ties) <= 3 or any(tuple(t for _, t in end) != ties for end in ends):
+            return None
+        return ties
+
     def sample(self, n: int) -> Pattern | None:
         """The pattern of one sample, if the first axes of both are a batch of ``n`` samples that do not mix."""
         if n == 1:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from . import mixed, patches
 from . import sweep as sweeping
+from .fusion import fuse
 from .graph import Graph
 from .layout import FREE
 from .pattern import Trace, colours_of, has_windows, pattern_of
@@ -55,7 +56,10 @@ class Plan:
     @property
     def signature(self) -> list:
         """What decides which chunk comes when."""
-        return [self.strategy, [[s.index, sorted(s.chunks.items())] for s in self.sweeps]]
+        return [
+            self.strategy,
+            [[s.index, sorted(s.chunks.items()), bool(s.patterns)] for s in self.sweeps],
+        ]
 
     @property
     def flops(self) -> float:
@@ -166,8 +170,8 @@ class Asked:
     per_sample: bool
     given: bool
     sparse: bool = False
-    whole: bool = False
-    """Whether chunks are part of the answer as they come, as a file needs them: then no seeds are coloured."""
+    kernels: str = ""
+    """The backend by which kernels run the blocks: "auto", "triton" where they are asked for, or none."""
 
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
@@ -235,6 +239,8 @@ def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> floa
         shape = graph.values[t].shape
         each = pattern.sample(shape[0]) if shape else None  # the places are those of one sample
         total += nnz * size + (each or pattern).nnz * INDEX_BYTES
+        if answer is not None and answer.kernels and not answer.sparse and pattern.bands:
+            total -= (each or pattern).nnz * INDEX_BYTES + nnz * size  # written out from the block
         if answer is not None and answer.sparse:
             axes = len(graph.values[t].shape) + len(graph.values[sweep.seed].shape)
             total += nnz * (size + 8 * axes)
@@ -243,11 +249,17 @@ def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> floa
     return total
 
 
-def seconds(sweeps: list[Sweep], rates: Rates) -> float:
-    """Predicted time, for ranking plans only."""
-    flops, moved, steps = (
-        sum(s.flops for s in sweeps), sum(s.bytes for s in sweeps), sum(len(s.steps) or 1 for s in sweeps),
-    )  # fmt: skip
+def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> float:
+    """Predicted time, for ranking plans only. With a ``graph``, that of the steps as kernels run them together."""
+    flops, moved, steps = sum(s.flops for s in sweeps), 0.0, 0
+    for s in sweeps:
+        if graph is not None and s.steps and not s.windows:
+            s.items = s.items or fuse(graph, s)
+            moved += sum(i.bytes for i in s.items)
+            steps += len(s.items)
+        else:
+            moved += s.bytes
+            steps += len(s.steps) or 1
     return predict(flops, moved, steps, rates)
 
 
@@ -265,6 +277,14 @@ class _Budget:
     device: str
     rates: Rates
     answer: Asked | None
+
+    @property
+    def kernels(self) -> str:
+        return "" if self.answer is None else self.answer.kernels
+
+    def seconds(self, graph: Graph, *sweeps: Sweep) -> float:
+        """Predicted time as the sweeps run here."""
+        return seconds(list(sweeps), self.rates, graph if self.kernels else None)
 
     def fits(self, graph: Graph, sweep: Sweep) -> bool:
         """Whether some chunks of the sweep fit the memory limit."""
@@ -304,12 +324,23 @@ def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
         )
         fewer.patterns = patterns
         small = patches.by_patches(graph, fewer)
-        if (
-            small is not None
-            and seconds([small], budget.rates) < seconds([fewer], budget.rates)
-            and budget.fits(graph, small)
-        ):
-            return small
+        if small is not None and budget.kernels == "triton":
+            fewer.why = "by images, as kernels are asked for"
+        elif small is not None:
+            mine, theirs = budget.seconds(graph, small), budget.seconds(graph, fewer)
+            if (
+                budget.kernels and not sparse
+            ):  # entries are put in their places one by one, bands written out
+                moved = sum(
+                    p.nnz * (INDEX_BYTES + 2 * itemsize(graph, t)) for t, p in patterns.items()
+                )
+                mine += moved / budget.rates.bandwidth
+            if mine < theirs and budget.fits(graph, small):
+                small.why = (
+                    f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
+                )
+                return small
+            fewer.why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
         if fewer.columns() < sweep.columns() and (sparse or budget.fits(graph, fewer)):
             return fewer
     if sparse:
@@ -338,17 +369,17 @@ def make_plan(
     ways: dict[str, list[Sweep]] = {}
     sparse = answer is not None and answer.sparse
     traces = None
-    if sparse or (answer is not None and not answer.whole and not summed and has_windows(graph)):
+    if sparse or (answer is not None and not summed and has_windows(graph)):
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
     budget = _Budget(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
         ways["reverse-mode"] = _direction(graph, True, summed, traces, budget)
     if both or strategy == "forward-mode":
         ways["forward-mode"] = _direction(graph, False, summed, traces, budget)
-    cost = {name: seconds(sweeps, rates) for name, sweeps in ways.items()}
+    cost = {name: budget.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):
-        table = _meeting(graph, strategy, rates)
+        table = _meeting(graph, strategy, budget)
     if table is not None:
         cost["mixed"] = table.seconds
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
@@ -416,10 +447,10 @@ def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
     return any(untied_targets(graph, sweep) for sweep in sweeps)
 
 
-def _meeting(graph: Graph, strategy: str, rates: Rates) -> mixed.Table | None:
+def _meeting(graph: Graph, strategy: str, budget: _Budget) -> mixed.Table | None:
     """The cheapest mixed plan, or None where there is no cut that is worth a look."""
     at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
-    return mixed.best(graph, at, lambda s: seconds([s], rates), joined=True) if at else None
+    return mixed.best(graph, at, lambda s: budget.seconds(graph, s), joined=True) if at else None
 
 
 def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import rates
+from . import backends, rates
 from .graph import Graph
 from .memory import free_bytes, parse_bytes
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
@@ -74,9 +74,12 @@ def plan_for(
     """The plan for a graph, remembered by everything that it depends on.
 
     Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
-    ``steady``: a plan that any process makes, under rough rates, and whose chunks can be written as they come.
+    ``steady``: a plan that any process makes, under rough rates.
     """
-    device, answer = xs[0].device, Asked(per_sample, dests is not None, sparse, steady)
+    device, kernels = xs[0].device, ""
+    if backends.kernels_for(xs[0]):
+        kernels = "triton" if backends.forced() else "auto"
+    answer = Asked(per_sample, dests is not None, sparse, kernels)
 
     def make(limit: float) -> Plan:
         options = graph, strategy, summed, limit, chunk_size, device.type
@@ -86,7 +89,7 @@ def plan_for(
             return plan
         return make_plan(*options, rates.measured(device), answer)
 
-    key = (graph.key, strategy, summed, chunk_size, device.type, answer)
+    key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
     return _kept(key, make, memory_limit, chunk_size, device)
 
 

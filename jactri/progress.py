@@ -16,6 +16,11 @@ class Watch:
     def __init__(self, advance: Callable[[], None] | None, journal: Journal | None):
         self.advance, self.journal = advance, journal
 
+    @property
+    def ahead(self) -> bool:
+        """Whether an interrupted call wrote the next chunk."""
+        return self.journal is not None and self.journal.ahead
+
     def skip(self, parts: list[Tensor]) -> bool:
         """Whether the next chunk, that goes to ``parts`` of the results, is written already."""
         if self.journal is None or not self.journal.skip(parts):

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends, launch
 from .api import prepare
 from .arguments import as_tuple, check_batch
+from .folding import fold
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout
@@ -125,17 +126,17 @@ def explain(
         if not all(t.numel() for t in (*xs, *ys)):
             return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
         try:
-            graph = read(ys, xs)
+            graph = fold(read(ys, xs))
         except UnsupportedGraph as reason:
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
-        summed = False
-        if per_sample:
-            proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
-            summed = not proof.tied
-            if summed:
-                prove_by_probe(graph, proof, ys, xs)
-        plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
         with backends.use(backend):
+            summed = False
+            if per_sample:
+                proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
+                summed = not proof.tied
+                if summed:
+                    prove_by_probe(graph, proof, ys, xs)
+            plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
             return describe(graph, plan, ys, xs, per_sample)
 
 
@@ -152,8 +153,8 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     naive = float(rows) * sum(
-        m.work(graph.values[s].shape, v.shape, True) * prod(graph.values[s].shape)
-        for v in graph.values
+        m.work(graph.recorded.values[s].shape, v.shape, True) * prod(graph.recorded.values[s].shape)
+        for v in graph.recorded.values
         for s, m in v.sources
         if m.structure not in ("view", "identity")
     )
@@ -168,17 +169,22 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         answer_bytes(ys, xs, per_sample),
         naive,
         tuple(sorted({s.op for s in steps if s.fallback})),
-        "; ".join(dict.fromkeys(_colours(s) for s in plan.sweeps if s.colours)),
+        "; ".join(dict.fromkeys(_colours(graph, s) for s in plan.sweeps if s.colours)),
     )
 
 
-def _colours(sweep: Sweep) -> str:
+def _colours(graph: Graph, sweep: Sweep) -> str:
     """How many seeds run as one."""
     sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
     columns = max(sweep.layouts[t].columns() for t in sweep.targets if t is not None)
     seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
-    how = ", by patches" if sweep.windows else ""
-    return f"{columns} colours for {seeds} seeds that never meet in one entry{how}"
+    found = f"{columns} colours for {seeds} seeds that never meet in one entry"
+    if sweep.why:
+        found += ", " + sweep.why
+    on = backends.kernels_on(graph.values[sweep.seed].device)
+    if on and not sweep.windows and all(p.bands for p in sweep.patterns.values()):
+        found += ", written out by the kernel band"
+    return found
 
 
 def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:

@@ -75,6 +75,8 @@ class Sweep:
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
     items: list | None = None
+    why: str = ""
+    """Why its blocks are images or patches, where they could be either."""
     alone: bool = False
     """Whether it is the only stage of its plan: a derivative that all chunks share is then used once."""
     given: tuple[int, ...] = ()
@@ -105,6 +107,18 @@ class Sweep:
                 for start in range(0, total, size)
             ]
         return out
+
+
+def factors_of(sweep: Sweep) -> list[tuple[int, int | None]]:
+    """(size, seed factor or None) of every factor of the seed's axes: seeds are numbered in their order."""
+    found: list[tuple[int, int | None]] = []
+    count = 0
+    for a, axis in enumerate(sweep.layout.axes):
+        for n, _ in axis:
+            none = n == 1 or (sweep.summed and a == 0)
+            found.append((n, None if none else count))
+            count += not none
+    return found
 
 
 def itemsize(graph: Graph, value: int) -> int:

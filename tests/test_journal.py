@@ -112,6 +112,7 @@ LIMITS = [
     {"memory_limit": 1_500},  # below one seed of all samples: ranges of samples
     {"strategy": "forward-mode", "chunk_size": 5},
     {"strategy": "mixed", "chunk_size": 2},
+    {"per_sample": False, "chunk_size": 3},  # zeros between samples are those of the first call
 ]
 
 
@@ -119,9 +120,9 @@ LIMITS = [
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch, options, after):
     net, x = problem()
-    truth = jactri.jacobian(net, x, per_sample=True, strategy="reverse-mode")
-    file = tmp_path / "J.npy"
     kw = {"per_sample": True, **options}
+    truth = jactri.jacobian(net, x, per_sample=kw["per_sample"], strategy="reverse-mode")
+    file = tmp_path / "J.npy"
     done = count_chunks(monkeypatch)
     jactri.jacobian(net, x, out=mapped(file, tuple(truth.shape)), **kw)
     total = len(done)

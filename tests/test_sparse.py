@@ -11,6 +11,7 @@ from torch import nn
 from windows import DENSE_SAMPLES, FUNCTIONS
 
 import jactri
+from jactri import entries
 from jactri.graph import read
 from jactri.pattern import Trace, pattern_of, period
 
@@ -182,12 +183,68 @@ def test_chunks_limits_and_progress():
             jactri.jacobian(func, x, per_sample=True, layout=layout, memory_limit=10_000)
 
 
-def test_a_memmap_is_still_filled_chunk_by_chunk(tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_of_samples_that_mix_after_the_windows(mode):
+    """The first layers are the same for all chunks of samples: they see the coloured seeds, too."""
+    net = FUNCTIONS["three convolutions"][0]
+    x = torch.randn(4, 1, 12, 11, dtype=F64)
+
+    def func(x):
+        y = net(x)
+        return y - y.mean(0)
+
+    want = truth(func, x, False)
+    for size in (49, 98):
+        close(jactri.jacobian(func, x, strategy=mode, chunk_size=size), want)
+
+
+@pytest.mark.parametrize("rows", [1 << 26, 3000])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_a_memmap_is_filled_from_the_entries(per_sample, mode, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "ROWS_BYTES", rows)
     func, x, _ = data("three convolutions", 2)
-    want = truth(func, x, True)
+    want = truth(func, x, per_sample)
     file = numpy.lib.format.open_memmap(tmp_path / "J.npy", "w+", "float64", want.shape)
-    jactri.jacobian(func, x, per_sample=True, out=file, memory_limit=1_000_000)
-    close(torch.from_numpy(numpy.array(file)), want)
+    options = {"per_sample": per_sample, "strategy": mode, "memory_limit": 6_000_000}
+    assert "colours" in str(jactri.explain(func, x, **options))
+    file[:] = numpy.nan
+    for _ in range(2):  # the second call finds nothing left of the first
+        assert jactri.jacobian(func, x, out=file, **options) is file
+        close(torch.from_numpy(numpy.array(file)), want)
+        assert [p.name for p in tmp_path.iterdir()] == ["J.npy"]
+
+
+def test_an_interrupted_call_forms_the_entries_again(tmp_path, monkeypatch):
+    """Beside an output that is written chunk by chunk."""
+    net = data("three convolutions")[0]
+    x = data("three convolutions", 2)[1]
+
+    def func(x):
+        y = net(x)
+        return y, y.flatten(1).softmax(1)
+
+    want = [truth(lambda x, j=j: func(x)[j], x, False) for j in range(2)]
+    shapes = [w.shape for w in want]
+    files = tuple(
+        numpy.lib.format.open_memmap(tmp_path / f"J{j}.npy", "w+", "float64", s)
+        for j, s in enumerate(shapes)
+    )
+    options = {"strategy": "reverse-mode", "chunk_size": 60, "out": files}
+    finish = entries.Entries.finish
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entries.Entries, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        jactri.jacobian(func, x, **options)
+    assert (tmp_path / "J0.npy.progress").exists()
+    monkeypatch.setattr(entries.Entries, "finish", finish)
+    jactri.jacobian(func, x, **options)
+    for file, w in zip(files, want, strict=True):
+        close(torch.from_numpy(numpy.array(file)), w)
+    assert not (tmp_path / "J0.npy.progress").exists()
 
 
 def test_weights_that_change_are_seen():

