@@ -318,3 +318,18 @@ def test_a_jacobian_larger_than_its_memory_goes_to_disk(tmp_path):
     assert found <= limit
     truth = jactri.jacobian(net, x.detach(), per_sample=True)
     torch.testing.assert_close(torch.from_numpy(out), truth)
+
+
+@pytest.mark.clean_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_laplacian_keeps_its_limit(dtype):
+    """Blocks of all directions and samples would take 8 to 16 MB."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(30, 96), torch.nn.Tanh(), torch.nn.Linear(96, 96), torch.nn.Tanh(), torch.nn.Linear(96, 1)
+    ).to(dtype)  # fmt: skip
+    x = torch.randn(256, 30, dtype=dtype)
+    forward = live_peak(lambda: net(x.clone().requires_grad_()))
+    for limit in (4_000_000, 1_000_000, 300_000):
+        peak = live_peak(lambda limit=limit: jactri.laplacian(net, x, memory_limit=limit))
+        assert peak - forward < limit, (peak, forward, limit)
+    assert live_peak(lambda: jactri.laplacian(net, x)) - forward < 4_000_000

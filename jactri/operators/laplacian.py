@@ -22,10 +22,10 @@ from .curves import UnknownCurvature, read_curves
 from .forward import Course, Run, course, narrowed
 from .points import Options
 
-CACHE_BYTES = 3 << 19
+CACHE_BYTES = 5 << 19
 """On a CPU, samples run in chunks whose largest block has about this size: it stays in a core's cache."""
 
-ROWS = 1024
+ROWS = 2048
 """Rows of a product from which its rate no longer grows; fewer samples at once gain nothing."""
 
 
@@ -180,16 +180,13 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
     plan = course(graph, curves, batch, None if block is None else count)
     if not plan.tied:
         return None
-    seeds, samples, plan = _chunks(graph, curves, plan, y, x, count, block is None, asked, lower)
+    seeds, samples, where, plan = _chunks(
+        graph, curves, plan, y, x, count, block is None, asked, lower
+    )
     if seeds < count and block is None:
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         block = eye.reshape(n, *((1,) if batch else ()), *points.inner(x))
-    where = None
-    if samples is not None:
-        where = places(graph, [plan.sweep])
-        if where is None or narrowed(graph, curves, where, 0, 1) is None:
-            where = None
-    spans = [(0, y.shape[0])] if where is not None else [None]
+    spans: list[tuple[int, int] | None] = [None]
     if where is not None:
         spans = [(i, min(samples, y.shape[0] - i)) for i in range(0, y.shape[0], samples)]
     whole = len(spans) == 1 and seeds >= count
@@ -198,7 +195,7 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
         out = torch.zeros_like(y, memory_format=torch.contiguous_format)
         if lower:
             first = torch.empty((*y.shape, n), dtype=y.dtype, device=y.device)
-    columns = []
+    columns, courses = [], {}
     for span in spans:
         part, own = (graph, curves) if span is None else narrowed(graph, curves, where, *span)
         length = None if span is None else span[1]
@@ -208,11 +205,10 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
             if block is not None:
                 directions = _directions(block, start, stop, span, x, batch)
             size = None if directions is None else stop - start
-            run = Run(
-                part, own, course(part, own, batch, size, length),
-                Seeds(None if plus is None else min(max(plus - start, 0), stop - start)),
-            )  # fmt: skip
-            tangents, lap = run(directions)
+            if (size, length) not in courses:
+                courses[size, length] = course(part, own, batch, size, length)
+            signs = Seeds(None if plus is None else min(max(plus - start, 0), stop - start))
+            tangents, lap = Run(part, own, courses[size, length], signs)(directions)
             tangents = tangents.movedim(0, -1)
             if whole:
                 lap = torch.zeros_like(y) if lap is None else lap
@@ -255,10 +251,10 @@ def _chunks(
     unit: bool,
     asked: Options,
     lower: bool,
-) -> tuple[int, int | None, Course]:
-    """How many seeds and how many samples run at once (None: all samples in one), and the course of that.
+) -> tuple[int, int, dict | None, Course]:
+    """How many seeds and how many samples run at once, and the course of that.
 
-    ``unit``: the seeds are the unit vectors.
+    Third, where the samples are in every value, or None where all run in one. ``unit``: the seeds are the unit vectors.
     """
     batch = points.batched(x)
     n = x.shape[0] if batch else 1
@@ -270,23 +266,25 @@ def _chunks(
 
     def need(k: int, c: int) -> float:
         """Bytes of the blocks for k seeds of c samples: tangents with their Laplacian, derivatives, sums of squares."""
-        return (plan.peak * k / count * (k + 1) / k + 6 * widest) * c / n
+        return (plan.peak * (k + 1) / count + 6 * widest) * c / n
 
     if asked.create_graph:
-        return seeds, None, plan
+        return seeds, n, None, plan
     limit = float("inf")
     if asked.memory_limit is not None:
         answers = y.numel() * y.element_size() * (1 + (prod(points.inner(x)) if lower else 0))
         limit = parse_bytes(asked.memory_limit) - answers
     elif need(seeds, n) > _LARGE:
         limit = max(free_bytes(x.device) // 2, _LARGE)
-    samples = n
-    if batch and n > 1 and x.device.type == "cpu":
+    samples, where, most = n, None, n
+    if x.device.type == "cpu":
         most = max(CACHE_BYTES * n // max(widest * (seeds + 1), 1), ceil(ROWS / (seeds + 1)), 1)
-        if most < n:
+    if batch and n > 1 and (most < n or need(seeds, n) > limit):
+        where = places(graph, [plan.sweep])
+        if where is not None and narrowed(graph, curves, where, 0, 1) is not None:
             samples = ceil(n / ceil(n / most))
-    while need(seeds, samples) > limit and samples > 1 and batch:
-        samples = (samples + 1) // 2
+            while need(seeds, samples) > limit and samples > 1:
+                samples = (samples + 1) // 2
     if need(seeds, samples) > limit and unit and seeds == count:
         plan = course(graph, curves, batch, count)
     while need(seeds, samples) > limit:
@@ -296,7 +294,7 @@ def _chunks(
                 f"{int(need(1, 1)) + 1}; raise memory_limit"
             )
         seeds = (seeds + 1) // 2
-    return seeds, samples if samples < n else None, plan
+    return seeds, samples, where if samples < n else None, plan
 
 
 def by_gradient(y: Tensor, x: Tensor, a, asked: Options) -> tuple[Tensor, Tensor]:

@@ -14,17 +14,20 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..layout import one
+
 Slopes = tuple[Tensor, Tensor]
 
 
 def tanh(y: Tensor) -> Slopes:
-    d = 1 - y * y
-    return d, (y * d).mul_(-2)
+    # 1 - y^2 and -2 y (1 - y^2), each in one pass over memory
+    d = torch.addcmul(one(y), y, y, value=-1)
+    return d, torch.addcmul(y.new_zeros(()), y, d, value=-2)
 
 
 def sigmoid(y: Tensor) -> Slopes:
-    d = y - y * y
-    return d, d - 2 * (d * y)
+    d = torch.addcmul(y, y, y, value=-1)
+    return d, torch.addcmul(d, d, y, value=-2)
 
 
 def softplus(x: Tensor, beta: float, threshold: float) -> Slopes:
