@@ -51,14 +51,14 @@ class Graph:
     ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
     names the layers of values while somebody looks (see layers.py), and is None else. ``recorded`` is the graph as it
-    was read, where this one was made of it (see folding.py).
+    was read, where this one was made of it (see folding.py), and None else.
     """
 
     __slots__ = ("inputs", "key", "layers", "outputs", "recorded", "values")
 
     def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
-        self.layers, self.recorded = layers, self
+        self.layers, self.recorded = layers, None  # itself would be a cycle
 
 
 class Reader:

@@ -152,9 +152,10 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     steps = steps_of(graph, plan)
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
+    values = (graph.recorded or graph).values
     naive = float(rows) * sum(
-        m.work(graph.recorded.values[s].shape, v.shape, True) * prod(graph.recorded.values[s].shape)
-        for v in graph.recorded.values
+        m.work(values[s].shape, v.shape, True) * prod(values[s].shape)
+        for v in values
         for s, m in v.sources
         if m.structure not in ("view", "identity")
     )

@@ -4,7 +4,12 @@
 """
 
 import contextlib
+import os
 import random
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has its share of the cores, its children too
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _workers))
 
 import numpy as np
 import pytest
