@@ -160,8 +160,9 @@ def draw(found: Found) -> Figure:
     figure = common.figure(
         "A code that ignores noise",
         "Two autoencoders, alike but for a penalty on the encoder's Jacobian J. Tangents are J's leading right "
-        "singular vectors: the changes of the image that the code follows most.\nWithout the penalty, the first is the "
-        "margin, where there is hardly ever ink; penalised, the code follows what tells digits apart.",
+        "singular vectors: the changes of the image that the code follows most.\n"
+        f"Without the penalty, {found.plain.unused:.0%} of the first lies in pixels where ink is rare; "
+        f"with it, {found.contractive.unused:.0%} does.",
         (15, 8.2),
     )
     grid = figure.add_gridspec(

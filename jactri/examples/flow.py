@@ -27,7 +27,7 @@ BLUR = 0.1  # standard deviation of the data around the two arcs
 STEPS = 6  # of Runge and Kutta, while it trains; twice as many where it is judged
 BATCH = 256
 JUDGED = 2000
-SIDE = 160
+SIDE = 120
 SNAPSHOTS = 5
 
 
@@ -45,8 +45,8 @@ def two_moons(count: int) -> Tensor:
 
 
 def true_log_density(points: Tensor) -> Tensor:
-    """(N,): the arcs' normal distributions, summed over 2,000 middles of each."""
-    count = 2000
+    """(N,): the arcs' normal distributions, summed over 500 middles of each."""
+    count = 500
     angle = torch.pi * (torch.arange(count) + 0.5) / count
     upper = torch.arange(2 * count) < count
     middles = arcs(torch.cat([angle, angle]), upper)

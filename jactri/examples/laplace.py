@@ -213,7 +213,8 @@ def draw(found: Found) -> Figure:
         "The Laplace approximation's band is narrow where there are data and widens away from them, from one trained "
         "network and its parameter Jacobian.\n"
         "New data away from the old ones are in the full posterior's 95% band "
-        f"{found.covered['full Laplace'][1]:.0%} of the time, in that of the noise alone {found.covered['noise alone'][1]:.0%}.",
+        f"{found.covered['full Laplace'][1]:.0%} of the time, in that of the noise alone "
+        f"{found.covered['noise alone'][1]:.0%}.",
         (15, 7.6),
     )
     at, mean = found.at[:, 0].numpy(), found.mean.numpy()

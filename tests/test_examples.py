@@ -1,0 +1,167 @@
+"""Every example runs with --quick, finds what it claims, and saves its picture."""
+
+import importlib.util
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import jactri
+from jactri import examples
+from jactri.examples import common, contractive, flow, geodesic, kalman, laplace, poisson
+
+ALL = {m.__name__.rpartition(".")[2]: m for m in (contractive, flow, geodesic, kalman, laplace, poisson)}  # fmt: skip
+
+
+@pytest.fixture
+def found(request, tmp_path, capsys):
+    """What the example named by the test finds."""
+    name = request.node.name.split("_")[1]
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    made = ALL[name].main(["--quick", "--output", str(tmp_path / "made for it")])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    png = (tmp_path / "made for it" / f"{name}.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 30_000
+    text = capsys.readouterr().out
+    assert "--quick: " in text
+    assert f"wrote {tmp_path / 'made for it' / name}.png" in text
+    return made
+
+
+def test_contractive_autoencoder(found):
+    plain, penalised = found.plain, found.contractive
+    assert penalised.spectrum[:, 0].mean() < 0.8 * plain.spectrum[:, 0].mean()
+    assert penalised.spectrum.square().sum(1).mean() < 0.6 * plain.spectrum.square().sum(1).mean()
+    assert all(a < b for a, b in zip(penalised.moved[1:], plain.moved[1:], strict=True))
+    assert penalised.error < 1.1 * plain.error
+    assert penalised.right[-1] > plain.right[-1]
+    # The tangents are those of the Jacobian: orthonormal directions of pixels.
+    eye = torch.eye(24).expand(len(found.images), -1, -1)
+    torch.testing.assert_close(plain.tangents @ plain.tangents.mT, eye, atol=1e-4, rtol=0)
+
+
+def test_geodesic_is_shorter_than_the_line(found):
+    ratio = found.lengths / found.line_lengths
+    assert ratio.max() < 1.01
+    assert ratio.median() < 0.98
+    assert ratio.min() < 0.9
+    # Lengths by the metric are those of the curve of drawn images, which needs no Jacobian.
+    torch.testing.assert_close(found.lengths, found.chords, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.geodesics[:, [0, -1]], found.lines[:, [0, -1]])
+
+
+def test_kalman_filter_sees_better_than_the_camera(found):
+    assert found.model_error < 0.03
+    assert found.tip_error["filter"] < 0.4 * found.tip_error["sightings"]
+    assert found.tip_error["filter"] < 1.1 * found.tip_error["filter, true equations"]
+    assert found.speed_error["filter"] < found.speed_error["model alone"]
+    assert found.covered > 0.85
+    assert found.apart < 1e-10
+    assert torch.linalg.eigvalsh(found.covariances).min() > 0
+
+
+def test_poisson_network_nears_the_exact_solution(found):
+    assert found.errors[-1] < 0.05 < 0.5 < found.errors[0]
+    assert found.residuals[-1] < 0.25 < 0.9 < found.residuals[0]
+    assert found.apart < 1e-12
+    border = torch.cat([found.predicted[[0, -1]].flatten(), found.predicted[:, [0, -1]].flatten()])
+    assert border.abs().max() < 1e-14
+
+
+def test_poisson_source_is_that_of_the_solution():
+    points = torch.rand(5, 2, dtype=torch.float64)
+    laplacian = jactri.laplacian(poisson.exact, points)
+    torch.testing.assert_close(-laplacian, poisson.source(points))
+    torch.testing.assert_close(laplacian, poisson.laplacian_by_autograd(poisson.exact, points))
+
+
+def test_flow_learns_the_moons(found):
+    assert found.before < found.normal < found.after < found.best
+    assert found.after > found.before + 0.5
+    assert abs(found.mass - 1) < 0.01
+    assert found.returned < 1e-3
+    assert found.apart < 1e-5
+
+
+def test_flow_knows_the_datas_density():
+    points, cell, _ = flow.plane()
+    assert abs(flow.true_log_density(points).exp().sum() * cell - 1) < 1e-3
+
+
+def test_laplace_doubts_where_there_are_no_data(found):
+    near = laplace.among_data(found.at[:, 0])
+    full = found.spreads["full Laplace"]
+    assert full[~near].mean() > 5 * full[near].mean()
+    assert full[[0, -1]].min() > 5 * full[near].median()
+    assert full[near].median() < found.posterior.noise
+    assert 0.7 < found.posterior.noise / laplace.NOISE < 1.4
+    assert found.apart < 1e-7
+    (near_alone, far_alone), (near_full, far_full) = (
+        found.covered[name] for name in ("noise alone", "full Laplace")
+    )
+    assert near_full > near_alone - 0.01
+    assert near_full > 0.8
+    assert far_full > far_alone + 0.3
+
+
+def test_laplace_diagonal_is_that_of_the_full_precision():
+    torch.manual_seed(0)
+    net = laplace.make_net()
+    x, at = (torch.randn(n, 1, dtype=torch.float64) for n in (7, 3))
+    posterior = laplace.Posterior(net, prior=0.5, noise=0.2, effective=0.0, parameters=0)
+    precision = torch.linalg.inv(laplace.full_covariance(posterior, x)).diagonal()
+    J = laplace.jacobian_matrix(net, at)
+    torch.testing.assert_close(
+        laplace.diagonal_variance(posterior, x, at), (J.square() / precision).sum(1)
+    )
+
+
+def test_the_package_lists_its_examples():
+    names = {m.name for m in pkgutil.iter_modules(examples.__path__)}
+    assert names == {*ALL, "common"}
+    for name, module in ALL.items():
+        assert f"``{name}``" in examples.__doc__
+        assert module.__doc__.splitlines()[0].endswith(".")
+
+
+def test_an_example_runs_as_a_module():
+    command = [sys.executable, "-W", "error", "-m", "jactri.examples.laplace", "--quick", "--no-plot"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "full Laplace" in done.stdout
+    assert "wrote" not in done.stdout
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    def never(quick):
+        pytest.fail("it ran")
+
+    monkeypatch.setattr(poisson, "run", never)
+    monkeypatch.setattr(contractive, "run", never)
+    monkeypatch.chdir(tmp_path)
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        poisson.main(["--output", str(taken)])
+    assert f"--output {taken}: " in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        poisson.main([])
+    assert "run pip install matplotlib" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        contractive.main(["--no-plot"])
+    assert "run pip install scikit-learn" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_tables_are_aligned():
+    lines = list(common.table(["what", "a", "long"], [["one", 1.23456, "x"], ["three", 2.0, "yy"]]))
+    assert lines == ["what      a  long", "one    1.23     x", "three     2    yy", ""]
