@@ -377,7 +377,9 @@ def test_jax_peers_are_right(peer):
 
 def run_pytest(*arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # a worker's variables would switch benchmarks off
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
         command, cwd=machine.ROOT, env=env, capture_output=True, text=True, timeout=300
     )

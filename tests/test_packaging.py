@@ -110,7 +110,9 @@ def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK) or os.name == "nt"
     assert "pip install --quiet -e '.[test]'" in script
-    assert script.rstrip().endswith("pytest")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = script.rstrip().splitlines()[-1]
+    assert command.startswith("pytest") and f"pip install -e '.[test]' && {command} " in readme
 
 
 def test_the_test_extra_holds_what_the_demo_needs():
