@@ -279,28 +279,36 @@ class SoftmaxBend(Curvature):
         return (-mean if self.log else p * (q - mean)).to(dtype)
 
 
-class LogSumExpBend(Curvature):
-    """``log sum exp`` over ``axes``: ``sum(p q)`` with p and q as for a softmax over them."""
+class Reduction(Curvature):
+    """Of an op that reduces ``axes`` of one operand; ``saved``: the operand and the result."""
 
     __slots__ = ("axes", "keepdim", "saved")
 
     def __init__(self, source: int, saved: Sequence[Tensor], axes: tuple[int, ...], keepdim: bool):
-        """``saved``: the operand and the result."""
         self.sources = (source,)
         self.saved, self.axes, self.keepdim = saved, axes, keepdim
 
     def narrow(self, cut, ndim):
         if cut.axis != 0 or 0 in self.axes:
             return None
+        saved = [cut.of(t, t.dim()) for t in self.saved]
+        return type(self)(self.sources[0], saved, self.axes, self.keepdim)
+
+    def both(self) -> Sequence[Tensor]:
+        """The operand, and the result with as many axes."""
         x, y = self.saved
-        saved = cut.of(x, x.dim()), cut.of(y, y.dim())
-        return LogSumExpBend(self.sources[0], saved, self.axes, self.keepdim)
+        for a in () if self.keepdim else self.axes:
+            y = y.unsqueeze(a)
+        return x, y
+
+
+class LogSumExpBend(Reduction):
+    """``log sum exp`` over ``axes``: ``sum(p q)`` with p and q as for a softmax over them."""
+
+    __slots__ = ()
 
     def term(self, t):
-        x, y = self.saved
-        if not self.keepdim:
-            for a in self.axes:
-                y = y.unsqueeze(a)
+        x, y = self.both()
         p = torch.exp(x - y)
         block = mixing(t, self.sources[0], self.axes)
         q = t.seeds.squares(block - (block * p).sum([a + 1 for a in self.axes], keepdim=True))
@@ -360,27 +368,13 @@ class NormalisationBend(Curvature):
         return out.to(dtype)
 
 
-class LengthBend(Curvature):
+class LengthBend(Reduction):
     """The Euclidean norm over ``axes``, ``y = |x|``: ``(sum_k |u_k|^2 - sum_k (u_k . x / y)^2) / y``."""
 
-    __slots__ = ("axes", "keepdim", "saved")
-
-    def __init__(self, source: int, saved: Sequence[Tensor], axes: tuple[int, ...], keepdim: bool):
-        self.sources = (source,)
-        self.saved, self.axes, self.keepdim = saved, axes, keepdim
-
-    def narrow(self, cut, ndim):
-        if cut.axis != 0 or 0 in self.axes:
-            return None
-        x, y = self.saved
-        saved = cut.of(x, x.dim()), cut.of(y, y.dim())
-        return LengthBend(self.sources[0], saved, self.axes, self.keepdim)
+    __slots__ = ()
 
     def term(self, t):
-        x, y = self.saved
-        if not self.keepdim:
-            for a in self.axes:
-                y = y.unsqueeze(a)
+        x, y = self.both()
         block = mixing(t, self.sources[0], self.axes)
         along = (block * (x / y)).sum([a + 1 for a in self.axes], keepdim=True)
         total = t.seeds.squares(block).sum(self.axes, keepdim=True) - t.seeds.squares(along)
