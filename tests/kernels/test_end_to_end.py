@@ -78,7 +78,9 @@ def check(f, x, most=2e-6, **options):
 def test_activations(act, mode, device, launched):
     f = mlp((5, 40, 33, 4), act).to(device)
     check(f, torch.randn(6, 5, device=device), per_sample=True, strategy=mode)
-    assert launched or act is nn.Identity  # matrices with nothing between are one on a CPU
+    # matrices with nothing between are one on a CPU, which no kernel takes
+    folded = act is nn.Identity and torch.device(device).type == "cpu"
+    assert bool(launched) != folded
 
 
 @pytest.mark.parametrize("mode", MODES)
