@@ -17,7 +17,7 @@ from .api import Request, compute, detached, nest, record, uncompiled
 from .arguments import as_tuple, check_options, fresh_leaf
 from .constants import constants
 from .cudagraph import Graphed
-from .guard import Guard, key
+from .guard import Guard, alike, key
 from .kept import kept_tensors
 from .tape import Recorder, Stale, Tape, Unrecordable, function
 
@@ -40,16 +40,17 @@ class Replay:
             self.first = compute(ys, leaves, asked)
         results = [block for row in self.first for block in row]
         tape = Tape(recorder, results)
-        saved: dict[tuple, str] = {}
+        saved: dict[tuple, list[str]] = {}
         for t, place in guard.places:
-            saved.setdefault(key(t), place)
+            saved.setdefault(key(t), []).append(place)
         bound, fixed = [], {id(t) for t in (*constants(), *kept_tensors())}
         fixed |= recorder.numbers
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:
                 tape.constants[f"x{i}"] = t
-            elif (place := saved.get(key(t))) is not None:
-                bound.append(f"x{i} = {place}")
+            elif (places := saved.get(key(t))) is not None:
+                bound.append(f"x{i} = {places[0]}")
+                bound += [alike(places[0], other) for other in places[1:]]
             else:
                 raise Unrecordable(
                     f"a tensor {tuple(t.shape)} comes from neither the graph nor its ops"

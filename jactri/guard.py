@@ -170,3 +170,8 @@ class Guard:
 def key(t: Tensor) -> tuple:
     """What tells the memory of one saved tensor from that of others."""
     return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device
+
+
+def alike(one: str, other: str) -> str:
+    """A line for two saved tensors that were one: which of them an op read cannot be told, so they must be one again."""
+    return f"if {one}.data_ptr() != {other}.data_ptr(): raise Stale('which tensors are the same')"

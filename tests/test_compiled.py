@@ -37,9 +37,6 @@ def agree(compiled, func, *xs, **options):
     assert_same_tree(compiled(*xs), jactri.jacobian(func, given, **options), F64, length=64)
 
 
-hows = []
-
-
 @pytest.mark.parametrize("case", ALL, ids=repr)
 def test_every_op_replays_at_other_values(case):
     func, inputs = case.build(frozen=True)
@@ -48,7 +45,6 @@ def test_every_op_replays_at_other_values(case):
             jactri.compile(func, *inputs)
         return
     compiled = jactri.compile(func, *inputs)
-    hows.append(repr(compiled))
     gen = torch.Generator().manual_seed(1)
     others = tuple(
         x * (1 + 0.01 * torch.rand(x.shape, generator=gen, dtype=torch.float64).to(x.dtype)) for x in inputs
@@ -59,9 +55,13 @@ def test_every_op_replays_at_other_values(case):
 
 
 def test_most_ops_are_replayed():
-    assert len(hows) > 1000 or pytest.skip("only together with the test above")
-    replayed = sum("replays" in how for how in hows)
-    assert replayed > REPLAYED * len(hows)
+    hows = []
+    for case in ALL[::10]:
+        func, inputs = case.build(frozen=True)
+        if all(x.is_floating_point() for x in inputs):
+            hows.append(repr(jactri.compile(func, *inputs)))
+    assert len(hows) > 100
+    assert sum("replays" in how for how in hows) > REPLAYED * len(hows)
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -201,6 +201,22 @@ def test_an_input_in_the_place_of_a_parameter():
     compiled = jactri.compile(func, x)
     swap[0] = True
     agree(compiled, func, x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_saved_tensors_that_are_one_at_times(first):
+    """A target that is the input itself, or another tensor: no edge of the graph tells."""
+    w = torch.randn(4, 4, dtype=F64)
+    own = [first]
+
+    def func(x):
+        return x.sin() * (x.detach() if own[0] else w)
+
+    x = torch.randn(4, 4, dtype=F64)
+    compiled = jactri.compile(func, x)
+    for own[0] in (True, False, True, False):
+        agree(compiled, func, x)
+        agree(compiled, func, x + 1)
 
 
 def test_python_numbers_of_the_function_may_change():
