@@ -1,24 +1,24 @@
-"""`compile`: a Jacobian at fixed shapes, computed again and again with as little Python as possible."""
+"""`compile`: an accumulation at fixed shapes, computed again and again with as little Python as possible."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
-from . import backends, handover
-from .api import Request, compute, detached, nest, record, uncompiled
-from .arguments import as_tuple, check_options, fresh_leaf
+from . import handover
+from .api import jacobian, uncompiled
+from .arguments import as_tuple
 from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, alike, key
 from .kept import kept_tensors
+from .operators.jobs import JOBS, Ends, Job
 from .tape import Recorder, Stale, Tape, Unrecordable, function
 
 _log = logging.getLogger("jactri")
@@ -30,21 +30,22 @@ _KEPT = 8
 class Replay:
     """The accumulation for one graph, as straight-line code (see `tape`), behind a `Guard` of that graph."""
 
-    def __init__(self, ys, leaves, tupled_out: bool, asked: Request):
-        if asked.backend == "triton":
+    def __init__(self, job: Job, ends: Ends, out: Any):
+        if job.backend == "triton":
             raise Unrecordable("Triton's kernels are not ops that can be recorded")
-        asked = replace(asked, backend="torch")
-        compute(ys, leaves, asked)  # what is measured or probed once must not be recorded
-        guard = Guard(ys, leaves)
+        if not all(x.is_floating_point() for x in ends.leaves):
+            raise Unrecordable("which samples an integer input picks is not in the graph")
+        job, given = job.by_ops(), tensors(out)
+        job.rows(ends, out)  # what is measured or probed once must not be recorded
+        guard = Guard(ends.ys, ends.leaves)
         with Recorder() as recorder:
-            self.first = compute(ys, leaves, asked)
-        results = [block for row in self.first for block in row]
-        tape = Tape(recorder, results)
+            self.first = job.rows(ends, out)
+        tape = Tape(recorder, self.first, given)
         saved: dict[tuple, list[str]] = {}
         for t, place in guard.places:
             saved.setdefault(key(t), []).append(place)
-        bound, fixed = [], {id(t) for t in (*constants(), *kept_tensors())}
-        fixed |= recorder.numbers
+        bound = []
+        fixed = {id(t) for t in (*constants(), *kept_tensors(), *job.held)} | recorder.numbers
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:
                 tape.constants[f"x{i}"] = t
@@ -56,145 +57,179 @@ class Replay:
                     f"a tensor {tuple(t.shape)} comes from neither the graph nor its ops"
                 )
         lines = [*guard.lines, *bound, *tape.code, f"return [{', '.join(tape.results)}]"]
-        self.outputs, self.columns, self.tupled_out = len(ys), len(leaves), tupled_out
-        parameters = [f"y{j}" for j in range(len(ys))] + [f"leaf{i}" for i in range(len(leaves))]
+        self.outputs, self.inputs = len(ends.ys), len(ends.leaves)
+        parameters = [f"y{j}" for j in range(self.outputs)]
+        parameters += [f"leaf{i}" for i in range(self.inputs)]
+        parameters += [f"o{i}" for i in range(len(given))]
         self.run = function("replay", parameters, lines, {**guard.constants, **tape.constants})
         self.how = f"replays {len(tape.code)} ops"
 
-    def __call__(self, ys, leaves, tupled_out: bool) -> list[list[Tensor]]:
-        """The Jacobians. Raises Stale if the graph is not the recorded one."""
-        if len(ys) != self.outputs or tupled_out != self.tupled_out:
-            raise Stale("the number of outputs")
+    def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
+        """The tensors of the answer. Raises Stale if the graph is not the recorded one."""
+        if len(ends.ys) != self.outputs or len(ends.leaves) != self.inputs:
+            raise Stale("the number of outputs or parameters")
         with torch.no_grad():
-            flat = self.run(*ys, *leaves)
-        n = self.columns
-        return [flat[k : k + n] for k in range(0, len(flat), n)]
+            return self.run(*ends.ys, *ends.leaves, *tensors(out))
 
 
 class Eager:
     """What cannot be replayed: an ordinary accumulation at every call."""
 
-    def __init__(self, reason: str, asked: Request):
-        self.how, self.asked = f"runs call by call: {reason}", asked
+    def __init__(self, reason: str, job: Job):
+        self.how, self.job = f"runs call by call: {reason}", job
 
-    def __call__(self, ys, leaves, tupled_out: bool) -> list[list[Tensor]]:
-        return compute(ys, leaves, self.asked)
+    def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
+        return self.job.rows(ends, out)
+
+
+def tensors(out: Any) -> list[Tensor]:
+    """What was given to be written to, one after the other."""
+    if out is None:
+        return []
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for item in (out.values() if isinstance(out, dict) else out) for t in tensors(item)]
+
+
+def _signature(out: Any) -> Any:
+    """What a plan for ``out`` is for. Raises TypeError for what is no tensor."""
+    if isinstance(out, Tensor):
+        return out.shape, out.stride(), out.dtype, out.device, out.requires_grad
+    if isinstance(out, tuple):
+        return tuple([_signature(item) for item in out])
+    if isinstance(out, dict):
+        return tuple([(name, _signature(item)) for name, item in out.items()])
+    raise TypeError(
+        f"out must hold tensors, got {type(out)}; for an array, pass torch.from_numpy(array)"
+    )
 
 
 class Compiled:
-    """A Jacobian at fixed shapes; made by `compile`.
+    """A call of jactri at fixed shapes; made by `compile`.
 
     ``replans`` counts how often it was planned again, for other inputs or another graph. Print it to see how it runs.
     """
 
-    def __init__(self, func, asked: Request, return_output: bool, tupled: bool):
-        self.func, self.replans = uncompiled(func), -1
-        self._asked, self._return_output, self._tupled = asked, return_output, tupled
+    def __init__(self, job: Job):
+        self.func, self.replans = job.func, -1
+        self._job = job
         self._plans: dict[tuple, Replay | Graphed | Eager] = {}
         self._lock = threading.Lock()
         self._last: Replay | Graphed | Eager | None = None
 
     def __repr__(self) -> str:
         name = getattr(self.func, "__name__", type(self.func).__name__)
-        return f"jactri.compile({name}): {self._last.how}, {self.replans} plans after the first"
+        of = "" if self._job.name == "jacobian" else f", of={self._job.name}"
+        return f"jactri.compile({name}{of}): {self._last.how}, {self.replans} plans after the first"
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        """The Jacobian at ``inputs``, nested as `jactri.jacobian` nests it; with ``return_output``, the output too."""
+    def __call__(self, *inputs: Tensor, out: Any = None) -> Any:
+        """What the compiled call returns at ``inputs``.
+
+        ``out``: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
+        returned. Other calls take none.
+        """
         try:
             signature = tuple([(x.shape, x.dtype, x.device) for x in inputs])
         except AttributeError:
-            as_tuple(inputs, "inputs", "a compiled Jacobian")  # raises for what is not a tensor
+            as_tuple(inputs, "inputs", f"a compiled {self._job.name}")  # raises for no tensor
             raise
+        if len(inputs) != self._job.count:
+            raise TypeError(
+                f"this was compiled for {self._job.count} inputs, and is called with {len(inputs)}"
+            )
+        if out is not None:
+            self._job.check_out(out)
+            signature = signature, _signature(out)
         if handover.transforming(inputs):
             raise RuntimeError(
-                "a compiled Jacobian cannot run inside of a torch.func transform; call jactri.jacobian there"
+                f"a compiled {self._job.name} cannot run inside of a torch.func transform; call "
+                f"jactri.{self._job.name} there"
             )
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self(*inputs)
-        plan = self._plans.get(signature)
+                return self(*inputs, out=out)
+        job, plan = self._job, self._plans.get(signature)
         if plan.__class__ is Graphed or (plan is None and any(x.is_cuda for x in inputs)):
-            found = self._replayed(plan, signature, inputs)
+            found = self._replayed(plan, signature, inputs, out)
             if found is not None:
-                return self._answer(*found)
+                return job.answer(*found, out)
             plan = self._plans[signature]
-        with torch.enable_grad():
-            leaves = [fresh_leaf(x, False) for x in inputs]
-            result = record(self.func, *leaves)
-        tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+        ends = job.forward(inputs)
         if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
-            return self._answer(result, compute(ys, leaves, self._asked), tupled_out)
+            return job.answer(ends, job.rows(ends, out), out)
         try:
             if plan is None:
                 raise Stale("the shapes, dtypes or devices")
-            rows = plan(ys, leaves, tupled_out)
+            rows = plan(ends, out)
         except Stale as change:
-            rows = self._planned(signature, ys, leaves, tupled_out, change)
-        return self._answer(result, rows, tupled_out)
-
-    def _answer(self, result, rows, tupled_out: bool):
-        answer = nest(rows, tupled_out, self._tupled)
-        return (detached(result), answer) if self._return_output else answer
+            rows = self._planned(signature, ends, out, change)
+        return job.answer(ends, rows, out)
 
     def _keep(self, signature, plan, change) -> None:
         """Take a plan for inputs of a signature, in place of the one that there was."""
         with self._lock:
             self.replans += 1
             if self.replans:
-                _log.info("compiled Jacobian planned again, %s changed; it %s", change, plan.how)
+                _log.info(
+                    "compiled %s planned again, %s changed; it %s", self._job.name, change, plan.how
+                )
             if len(self._plans) >= _KEPT and signature not in self._plans:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[signature] = self._last = plan
 
-    def _planned(self, signature, ys, leaves, tupled_out: bool, change) -> list[list[Tensor]]:
-        """Make a plan for a graph; its Jacobians."""
+    def _planned(self, signature, ends: Ends, out, change) -> list[Tensor]:
+        """Make a plan for a graph; the tensors of its answer."""
         try:
-            plan = Replay(ys, leaves, tupled_out, self._asked)
+            plan = Replay(self._job, ends, out)
             rows, plan.first = plan.first, None
         except Unrecordable as reason:
-            _log.info("a compiled Jacobian is not recorded: %s", reason)
-            plan = Eager(str(reason), self._asked)
-            rows = plan(ys, leaves, tupled_out)
+            _log.info("a compiled %s is not recorded: %s", self._job.name, reason)
+            plan = Eager(str(reason), self._job)
+            rows = plan(ends, out)
         self._keep(signature, plan, change)
         return rows
 
-    def _replayed(self, plan, signature, inputs):
-        """Output, Jacobians and whether outputs are a tuple, by a CUDA graph; None where there can be none."""
+    def _replayed(self, plan, signature, inputs, out):
+        """Ends and the tensors of the answer, by a CUDA graph; None where there can be none."""
         try:
             if plan is None:
                 raise Stale("the shapes, dtypes or devices")
-            return plan(inputs)
+            return plan(inputs, tensors(out))
         except Stale as change:
             try:
-                plan = Graphed(self.func, inputs, self._asked)
+                plan = Graphed(self._job, inputs, out)
             except Unrecordable as reason:
-                _log.info("a compiled Jacobian is not captured: %s", reason)
-                self._keep(signature, Eager(str(reason), self._asked), change)
+                _log.info("a compiled %s is not captured: %s", self._job.name, reason)
+                self._keep(signature, Eager(str(reason), self._job), change)
                 return None
             self._keep(signature, plan, change)
-            return plan(inputs)
+            return plan(inputs, tensors(out))
 
 
 def compile(
     func: Callable[..., Any],
     *example_inputs: Tensor,
-    per_sample: bool = False,
-    strategy: str = "auto",
-    return_output: bool = False,
-    chunk_size: int | None = None,
-    memory_limit: int | str | None = None,
-    backend: str = "auto",
+    of: Callable[..., Any] = jacobian,
+    **options: Any,
 ) -> Compiled:
     """A callable for the Jacobian of ``func`` at inputs like ``example_inputs``, for many calls at fixed shapes.
 
     ``compile(func, x)(x)`` is ``jacobian(func, x)``, ``compile(func, x, y)(x, y)`` is ``jacobian(func, (x, y))``; each
-    call returns tensors of its own. The options are those of `jacobian`.
+    call returns tensors of its own, or writes to ``out=``.
+
+    Args:
+        func: as for ``of``.
+        example_inputs: tensors of the shapes, dtypes and devices that it will be called with.
+        of: what is computed. `jacobian`, or `gradient`, `divergence`, `laplacian`, `diagonal`, `jtj`, `jjt`,
+            `parameter_jacobian` (the answer is that of its ``dense()``), `empirical_ntk` (of one or two inputs).
+        options: those of ``of``, but for ``create_graph`` and what is for one long call (``progress``, ``layout``,
+            ``strict``, ``estimate``). Tensors among them may be updated in place.
 
     On a CPU, ``func`` runs at every call and its graph is compared, node by node, with the one that was planned for;
     the accumulation is replayed as straight-line code. So nothing is assumed of ``func``: another branch, a parameter
     that was updated or replaced, or other options of an op give the right answer, by a new plan where needed.
 
-    On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the Jacobian
+    On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
     out. As for ``torch.cuda.make_graphed_callables``, ``func`` must then be capturable: the same ops on tensors of the
     same shapes at every call, no branch on values, no transfer to the CPU. Parameters and buffers of modules, and
     tensors, that ``func`` holds (itself, its closure, its globals, the arguments of a partial) may be updated in place;
@@ -203,22 +238,31 @@ def compile(
 
     Other shapes, dtypes or devices give a new plan; the last 8 are kept. New plans are counted in ``replans`` and
     logged by the logger ``jactri``. What cannot be recorded (Python autograd functions, random or data-dependent ops,
-    samples that only a probe can tell apart) runs as `jacobian` at every call; printing the callable says why. It may
-    be called from several threads.
+    samples that only a probe can tell apart) runs call by call; printing the callable says why. It may be called from
+    several threads.
 
-    Raises: what `jacobian` raises, at compilation too; RuntimeError inside of a torch.func transform.
+    Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option that it does not take, or
+    another number of inputs; RuntimeError inside of a torch.func transform.
 
-    Cost: one `jacobian` call and a second or so on CUDA at compilation. Then, on a CPU, the forward pass, about 1.5
-    microseconds for each node of the graph and 1.5 for each op of the accumulation, and their work.
+    Cost: one call and a second or so on CUDA at compilation. Then, on a CPU, the forward pass, about 1.5 microseconds
+    for each node of the graph and 1.5 for each op of the accumulation, and their work.
     """
-    check_options(strategy, chunk_size, None, False)
+    kind = JOBS.get(of)
+    if kind is None:
+        raise TypeError(
+            f"of must be one of {', '.join('jactri.' + f.__name__ for f in JOBS)}, got {of!r}"
+        )
+    wrong = [name for name in options if name not in kind.options()]
+    if wrong:
+        raise TypeError(
+            f"compile of {kind.name} takes no {', '.join(map(repr, wrong))}; its options are "
+            f"{', '.join(kind.options())}"
+        )
     _, xs = as_tuple(example_inputs, "example_inputs", "compile")
     if not xs:
         raise IndexError("example_inputs is empty: pass the tensors that func takes")
-    backends.check_asked(backend, xs[0].device, False)
-    asked = Request(
-        strategy, False, False, per_sample, chunk_size, memory_limit, False, backend, True, None
-    )
-    made = Compiled(func, asked, return_output, len(xs) > 1)
+    job = kind(uncompiled(func), len(xs), **options)
+    job.check(xs)
+    made = Compiled(job)
     made(*xs)
     return made

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .api import Request, compute, prepare
 from .memory import free_bytes
+from .operators.jobs import Ends, Job
 from .tape import Stale, Unrecordable
 
 _WARM_UPS = 3
@@ -102,20 +102,21 @@ class _Cell:
 class Graphed:
     """One captured call; its inputs and results stay in place between replays."""
 
-    def __init__(self, func, xs, asked: Request):
+    def __init__(self, job: Job, xs, out: Any):
         device = next(x.device for x in xs if x.is_cuda)
         if any(x.device != device for x in xs):
             raise Unrecordable("the inputs lie on several devices")
         # asking for the free memory is not possible in a capture
-        limit = asked.memory_limit or max(free_bytes(device) // 2, 1)
-        asked = replace(asked, memory_limit=limit)
+        job = job.within(max(free_bytes(device) // 2, 1))
         self.inputs = [x.detach().clone() for x in xs]
-        self.held, self._lock, self._done = Held(func), threading.Lock(), None
+        self.held, self._lock, self._done = Held(job.func), threading.Lock(), None
         self.how = "replays a CUDA graph"
+        if out is not None:  # checked, and written to for the first time
+            job.rows(job.forward(tuple(self.inputs)), out)
 
         def run():
-            ys, leaves, tupled_out, result = prepare(func, tuple(self.inputs), False)
-            return result, compute(ys, leaves, asked), tupled_out
+            ends = job.forward(tuple(self.inputs))
+            return ends, job.rows(ends, None)
 
         with torch.cuda.device(device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -127,12 +128,15 @@ class Graphed:
             self.graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(self.graph):
-                    self.result, self.rows, self.tupled_out = run()
+                    self.ends, self.rows = run()
             except RuntimeError as error:
                 raise Unrecordable(f"CUDA could not capture it ({error})") from error
 
-    def __call__(self, xs):
-        """Output, Jacobians, and whether outputs are a tuple. Raises Stale if something was replaced."""
+    def __call__(self, xs, given: list[Tensor]) -> tuple[Ends, list[Tensor]]:
+        """The forward pass's ends, and the tensors of the answer: ``given``, or new ones.
+
+        Raises Stale if something was replaced.
+        """
         changed = self.held.changed()
         if changed is not None:
             raise Stale(changed)
@@ -143,8 +147,16 @@ class Graphed:
             for static, x in zip(self.inputs, xs, strict=True):
                 static.copy_(x)
             self.graph.replay()
-            result = self.result
-            many = tuple(r.detach().clone() for r in (result if self.tupled_out else (result,)))
-            rows = [[block.clone() for block in row] for row in self.rows]
+            result = self.ends.result
+            if isinstance(result, Tensor):
+                result = result.detach().clone()
+            elif isinstance(result[0], Tensor):
+                result = tuple(r.detach().clone() for r in result)
+            if given:
+                for dest, block in zip(given, self.rows, strict=True):
+                    dest.copy_(block)
+                rows = given
+            else:
+                rows = [block.clone() for block in self.rows]
             self._done = stream.record_event()
-        return many if self.tupled_out else many[0], rows, self.tupled_out
+        return self.ends._replace(result=result), rows

@@ -173,5 +173,5 @@ def key(t: Tensor) -> tuple:
 
 
 def alike(one: str, other: str) -> str:
-    """A line for two saved tensors that were one: which of them an op read cannot be told, so they must be one again."""
+    """A line for two saved tensors that were one: which one an op read cannot be told, so they must be one again."""
     return f"if {one}.data_ptr() != {other}.data_ptr(): raise Stale('which tensors are the same')"

@@ -62,17 +62,25 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         tags = op.tags
-        for tag, why in (
-            (torch.Tag.dynamic_output_shape, "its result's shape depends on values"),
-            (torch.Tag.nondeterministic_seeded, "it is random"),
-        ):
-            if tag in tags:
-                self.reason = self.reason or f"{op} cannot be replayed: {why}"
+        if torch.Tag.dynamic_output_shape in tags and not _indexed_by_numbers(op, args):
+            self.reason = self.reason or f"{op} cannot be replayed: {_BY_VALUES}"
+        if torch.Tag.nondeterministic_seeded in tags:
+            self.reason = self.reason or f"{op} cannot be replayed: it is random"
         if op is torch.ops.aten.lift_fresh.default:
             self.numbers.add(id(args[0]))
         self.lines.append((op, args, kwargs, out))
         self.kept.append((args, kwargs, out))
         return out
+
+
+_BY_VALUES = "its result's shape depends on values"
+
+
+def _indexed_by_numbers(op, args) -> bool:
+    """Whether an op is an indexing by whole numbers, whose shapes tell that of the result; masks do not."""
+    if op is not torch.ops.aten.index.Tensor:
+        return False
+    return all(i is None or i.dtype in (torch.int32, torch.int64) for i in args[1])
 
 
 def _tensors(tree) -> list[Tensor]:
@@ -96,14 +104,17 @@ def _written(op, args, kwargs) -> list[Tensor]:
 
 
 class Tape:
-    """Recorded lines as source code: a function of the tensors that came from outside."""
+    """Recorded lines as source code: a function of the tensors that came from outside.
 
-    def __init__(self, recorder: Recorder, results: list[Tensor]):
+    ``given`` are those of them that may be written to, named ``o0``, ``o1``, ...
+    """
+
+    def __init__(self, recorder: Recorder, results: list[Tensor], given: list[Tensor]):
         if recorder.reason:
             raise Unrecordable(recorder.reason)
         if len(recorder.lines) > MOST_OPS:
             raise Unrecordable(f"{len(recorder.lines)} ops are more than {MOST_OPS}")
-        self.names: dict[int, str] = {}
+        self.names: dict[int, str] = {id(t): f"o{i}" for i, t in enumerate(given)}
         self.outside: list[Tensor] = []
         self.constants: dict[str, object] = {"Stale": Stale}
         lines = self._needed(recorder.lines, results)

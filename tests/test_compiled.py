@@ -18,6 +18,7 @@ from torch import nn
 
 import jactri
 from jactri import cudagraph
+from jactri.operators.jobs import JOBS
 from jactri.tape import Stale
 
 REPLAYED = 0.9  # the part of the op table that must be replayed, not run call by call
@@ -219,6 +220,22 @@ def test_two_saved_tensors_that_are_one_at_times(first):
         agree(compiled, func, x + 1)
 
 
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0, 1, 1, 3]), torch.tensor([True, False, True, False])]
+)
+def test_an_index_may_hold_other_values(index):
+    picked = [index]
+
+    def func(x):
+        return x.tanh()[:, picked[0]] * x[picked[0]][0, 0]
+
+    x = torch.randn(4, 4, dtype=F64)
+    compiled = jactri.compile(func, x)
+    assert ("replays" in repr(compiled)) == (index.dtype is torch.int64)
+    for picked[0] in (index, index.flip(0), index.roll(1)):
+        agree(compiled, func, x)
+
+
 def test_python_numbers_of_the_function_may_change():
     class Scaled(nn.Module):
         def __init__(self):
@@ -386,18 +403,14 @@ def graphed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
 
-    def make(func, *xs):
-        asked = jactri.api.Request(
-            "auto", False, False, True, None, None, False, "torch", True, None
-        )
-        made = cudagraph.Graphed(func, xs, asked)
+    def make(func, *xs, of=jactri.jacobian, out=None, **options):
+        job = JOBS[of](func, len(xs), backend="torch", **options)
+        made = cudagraph.Graphed(job, xs, out)
 
         def replay():
-            ys, leaves, *_ = jactri.api.prepare(func, tuple(made.inputs), False)
-            rows = jactri.api.compute(ys, leaves, asked)
-            for old, new in zip(made.rows, rows, strict=True):
-                for a, b in zip(old, new, strict=True):
-                    a.copy_(b)
+            new = job.rows(job.forward(tuple(made.inputs)), None)
+            for a, b in zip(made.rows, new, strict=True):
+                a.copy_(b)
 
         made.graph.replay = replay
         return made
@@ -408,9 +421,9 @@ def graphed(monkeypatch):
 def test_a_captured_call_copies_in_and_out(graphed):
     net = mlp(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
-    made = graphed(net, x)
-    one = made((x + 1,))[1][0][0]
-    two = made((x + 2,))[1][0][0]
+    made = graphed(net, x, per_sample=True)
+    one = made((x + 1,), [])[1][0]
+    two = made((x + 2,), [])[1][0]
     for shift, got in ((1, one), (2, two)):
         want = torch.func.vmap(torch.func.jacrev(net))(x + shift)
         assert_close(got, want, F64, length=64)
@@ -450,10 +463,10 @@ def test_what_a_captured_function_holds_is_watched(graphed, form, change):
     made = graphed(func, x)
     with torch.no_grad():
         net[0].weight.add_(1.0)  # in place: the graph sees it
-    made((x,))
+    made((x,), [])
     change(net)
     with pytest.raises(Stale):
-        made((x,))
+        made((x,), [])
 
 
 weight_of_the_module = torch.randn(6, 6, dtype=F64)
@@ -473,7 +486,7 @@ def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
     made = graphed(model, x)
     model.w = model.w.clone()
     with pytest.raises(Stale, match="'w'"):
-        made((x,))
+        made((x,), [])
 
     def with_global(x):
         return x @ weight_of_the_module
@@ -481,7 +494,7 @@ def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
     made = graphed(with_global, x)
     globals()["weight_of_the_module"] = weight_of_the_module.clone()
     with pytest.raises(Stale, match="weight_of_the_module"):
-        made((x,))
+        made((x,), [])
 
     w = torch.randn(6, 6, dtype=F64)
 
@@ -491,4 +504,4 @@ def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
     made = graphed(with_cell, x)
     w = copy.deepcopy(w)
     with pytest.raises(Stale):
-        made((x,))
+        made((x,), [])

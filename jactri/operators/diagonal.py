@@ -77,10 +77,10 @@ def diagonal(
                 memory_limit=memory_limit, backend=backend,
             )  # fmt: skip
     if handover.transforming((x,)):
-        output, made = handover.diagonal(uncompiled(func), x, _check, chunk_size)
+        output, made = handover.diagonal(uncompiled(func), x, check_shape, chunk_size)
         return (output, made) if return_output else made
     ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
-    _check(result if not tupled else ys, x)
+    check_shape(result if not tupled else ys, x)
     with torch.set_grad_enabled(create_graph), backends.use(backend):
         made = diagonal_of(ys[0], leaf, chunk_size, memory_limit)
     if not return_output:
@@ -88,7 +88,7 @@ def diagonal(
     return (result if create_graph else detached(result)), made
 
 
-def _check(y, x: Tensor) -> None:
+def check_shape(y, x: Tensor) -> None:
     """Raise unless ``y`` is a tensor of the shape of ``x``."""
     as_tuple(y, "outputs of the user-provided function", "diagonal")
     if isinstance(y, tuple):

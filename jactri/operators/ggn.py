@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layout import Selection
 from .inner import SECOND, Link
 from .parameters import ParameterJacobian, _same, _second, entries
+from .recorded import Recorded
 
 
 def ggn(
@@ -42,10 +43,8 @@ def ggn(
     Cost:
         a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
     """
-    return GGN(
-        ParameterJacobian(module, x, params, create_graph, chunk_size, memory_limit, "ggn"),
-        loss_hessian,
-    )
+    run = Recorded(module, x, params, create_graph, "ggn")
+    return GGN(ParameterJacobian(run, chunk_size, memory_limit), loss_hessian)
 
 
 class GGN:

@@ -120,23 +120,33 @@ def _gram(
         rows, tupled_out, result = _composed(
             kind, uncompiled(func), xs, weights, per_sample, chunk_size
         )
-        return _answer(kind, rows, tupled, tupled_out, result, return_output)
+        return nested(kind, rows, tupled, tupled_out, result, return_output)
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    if not ys:
-        raise IndexError("outputs is an empty tuple: return at least one tensor")
-    if per_sample:
-        check_batch(ys, leaves)
-    ends = ("outputs", ys) if kind == "jtj" else ("inputs", leaves)
-    forms = check_weights(weights, *ends, per_sample)
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
-        asked = Asked(kind, forms, per_sample, chunk_size, memory_limit)
-        rows = _rows(ys, leaves, _ready(weights, ends[1], create_graph), asked)
-    return _answer(
+    rows = rows_of(
+        kind, ys, leaves, weight, per_sample, create_graph, chunk_size, memory_limit, backend
+    )
+    return nested(
         kind, rows, tupled, tupled_out, result if create_graph else detached(result), return_output
     )
 
 
-def _answer(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bool):
+def rows_of(
+    kind, ys, xs, weight, per_sample: bool, create_graph: bool, chunk_size, memory_limit, backend
+):
+    """``G[i][k]`` of a recorded computation, for all pairs of inputs (``jtj``) or outputs."""
+    if not ys:
+        raise IndexError("outputs is an empty tuple: return at least one tensor")
+    if per_sample:
+        check_batch(ys, xs)
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
+    forms = check_weights(weights, *ends, per_sample)
+    with torch.set_grad_enabled(create_graph), backends.use(backend):
+        asked = Asked(kind, forms, per_sample, chunk_size, memory_limit)
+        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked)
+
+
+def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bool):
     """Nested as asked for."""
     if not (tupled if kind == "jtj" else tupled_out):
         rows = rows[0][0]

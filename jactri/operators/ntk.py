@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .inner import Link
 from .parameters import ParameterJacobian, _second, inner
+from .recorded import Recorded
 
 COMPUTE = ("full", "trace", "diagonal")
 
@@ -46,11 +47,21 @@ def empirical_ntk(
         two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
         feature.
     """
+    check(compute)
+    xs = (x1,) if x2 is None else (x1, x2)
+    runs = [Recorded(module, x, params, create_graph, "empirical_ntk") for x in xs]
+    return of_runs(runs, compute, chunk_size, memory_limit)
+
+
+def check(compute: str) -> None:
     if compute not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
-    options = create_graph, chunk_size, memory_limit, "empirical_ntk"
-    first = ParameterJacobian(module, x1, params, *options)
-    second = first if x2 is None else ParameterJacobian(module, x2, params, *options)
+
+
+def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:
+    """The kernel of one forward pass with itself, or of two."""
+    first, *rest = (ParameterJacobian(run, chunk_size, memory_limit) for run in runs)
+    second = rest[0] if rest else first
     a, b = first._run, second._run
     if a.out != b.out:
         raise RuntimeError(

@@ -63,7 +63,8 @@ def parameter_jacobian(
     Cost:
         the forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
     """
-    return ParameterJacobian(module, x, params, create_graph, chunk_size, memory_limit)
+    run = Recorded(module, x, params, create_graph, "parameter_jacobian")
+    return ParameterJacobian(run, chunk_size, memory_limit)
 
 
 class ParameterJacobian:
@@ -73,17 +74,13 @@ class ParameterJacobian:
     ``jac.T @ u`` are products with it; it is formed by `dense` only.
     """
 
-    def __init__(
-        self, module, x, params=None, create_graph=False, chunk_size=None, memory_limit=None,
-        call="parameter_jacobian",
-    ):  # fmt: skip
+    def __init__(self, run: Recorded, chunk_size: int | None, memory_limit: int | str | None):
         if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-        self._run = Recorded(module, x, params, create_graph, call)
+        self._run = run
         self._chunk_size, self._memory_limit = chunk_size, memory_limit
         self._kept: dict[str, list[Piece]] | None = None
-        y = self._run.y
-        self.output: Tensor = y if create_graph else y.detach()
+        self.output: Tensor = run.y if run.create_graph else run.y.detach()
 
     @property
     def names(self) -> tuple[str, ...]:

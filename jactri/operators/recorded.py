@@ -86,7 +86,7 @@ def chosen(module, params) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _buffers_kept(module):
-    """Put back the buffers that a forward pass in training mode writes to."""
+    """Put back the buffers that a forward pass in training mode writes to; gives what may be put back."""
     saved = [
         (m, name, b, b.clone(), b._version)
         for m in module.modules()
@@ -95,7 +95,7 @@ def _buffers_kept(module):
         if b is not None
     ]
     try:
-        yield
+        yield saved
     finally:
         with torch.no_grad():
             for m, name, b, copy, version in saved:
@@ -108,11 +108,12 @@ def _buffers_kept(module):
 class Recorded:
     """The output ``y`` of one forward pass, the graph to its parameters, and the structure of their uses.
 
+    Without ``read`` the graph is read later, by `read`; at once where buffers are put back, which it needs.
     ``graph`` is None where blocks cannot follow (complex values), and where the batch or the output is empty;
     ``structure`` then is, too.
     """
 
-    def __init__(self, module, x, params, create_graph: bool, call: str):
+    def __init__(self, module, x, params, create_graph: bool, call: str, read: bool = True):
         self.params = chosen(module, params)
         xs = x if isinstance(x, tuple) else (x,)
         for i, t in enumerate(xs):
@@ -132,11 +133,12 @@ class Recorded:
                 f"{call} is not available inside of a torch.func transform; use torch.func.functional_call there"
             )
         self.create_graph = create_graph
-        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module):
+        self._was_read = False
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module) as written:
             leaves = [fresh_leaf(t, create_graph) if _differentiable(t) else _plain(t) for t in xs]
             y = uncompiled(module)(*leaves)
             self._check_output(y, leaves, module)
-            self.y, self.n = y, y.shape[0]
+            self.y, self.n, self.leaves = y, y.shape[0], leaves
             self.out = tuple(y.shape[1:])
             self.watched = [(name, p, p._version) for name, p in self.params.items()]
             self.watched += [("x", t, t._version) for t in leaves]
@@ -144,8 +146,8 @@ class Recorded:
             """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
             self.graph: Graph | None = None
             self.structure: Structure | None = None
-            if y.numel() and y.requires_grad:
-                self._read(leaves)
+            if read or written:
+                self._read()
 
     @staticmethod
     def _check_output(y, leaves, module) -> None:
@@ -173,8 +175,19 @@ class Recorded:
 
     # -- structure --------------------------------------------------------------------------------
 
-    def _read(self, leaves) -> None:
-        y, real = self.y, [t for t in leaves if t.requires_grad]
+    def read(self) -> Recorded:
+        """Raises RuntimeError where samples mix."""
+        if not self._was_read:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._read()
+        return self
+
+    def _read(self) -> None:
+        self._was_read = True
+        y, leaves = self.y, self.leaves
+        if not (y.numel() and y.requires_grad):
+            return
+        real = [t for t in leaves if t.requires_grad]
         try:
             self.graph = graph = read([y], [*self.params.values(), *real])
         except UnsupportedGraph as reason:
