@@ -16,7 +16,7 @@ from .api import jacobian, uncompiled
 from .arguments import as_tuple
 from .constants import constants
 from .cudagraph import Graphed
-from .guard import Guard, alike, key
+from .guard import Guard, alike, key, unchanged
 from .kept import kept_tensors
 from .operators.jobs import JOBS, Ends, Job
 from .tape import Recorder, Stale, Tape, Unrecordable, function
@@ -41,15 +41,17 @@ class Replay:
         with Recorder() as recorder:
             self.first = job.rows(ends, out)
         tape = Tape(recorder, self.first, given)
-        saved: dict[tuple, list[str]] = {}
-        for t, place in guard.places:
-            saved.setdefault(key(t), []).append(place)
+        saved, bases = _by_memory(guard.places), _by_memory(guard.bases)
         bound = []
         fixed = {id(t) for t in (*constants(), *kept_tensors(), *job.held)} | recorder.numbers
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:
                 tape.constants[f"x{i}"] = t
             elif (places := saved.get(key(t))) is not None:
+                bound.append(f"x{i} = {places[0]}")
+                bound += [alike(places[0], other) for other in places[1:]]
+            elif (places := bases.get(key(t))) is not None:
+                bound += [unchanged(place, t) for place in places]
                 bound.append(f"x{i} = {places[0]}")
                 bound += [alike(places[0], other) for other in places[1:]]
             else:
@@ -70,6 +72,13 @@ class Replay:
             raise Stale("the number of outputs or parameters")
         with torch.no_grad():
             return self.run(*ends.ys, *ends.leaves, *tensors(out))
+
+
+def _by_memory(places: list[tuple[Tensor, str]]) -> dict[tuple, list[str]]:
+    found: dict[tuple, list[str]] = {}
+    for t, place in places:
+        found.setdefault(key(t), []).append(place)
+    return found
 
 
 class Eager:

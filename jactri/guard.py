@@ -26,17 +26,23 @@ def _plain(value) -> bool:
 
 
 class Guard:
-    """Source that walks a graph like the recorded one. ``lines`` raise Stale; ``places`` name saved tensors."""
+    """Source that walks a graph like the recorded one. ``lines`` raise Stale; ``places`` name the tensors that a graph holds.
+
+    ``bases`` name those that saved ones are views of, which nothing was compared with yet.
+    """
 
     def __init__(self, ys: Sequence[Tensor], xs: Sequence[Tensor]):
         self.lines: list[str] = []
         self.constants: dict[str, object] = {}
         self.places: list[tuple[Tensor, str]] = [(x, f"leaf{i}") for i, x in enumerate(xs)]
+        self.places += [(y, f"y{j}") for j, y in enumerate(ys)]
+        self.bases: list[tuple[Tensor, str]] = []
         self._leaves = {id(x): f"leaf{i}" for i, x in enumerate(xs)}
         self._names: dict[object, str] = {}
         active = self._active(ys)
         for j, y in enumerate(ys):
             self._check(f"y{j}.shape != {self._constant(y.shape)}", "an output's shape")
+            self._check(f"y{j}.stride() != {self._constant(y.stride())}", "an output's strides")
             self._check(f"y{j}.dtype is not {self._constant(y.dtype)}", "an output's dtype")
             self._edge(f"y{j}.grad_fn", y.grad_fn, active)
             if y.grad_fn is None:
@@ -165,11 +171,20 @@ class Guard:
             "a saved shape",
         )
         self.places.append((value, place))
+        if value._base is not None:
+            self.bases.append((value._base, f"{place}._base"))
 
 
 def key(t: Tensor) -> tuple:
     """What tells the memory of one saved tensor from that of others."""
     return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device
+
+
+def unchanged(place: str, t: Tensor) -> str:
+    """A line for a tensor of ``bases`` that is read."""
+    size = f"({tuple(t.shape)}, {t.stride()}, {t.storage_offset()})"
+    now = f"({place}.shape, {place}.stride(), {place}.storage_offset())"
+    return f"if {place} is None or {now} != {size}: raise Stale('a saved shape')"
 
 
 def alike(one: str, other: str) -> str:
