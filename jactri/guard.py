@@ -26,7 +26,7 @@ def _plain(value) -> bool:
 
 
 class Guard:
-    """Source that walks a graph like the recorded one. ``lines`` raise Stale; ``places`` name the tensors that a graph holds.
+    """Source that walks a graph like the recorded one. ``lines`` raise Stale; ``places`` name tensors that it holds.
 
     ``bases`` name those that saved ones are views of, which nothing was compared with yet.
     """

@@ -103,6 +103,57 @@ def _written(op, args, kwargs) -> list[Tensor]:
     return found
 
 
+_ATEN = torch.ops.aten
+_VIEWS = frozenset(
+    {
+        _ATEN.alias.default, _ATEN.as_strided.default, _ATEN.detach.default, _ATEN.diagonal.default,
+        _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int, _ATEN.slice.Tensor,
+        _ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.t.default,
+        _ATEN.transpose.int, _ATEN.unsqueeze.default, _ATEN.view.default,
+    }
+)  # fmt: skip
+"""Ops that give another look at their argument's memory, and read no values."""
+
+
+def straight(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
+    """Lines that do the same with fewer views: one for a chain of them, none for a look that there is already.
+
+    What is returned stays a tensor of its own.
+    """
+    if any(torch.Tag.inplace_view in op.tags for op, *_ in lines):
+        return lines  # what a tensor looks like is not known from how it looks at the end
+    own = {id(t) for t in results}
+    roots: dict[int, Tensor] = {}
+    looks: dict[tuple, Tensor] = {}
+    instead: dict[int, Tensor] = {}
+
+    def swapped(tree):
+        if isinstance(tree, Tensor):
+            return instead.get(id(tree), tree)
+        if isinstance(tree, (list, tuple)):
+            return type(tree)([swapped(item) for item in tree])
+        return tree
+
+    made = []
+    for op, args, kwargs, out in lines:
+        args, kwargs = swapped(args), {k: swapped(v) for k, v in kwargs.items()}
+        if op in _VIEWS and not (out.is_conj() or out.is_neg()):
+            source = args[0]
+            root = roots.get(id(source), source)
+            look = id(root), tuple(out.shape), out.stride(), out.storage_offset()
+            same = id(root), tuple(root.shape), root.stride(), root.storage_offset()
+            if id(out) not in own:
+                if look == same or look in looks:
+                    instead[id(out)] = root if look == same else looks[look]
+                    continue
+                looks[look] = out
+            roots[id(out)] = root
+            if root is not source and out.storage_offset() == root.storage_offset():
+                op, args, kwargs = _ATEN.as_strided.default, (root, *look[1:3]), {}
+        made.append((op, args, kwargs, out))
+    return made
+
+
 class Tape:
     """Recorded lines as source code: a function of the tensors that came from outside.
 
@@ -117,7 +168,7 @@ class Tape:
         self.names: dict[int, str] = {id(t): f"o{i}" for i, t in enumerate(given)}
         self.outside: list[Tensor] = []
         self.constants: dict[str, object] = {"Stale": Stale}
-        lines = self._needed(recorder.lines, results)
+        lines = self._needed(straight(recorder.lines, results), results)
         last = self._last_uses(lines, results)
         self.code: list[str] = []
         for i, (op, args, kwargs, out) in enumerate(lines):
