@@ -162,7 +162,11 @@ def ratios(w: Workload, table: timing.Rounds, facts: dict[str, Any]) -> dict[str
     for kind in ("best uncompiled", "best compiled"):
         if found[kind] == found["best torch peer"]:
             found[kind] = None
-    for name, how in (("jactri out=", "into out="), ("jactri compile", "compiled")):
+    for name, how in (
+        ("jactri out=", "into out="),
+        ("jactri compile", "compiled"),
+        ("jactri compile out=", "compiled, into out="),
+    ):
         if name in facts:
             found[f"best torch peer, {how}"] = against(best(*COUNTED), name)
     if w.goal:

@@ -28,7 +28,8 @@ class Operator:
     """What a workload asks for.
 
     ``shape``: of `flat` results; ``truth``: one such result in float64, of a float64 network and input, by the
-    plainest way there is; ``jactri(net, x, **options)``: our call; ``trains``: whether the parameters, and not the
+    plainest way there is; ``jactri(net, x, **options)``: our call; ``of``: what `jactri.compile` is told to compile,
+    ``lower`` with the lower derivatives; ``trains``: whether the parameters, and not the
     input, are differentiated; ``pairs``: whether the second axis of the answer is samples again.
     """
 
@@ -37,6 +38,8 @@ class Operator:
     truth: Callable[[nn.Module, Tensor], Tensor]
     jactri: Callable[..., Any]
     flat: Callable[[Any], Tensor]
+    of: Callable[..., Any]
+    lower: bool = False
     trains: bool = False
     pairs: bool = False
 
@@ -114,18 +117,29 @@ def _parameter_count(w: Workload) -> int:
 
 
 LAPLACIAN = Operator(
-    "Laplacian", lambda w: (w.samples, w.columns + 1), _laplacian_truth, _laplacian, _side_by_side
+    "Laplacian",
+    lambda w: (w.samples, w.columns + 1),
+    _laplacian_truth,
+    _laplacian,
+    _side_by_side,
+    jactri.laplacian,
+    lower=True,
 )
 DIVERGENCE = Operator(
-    "divergence", lambda w: (w.samples,), _divergence_truth, _divergence, lambda d: d
+    "divergence",
+    lambda w: (w.samples,),
+    _divergence_truth,
+    _divergence,
+    lambda d: d,
+    jactri.divergence,
 )
 PARAMETERS = Operator(
     "parameter Jacobian", lambda w: (w.samples, w.rows, _parameter_count(w)),
-    _parameters_truth, _parameters, _all_columns, trains=True,
+    _parameters_truth, _parameters, _all_columns, jactri.parameter_jacobian, trains=True,
 )  # fmt: skip
 KERNEL = Operator(
     "tangent kernel", lambda w: (w.samples, w.samples, w.rows, w.rows),
-    _kernel_truth, _kernel, lambda k: k, trains=True, pairs=True,
+    _kernel_truth, _kernel, lambda k: k, jactri.empirical_ntk, trains=True, pairs=True,
 )  # fmt: skip
 
 
@@ -137,17 +151,39 @@ def ours(w: Workload, net: nn.Module) -> Call:
     return lambda x: w.operator.jactri(net, x)
 
 
-def parameters_out(w: Workload, net: nn.Module) -> Call:
-    """jactri, into memory that is there."""
-    kept: list[dict[str, Tensor]] = []
+def ours_compiled(w: Workload, net: nn.Module) -> Callable[..., Any]:
+    """`jactri.compile` of it."""
+    made: list[Callable[..., Any]] = []
 
-    def call(x: Tensor) -> Any:
-        found = jactri.parameter_jacobian(net, x)
-        if not kept:
-            kept.append(found.dense())
-        return found.dense(out=kept[0])
+    def call(x: Tensor, **options: Any) -> Any:
+        if not made:
+            lower = {"return_lower": True} if w.operator.lower else {}
+            made.append(jactri.compile(net, x, of=w.operator.of, **lower))
+        return made[0](x, **options)
 
     return call
+
+
+def into_kept(call: Callable[..., Any]) -> Call:
+    """A call with ``out=``, into memory that is there."""
+    kept: list[Any] = []
+
+    def into(x: Tensor) -> Any:
+        if not kept:
+            kept.append(call(x))
+        return call(x, out=kept[0])
+
+    return into
+
+
+def parameters_out(w: Workload, net: nn.Module) -> Call:
+    """jactri, into memory that is there."""
+    return into_kept(lambda x, out=None: jactri.parameter_jacobian(net, x).dense(out))
+
+
+def parameters_compiled_out(w: Workload, net: nn.Module) -> Call:
+    """Both."""
+    return into_kept(ours_compiled(w, net))
 
 
 def _scalar(net: nn.Module) -> Callable[[Tensor], Tensor]:

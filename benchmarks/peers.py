@@ -245,29 +245,33 @@ OVERHEAD = (
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
     FORWARD,
 )
-OWN = Peer("jactri", "jactri", operators.ours)
+OWN = (
+    Peer("jactri", "jactri", operators.ours),
+    Peer("jactri compile", "jactri", operators.ours_compiled),
+)
 BY_OPERATOR = {
     operators.LAPLACIAN: (
-        OWN,
+        *OWN,
         Peer("vmap(hessian) trace", "torch", operators.hessian_trace, func=True),
         Peer("jvp of vmap(grad)", "torch", operators.jvp_of_grad, func=True),
         Peer("jvp of jvp", "torch", operators.jvp_of_jvp, func=True),
         Peer("grad of grad loop", "torch", operators.grad_of_grad),
     ),
     operators.DIVERGENCE: (
-        OWN,
+        *OWN,
         Peer("vmap(trace of jacrev)", "torch", operators.trace_of_jacrev, func=True),
         Peer("vmap(trace of jacfwd)", "torch", operators.trace_of_jacfwd, func=True),
         Peer("grad loop", "torch", operators.trace_by_loop),
         Peer("bilinear by hand", "expert", operators.bilinear),
     ),
     operators.PARAMETERS: (
-        OWN,
+        *OWN,
         Peer("jactri out=", "jactri", operators.parameters_out),
+        Peer("jactri compile out=", "jactri", operators.parameters_compiled_out),
         Peer("vmap(jacrev)", "torch", operators.parameters_by_func, func=True),
     ),
     operators.KERNEL: (
-        OWN,
+        *OWN,
         Peer("vmap(jacrev), einsum", "torch", operators.kernel_by_contraction, func=True),
         Peer("vmap(jacrev), matmul", "torch", operators.kernel_by_matmul, func=True),
     ),

@@ -32,14 +32,14 @@ def _cpu(measured: dict) -> str:
     ]
     for row in measured["results"]:
         ratios = row.get("ratios", {})
-        if BEST in ratios:
-            into = f"{BEST}, into out="
-            out = _against(row, into).split(" | ")[0] if into in ratios else "-"
-            lines.append(f"| {row['title']} | {_shape(row)} | {out} | {_against(row, BEST)} |")
-        if (kept := f"{BEST}, compiled") in ratios:
-            lines.append(
-                f"| the same, by `jactri.compile` | {_shape(row)} | - | {_against(row, kept)} |"
-            )
+        for title, whom in (
+            (row["title"], BEST),
+            ("the same, by `jactri.compile`", f"{BEST}, compiled"),
+        ):
+            into = f"{whom}, into out="
+            if whom in ratios:
+                out = _against(row, into).split(" | ")[0] if into in ratios else "-"
+                lines.append(f"| {title} | {_shape(row)} | {out} | {_against(row, whom)} |")
     return "\n".join(lines)
 
 
