@@ -294,6 +294,10 @@ def _chunks(
                 f"{int(need(1, 1)) + 1}; raise memory_limit"
             )
         seeds = (seeds + 1) // 2
+    if samples < n and x.device.type == "cpu":
+        # freed untouched, it has glibc's malloc keep as much for the chunks, whose pages it gave back after each
+        # (the dynamic threshold of mallopt(3))
+        torch.empty(int(need(seeds, samples)), dtype=torch.uint8)
     return seeds, samples, where if samples < n else None, plan
 
 
