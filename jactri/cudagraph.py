@@ -108,7 +108,7 @@ class Graphed:
             raise Unrecordable("the inputs lie on several devices")
         # asking for the free memory is not possible in a capture
         job = job.within(max(free_bytes(device) // 2, 1))
-        self.inputs = [x.detach().clone() for x in xs]
+        self.job, self.inputs = job, [x.detach().clone() for x in xs]
         self.held, self._lock, self._done = Held(job.func), threading.Lock(), None
         self.how = "replays a CUDA graph"
         if out is not None:  # checked, and written to for the first time

@@ -32,6 +32,11 @@ def mlp(*widths):
     return nn.Sequential(*parts[:-1])
 
 
+def seeded(*widths, dtype=F64):
+    torch.manual_seed(0)
+    return mlp(*widths).to(dtype)
+
+
 def ours_and_theirs(name):
     """A transform of `jactri.func` and that of torch.func."""
     return getattr(jactri.func, name), getattr(torch.func, name)

@@ -1,9 +1,6 @@
 """`jactri.compile`: the same answers as `jacobian`, at other values too, and never a stale one."""
 
-import copy
-import functools
 import gc
-import itertools
 import logging
 import threading
 import weakref
@@ -12,24 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ALL
-from common import F64, Cube
-from tolerances import assert_close, assert_same_tree
+from common import F64, Cube, seeded
+from tolerances import assert_same_tree
 from torch import nn
 
 import jactri
-from jactri import cudagraph
-from jactri.operators.jobs import JOBS
-from jactri.tape import Stale
 
 REPLAYED = 0.9  # the part of the op table that must be replayed, not run call by call
-
-
-def mlp(*widths, dtype=F64):
-    torch.manual_seed(0)
-    layers = []
-    for i, o in itertools.pairwise(widths):
-        layers += [nn.Linear(i, o, dtype=dtype), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
 
 
 def agree(compiled, func, *xs, **options):
@@ -70,7 +56,7 @@ def test_most_ops_are_replayed():
     "options", [{}, {"per_sample": True}, {"strategy": "mixed"}, {"chunk_size": 2}], ids=str
 )
 def test_options_and_batches(n, options):
-    net = mlp(6, 9, 3, 9, 4)
+    net = seeded(6, 9, 3, 9, 4)
     compiled = jactri.compile(net, torch.randn(n, 6, dtype=F64), **options)
     for _ in range(3):
         agree(compiled, net, torch.randn(n, 6, dtype=F64), **options)
@@ -78,7 +64,7 @@ def test_options_and_batches(n, options):
 
 
 def test_several_inputs_and_outputs():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
 
     def func(x, u):
         y = net(torch.cat([x, u], 1))
@@ -97,14 +83,14 @@ def test_several_inputs_and_outputs():
 
 
 def test_non_contiguous_inputs():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     compiled = jactri.compile(net, torch.randn(5, 6, dtype=F64))
     agree(compiled, net, torch.randn(6, 5, dtype=F64).t())
     agree(compiled, net, torch.randn(5, 12, dtype=F64)[:, ::2])
 
 
 def test_results_belong_to_the_caller():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     first = compiled(x)
@@ -130,7 +116,7 @@ def test_the_answer_is_not_a_view_of_weights():
 
 
 def test_parameters_updated_in_place_are_seen():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     with torch.no_grad():
@@ -141,7 +127,7 @@ def test_parameters_updated_in_place_are_seen():
 
 
 def test_replaced_parameters_are_seen():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     net[0].weight = nn.Parameter(torch.randn(9, 6, dtype=F64))
@@ -275,7 +261,7 @@ def test_other_shapes_dtypes_and_modes_are_planned_and_counted(caplog):
 
 
 def test_few_signatures_are_kept():
-    net = mlp(3, 3)
+    net = seeded(3, 3)
     compiled = jactri.compile(net, torch.randn(1, 3, dtype=F64))
     for n in (*range(2, 20), 1):
         agree(compiled, net, torch.randn(n, 3, dtype=F64))
@@ -317,7 +303,7 @@ def test_samples_that_only_a_probe_tells_apart():
 
 
 def test_inference_and_no_grad_modes():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     want = jactri.jacobian(net, x)
@@ -329,7 +315,7 @@ def test_inference_and_no_grad_modes():
 
 
 def test_bad_input():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     with pytest.raises(TypeError, match="inputs"):
@@ -350,7 +336,7 @@ def test_bad_input():
 
 
 def test_threads():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     compiled = jactri.compile(net, torch.randn(5, 6, dtype=F64))
     wrong = []
 
@@ -370,7 +356,7 @@ def test_threads():
 
 
 def test_nothing_of_a_call_is_kept():
-    net = mlp(6, 9, 4)
+    net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
     compiled = jactri.compile(net, x)
     J = compiled(x)
@@ -378,130 +364,3 @@ def test_nothing_of_a_call_is_kept():
     del x, J
     gc.collect()
     assert all(ref() is None for ref in alive)
-
-
-# -- CUDA graphs: their logic, with a stand-in that records nothing and runs again ------------------
-
-
-@pytest.fixture
-def graphed(monkeypatch):
-    """Makes a `cudagraph.Graphed` on the CPU."""
-    import contextlib
-
-    class Stream:
-        def wait_stream(self, other): ...
-        def wait_event(self, event): ...
-        def record_event(self):
-            return object()
-
-    none = contextlib.nullcontext
-    for name, fake in {
-        "Stream": Stream, "current_stream": lambda *a: Stream(), "stream": lambda s: none(),
-        "device": lambda d: none(), "graph": lambda g: none(),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-
-    def make(func, *xs, of=jactri.jacobian, out=None, **options):
-        job = JOBS[of](func, len(xs), backend="torch", **options)
-        made = cudagraph.Graphed(job, xs, out)
-
-        def replay():
-            new = job.rows(job.forward(tuple(made.inputs)), None)
-            for a, b in zip(made.rows, new, strict=True):
-                a.copy_(b)
-
-        made.graph.replay = replay
-        return made
-
-    return make
-
-
-def test_a_captured_call_copies_in_and_out(graphed):
-    net = mlp(6, 9, 4)
-    x = torch.randn(5, 6, dtype=F64)
-    made = graphed(net, x, per_sample=True)
-    one = made((x + 1,), [])[1][0]
-    two = made((x + 2,), [])[1][0]
-    for shift, got in ((1, one), (2, two)):
-        want = torch.func.vmap(torch.func.jacrev(net))(x + shift)
-        assert_close(got, want, F64, length=64)
-
-
-def replaced(net):
-    net[0].weight = nn.Parameter(net[0].weight.detach().clone())
-
-
-def moved(net):
-    net[0].weight.data = net[0].weight.detach().clone()
-
-
-def other_mode(net):
-    net.eval()
-
-
-def other_layer(net):
-    net[1] = nn.Sigmoid()
-
-
-FORMS = {
-    "module": lambda net: net,
-    "method": lambda net: net.forward,
-    "closure": lambda net: lambda x: net(x),
-    "partial": lambda net: functools.partial(lambda n, x: n(x), net),
-    "closure of a list": lambda net: (lambda held: lambda x: held[0](x))([net]),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("change", [replaced, moved, other_mode], ids=lambda c: c.__name__)
-def test_what_a_captured_function_holds_is_watched(graphed, form, change):
-    net = mlp(6, 9, 4).train()
-    func = FORMS[form](net)
-    x = torch.randn(5, 6, dtype=F64)
-    made = graphed(func, x)
-    with torch.no_grad():
-        net[0].weight.add_(1.0)  # in place: the graph sees it
-    made((x,), [])
-    change(net)
-    with pytest.raises(Stale):
-        made((x,), [])
-
-
-weight_of_the_module = torch.randn(6, 6, dtype=F64)
-
-
-def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
-    x = torch.randn(5, 6, dtype=F64)
-
-    class Model:
-        def __init__(self):
-            self.w = torch.randn(6, 6, dtype=F64)
-
-        def __call__(self, x):
-            return x @ self.w
-
-    model = Model()
-    made = graphed(model, x)
-    model.w = model.w.clone()
-    with pytest.raises(Stale, match="'w'"):
-        made((x,), [])
-
-    def with_global(x):
-        return x @ weight_of_the_module
-
-    made = graphed(with_global, x)
-    globals()["weight_of_the_module"] = weight_of_the_module.clone()
-    with pytest.raises(Stale, match="weight_of_the_module"):
-        made((x,), [])
-
-    w = torch.randn(6, 6, dtype=F64)
-
-    def with_cell(x):
-        return x @ w
-
-    made = graphed(with_cell, x)
-    w = copy.deepcopy(w)
-    with pytest.raises(Stale):
-        made((x,), [])

@@ -68,8 +68,11 @@ def assert_close(actual, truth, dtype, *, length=None, factor=1.0, scale=None, w
 
 
 def assert_same_tree(actual, truth, dtype, **options):
-    """The same nesting of tuples, and every leaf close."""
+    """The same nesting of tuples and dicts, and every leaf close."""
     assert type(actual) is type(truth), f"nesting: {type(actual)} where truth has {type(truth)}"
+    if isinstance(truth, dict):
+        assert list(actual) == list(truth), f"names {list(actual)} where truth has {list(truth)}"
+        actual, truth = tuple(actual.values()), tuple(truth.values())
     if isinstance(truth, tuple):
         assert len(actual) == len(truth), f"tuple of {len(actual)} where truth has {len(truth)}"
         what = options.pop("what", "jacobian")

@@ -57,8 +57,9 @@ def directions(a: Tensor, x: Tensor, create_graph: bool) -> tuple[Tensor, int]:
         rows = []
         for part in (values.clamp(min=0), (-values).clamp(min=0)):
             found = (part > 0).any(0) if batch else part > 0
+            first = found.to(torch.int8).argsort(descending=True, stable=True)[: int(found.sum())]
             scaled = (q * part.sqrt().unsqueeze(-2)).mT  # rows are the directions
-            rows.append(scaled[..., found, :].to(a.dtype))
+            rows.append(scaled.index_select(-2, first).to(a.dtype))
         plus = rows[0].shape[-2]
     block = torch.cat(rows, -2)
     block = block.transpose(0, 1) if batch else block.unsqueeze(1)

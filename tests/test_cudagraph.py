@@ -1,0 +1,173 @@
+"""CUDA graphs of `jactri.compile`: their logic, with a stand-in that runs again what it captured."""
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import torch
+from common import F64, seeded
+from test_compiled_operators import CALLS, OF_MODULES, field, plain
+from tolerances import assert_close, assert_same_tree
+from torch import nn
+
+import jactri
+from jactri import cudagraph
+from jactri.operators.jobs import JOBS
+from jactri.tape import Stale
+
+
+@pytest.fixture
+def graphed(monkeypatch):
+    """Makes a `cudagraph.Graphed` on the CPU."""
+
+    class Stream:
+        def wait_stream(self, other): ...
+        def wait_event(self, event): ...
+        def record_event(self):
+            return object()
+
+    none = contextlib.nullcontext
+    for name, fake in {
+        "Stream": Stream, "current_stream": lambda *a: Stream(), "stream": lambda s: none(),
+        "device": lambda d: none(), "graph": lambda g: none(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+
+    def make(func, *xs, of=jactri.jacobian, out=None, **options):
+        job = JOBS[of](func, len(xs), backend="torch", **options)
+        made = cudagraph.Graphed(job, xs, out)
+
+        def replay():
+            ends = job.forward(tuple(made.inputs))
+            with torch.no_grad():
+                for a, b in zip(
+                    (*made.ends.ys, *made.rows), (*ends.ys, *job.rows(ends, None)), strict=True
+                ):
+                    a.copy_(b)
+
+        made.graph.replay = replay
+        return made
+
+    return make
+
+
+def test_a_captured_call_copies_in_and_out(graphed):
+    net = seeded(6, 9, 4)
+    x = torch.randn(5, 6, dtype=F64)
+    made = graphed(net, x, per_sample=True)
+    one = made((x + 1,), [])[1][0]
+    two = made((x + 2,), [])[1][0]
+    for shift, got in ((1, one), (2, two)):
+        want = torch.func.vmap(torch.func.jacrev(net))(x + shift)
+        assert_close(got, want, F64, length=64)
+
+
+def replaced(net):
+    net[0].weight = nn.Parameter(net[0].weight.detach().clone())
+
+
+def moved(net):
+    net[0].weight.data = net[0].weight.detach().clone()
+
+
+def other_mode(net):
+    net.eval()
+
+
+def other_layer(net):
+    net[1] = nn.Sigmoid()
+
+
+FORMS = {
+    "module": lambda net: net,
+    "method": lambda net: net.forward,
+    "closure": lambda net: lambda x: net(x),
+    "partial": lambda net: functools.partial(lambda n, x: n(x), net),
+    "closure of a list": lambda net: (lambda held: lambda x: held[0](x))([net]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change", [replaced, moved, other_mode], ids=lambda c: c.__name__)
+def test_what_a_captured_function_holds_is_watched(graphed, form, change):
+    net = seeded(6, 9, 4).train()
+    func = FORMS[form](net)
+    x = torch.randn(5, 6, dtype=F64)
+    made = graphed(func, x)
+    with torch.no_grad():
+        net[0].weight.add_(1.0)  # in place: the graph sees it
+    made((x,), [])
+    change(net)
+    with pytest.raises(Stale):
+        made((x,), [])
+
+
+weight_of_the_module = torch.randn(6, 6, dtype=F64)
+
+
+def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
+    x = torch.randn(5, 6, dtype=F64)
+
+    class Model:
+        def __init__(self):
+            self.w = torch.randn(6, 6, dtype=F64)
+
+        def __call__(self, x):
+            return x @ self.w
+
+    model = Model()
+    made = graphed(model, x)
+    model.w = model.w.clone()
+    with pytest.raises(Stale, match="'w'"):
+        made((x,), [])
+
+    def with_global(x):
+        return x @ weight_of_the_module
+
+    made = graphed(with_global, x)
+    globals()["weight_of_the_module"] = weight_of_the_module.clone()
+    with pytest.raises(Stale, match="weight_of_the_module"):
+        made((x,), [])
+
+    w = torch.randn(6, 6, dtype=F64)
+
+    def with_cell(x):
+        return x @ w
+
+    made = graphed(with_cell, x)
+    w = copy.deepcopy(w)
+    with pytest.raises(Stale):
+        made((x,), [])
+
+
+@pytest.mark.parametrize("name", [*CALLS, *OF_MODULES])
+def test_captured_operators(graphed, name):
+    of, options = {**CALLS, **OF_MODULES}[name]
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    made = graphed(net, x, of=of, **options)
+    job = made.job
+    for shift in (1, 2):
+        answer = job.answer(*made((x + shift,), []), None)
+        assert_same_tree(answer, plain(of, net, x + shift, **options), F64, length=64)
+
+
+def test_captured_into_memory(graphed):
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    out = torch.empty(3, 4, 4, dtype=F64)
+    made = graphed(net, x, per_sample=True, out=out)
+    _, rows = made((x + 1,), [out])
+    assert rows[0] is out
+    assert_same_tree(out, jactri.jacobian(net, x + 1, per_sample=True), F64, length=64)
+    with pytest.raises(RuntimeError, match="must have shape"):
+        graphed(net, x, per_sample=True, out=torch.empty(3, 4, dtype=F64))
+
+
+def test_captured_weights_are_watched(graphed):
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    made = graphed(functools.partial(net), x, of=jactri.laplacian)
+    net[0].weight = nn.Parameter(net[0].weight.detach().clone())
+    with pytest.raises(Stale):
+        made((x,), [])
