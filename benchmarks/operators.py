@@ -151,14 +151,19 @@ def ours(w: Workload, net: nn.Module) -> Call:
     return lambda x: w.operator.jactri(net, x)
 
 
+def compiled(w: Workload, net: nn.Module, x: Tensor) -> jactri.Compiled:
+    """`jactri.compile` of it, for inputs like ``x``."""
+    lower = {"return_lower": True} if w.operator.lower else {}
+    return jactri.compile(net, x, of=w.operator.of, **lower)
+
+
 def ours_compiled(w: Workload, net: nn.Module) -> Callable[..., Any]:
-    """`jactri.compile` of it."""
-    made: list[Callable[..., Any]] = []
+    """The same, compiled at the first call."""
+    made: list[jactri.Compiled] = []
 
     def call(x: Tensor, **options: Any) -> Any:
         if not made:
-            lower = {"return_lower": True} if w.operator.lower else {}
-            made.append(jactri.compile(net, x, of=w.operator.of, **lower))
+            made.append(compiled(w, net, x))
         return made[0](x, **options)
 
     return call

@@ -52,6 +52,11 @@ def kernels_on(device: torch.device) -> bool:
     return not torch.is_grad_enabled() and support.missing() is None
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether ops go into a CUDA graph, where no value can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def kernels_for(t: Tensor) -> bool:
     """Whether blocks like ``t`` go to Triton kernels, where one covers the step."""
     return kernels_on(t.device) and support.computes(t.dtype)

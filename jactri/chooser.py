@@ -287,7 +287,7 @@ def _choice(problem: Problem) -> Choice:
     if choice is None:
         if not _tunable(kind):
             choice = _predicted(kind)
-        elif kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        elif backends.capturing(kind.device):
             return _predicted(kind)  # nothing can be timed inside a CUDA graph: another time
         else:
             choice = _tuned(kind, problem)

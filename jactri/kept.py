@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import backends
+
 MOST_BYTES = 1 << 28
 """Copies of weights are made up to this many bytes; what is kept with them takes about as much."""
 
@@ -49,12 +51,13 @@ def kept(
 ) -> T:
     """``make()``, or what it returned for an equal ``weight``, ``key`` and other tensors ``given``.
 
-    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of.
+    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of. In a CUDA
+    graph it is made at every replay, which cannot compare.
     """
     leaf, view = weight, None
     if not weight.is_leaf and weight._base is not None:
         leaf, view = weight._base, (weight.shape, weight.stride(), weight.storage_offset())
-    if torch.is_grad_enabled() or not leaf.is_leaf:
+    if torch.is_grad_enabled() or not leaf.is_leaf or backends.capturing(leaf.device):
         return make()
     entry = _entries.get(leaf, {}).get(view)
     if entry is None or not entry.holds(weight):

@@ -10,16 +10,40 @@ from common import F64, seeded
 from test_compiled_operators import CALLS, OF_MODULES, field, plain
 from tolerances import assert_close, assert_same_tree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jactri
-from jactri import cudagraph
+from jactri import backends, cudagraph
 from jactri.operators.jobs import JOBS
-from jactri.tape import Stale
+from jactri.tape import Stale, Unrecordable
+
+
+class Capture(TorchDispatchMode):
+    """Refuses what a capture does: to read values."""
+
+    FORBIDDEN = (
+        torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default, torch.ops.aten.is_nonzero.default,
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        masked = op is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype is torch.bool for i in args[1]
+        )
+        if op in self.FORBIDDEN or masked:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {op}")
+        return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def graphed(monkeypatch):
     """Makes a `cudagraph.Graphed` on the CPU."""
+
+    @contextlib.contextmanager
+    def capture(graph):
+        with pytest.MonkeyPatch.context() as now, Capture():
+            now.setattr(backends, "capturing", lambda device: True)
+            yield
 
     class Stream:
         def wait_stream(self, other): ...
@@ -30,7 +54,7 @@ def graphed(monkeypatch):
     none = contextlib.nullcontext
     for name, fake in {
         "Stream": Stream, "current_stream": lambda *a: Stream(), "stream": lambda s: none(),
-        "device": lambda d: none(), "graph": lambda g: none(),
+        "device": lambda d: none(), "graph": capture,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
@@ -147,11 +171,55 @@ def test_tensors_of_closures_globals_and_objects_are_watched(graphed):
 def test_captured_operators(graphed, name):
     of, options = {**CALLS, **OF_MODULES}[name]
     net, x = field(), torch.randn(3, 4, dtype=F64)
+    if name == "weighted laplacian":  # its rank is read
+        with pytest.raises(Unrecordable, match="could not capture"):
+            graphed(net, x, of=of, **options)
+        return
     made = graphed(net, x, of=of, **options)
     job = made.job
     for shift in (1, 2):
         answer = job.answer(*made((x + shift,), []), None)
         assert_same_tree(answer, plain(of, net, x + shift, **options), F64, length=64)
+
+
+NETWORKS = {
+    "images": (
+        lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 1, 3, padding=1)),
+        (2, 1, 9, 9),
+    ),
+    "classifier": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(),
+            nn.Linear(16, 3),
+        ),
+        (2, 1, 8, 8),
+    ),
+    "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (2, 5, 8)),
+    "recurrent": (lambda: Last(nn.GRU(3, 4, batch_first=True)), (2, 3, 3)),
+}  # fmt: skip
+
+
+class Last(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    "of", [jactri.jacobian, jactri.parameter_jacobian], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_captured_networks(graphed, name, of):
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    net, x = build().double().eval(), torch.randn(shape, dtype=F64)
+    options = {"per_sample": True} if of is jactri.jacobian else {}
+    made = graphed(net, x, of=of, **options)
+    answer = made.job.answer(*made((x + 1,), []), None)
+    assert_same_tree(answer, plain(of, net, x + 1, **options), F64, length=64)
 
 
 def test_captured_into_memory(graphed):

@@ -26,6 +26,7 @@ import torch
 
 import jactri
 
+from .. import operators
 from ..machine import ROOT
 from ..peers import BY_OPERATOR
 from ..record import Record
@@ -224,9 +225,12 @@ def _accuracy_of_operator(device: Device, record: Record, size: Sized) -> None:
         found: dict[str, Any] = {"what": "accuracy", "workload": w.name, "setting": setting}
         with precision(setting):
             found["torch.func"] = distance(theirs.make(few, net)(x[: len(want)]), want, w.operator)
-            for backend in device.backends:
+            for backend in (*device.backends, "compiled"):
                 try:
                     call = partial(w.operator.jactri, net, x, backend=backend)
+                    if backend == "compiled":
+                        made = operators.compiled(w, net, torch.zeros_like(x))
+                        found["compiled_how"], call = repr(made), partial(made, x)
                     off = found[backend] = distance(call(), want, w.operator)
                     if not off <= 2 * found["torch.func"] + SLACK[setting]:
                         raise AssertionError(

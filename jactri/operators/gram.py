@@ -247,7 +247,9 @@ def _symmetric(weights, asked: Asked) -> bool:
             lead = int(form.endswith("sample"))
             n = (w.dim() - lead) // 2
             flat = w.flatten(lead + n).flatten(lead, lead + n - 1)
-            if (w.requires_grad and torch.is_grad_enabled()) or not torch.equal(flat, flat.mT):
+            if (w.requires_grad and torch.is_grad_enabled()) or backends.capturing(w.device):
+                return False
+            if not torch.equal(flat, flat.mT):
                 return False
     return True
 
