@@ -134,15 +134,25 @@ def test_exact(case):
         assert (chains(read([f(leaf)], [leaf]), True) is not None) == closed
 
 
+BATCHES_ONLY = {
+    "time",
+    "time_before",
+    "mixer",
+    "eval_batch_norm",
+    "rotation",
+    "flipped",
+    "softmax",
+    "halves",
+    "python",
+}
+"""What reads the axis of samples, or that behind it."""
+
+
+@pytest.mark.parametrize(
+    "case", [k for k in (*FIELDS, *FUNCTIONS) if k not in BATCHES_ONLY], indirect=True
+)
 def test_a_point(case):
     f, x, _ = case
-    if isinstance(f, nn.Module):
-        if isinstance(f, InTime) or any(isinstance(m, nn.BatchNorm1d) for m in f.modules()):
-            pytest.skip("needs a batch")
-        if isinstance(f, Mixer):
-            pytest.skip("softmax over axis 1")
-    elif f in [FUNCTIONS[k][0] for k in ("rotation", "flipped", "softmax", "halves", "python")]:
-        pytest.skip("indexes axis 1")
     point = x[1]
     got = jactri.divergence(f, point)
     assert got.shape == ()

@@ -105,9 +105,6 @@ TABLE = [
 def test_table_of_ops(case):
     """Every op, of one or several operands, at a single point made of all of them."""
     f, x = flat(case)
-    if case.poison is False or f(x).numel() == 0:
-        pytest.skip("nothing to compare")
-
     leaf = x.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
         y = f(leaf)
