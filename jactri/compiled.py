@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from . import handover
-from .api import jacobian, uncompiled
+from .api import jacobian
 from .arguments import as_tuple
 from .constants import constants
 from .cudagraph import Graphed
@@ -270,7 +270,7 @@ def compile(
     _, xs = as_tuple(example_inputs, "example_inputs", "compile")
     if not xs:
         raise IndexError("example_inputs is empty: pass the tensors that func takes")
-    job = kind(uncompiled(func), len(xs), **options)
+    job = kind(func, len(xs), **options)
     job.check(xs)
     made = Compiled(job)
     made(*xs)

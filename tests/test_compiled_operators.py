@@ -187,6 +187,15 @@ def test_several_inputs_convolutions_and_norms():
     agree(compiled, jactri.jtj, net, *(x + 1 for x in xs), per_sample=True)
 
 
+def test_a_module_of_torch_compile():
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    wrapped = torch.compile(net)
+    for of in (jactri.divergence, jactri.parameter_jacobian):
+        compiled = jactri.compile(wrapped, x, of=of)
+        agree(compiled, of, wrapped, x + 1)
+        assert "replays" in repr(compiled)
+
+
 def test_what_cannot_be_recorded_runs_call_by_call():
     words = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double()
     index = torch.tensor([[0, 1], [4, 4], [2, 0]])
