@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import backends, rates
 from .graph import Graph
-from .memory import free_bytes, parse_bytes
+from .memory import free_bytes, hold, parse_bytes
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
 from .samples import narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
@@ -114,10 +114,13 @@ def plan_for_given(
 def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Plan:
     """The plan that ``make(limit)`` gives, remembered by ``key`` where no limit decides."""
     if memory_limit is not None:
-        return make(parse_bytes(memory_limit))
+        plan = make(parse_bytes(memory_limit))
+        hold(plan.peak, device)
+        return plan
     plan = _plans.get(key)
     if plan is None:
         plan = make(float("inf"))
+        hold(plan.peak, device)
         if len(_plans) >= _PLANS_KEPT:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan

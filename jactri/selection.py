@@ -111,7 +111,7 @@ class Take(LinearMap):
     def pull(self, c, own):
         shape = list(c.shape)
         shape[self.axis + 1] = self.size
-        return c.new_zeros(shape).index_add(self.axis + 1, self.index, c), True
+        return c.new_zeros(shape).index_add_(self.axis + 1, self.index, c), True
 
 
 class Gather(LinearMap):
@@ -142,7 +142,7 @@ class Gather(LinearMap):
         shape = list(c.shape)
         shape[self.axis + 1] = self.size
         index = self.index.expand(c.shape[0], *self.index.shape)
-        return c.new_zeros(shape).scatter_add(self.axis + 1, index, c), True
+        return c.new_zeros(shape).scatter_add_(self.axis + 1, index, c), True
 
 
 class Select(LinearMap):

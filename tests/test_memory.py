@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import platform
 import subprocess
 import sys
 import textwrap
@@ -333,3 +334,30 @@ def test_a_laplacian_keeps_its_limit(dtype):
         peak = live_peak(lambda limit=limit: jactri.laplacian(net, x, memory_limit=limit))
         assert peak - forward < limit, (peak, forward, limit)
     assert live_peak(lambda: jactri.laplacian(net, x)) - forward < 4_000_000
+
+
+FAULTS = """
+import resource, torch, jactri
+
+net = torch.nn.Sequential(
+    torch.nn.Linear(3, 128), torch.nn.Tanh(), torch.nn.Linear(128, 128), torch.nn.Tanh(),
+    torch.nn.Linear(128, 128), torch.nn.Tanh(), torch.nn.Linear(128, 1),
+)
+x = torch.randn(4096, 3)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    jactri.laplacian(net, x)
+before = faults()
+for _ in range(4):
+    jactri.laplacian(net, x)
+print((faults() - before) / 4)
+"""
+
+if platform.libc_ver()[0] == "glibc":
+
+    def test_pages_are_not_faulted_in_anew():
+        """In a process of its own, whose malloc nobody else has told what to hold; without that it is a thousand."""
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+        )
+        assert float(done.stdout) < 500

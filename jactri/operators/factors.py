@@ -382,6 +382,6 @@ def _in_rows(piece: Piece, out: Labels) -> Tensor:
     source = source.expand([sizes[s] for s in (*il, *rest)]).reshape(
         prod([sizes[s] for s in il]), -1
     )
-    total = source.new_zeros(stride, source.shape[1]).index_add(0, number.reshape(-1), source)
+    total = source.new_zeros(stride, source.shape[1]).index_add_(0, number.reshape(-1), source)
     total = total.reshape([sizes[s] for s in (*kept, row, *rest)])
     return aligned(total, (*kept, row, *rest), out)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends, handover
 from ..graph import UnsupportedGraph
-from ..memory import free_bytes, parse_bytes
+from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
@@ -294,10 +294,7 @@ def _chunks(
                 f"{int(need(1, 1)) + 1}; raise memory_limit"
             )
         seeds = (seeds + 1) // 2
-    if samples < n and x.device.type == "cpu":
-        # freed untouched, it has glibc's malloc keep as much for the chunks, whose pages it gave back after each
-        # (the dynamic threshold of mallopt(3))
-        torch.empty(int(need(seeds, samples)), dtype=torch.uint8)
+    hold(need(seeds, samples), x.device)
     return seeds, samples, where if samples < n else None, plan
 
 

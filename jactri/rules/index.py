@@ -53,7 +53,7 @@ class Pick(LinearMap):
 
     def pull(self, c, own):
         k = c.shape[0]
-        out = c.new_zeros(k, prod(self.in_shape)).index_add(1, self.index, c.reshape(k, -1))
+        out = c.new_zeros(k, prod(self.in_shape)).index_add_(1, self.index, c.reshape(k, -1))
         return out.view(k, *self.in_shape), True
 
 
@@ -287,7 +287,7 @@ def _spread(g, s: int) -> int | None:
     def push(t):
         sizes = list(t.shape)
         sizes[axis + 1] = size
-        return t.new_zeros(sizes).index_add(axis + 1, i, t)
+        return t.new_zeros(sizes).index_add_(axis + 1, i, t)
 
     def pull(c):
         return c.index_select(axis + 1, i)
