@@ -43,7 +43,7 @@ def fold(graph: Graph) -> Graph:
         if uses[middle] != 1:
             continue
         shapes = values[start].shape, before.shape, value.shape
-        made = _folded(first, after, *shapes)
+        made = _folded(first, after, *shapes, _seeds(graph))
         if made is None:
             continue
         if values is graph.values:
@@ -71,10 +71,27 @@ def _follows(edge: LinearMap) -> bool:
     return edge.__class__ in (Conv, MatMul)
 
 
-def _folded(first: LinearMap, after: LinearMap, start, middle, end) -> LinearMap | None:
-    """Both as one map, between values of the shapes ``start``, ``middle`` and ``end``; None where that does not pay."""
+def _seeds(graph: Graph) -> float:
+    """How many a sample has, about."""
+    ends = [
+        [graph.values[v].shape for v in end if v is not None]
+        for end in (graph.inputs, graph.outputs)
+    ]
+    samples = max(1, min((s[0] for end in ends for s in end if s), default=1))
+    return min(sum(map(prod, end)) for end in ends) / samples
+
+
+def _folded(
+    first: LinearMap, after: LinearMap, start, middle, end, seeds: float
+) -> LinearMap | None:
+    """Both as one map, between values of the shapes ``start``, ``middle`` and ``end``; None where that does not pay.
+
+    Whether a weight changed is known by reading it and its copy: where scaling a block costs less, it is not done.
+    """
     if first.__class__ is Conv:
         if after.__class__ is Diagonal:
+            if prod(first.shape) > seeds * prod(end):
+                return None
             return first.scaled(after.d.reshape(-1).expand(middle[1]))
         made = first.then(after) if after.__class__ is Conv else None
     else:

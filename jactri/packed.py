@@ -81,16 +81,45 @@ def by_columns(g: Geometry, w: Tensor, flat: Tensor, push: bool, size) -> Tensor
     ``kernel`` times the memory of the larger image; they are fewer than the weights where the images are `small`.
     """
     kernel, spread = w.shape[2:], push == g.transposed
-    options = kernel, g.dilation, g.padding, g.stride
     coarse = flat.shape[2:] if spread else _coarse(g, flat.shape[2:], kernel)
     rows = flat.shape[0] * coarse[0] * coarse[1]
     if spread:
         columns = backends.product(flat.movedim(1, -1).reshape(rows, -1), w.flatten(1), False)
-        columns = columns.view(flat.shape[0], coarse[0] * coarse[1], -1).transpose(1, 2)
-        return torch.ops.aten.col2im(columns, g.fine(coarse, kernel) if push else size, *options)
+        columns = columns.view(flat.shape[0], *coarse, *w.shape[1:])
+        return _summed(g, columns, g.fine(coarse, kernel) if push else size)
+    options = kernel, g.dilation, g.padding, g.stride
     columns = torch.ops.aten.im2col(flat, *options).transpose(1, 2).reshape(rows, -1)
     out = backends.product(columns, w.flatten(1), True)
     return out.view(flat.shape[0], *coarse, -1).movedim(-1, 1)
+
+
+def _summed(g: Geometry, columns: Tensor, fine) -> Tensor:
+    """Columns ``(batch, *coarse image, channels, *kernel)`` summed into images of ``fine`` pixels, channels-last.
+
+    A sum of slices a tap: channels are next to each other, and images are small.
+    """
+    batch, *coarse, channels = columns.shape[:4]
+    out = columns.new_zeros(batch, *fine, channels)
+    spans = [
+        [_reached(n, m, s, d * k - p) for k in range(taps)]
+        for n, m, s, d, p, taps in zip(
+            fine, coarse, g.stride, g.dilation, g.padding, columns.shape[4:], strict=True
+        )
+    ]
+    for i, (to_y, y) in enumerate(spans[0]):
+        for j, (to_x, x) in enumerate(spans[1]):
+            out[:, to_y, to_x] += columns[:, y, x, :, i, j]
+    return out.movedim(-1, 1)
+
+
+def _reached(fine: int, coarse: int, stride: int, offset: int) -> tuple[slice, slice]:
+    """Pixels ``stride * y + offset`` of the larger image that a tap reaches, and the ``y`` of the smaller one."""
+    first = max(0, -(offset // stride))
+    last = min(coarse, (fine - 1 - offset) // stride + 1)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    start = stride * first + offset
+    return slice(start, start + stride * (last - first - 1) + 1, stride), slice(first, last)
 
 
 def _coarse(g: Geometry, fine, kernel) -> tuple[int, ...]:

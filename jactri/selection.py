@@ -136,13 +136,29 @@ class Gather(LinearMap):
         return Gather(target.of(self.index, len(out_shape)), self.size, self.axis)
 
     def push(self, t, own):
-        return t.gather(self.axis + 1, self.index.expand(t.shape[0], *self.index.shape)), True
+        if self._channels_last(t):
+            index = self._expanded(self.index.mT.contiguous(), t)
+            return t.mT.gather(-2, index).mT, True
+        return t.gather(self.axis + 1, self._expanded(self.index, t)), True
 
     def pull(self, c, own):
         shape = list(c.shape)
         shape[self.axis + 1] = self.size
-        index = self.index.expand(c.shape[0], *self.index.shape)
+        if self._channels_last(c):
+            index = self._expanded(self.index.mT.contiguous(), c)
+            shape[-2:] = shape[-1], shape[-2]
+            return c.new_zeros(shape).scatter_add_(-2, index, c.mT).mT, True
+        index = self._expanded(self.index, c)
         return c.new_zeros(shape).scatter_add_(self.axis + 1, index, c), True
+
+    def _channels_last(self, t: Tensor) -> bool:
+        """Whether a block has neighbours in memory along the axis before, and keeps them so."""
+        last = self.axis + 2 == t.dim() > 2
+        return last and t.stride(-2) == 1 < min(t.stride(-1), t.shape[-2])
+
+    @staticmethod
+    def _expanded(index: Tensor, t: Tensor) -> Tensor:
+        return index.expand(t.shape[0], *index.shape)
 
 
 class Select(LinearMap):
