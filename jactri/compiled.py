@@ -18,6 +18,7 @@ from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, alike, key, unchanged
 from .kept import kept_tensors
+from .memory import free_bytes, parse_bytes
 from .operators.jobs import JOBS, Ends, Job
 from .tape import Recorder, Stale, Tape, Unrecordable, function
 
@@ -38,7 +39,7 @@ class Replay:
         job, given = job.by_ops(), tensors(out)
         job.rows(ends, out)  # what is measured or probed once must not be recorded
         guard = Guard(ends.ys, ends.leaves)
-        with Recorder() as recorder:
+        with Recorder(_limit(job, ends)) as recorder:
             self.first = job.rows(ends, out)
         tape = Tape(recorder, self.first, given)
         saved, bases = _by_memory(guard.places), _by_memory(guard.bases)
@@ -72,6 +73,13 @@ class Replay:
             raise Stale("the number of outputs or parameters")
         with torch.no_grad():
             return self.run(*ends.ys, *ends.leaves, *tensors(out))
+
+
+def _limit(job: Job, ends: Ends) -> float:
+    """Bytes that a recording may hold."""
+    if job.memory_limit is not None:
+        return parse_bytes(job.memory_limit)
+    return max(free_bytes(ends.ys[0].device) // 2, 1)
 
 
 def _by_memory(places: list[tuple[Tensor, str]]) -> dict[tuple, list[str]]:
@@ -253,8 +261,10 @@ def compile(
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option that it does not take, or
     another number of inputs; RuntimeError inside of a torch.func transform.
 
-    Cost: one call and a second or so on CUDA at compilation. Then, on a CPU, the forward pass, about 1.5 microseconds
-    for each node of the graph and 1.5 for each op of the accumulation, and their work.
+    Cost: at compilation one call and a second or so on CUDA; on a CPU two calls, the second of which holds all that it
+    computes at once (within ``memory_limit``, or half of what is free: else it runs call by call). Then, on a CPU, the
+    forward pass, about 1.5 microseconds for each node of the graph and 1.5 for each op of the accumulation, and their
+    work.
     """
     kind = JOBS.get(of)
     if kind is None:

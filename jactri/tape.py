@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from .memory import si
+
 MOST_OPS = 4000
 """Ops from which on Python's overhead is a small part, and the code a long one."""
 
@@ -49,10 +51,14 @@ def number(t: Tensor):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down the ops that run under it. ``lines`` are (op, args, kwargs, results)."""
+    """Writes down the ops that run under it. ``lines`` are (op, args, kwargs, results).
 
-    def __init__(self):
+    It holds all results. Raises Unrecordable where those are more than ``limit`` bytes.
+    """
+
+    def __init__(self, limit: float):
         super().__init__()
+        self.limit, self._storages, self._bytes = limit, set(), 0
         self.lines: list[tuple] = []
         self.kept: list[object] = []  # so that no tensor's id is used again
         self.numbers: set[int] = set()  # tensors that torch.tensor made of Python's numbers
@@ -70,6 +76,15 @@ class Recorder(TorchDispatchMode):
             self.numbers.add(id(args[0]))
         self.lines.append((op, args, kwargs, out))
         self.kept.append((args, kwargs, out))
+        for t in _tensors(out):
+            storage = t.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages.add(storage._cdata)
+                self._bytes += storage.nbytes()
+        if self._bytes > self.limit:
+            raise Unrecordable(
+                f"a recording holds all that is computed, more than {si(self.limit)}B; raise memory_limit"
+            )
         return out
 
 

@@ -281,6 +281,15 @@ def test_it_runs_call_by_call_where_it_cannot_be_recorded():
             assert "call by call" in repr(compiled) and why in repr(compiled)
 
 
+def test_a_recording_keeps_the_limit_of_memory():
+    net = seeded(*[64] * 7)
+    x = torch.randn(64, 64, dtype=F64)
+    compiled = jactri.compile(net, x, per_sample=True, memory_limit="9MB")
+    assert "call by call" in repr(compiled) and "memory_limit" in repr(compiled)
+    agree(compiled, net, x + 1, per_sample=True)
+    assert "replays" in repr(jactri.compile(net, x, per_sample=True, memory_limit="50MB"))
+
+
 def test_samples_that_only_a_probe_tells_apart():
     lstm = nn.LSTM(3, 4, batch_first=True).double()
 
