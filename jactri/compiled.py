@@ -48,11 +48,8 @@ class Replay:
         for i, t in enumerate(tape.outside):
             if id(t) in fixed:
                 tape.constants[f"x{i}"] = t
-            elif (places := saved.get(key(t))) is not None:
-                bound.append(f"x{i} = {places[0]}")
-                bound += [alike(places[0], other) for other in places[1:]]
-            elif (places := bases.get(key(t))) is not None:
-                bound += [unchanged(place, t) for place in places]
+            elif places := [*saved.get(key(t), ()), *bases.get(key(t), ())]:
+                bound += [unchanged(place, t) for place in bases.get(key(t), ())]
                 bound.append(f"x{i} = {places[0]}")
                 bound += [alike(places[0], other) for other in places[1:]]
             else:
@@ -65,7 +62,7 @@ class Replay:
         parameters += [f"leaf{i}" for i in range(self.inputs)]
         parameters += [f"o{i}" for i in range(len(given))]
         self.run = function("replay", parameters, lines, {**guard.constants, **tape.constants})
-        self.how = f"replays {len(tape.code)} ops"
+        self.how = f"replays {tape.ops} ops"
 
     def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
         """The tensors of the answer. Raises Stale if the graph is not the recorded one."""

@@ -63,7 +63,7 @@ def hold(amount: float, device: torch.device) -> None:
     more than the arithmetic. A block freed untouched tells it. Other allocators take no notice.
     """
     global _held
-    amount = min(int(amount), _MOST)
+    amount = int(min(amount, _MOST))
     if device.type == "cpu" and amount > _held:
         _held = amount
         torch.empty(amount, dtype=torch.uint8)

@@ -186,6 +186,7 @@ class Tape:
         lines = self._needed(straight(recorder.lines, results), results)
         last = self._last_uses(lines, results)
         self.code: list[str] = []
+        self.ops = len(lines)
         for i, (op, args, kwargs, out) in enumerate(lines):
             self._line(op, args, kwargs, out)
             gone = sorted({self.names[k] for k in last.get(i, ()) if self.names[k][0] == "t"})

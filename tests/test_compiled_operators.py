@@ -149,6 +149,20 @@ def test_a_weight_may_be_updated_in_place():
         agree(compiled, of, net, x, weight=metric, **options)
 
 
+def test_a_weight_that_is_the_input_at_times():
+    """What is kept with a weight must not be answered for another one."""
+    x = torch.randn(4, 4, dtype=F64)
+    held = [x.detach()]
+
+    def func(v):
+        return v.tanh() @ held[0].t()
+
+    compiled = jactri.compile(func, x, of=jactri.divergence)
+    for held[0] in (torch.randn(4, 4, dtype=F64), x.detach(), torch.randn(4, 4, dtype=F64)):
+        agree(compiled, jactri.divergence, func, x)
+        agree(compiled, jactri.divergence, func, x + 1)
+
+
 def test_frozen_parameters_are_left_out():
     net, x = field(), torch.randn(3, 4, dtype=F64)
     compiled = jactri.compile(net, x, of=jactri.parameter_jacobian)

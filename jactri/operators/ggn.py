@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_options
 from ..layout import Selection
 from .inner import SECOND, Link
 from .parameters import ParameterJacobian, _same, _second, entries
@@ -43,6 +44,7 @@ def ggn(
     Cost:
         a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
     """
+    check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn")
     return GGN(ParameterJacobian(run, chunk_size, memory_limit), loss_hessian)
 

@@ -52,6 +52,7 @@ class Job:
 
     name: ClassVar[str]
     """Of the call."""
+    strategy = "auto"
 
     @classmethod
     def options(cls) -> list[str]:
@@ -59,7 +60,7 @@ class Job:
 
     def check(self, xs: tuple[Tensor, ...]) -> None:
         """Raise for options and numbers of inputs that the call does not take."""
-        check_options("auto", self.chunk_size, None, False)
+        check_options(self.strategy, self.chunk_size, None, False)
         backends.check_asked(self.backend, xs[0].device, False)
 
     def _one(self, xs) -> None:
@@ -99,10 +100,6 @@ class _Jacobian(Job):
     strategy: str = "auto"
     return_output: bool = False
     name = "jacobian"
-
-    def check(self, xs):
-        check_options(self.strategy, self.chunk_size, None, False)
-        super().check(xs)
 
     def forward(self, inputs):
         ys, leaves, _, result = prepare(self.func, inputs, False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_options
 from .inner import Link
 from .parameters import ParameterJacobian, _second, inner
 from .recorded import Recorded
@@ -48,6 +49,7 @@ def empirical_ntk(
         feature.
     """
     check(compute)
+    check_options("auto", chunk_size, None, create_graph)
     xs = (x1,) if x2 is None else (x1, x2)
     runs = [Recorded(module, x, params, create_graph, "empirical_ntk") for x in xs]
     return of_runs(runs, compute, chunk_size, memory_limit)

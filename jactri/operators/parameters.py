@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import whole
+from ..arguments import check_options
 from ..layout import Selection
 from ..memory import si
 from .factors import Piece, pieces_of, write
@@ -63,6 +64,7 @@ def parameter_jacobian(
     Cost:
         the forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
     """
+    check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "parameter_jacobian")
     return ParameterJacobian(run, chunk_size, memory_limit)
 
@@ -75,8 +77,6 @@ class ParameterJacobian:
     """
 
     def __init__(self, run: Recorded, chunk_size: int | None, memory_limit: int | str | None):
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-            raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
         self._run = run
         self._chunk_size, self._memory_limit = chunk_size, memory_limit
         self._kept: dict[str, list[Piece]] | None = None

@@ -183,7 +183,10 @@ class Recorded:
         return self
 
     def _read(self) -> None:
-        self._was_read = True
+        self._find()
+        self._was_read = True  # not where that raised
+
+    def _find(self) -> None:
         y, leaves = self.y, self.leaves
         if not (y.numel() and y.requires_grad):
             return

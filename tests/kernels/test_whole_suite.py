@@ -37,5 +37,5 @@ def ran(monkeypatch, device, request):
 def test_kernels_ran(name, ran):
     """The tests above ask for kernels, and get some."""
     test_networks_are_right_without_fallbacks(name, per_sample=True)
-    assert any(made is not None for made in ran)
+    assert sum(made is not None for made in ran) >= 6
     assert any(made is None for made in ran)
