@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from bisect import bisect_left
@@ -146,7 +147,9 @@ def profile(
             _on_device(session, profiler.profiler.kineto_results.events())
         return _Call.of(session, backend)
 
-    try:
+    with contextlib.ExitStack() as undo:
+        if made:  # no empty file is left where this raises
+            undo.callback(Path(path).unlink, missing_ok=True)
         call(Session())  # what is built and measured once
         named = measure(named=True)
         calls = sorted((measure() for _ in range(repeats)), key=lambda c: c.accumulation)
@@ -154,10 +157,7 @@ def profile(
             with _profiler(device) as profiler:
                 call(Session(named=True))
             profiler.export_chrome_trace(os.fspath(path))
-    except BaseException:
-        if made:
-            Path(path).unlink(missing_ok=True)
-        raise
+        undo.pop_all()
     middle = calls[(repeats - 1) // 2]
     speed = rates.measured(device)
     return Profile(

@@ -47,6 +47,9 @@ CASES = {
     "a bottleneck": (_net(nn.Conv2d(8, 1, 1), nn.Conv2d(1, 8, 3)), (2, 8, 5, 5), 0),
     "matrices": (_net(nn.Linear(4, 20), nn.Linear(20, 6), nn.Tanh(), nn.Linear(6, 9), nn.Linear(9, 3)), (5, 4), 2),
     "narrow matrices": (_net(nn.Linear(20, 2), nn.Linear(2, 20)), (5, 20), 0),
+    "large weights, few seeds": (
+        _net(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.Flatten(), nn.Linear(96, 2)), (1, 24, 2, 2), 0,
+    ),
     "norm in training": (_net(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).train(), (3, 2, 5, 5), 0),
 }  # fmt: skip
 

@@ -91,3 +91,20 @@ def test_lines(shape):
             want, _ = double.pull(c, False)
             got, _ = single.pull(c.float(), False)
             assert_close(got, want, torch.float32, length=kernel[1] * coarse)
+
+
+@pytest.mark.parametrize(
+    "stride, dilation, padding, kernel",
+    list(itertools.product((1, 2, 3), (1, 2), (0, 1, 3), (1, 2, 4))),
+)
+def test_columns_are_summed_as_col2im_does(stride, dilation, padding, kernel):
+    """Taps that reach no pixel, and pixels that no tap reaches, are among them."""
+    fine = 8, 7
+    coarse = tuple((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in fine)
+    assert min(coarse) > 0
+    columns = torch.randn(3, *coarse, 5, kernel, kernel, dtype=torch.float64)
+    g = Geometry((stride,) * 2, (padding,) * 2, (dilation,) * 2, False, (0, 0), 1)
+    flat = columns.permute(0, 3, 4, 5, 1, 2).reshape(3, 5 * kernel**2, -1)
+    pairs = [(n, n) for n in (kernel, dilation, padding, stride)]
+    want = torch.nn.functional.fold(flat, fine, *pairs)
+    torch.testing.assert_close(packed._summed(g, columns, fine), want)

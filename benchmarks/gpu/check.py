@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from .. import operators
 from ..machine import ROOT
 from ..peers import BY_OPERATOR
 from ..record import Record
+from ..workloads import Workload
 from .device import SETTINGS, Device, precision
 from .sizes import Sized, distance, problem, truth
 
@@ -172,72 +173,28 @@ def _read(report: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _accuracy(device: Device, record: Record, size: Sized) -> None:
     """jactri's error against float64 beside that of torch.func, and its memory beside the answer's."""
     w = size.workload
-    if w.operator is not None:
-        _accuracy_of_operator(device, record, size)
-        return
     net, x = problem(w, device.device)
     want = truth(w, net, x, min(w.samples, 8))
-    mode = torch.func.jacfwd if w.columns < w.rows and not w.no_forward else torch.func.jacrev
-    for setting in (*SETTINGS, "bf16"):
+    few = replace(w, samples=len(want))
+    for setting in SETTINGS if w.operator else (*SETTINGS, "bf16"):
         half = setting == "bf16"
         f, given = (net.bfloat16(), x.bfloat16()) if half else (net, x)
         found: dict[str, Any] = {"what": "accuracy", "workload": w.name, "setting": setting}
         with precision("ieee" if half else setting):
-            theirs = distance(torch.func.vmap(mode(f))(given[: len(want)]), want)
+            theirs = distance(_plain(few, f)(given[: len(want)]), want, w.operator)
             found["torch.func"] = theirs
             for backend in (*device.backends, "compiled"):
-                name = f"{w.name} {setting} {backend}"
                 try:
-                    if backend == "compiled":
-                        call = jactri.compile(f, torch.zeros_like(given), per_sample=True)
-                        found["compiled_how"] = repr(call)
-                        off = distance(call(given), want)
-                    else:
-                        off = distance(
-                            jactri.jacobian(f, given, per_sample=True, backend=backend), want
-                        )
-                    found[backend] = off
+                    call = _ours(w, f, given, backend, found)
+                    off = found[backend] = distance(call(), want, w.operator)
                     if not off <= 2 * theirs + SLACK[setting]:
                         raise AssertionError(f"off by {off:.1e}, torch.func by {theirs:.1e}")
                     if backend == "auto" and not half:
-                        peak = device.peak(partial(jactri.jacobian, f, given, per_sample=True))
+                        peak = device.peak(call)
                         found["peak_of_answer"] = peak / w.answer_bytes
-                        told = jactri.explain(f, given, per_sample=True)
-                        found["peak_of_predicted"] = peak / told.peak_bytes
-                except Exception as error:  # one backend may fail in any way: the others go on
-                    record.failed(f"accuracy {name}", error)
-                device.release()
-        record.add(found)
-        print(
-            ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else str(v) for k, v in found.items()),
-            flush=True,
-        )
-
-
-def _accuracy_of_operator(device: Device, record: Record, size: Sized) -> None:
-    """The same for what is no Jacobian of an input: against the first of torch's ways."""
-    w = size.workload
-    net, x = problem(w, device.device)
-    want = truth(w, net, x, min(w.samples, 8))
-    theirs = next(p for p in BY_OPERATOR[w.operator] if p.kind == "torch")
-    few = replace(w, samples=len(want))
-    for setting in SETTINGS:
-        found: dict[str, Any] = {"what": "accuracy", "workload": w.name, "setting": setting}
-        with precision(setting):
-            found["torch.func"] = distance(theirs.make(few, net)(x[: len(want)]), want, w.operator)
-            for backend in (*device.backends, "compiled"):
-                try:
-                    call = partial(w.operator.jactri, net, x, backend=backend)
-                    if backend == "compiled":
-                        made = operators.compiled(w, net, torch.zeros_like(x))
-                        found["compiled_how"], call = repr(made), partial(made, x)
-                    off = found[backend] = distance(call(), want, w.operator)
-                    if not off <= 2 * found["torch.func"] + SLACK[setting]:
-                        raise AssertionError(
-                            f"off by {off:.1e}, torch.func by {found['torch.func']:.1e}"
-                        )
-                    if backend == "auto":
-                        found["peak_of_answer"] = device.peak(call) / w.answer_bytes
+                        if w.operator is None:
+                            told = jactri.explain(f, given, per_sample=True)
+                            found["peak_of_predicted"] = peak / told.peak_bytes
                 except Exception as error:  # one backend may fail in any way: the others go on
                     record.failed(f"accuracy {w.name} {setting} {backend}", error)
                 device.release()
@@ -246,3 +203,28 @@ def _accuracy_of_operator(device: Device, record: Record, size: Sized) -> None:
             ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else str(v) for k, v in found.items()),
             flush=True,
         )
+
+
+def _plain(w: Workload, net: torch.nn.Module) -> Callable[[torch.Tensor], Any]:
+    """torch's way to compare with; of an operator, the first that its peers have."""
+    if w.operator is not None:
+        return next(p for p in BY_OPERATOR[w.operator] if p.kind == "torch").make(w, net)
+    mode = torch.func.jacfwd if w.columns < w.rows and not w.no_forward else torch.func.jacrev
+    return torch.func.vmap(mode(net))
+
+
+def _ours(
+    w: Workload, net, x: torch.Tensor, backend: str, found: dict[str, Any]
+) -> Callable[[], Any]:
+    """jactri's call by a backend; compiled ones, for another input of that shape, say how they run."""
+    if backend != "compiled":
+        if w.operator is not None:
+            return partial(w.operator.jactri, net, x, backend=backend)
+        return partial(jactri.jacobian, net, x, per_sample=True, backend=backend)
+    like = torch.zeros_like(x)
+    if w.operator is not None:
+        made = operators.compiled(w, net, like)
+    else:
+        made = jactri.compile(net, like, per_sample=True)
+    found["compiled_how"] = repr(made)
+    return partial(made, x)
