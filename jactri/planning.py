@@ -114,9 +114,7 @@ def plan_for_given(
 def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Plan:
     """The plan that ``make(limit)`` gives, remembered by ``key`` where no limit decides."""
     if memory_limit is not None:
-        plan = make(parse_bytes(memory_limit))
-        hold(plan.peak, device)
-        return plan
+        return make(parse_bytes(memory_limit))
     plan = _plans.get(key)
     if plan is None:
         plan = make(float("inf"))

@@ -294,7 +294,8 @@ def _chunks(
                 f"{int(need(1, 1)) + 1}; raise memory_limit"
             )
         seeds = (seeds + 1) // 2
-    hold(need(seeds, samples), x.device)
+    if asked.memory_limit is None:
+        hold(need(seeds, samples), x.device)
     return seeds, samples, where if samples < n else None, plan
 
 
