@@ -18,9 +18,9 @@ from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, alike, key, unchanged
 from .kept import kept_tensors
-from .memory import free_bytes, parse_bytes
 from .operators.jobs import JOBS, Ends, Job
-from .tape import Recorder, Stale, Tape, Unrecordable, function
+from .tape import Recorder, Stale, Tape, Unrecordable, function, tensors
+from .traced import Traced
 
 _log = logging.getLogger("jactri")
 
@@ -39,7 +39,7 @@ class Replay:
         job, given = job.by_ops(), tensors(out)
         job.rows(ends, out)  # what is measured or probed once must not be recorded
         guard = Guard(ends.ys, ends.leaves)
-        with Recorder(_limit(job, ends)) as recorder:
+        with Recorder(job.limit(ends.ys[0].device)) as recorder:
             self.first = job.rows(ends, out)
         tape = Tape(recorder, self.first, given)
         saved, bases = _by_memory(guard.places), _by_memory(guard.bases)
@@ -72,13 +72,6 @@ class Replay:
             return self.run(*ends.ys, *ends.leaves, *tensors(out))
 
 
-def _limit(job: Job, ends: Ends) -> float:
-    """Bytes that a recording may hold."""
-    if job.memory_limit is not None:
-        return parse_bytes(job.memory_limit)
-    return max(free_bytes(ends.ys[0].device) // 2, 1)
-
-
 def _by_memory(places: list[tuple[Tensor, str]]) -> dict[tuple, list[str]]:
     found: dict[tuple, list[str]] = {}
     for t, place in places:
@@ -94,15 +87,6 @@ class Eager:
 
     def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
         return self.job.rows(ends, out)
-
-
-def tensors(out: Any) -> list[Tensor]:
-    """What was given to be written to, one after the other."""
-    if out is None:
-        return []
-    if isinstance(out, Tensor):
-        return [out]
-    return [t for item in (out.values() if isinstance(out, dict) else out) for t in tensors(item)]
 
 
 def _signature(out: Any) -> Any:
@@ -124,12 +108,12 @@ class Compiled:
     ``replans`` counts how often it was planned again, for other inputs or another graph. Print it to see how it runs.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, static: bool):
         self.func, self.replans = job.func, -1
-        self._job = job
-        self._plans: dict[tuple, Replay | Graphed | Eager] = {}
+        self._job, self._static = job, static
+        self._plans: dict[tuple, Replay | Traced | Graphed | Eager] = {}
         self._lock = threading.Lock()
-        self._last: Replay | Graphed | Eager | None = None
+        self._last: Replay | Traced | Graphed | Eager | None = None
 
     def __repr__(self) -> str:
         name = getattr(self.func, "__name__", type(self.func).__name__)
@@ -163,13 +147,16 @@ class Compiled:
             with torch.inference_mode(False):
                 return self(*inputs, out=out)
         job, plan = self._job, self._plans.get(signature)
-        if plan.__class__ is Graphed or (plan is None and any(x.is_cuda for x in inputs)):
+        watched = (
+            _len_torch_dispatch_stack()
+        )  # whoever watches the ops sees those of an ordinary call
+        if not watched and self._whole(plan, inputs):
             found = self._replayed(plan, signature, inputs, out)
             if found is not None:
                 return job.answer(*found, out)
-            plan = self._plans[signature]
+            plan = self._plans.get(signature)
         ends = job.forward(inputs)
-        if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
+        if watched:
             return job.answer(ends, job.rows(ends, out), out)
         try:
             if plan is None:
@@ -203,18 +190,30 @@ class Compiled:
         self._keep(signature, plan, change)
         return rows
 
+    def _whole(self, plan, inputs) -> bool:
+        """Whether the forward pass is to be replayed as well."""
+        if plan is None:
+            return self._static or any(x.is_cuda for x in inputs)
+        return plan.__class__ in (Graphed, Traced)
+
     def _replayed(self, plan, signature, inputs, out):
-        """Ends and the tensors of the answer, by a CUDA graph; None where there can be none."""
+        """Ends and the tensors of the answer, of a replay with its forward pass; None where there can be none."""
         try:
             if plan is None:
                 raise Stale("the shapes, dtypes or devices")
             return plan(inputs, tensors(out))
         except Stale as change:
+            on_gpu = any(x.is_cuda for x in inputs)
             try:
-                plan = Graphed(self._job, inputs, out)
+                plan = (Graphed if on_gpu else Traced)(self._job, inputs, out)
             except Unrecordable as reason:
-                _log.info("a compiled %s is not captured: %s", self._job.name, reason)
-                self._keep(signature, Eager(str(reason), self._job), change)
+                _log.info(
+                    "a compiled %s is not %s: %s", self._job.name, "captured" if on_gpu else "static", reason
+                )  # fmt: skip
+                if on_gpu:
+                    self._keep(signature, Eager(str(reason), self._job), change)
+                else:  # the accumulation alone may be
+                    self._plans.pop(signature, None)
                 return None
             self._keep(signature, plan, change)
             return plan(inputs, tensors(out))
@@ -224,6 +223,7 @@ def compile(
     func: Callable[..., Any],
     *example_inputs: Tensor,
     of: Callable[..., Any] = jacobian,
+    static: bool = False,
     **options: Any,
 ) -> Compiled:
     """A callable for the Jacobian of ``func`` at inputs like ``example_inputs``, for many calls at fixed shapes.
@@ -279,6 +279,6 @@ def compile(
         raise IndexError("example_inputs is empty: pass the tensors that func takes")
     job = kind(func, len(xs), **options)
     job.check(xs)
-    made = Compiled(job)
+    made = Compiled(job, static)
     made(*xs)
     return made

@@ -2,101 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .api import uncompiled
+from .held import Held
 from .memory import free_bytes
 from .operators.jobs import Ends, Job
 from .tape import Stale, Unrecordable
 
 _WARM_UPS = 3
 """Runs before the capture: kernels are compiled, tuned and loaded, which a capture forbids."""
-
-_DEPTH = 4
-"""How many callables in callables are searched for tensors."""
-
-
-class Held:
-    """The tensors and modules that a callable holds, as they are now: whether one was replaced, or a mode changed."""
-
-    def __init__(self, func):
-        self._tensors: list[tuple[dict, str, Tensor, int]] = []
-        self._modes: list[tuple[torch.nn.Module, bool]] = []
-        self._seen: set[int] = set()
-        self._search(func, _DEPTH)
-
-    def _search(self, thing, depth: int) -> None:
-        if depth == 0 or id(thing) in self._seen:
-            return
-        self._seen.add(id(thing))
-        if isinstance(thing, torch.nn.Module):
-            for module in thing.modules():
-                self._modes.append((module, module.training))
-                for where in (module._parameters, module._buffers):
-                    self._entries(where)
-        elif isinstance(thing, functools.partial):
-            for inner in (thing.func, *thing.args, *thing.keywords.values()):
-                self._search(inner, depth - 1)
-        elif isinstance(thing, (list, tuple)):
-            for inner in thing:
-                self._search(inner, depth - 1)
-        elif isinstance(thing, dict):
-            self._entries(thing)
-            for inner in thing.values():
-                self._search(inner, depth - 1)
-        elif hasattr(thing, "__self__") and hasattr(thing, "__func__"):
-            self._search(thing.__self__, depth - 1)
-            self._search(thing.__func__, depth - 1)
-        elif hasattr(thing, "__code__"):
-            names = thing.__code__.co_names
-            self._entries(thing.__globals__, names)
-            for name in names:
-                self._search(thing.__globals__.get(name), depth - 1)
-            for cell in thing.__closure__ or ():
-                where = _Cell(cell)
-                self._entries(where)
-                self._search(where.get("contents"), depth - 1)
-        elif hasattr(thing, "__dict__") and not isinstance(thing, type):
-            self._entries(vars(thing))
-            for inner in list(vars(thing).values()):
-                self._search(inner, depth - 1)
-
-    def _entries(self, where, names=None) -> None:
-        for name in list(where) if names is None else names:
-            value = where.get(name)
-            if isinstance(value, Tensor):
-                self._tensors.append((where, name, value, value.data_ptr()))
-
-    def changed(self) -> str | None:
-        """What is no longer as it was, or None."""
-        for where, name, tensor, pointer in self._tensors:
-            now = where.get(name)
-            if now is not tensor or now.data_ptr() != pointer:
-                return f"the tensor {name!r}"
-        for module, training in self._modes:
-            if module.training is not training:
-                return f"the mode of {type(module).__name__}"
-        return None
-
-
-class _Cell:
-    """A closure's cell, looked at as a dictionary of one entry."""
-
-    def __init__(self, cell):
-        self._cell = cell
-
-    def __iter__(self):
-        return iter(("contents",))
-
-    def get(self, name):
-        try:
-            return self._cell.cell_contents
-        except ValueError:  # not filled yet
-            return None
 
 
 class Graphed:
@@ -109,7 +28,7 @@ class Graphed:
         # asking for the free memory is not possible in a capture
         job = job.within(max(free_bytes(device) // 2, 1))
         self.job, self.inputs = job, [x.detach().clone() for x in xs]
-        self.held, self._lock, self._done = Held(job.func), threading.Lock(), None
+        self.held, self._lock, self._done = Held(uncompiled(job.func)), threading.Lock(), None
         self.how = "replays a CUDA graph"
         if out is not None:  # checked, and written to for the first time
             job.rows(job.forward(tuple(self.inputs)), out)

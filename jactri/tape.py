@@ -8,7 +8,7 @@ and random ones, cannot be recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,13 +70,13 @@ class Recorder(TorchDispatchMode):
         tags = op.tags
         if torch.Tag.dynamic_output_shape in tags and not _indexed_by_numbers(op, args):
             self.reason = self.reason or f"{op} cannot be replayed: {_BY_VALUES}"
-        if torch.Tag.nondeterministic_seeded in tags:
+        if torch.Tag.nondeterministic_seeded in tags and not _undropped(op, args, kwargs):
             self.reason = self.reason or f"{op} cannot be replayed: it is random"
         if op is torch.ops.aten.lift_fresh.default:
             self.numbers.add(id(args[0]))
         self.lines.append((op, args, kwargs, out))
         self.kept.append((args, kwargs, out))
-        for t in _tensors(out):
+        for t in tensors(out):
             storage = t.untyped_storage()
             if storage._cdata not in self._storages:
                 self._storages.add(storage._cdata)
@@ -98,14 +98,23 @@ def _indexed_by_numbers(op, args) -> bool:
     return all(i is None or i.dtype in (torch.int32, torch.int64) for i in args[1])
 
 
-def _tensors(tree) -> list[Tensor]:
+def _undropped(op, args, kwargs) -> bool:
+    """Whether an attention with dropout drops nothing."""
+    names = [a.name for a in op._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    i = names.index("dropout_p")
+    return kwargs.get("dropout_p", args[i] if i < len(args) else 0.0) == 0
+
+
+def tensors(tree) -> list[Tensor]:
     """The tensors in nested arguments or results."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, (list, tuple)):
-        return [t for item in tree for t in _tensors(item)]
+        return [t for item in tree for t in tensors(item)]
     if isinstance(tree, dict):
-        return [t for item in tree.values() for t in _tensors(item)]
+        return [t for item in tree.values() for t in tensors(item)]
     return []
 
 
@@ -114,7 +123,7 @@ def _written(op, args, kwargs) -> list[Tensor]:
     found = []
     for i, a in enumerate(op._schema.arguments):
         if a.alias_info is not None and a.alias_info.is_write:
-            found += _tensors(kwargs.get(a.name, args[i] if i < len(args) else None))
+            found += tensors(kwargs.get(a.name, args[i] if i < len(args) else None))
     return found
 
 
@@ -172,15 +181,22 @@ def straight(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
 class Tape:
     """Recorded lines as source code: a function of the tensors that came from outside.
 
-    ``given`` are those of them that may be written to, named ``o0``, ``o1``, ...
+    ``given`` are those of them that may be written to, named ``o0``, ``o1``, ...; ``inputs`` are ``i0``, ``i1``, ...
     """
 
-    def __init__(self, recorder: Recorder, results: list[Tensor], given: list[Tensor]):
+    def __init__(
+        self,
+        recorder: Recorder,
+        results: list[Tensor],
+        given: list[Tensor],
+        inputs: Sequence[Tensor] = (),
+    ):
         if recorder.reason:
             raise Unrecordable(recorder.reason)
         if len(recorder.lines) > MOST_OPS:
             raise Unrecordable(f"{len(recorder.lines)} ops are more than {MOST_OPS}")
         self.names: dict[int, str] = {id(t): f"o{i}" for i, t in enumerate(given)}
+        self.names |= {id(t): f"i{i}" for i, t in enumerate(inputs)}
         self.outside: list[Tensor] = []
         self.constants: dict[str, object] = {"Stale": Stale}
         lines = self._needed(straight(recorder.lines, results), results)
@@ -193,7 +209,7 @@ class Tape:
             if gone:
                 self.code.append("del " + ", ".join(gone))
         self.results = [self._name(t) for t in results]
-        ours = {t.untyped_storage().data_ptr() for t in self.outside}
+        ours = {t.untyped_storage().data_ptr() for t in (*self.outside, *inputs)}
         for op, args, kwargs, _ in lines:
             for t in _written(op, args, kwargs):
                 if t.numel() and t.untyped_storage().data_ptr() in ours:
@@ -206,9 +222,9 @@ class Tape:
         kept = []
         for line in reversed(lines):
             op, args, kwargs, out = line
-            made = _tensors(out)
+            made = tensors(out)
             if op._schema.is_mutable or not made or any(id(t) in wanted for t in made):
-                wanted.update(id(t) for t in _tensors(args) + _tensors(kwargs))
+                wanted.update(id(t) for t in tensors(args) + tensors(kwargs))
                 kept.append(line)
         return kept[::-1]
 
@@ -217,9 +233,9 @@ class Tape:
         """By line, the tensors that are not needed after it."""
         seen = {id(t) for t in results}
         out: dict[int, list[int]] = {}
-        made = {id(t) for line in lines for t in _tensors(line[3])}
+        made = {id(t) for line in lines for t in tensors(line[3])}
         for i in range(len(lines) - 1, -1, -1):
-            for t in _tensors(list(lines[i][1:])):
+            for t in tensors(list(lines[i][1:])):
                 if id(t) not in seen:
                     seen.add(id(t))
                     if id(t) in made:
@@ -244,7 +260,7 @@ class Tape:
         """An argument as source."""
         if isinstance(tree, Tensor):
             return self._name(tree)
-        if isinstance(tree, (list, tuple)) and _tensors(tree):
+        if isinstance(tree, (list, tuple)) and tensors(tree):
             return "[" + ", ".join(self._text(item) for item in tree) + "]"
         return self._constant(tree)
 
@@ -258,7 +274,7 @@ class Tape:
                 return
             self.names[id(out)] = name = f"t{len(self.names)}"
             self.code.append(f"{name} = {call}")
-        elif made := _tensors(out):
+        elif made := tensors(out):
             names = []
             for t in out if isinstance(out, (list, tuple)) else made:
                 if not isinstance(t, Tensor):

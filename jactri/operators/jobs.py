@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..api import Request, compute, detached, jacobian, nest, prepare
 from ..arguments import as_tuple, check_options, out_rows
+from ..memory import free_bytes, parse_bytes
 from . import points
 from . import weight as weights
 from .diagonal import check_shape, diagonal, diagonal_of
@@ -71,6 +72,12 @@ class Job:
         """Where the free memory cannot be asked for."""
         return replace(self, memory_limit=self.memory_limit or memory_limit)
 
+    def limit(self, device: torch.device) -> float:
+        """Bytes that a recording may hold."""
+        if self.memory_limit is not None:
+            return parse_bytes(self.memory_limit)
+        return max(free_bytes(device) // 2, 1)
+
     def by_ops(self) -> Job:
         """With torch's ops alone, which can be recorded."""
         return replace(self, backend="torch")
@@ -90,6 +97,16 @@ class Job:
     def answer(self, ends: Ends, rows: list[Tensor], out: Any) -> Any:
         raise NotImplementedError
 
+    @property
+    def shows_output(self) -> bool:
+        """Whether the output of the function is a part of the answer."""
+        return False
+
+    def lean(self, ends: Ends) -> Ends:
+        """Of the ends, what `answer` asks for beside an output that is shown: no graph and no values."""
+        empty = () if isinstance(ends.result, tuple) else None
+        return Ends((None,) * len(ends.ys), (None,) * len(ends.leaves), empty)
+
     def check_out(self, out: Any) -> None:
         raise TypeError(f"a compiled {self.name} takes no out=")
 
@@ -100,6 +117,10 @@ class _Jacobian(Job):
     strategy: str = "auto"
     return_output: bool = False
     name = "jacobian"
+
+    @property
+    def shows_output(self):
+        return self.return_output
 
     def forward(self, inputs):
         ys, leaves, _, result = prepare(self.func, inputs, False)
@@ -131,6 +152,10 @@ class _Gram(Job):
     return_output: bool = False
 
     @property
+    def shows_output(self):
+        return self.return_output
+
+    @property
     def held(self):
         given = self.weight if isinstance(self.weight, tuple) else (self.weight,)
         return tuple(w for w in given if w is not None)
@@ -155,9 +180,8 @@ class _Gram(Job):
         n = len(ends.leaves if self.name == "jtj" else ends.ys)
         rows = tuple(tuple(rows[k : k + n]) for k in range(0, len(rows), n))
         tupled_out = isinstance(ends.result, tuple)
-        return nested(
-            self.name, rows, self.count > 1, tupled_out, detached(ends.result), self.return_output
-        )
+        result = detached(ends.result) if self.return_output else None
+        return nested(self.name, rows, self.count > 1, tupled_out, result, self.return_output)
 
 
 @dataclass(frozen=True)
@@ -176,6 +200,10 @@ class _Point(Job):
 
     return_lower: bool = False
     same: ClassVar[bool] = False
+
+    @property
+    def shows_output(self):
+        return self.return_lower
 
     def check(self, xs):
         self._one(xs)
@@ -232,6 +260,10 @@ class _Diagonal(Job):
     return_output: bool = False
     name = "diagonal"
 
+    @property
+    def shows_output(self):
+        return self.return_output
+
     def check(self, xs):
         self._one(xs)
         super().check(xs)
@@ -249,6 +281,12 @@ class _Diagonal(Job):
         return (ends.result.detach(), rows[0]) if self.return_output else rows[0]
 
 
+class Names(NamedTuple):
+    """What is left of a forward pass where it is replayed: the parameters' names."""
+
+    params: dict[str, None]
+
+
 @dataclass(frozen=True)
 class _OfParameters(Job):
     """Calls of a module, whose leaves are its parameters, and its inputs: samples are proven not to mix."""
@@ -264,6 +302,9 @@ class _OfParameters(Job):
         for run in runs:
             leaves += run.leaves
         return Ends(tuple(run.y for run in runs), tuple(leaves), runs)
+
+    def lean(self, ends):
+        return Ends((), (), tuple(Names(dict.fromkeys(run.params)) for run in ends.result))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,531 @@
+"""`jactri.compile(..., static=True)` on a CPU: func's ops are replayed as well, on what it holds now, or not at all."""
+
+import functools
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from cases import ALL
+from common import F64, Cube, seeded
+from test_compiled_operators import CALLS, OF_MODULES, agree, field, plain, residual
+from tolerances import assert_close, assert_same_tree
+from torch import nn
+
+import jactri
+from jactri import backends
+from jactri.held import Held
+
+BOTH = {**CALLS, **OF_MODULES}
+STATIC = 0.95  # the part of the op table whose forward pass must be replayed, too
+
+
+def static(func, *xs, of=jactri.jacobian, **options):
+    return jactri.compile(func, *xs, of=of, static=True, **options)
+
+
+def whole(compiled):
+    """Whether no Python of func runs."""
+    return "those of func among them" in repr(compiled)
+
+
+@pytest.mark.parametrize("case", ALL, ids=repr)
+def test_ops_replay_at_other_values(case):
+    func, inputs = case.build(frozen=True)
+    if any(not x.is_floating_point() for x in inputs):
+        with pytest.raises(RuntimeError):
+            static(func, *inputs)
+        return
+    compiled = static(func, *inputs)
+    gen = torch.Generator().manual_seed(1)
+    others = tuple(
+        x * (1 + 0.01 * torch.rand(x.shape, generator=gen, dtype=torch.float64).to(x.dtype)) for x in inputs
+    )  # fmt: skip
+    for xs in (inputs, others):
+        want = jactri.jacobian(func, xs if len(xs) > 1 else xs[0])
+        assert_same_tree(compiled(*xs), want, inputs[0].dtype, length=64)
+
+
+def test_most_ops_are_static():
+    made = []
+    for case in ALL[::10]:
+        func, inputs = case.build(frozen=True)
+        if all(x.is_floating_point() for x in inputs):
+            made.append(whole(static(func, *inputs)))
+    assert len(made) > 100
+    assert sum(made) > STATIC * len(made)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_every_call(name, n):
+    of, options = BOTH[name]
+    net = field()
+    compiled = static(net, torch.randn(n, 4, dtype=F64), of=of, **options)
+    for _ in range(3):
+        agree(compiled, of, net, torch.randn(n, 4, dtype=F64), **options)
+    with torch.no_grad():
+        net[0].weight.add_(0.1)
+    agree(compiled, of, net, torch.randn(n, 4, dtype=F64), **options)
+    kept = of is jactri.divergence and n > 0  # a product of weights, which is made anew
+    assert compiled.replans == kept and whole(compiled)
+    agree(compiled, of, net, torch.randn(n, 4, 2, dtype=F64)[..., 0], **options)  # other strides
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_single_point(name):
+    of, options = CALLS[name]
+    if options.get("per_sample"):
+        of, options = jactri.diagonal, {"return_output": True}
+    compiled = static(residual, torch.randn(4, dtype=F64), of=of, **options)
+    agree(compiled, of, residual, torch.randn(4, dtype=F64), **options)
+    assert whole(compiled)
+
+
+def test_several_inputs_and_outputs_into_memory():
+    net = seeded(6, 9, 4)
+
+    def func(x, u):
+        return net(torch.cat([x, u], 1)), (x * u).sum(1)
+
+    x = torch.randn(5, 3, dtype=F64)
+    compiled = static(func, x, x, per_sample=True, return_output=True)  # one memory, this time only
+    out = tuple(tuple(torch.empty(5, *shape, 3, dtype=F64) for _ in "xu") for shape in ((4,), ()))
+    for shift in (1, 2):
+        xs = x + shift, (x - shift).requires_grad_()
+        want = jactri.jacobian(func, xs, per_sample=True, return_output=True)
+        assert_same_tree(compiled(*xs), want, F64, length=64)
+        y, found = compiled(*xs, out=out)
+        assert found is out
+        assert_same_tree((y, out), want, F64, length=64)
+        assert not any(t.requires_grad for t in (*y, *out[0]))
+
+
+def test_an_integer_input():
+    words = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2)).double()
+    index = torch.tensor([[0, 1], [4, 4], [2, 0]])
+    compiled = static(words, index, of=jactri.parameter_jacobian)
+    for other in (index.flip(0), index.roll(1), torch.zeros_like(index)):
+        agree(compiled, jactri.parameter_jacobian, words, other)
+
+
+def test_networks():
+    conv = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+    block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    for net, shape in ((conv, (2, 1, 8, 8)), (block, (2, 5, 8))):
+        net.double().eval()
+        compiled = static(net, torch.randn(shape, dtype=F64), per_sample=True)
+        agree(compiled, jactri.jacobian, net, torch.randn(shape, dtype=F64), per_sample=True)
+        assert whole(compiled)
+
+
+# -- oneDNN's products -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU, nn.Sigmoid, nn.SiLU, nn.GELU])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_the_forward_pass_by_onednn(act, bias, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(33, 65, bias=bias), act(), nn.Linear(65, 17, bias=bias), act(), nn.Linear(17, 33),
+    )  # fmt: skip
+    x = torch.randn(7, 33)
+    monkeypatch.setattr(backends, "_SMALL", 0)
+    monkeypatch.setattr(backends, "_probe", backends.Probe(1.0, 2.0, "as if oneDNN were faster"))
+    truth = type(net)(*net).double()
+    want = {name: plain(of, truth, x.double(), **options) for name, (of, options) in FP32.items()}
+    net.float()
+    for name, (of, options) in FP32.items():
+        compiled = static(net, x + 1, of=of, **options)
+        assert whole(compiled)
+        assert_same_tree(compiled(x), want[name], torch.float32, length=64)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU, nn.Sigmoid])
+def test_nan_stays_nan(act, monkeypatch):
+    monkeypatch.setattr(backends, "_SMALL", 0)
+    monkeypatch.setattr(backends, "_probe", backends.Probe(1.0, 2.0, "as if oneDNN were faster"))
+    net, x = nn.Sequential(nn.Linear(8, 9), act()), torch.randn(3, 8)
+    compiled = static(net, x, per_sample=True, return_output=True)
+    x[1] = torch.nan
+    y, found = compiled(x)
+    want_y, want = jactri.jacobian(net, x, per_sample=True, return_output=True)
+    assert_same_tree((y, found), (want_y, want), torch.float32)
+    assert y[1].isnan().all()
+
+
+FP32 = {
+    "jacobian": (jactri.jacobian, {"per_sample": True, "return_output": True}),
+    "laplacian": (jactri.laplacian, {"return_lower": True}),
+    "divergence": (jactri.divergence, {}),
+    "parameters": (jactri.parameter_jacobian, {}),
+}
+
+
+# -- what changes between calls ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_replaced_parameters_layers_and_modes_are_seen(name):
+    of, options = BOTH[name]
+    net = nn.Sequential(*field(), nn.Dropout(0.0))
+    x = torch.randn(3, 4, dtype=F64)
+    compiled = static(net, x, of=of, **options)
+
+    def change(what):
+        what()
+        agree(compiled, of, net, x, **options)
+
+    change(lambda: setattr(net[0], "weight", nn.Parameter(torch.randn(9, 4, dtype=F64))))
+    change(lambda: net.__setitem__(1, nn.Sigmoid()))
+    change(lambda: setattr(net[2].weight, "data", torch.randn(7, 9, dtype=F64)))
+    change(net.eval)
+    change(lambda: net.append(nn.Linear(4, 4, dtype=F64)))
+    change(lambda: setattr(net[-1].weight, "data", net[-1].weight.data.t()))  # the same memory
+    assert compiled.replans == 6 and whole(compiled)
+
+
+def test_frozen_parameters_are_left_out():
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    compiled = static(net, x, of=jactri.parameter_jacobian)
+    net[0].weight.requires_grad_(False)
+    assert "0.weight" not in compiled(x)
+    agree(compiled, jactri.parameter_jacobian, net, x)
+
+
+RATE = 2.0
+SCALES = {"by": 2.0}
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by, self.calls = 2.0, 0
+        self.shift = torch.ones(4, dtype=F64)
+
+    @property
+    def twice(self):
+        return 2 * self.by
+
+    def inner(self, x):
+        return x * self.twice
+
+    def forward(self, x):
+        return self.inner(x).tanh() + self.shift * x
+
+
+class Plain:
+    def __init__(self):
+        self.by, self.steps = 2.0, 0
+
+    def __call__(self, x):
+        return (x * self.by).tanh()
+
+    def step(self, x):
+        return self.helper(x).tanh()
+
+    def helper(self, x):
+        return x * self.by
+
+
+class Slotted(Plain):
+    __slots__ = ("rate",)
+    bias = 1.0
+
+    def __init__(self):
+        self.rate = 2.0
+
+    def __call__(self, x):
+        return (x * self.rate).tanh() * self.bias
+
+
+def hooked():
+    net = nn.Linear(4, 4, dtype=F64)
+    return net, lambda: net.register_forward_hook(lambda module, args, out: out.tanh())
+
+
+def of_layers():
+    layers = [torch.tanh]
+
+    def func(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return func, lambda: layers.append(torch.sin)
+
+
+def of_numpy():
+    table = np.arange(4.0)
+    cell = [table]
+    return lambda x: x.tanh() * torch.tensor(cell[0]), lambda: cell.__setitem__(0, table + 1)
+
+
+def with_global(x):
+    return (x * RATE).tanh()
+
+
+def with_dictionary(x):
+    return (x * SCALES["by"]).tanh()
+
+
+def of_closure():
+    by = 2.0
+
+    def change():
+        nonlocal by
+        by = 3.0
+
+    return lambda x: (lambda: (x * by).tanh())(), change
+
+
+def of_list():
+    w = [torch.ones(4, dtype=F64)]
+    return lambda x: (x * w[0]).tanh(), lambda: w.__setitem__(0, torch.full((4,), 3.0, dtype=F64))
+
+
+def of_partial():
+    w = torch.ones(4, dtype=F64)
+    func = functools.partial(lambda by, x, at: (x * by).tanh() * at, w, at=2.0)
+    return func, lambda: func.keywords.update(at=3.0)
+
+
+def of_default():
+    w = torch.ones(4, dtype=F64)
+
+    def func(x, w=w):
+        return (x * w).tanh()
+
+    return func, lambda: setattr(w, "data", torch.full((4,), 3.0, dtype=F64))
+
+
+def of_attribute(thing, name, value, call=None):
+    return thing if call is None else getattr(thing, call), lambda: setattr(thing, name, value)
+
+
+CHANGES = {
+    "number of a module, through a property": lambda: of_attribute(Scaled(), "by", 3.0),
+    "tensor of a module that is no buffer": lambda: of_attribute(Scaled(), "shift", torch.zeros(4, dtype=F64)),
+    "number of an object": lambda: of_attribute(Plain(), "by", 3.0),
+    "number of an object, through a method": lambda: of_attribute(Plain(), "by", 3.0, "step"),
+    "number in a slot": lambda: of_attribute(Slotted(), "rate", 3.0),
+    "number of a class": lambda: (Slotted(), lambda: setattr(Slotted, "bias", Slotted.bias + 1)),
+    "a hook": hooked,
+    "length of a list": of_layers,
+    "array": of_numpy,
+    "function behind a transform": lambda: (lambda f, c: (torch.func.vmap(f), c))(*of_closure()),
+    "number of a closure": of_closure,
+    "tensor in a list": of_list,
+    "number in a partial": of_partial,
+    "memory of a default": of_default,
+    "number of a global": lambda: (with_global, lambda: globals().__setitem__("RATE", RATE + 1)),
+    "number in a dictionary": lambda: (with_dictionary, lambda: SCALES.update(by=SCALES["by"] + 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_func_holds_is_watched(name):
+    func, change = CHANGES[name]()
+    x = torch.randn(3, 4, dtype=F64)
+    compiled = static(func, x, per_sample=True)
+    agree(compiled, jactri.jacobian, func, x + 1, per_sample=True)
+    assert compiled.replans == 0 and whole(compiled)
+    before = func(x)
+    change()
+    assert not torch.equal(func(x), before), "the change must matter"
+    agree(compiled, jactri.jacobian, func, x, per_sample=True)
+    assert compiled.replans == 1
+
+
+def test_numbers_that_no_code_of_func_names_may_change():
+    for thing, name, func in ((Scaled(), "calls", None), (Plain(), "steps", "step")):
+        func = thing if func is None else getattr(thing, func)
+        held = Held(func)
+        setattr(thing, name, 7)
+        assert held.changed() is None
+
+
+def test_settings_of_torch_are_watched():
+    net, x = field(torch.float32), torch.randn(3, 4)
+    compiled = static(net, x, per_sample=True, return_output=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = compiled(x)
+        assert y.dtype is torch.bfloat16
+    y, _ = compiled(x)
+    assert y.dtype is torch.float32
+
+
+def test_a_value_that_func_reads_is_compared():
+    def func(x):
+        return x.sin() if x.sum() > 0 else x.cos()
+
+    x = torch.rand(3, 4, dtype=F64)
+    compiled = static(func, x)
+    for sign in (1, -1, 1):
+        agree(compiled, jactri.jacobian, func, sign * x)
+
+
+# -- what cannot be static ----------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return (x * self.calls).tanh()
+
+
+def from_python(x):
+    return x.tanh() * torch.from_numpy(x.detach().numpy().copy())
+
+
+REFUSED = {
+    "counts its calls": (Counting(), lambda x, calls: (x * calls).tanh()),
+    "values by way of numpy": (from_python, lambda x, calls: from_python(x)),
+    "the input itself": (lambda x: x, lambda x, calls: x),
+    "samples by values": (lambda x: x[x > 0].sin(), lambda x, calls: x[x > 0].sin()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_static_runs_as_it_would_otherwise(name):
+    func, truth = REFUSED[name]
+    x = torch.rand(3, 4, dtype=F64)
+    compiled = static(func, x, return_output=True)
+    for at in (x, x + 1):
+        y, found = compiled(at)
+        calls = getattr(func, "calls", None)
+        assert_close(y, truth(at, calls), F64, length=64)
+        want = torch.autograd.functional.jacobian(functools.partial(truth, calls=calls), at)
+        assert_close(found, want, F64, length=64)
+    assert not whole(compiled)
+
+
+def test_python_code_in_autograd():
+    x = torch.rand(3, 4, dtype=F64)
+    compiled = static(Cube.apply, x)
+    for shift in (0, 1):
+        want = torch.autograd.functional.jacobian(lambda v: v**3, x + shift)
+        assert_close(compiled(x + shift), want, F64, length=64)
+
+
+def test_dropout_draws_anew():
+    net = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 1)).double()
+    x = torch.randn(1, 4, dtype=F64)
+    compiled = static(net, x)
+    assert not whole(compiled)
+    torch.manual_seed(0)
+    ours = compiled(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, jactri.jacobian(net, x))
+    assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_batch_statistics_are_written_at_every_call():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    other = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).double()
+    other.load_state_dict(net.state_dict())
+    x = torch.randn(5, 4, dtype=F64)
+    compiled = static(net, x)
+    seen = int(net[1].num_batches_tracked)
+    compiled(x)
+    assert int(net[1].num_batches_tracked) == seen + 1
+
+
+# -- the calls themselves ------------------------------------------------------------------------------
+
+
+def test_results_belong_to_the_caller():
+    net = seeded(6, 9, 4)
+    x = torch.randn(5, 6, dtype=F64)
+    compiled = static(net, x, return_output=True)
+    y, J = compiled(x)
+    kept = y.clone(), J.clone()
+    for t in compiled(x + 1):
+        t.zero_()
+    assert_same_tree((y, J), kept, F64)
+    before = [p.clone() for p in net.parameters()]
+    for t in compiled(x):
+        t.fill_(7.0)
+    for p, b in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p, b, rtol=0, atol=0)
+    linear = nn.Linear(6, 4, dtype=F64)
+    weight = linear.weight.detach().clone()
+    static(linear, x[:1], per_sample=True)(x[:1]).zero_()
+    torch.testing.assert_close(linear.weight.detach(), weight, rtol=0, atol=0)
+
+
+def test_nothing_of_a_call_is_kept():
+    for of in (jactri.jacobian, jactri.parameter_jacobian):
+        net = seeded(6, 9, 4)
+        x = torch.randn(5, 6, dtype=F64)
+        compiled = static(net, x, of=of)
+        found = compiled(x)
+        found = next(iter(found.values())) if isinstance(found, dict) else found
+        alive = [weakref.ref(x), weakref.ref(found)]
+        plan = next(iter(compiled._plans.values()))
+        assert not any(isinstance(t, torch.Tensor) for t in (*plan.ends.ys, *plan.ends.leaves))
+        del x, found
+        gc.collect()
+        assert all(ref() is None for ref in alive)
+
+
+def test_who_watches_the_ops_sees_an_ordinary_call():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    compiled = static(net, x, per_sample=True)
+    with FlopCounterMode(display=False) as ours:
+        compiled(x)
+    with FlopCounterMode(display=False) as plainly:
+        jactri.jacobian(net, x, per_sample=True)
+    assert ours.get_total_flops() == plainly.get_total_flops() > 0
+
+
+def test_modes_and_threads():
+    net = seeded(6, 9, 4)
+    x = torch.randn(5, 6, dtype=F64)
+    compiled = static(net, x)
+    want = jactri.jacobian(net, x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(compiled(x), want)
+            torch.testing.assert_close(compiled(x.clone()), want)
+    wrong = []
+
+    def work(seed):
+        gen = torch.Generator().manual_seed(seed)
+        for n in (5, 5, 3, 5, 4) * 5:
+            x = torch.randn(n, 6, dtype=F64, generator=gen)
+            if not torch.allclose(compiled(x), jactri.jacobian(net, x)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_bad_input():
+    net = seeded(6, 9, 4)
+    x = torch.randn(5, 6, dtype=F64)
+    with pytest.raises(RuntimeError, match="samples mix"):
+        static(lambda x: x - x.mean(0), x, per_sample=True)
+    compiled = static(net, x)
+    with pytest.raises(TypeError, match="inputs"):
+        compiled([1.0])
+    with pytest.raises(RuntimeError):
+        compiled(torch.randn(5, 7, dtype=F64))
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.vmap(compiled)(x[None])
+    agree(compiled, jactri.jacobian, net, x)
