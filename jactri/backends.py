@@ -161,10 +161,10 @@ def _measure() -> Probe:
     return Probe(times["onednn"], times["mm"], f"oneDNN {ratio:.2f} times the rate of torch.mm")
 
 
-def onednn_for(t: Tensor, columns: int) -> bool:
-    """Whether the product of ``t`` with a matrix of so many columns is oneDNN's, without grad mode."""
+def onednn_for(t: Tensor, work: int) -> bool:
+    """Whether a product of ``t`` that takes so many multiply-adds is oneDNN's, without grad mode."""
     return (
-        t.numel() * columns >= _SMALL
+        work >= _SMALL
         and t.dtype == torch.float32
         and t.device.type == "cpu"
         and torch.backends.mkldnn.enabled
@@ -180,7 +180,7 @@ def onednn_line(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
 
 def product(t: Tensor, p: Tensor, transposed: bool) -> Tensor:
     """``t @ p`` (``t @ p.t()`` if ``transposed``) for a block ``t`` and a 2-D ``p``, by what measured faster."""
-    if not torch.is_grad_enabled() and onednn_for(t, p.shape[0 if transposed else 1]):
+    if not torch.is_grad_enabled() and onednn_for(t, t.numel() * p.shape[0 if transposed else 1]):
         out = _onednn(t.reshape(-1, t.shape[-1]), p if transposed else p.t())
     else:
         out = torch.mm(t.reshape(-1, t.shape[-1]), p.t() if transposed else p)

@@ -17,6 +17,9 @@ _PRODUCTS = {_ATEN.addmm.default: 1, _ATEN.mm.default: 0}
 _ACTIVATIONS = {_ATEN.tanh.default: "tanh", _ATEN.sigmoid.default: "sigmoid"}
 """What oneDNN computes on a product's result before it is written. Its ReLU makes 0 of NaN."""
 
+_ACTIVATION = 64
+"""Multiply-adds in whose time an activation of one entry is computed by itself; oneDNN's takes a third."""
+
 
 def fused(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
     """Lines whose large products are oneDNN's, where it is the faster one here; activations go with them."""
@@ -40,11 +43,13 @@ def fused(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
             made.append(line)
             continue
         bias, (a, b) = args[0] if first else None, args[first:]
-        if not (_bias(bias, out) and a.is_contiguous() and backends.onednn_for(a, out.shape[1])):
+        j = after.get(id(out))
+        work = a.numel() * out.shape[1] + (0 if j is None else _ACTIVATION * out.numel())
+        if not (_bias(bias, out) and a.is_contiguous() and backends.onednn_for(a, work)):
             made.append(line)
             continue
         how = "none"
-        if (j := after.get(id(out))) is not None:
+        if j is not None:
             gone.add(j)
             how, out = _ACTIVATIONS[lines[j][0]], lines[j][3]
         weight = b.t()

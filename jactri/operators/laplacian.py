@@ -192,7 +192,7 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
     whole = len(spans) == 1 and seeds >= count
     out = first = None
     if not whole and not asked.create_graph:
-        out = torch.zeros_like(y, memory_format=torch.contiguous_format)
+        out = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
         if lower:
             first = torch.empty((*y.shape, n), dtype=y.dtype, device=y.device)
     columns, courses = [], {}
