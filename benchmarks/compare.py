@@ -166,6 +166,8 @@ def ratios(w: Workload, table: timing.Rounds, facts: dict[str, Any]) -> dict[str
         ("jactri out=", "into out="),
         ("jactri compile", "compiled"),
         ("jactri compile out=", "compiled, into out="),
+        ("jactri static", "static"),
+        ("jactri static out=", "static, into out="),
     ):
         if name in facts:
             found[f"best torch peer, {how}"] = against(best(*COUNTED), name)

@@ -151,19 +151,19 @@ def ours(w: Workload, net: nn.Module) -> Call:
     return lambda x: w.operator.jactri(net, x)
 
 
-def compiled(w: Workload, net: nn.Module, x: Tensor) -> jactri.Compiled:
+def compiled(w: Workload, net: nn.Module, x: Tensor, static: bool = False) -> jactri.Compiled:
     """`jactri.compile` of it, for inputs like ``x``."""
     lower = {"return_lower": True} if w.operator.lower else {}
-    return jactri.compile(net, x, of=w.operator.of, **lower)
+    return jactri.compile(net, x, of=w.operator.of, static=static, **lower)
 
 
-def ours_compiled(w: Workload, net: nn.Module) -> Callable[..., Any]:
+def ours_compiled(w: Workload, net: nn.Module, static: bool = False) -> Callable[..., Any]:
     """The same, compiled at the first call."""
     made: list[jactri.Compiled] = []
 
     def call(x: Tensor, **options: Any) -> Any:
         if not made:
-            made.append(compiled(w, net, x))
+            made.append(compiled(w, net, x, static))
         return made[0](x, **options)
 
     return call
@@ -186,9 +186,9 @@ def parameters_out(w: Workload, net: nn.Module) -> Call:
     return into_kept(lambda x, out=None: jactri.parameter_jacobian(net, x).dense(out))
 
 
-def parameters_compiled_out(w: Workload, net: nn.Module) -> Call:
+def parameters_compiled_out(w: Workload, net: nn.Module, static: bool = False) -> Call:
     """Both."""
-    return into_kept(ours_compiled(w, net))
+    return into_kept(ours_compiled(w, net, static))
 
 
 def _scalar(net: nn.Module) -> Callable[[Tensor], Tensor]:

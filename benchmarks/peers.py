@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,12 +89,12 @@ def _jactri_out(w: Workload, net: nn.Module) -> Call:
     return call
 
 
-def _jactri_compile(w: Workload, net: nn.Module) -> Call:
+def _jactri_compile(w: Workload, net: nn.Module, static: bool = False) -> Call:
     made: list[Call] = []
 
     def call(x: Tensor) -> Tensor:
         if not made:
-            made.append(jactri.compile(net, x, per_sample=True))
+            made.append(jactri.compile(net, x, per_sample=True, static=static))
         return made[0](x)
 
     return call
@@ -215,6 +216,7 @@ def _channels_last(w: Workload, net: nn.Module) -> Call:
 JACTRI = Peer("jactri", "jactri", _jactri)
 JACTRI_OUT = Peer("jactri out=", "jactri", _jactri_out)
 JACTRI_COMPILE = Peer("jactri compile", "jactri", _jactri_compile)
+JACTRI_STATIC = Peer("jactri static", "jactri", partial(_jactri_compile, static=True))
 FORWARD = Peer("forward pass", "reference", _forward)
 
 TORCH = (
@@ -240,6 +242,7 @@ EXPERT = (
 OVERHEAD = (
     JACTRI,
     JACTRI_COMPILE,
+    JACTRI_STATIC,
     Peer("jactri drop-in call", "jactri", _dropin(jactri.jacobian)),
     Peer("vmap(jacrev)", "torch", _per_sample(jacrev), "reverse", func=True),
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
@@ -248,6 +251,7 @@ OVERHEAD = (
 OWN = (
     Peer("jactri", "jactri", operators.ours),
     Peer("jactri compile", "jactri", operators.ours_compiled),
+    Peer("jactri static", "jactri", partial(operators.ours_compiled, static=True)),
 )
 BY_OPERATOR = {
     operators.LAPLACIAN: (
@@ -268,6 +272,9 @@ BY_OPERATOR = {
         *OWN,
         Peer("jactri out=", "jactri", operators.parameters_out),
         Peer("jactri compile out=", "jactri", operators.parameters_compiled_out),
+        Peer(
+            "jactri static out=", "jactri", partial(operators.parameters_compiled_out, static=True)
+        ),
         Peer("vmap(jacrev)", "torch", operators.parameters_by_func, func=True),
     ),
     operators.KERNEL: (
@@ -324,7 +331,9 @@ def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[
     if w.full:
         pool: tuple[Peer, ...] = (JACTRI, *TORCH_FULL, *(JAX_FULL if jax else ()))
     else:
-        own = (JACTRI, JACTRI_OUT) + ((JACTRI_COMPILE,) if w.samples == 1 else ())
+        own = (JACTRI, JACTRI_OUT)
+        if w.samples == 1:
+            own += (JACTRI_COMPILE, JACTRI_STATIC)
         pool = (*own, *TORCH, *(p for p in EXPERT if w.name in p.only))
         if jax:
             pool += JAX + (JAX_MAP if w.samples > PIECE else ())

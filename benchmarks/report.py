@@ -35,6 +35,7 @@ def _cpu(measured: dict) -> str:
         for title, whom in (
             (row["title"], BEST),
             ("the same, by `jactri.compile`", f"{BEST}, compiled"),
+            ("the same, by `compile(static=True)`", f"{BEST}, static"),
         ):
             into = f"{whom}, into out="
             if whom in ratios:

@@ -197,7 +197,9 @@ def is_png(path):
 
 def test_the_table_has_the_ways_to_call_jactri(reported):
     first = row("first", 10**9, 10**6, 12, 30)
-    for name, how, ms in (("jactri out=", "into out=", 10), ("jactri compile", "compiled", 5)):
+    ways = {"out=": ("into out=", 10), "compile": ("compiled", 5), "static": ("static", 3)}
+    for name, (how, ms) in ways.items():
+        name = f"jactri {name}"
         first["contenders"][name] = fact(ms, "jactri")
         first["ratios"][f"best torch peer, {how}"] = {
             "peer": "grad loop",
@@ -207,6 +209,7 @@ def test_the_table_has_the_ways_to_call_jactri(reported):
     _, _, out, _ = reported({**COMPARED, "results": [first]})
     assert "| first title | 2 x 3 | 10 | 12 | 30 (grad loop) | 2.5 |" in out
     assert "| the same, by `jactri.compile` | 2 x 3 | - | 5 | 30 (grad loop) | 6 |" in out
+    assert "| the same, by `compile(static=True)` | 2 x 3 | - | 3 | 30 (grad loop) | 10 |" in out
 
 
 def test_the_report_draws_both_plots(reported):
@@ -396,7 +399,7 @@ def test_pytest_benchmarks(tmp_path):
     measured = json.loads(path.read_text())
     assert "node" not in measured["machine_info"]
     infos = [b["extra_info"] for b in measured["benchmarks"]]
-    assert len(infos) == 3  # jactri, out= and compile
+    assert len(infos) == 4  # jactri, out=, compile and static
     for info in infos:
         assert info["device"] == "cpu" and info["error"] <= checks.TOLERANCE
         assert {

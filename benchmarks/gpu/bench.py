@@ -117,7 +117,9 @@ def _others(w: Workload) -> list[Peer]:
     """The contenders beside `own`."""
     if w.operator is None:
         return [JACTRI_COMPILE, *TORCH]
-    return [p for p in BY_OPERATOR[w.operator] if p.name != "jactri" and p.kind != "expert"]
+    same = ("jactri static", "jactri static out=")  # a CUDA graph is static
+    found = [p for p in BY_OPERATOR[w.operator] if p.name not in ("jactri", *same)]
+    return [p for p in found if p.kind != "expert"]
 
 
 def _compile_best(device, record: Record, size: Sized, setting: str, result) -> None:
