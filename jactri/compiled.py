@@ -236,6 +236,7 @@ def compile(
         example_inputs: tensors of the shapes, dtypes and devices that it will be called with.
         of: what is computed. `jacobian`, or `gradient`, `divergence`, `laplacian`, `diagonal`, `jtj`, `jjt`,
             `parameter_jacobian` (the answer is that of its ``dense()``), `empirical_ntk` (of one or two inputs).
+        static: on a CPU, replay the forward pass as well, as is done on CUDA in any case; see below.
         options: those of ``of``, but for ``create_graph`` and what is for one long call (``progress``, ``layout``,
             ``strict``, ``estimate``). Tensors among them may be updated in place.
 
@@ -243,12 +244,19 @@ def compile(
     the accumulation is replayed as straight-line code. So nothing is assumed of ``func``: another branch, a parameter
     that was updated or replaced, or other options of an op give the right answer, by a new plan where needed.
 
+    ``static=True`` asks for more and assumes more: the ops of ``func`` itself are replayed, none of its Python runs, no
+    graph is recorded, large products of float32 are oneDNN's where it is faster, and what only the graph needed is not
+    computed. ``func`` must then run the same ops at every call. What it holds may change: tensors may be updated in
+    place; a tensor, module, Python number or array of its own (of a module, its closure, globals that it names, its
+    object, the arguments of a partial) that was replaced, or another mode, gives a new plan, and so does a value that
+    it reads off a tensor to choose a branch. What it reads elsewhere (files, clocks, Python's random numbers, entries
+    of a numpy array that it copies) is as it was at the time of planning. Where the ops cannot be fixed (random ones,
+    values that leave torch by ``numpy()``, buffers that it writes to, Python numbers that it changes itself), it runs
+    as without ``static``; printing the callable says which.
+
     On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
-    out. As for ``torch.cuda.make_graphed_callables``, ``func`` must then be capturable: the same ops on tensors of the
-    same shapes at every call, no branch on values, no transfer to the CPU. Parameters and buffers of modules, and
-    tensors, that ``func`` holds (itself, its closure, its globals, the arguments of a partial) may be updated in place;
-    replacing one, or changing between train and eval, gives a new plan. Python numbers that it reads elsewhere are
-    those of the time of planning.
+    out. What is said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be
+    capturable: no branch on values, no transfer to the CPU.
 
     Other shapes, dtypes or devices give a new plan; the last 8 are kept. New plans are counted in ``replans`` and
     logged by the logger ``jactri``. What cannot be recorded (Python autograd functions, random or data-dependent ops,
@@ -261,7 +269,7 @@ def compile(
     Cost: at compilation one call and a second or so on CUDA; on a CPU two calls, the second of which holds all that it
     computes at once (within ``memory_limit``, or half of what is free: else it runs call by call). Then, on a CPU, the
     forward pass, about 1.5 microseconds for each node of the graph and 1.5 for each op of the accumulation, and their
-    work.
+    work; with ``static`` 3 microseconds for each op, and 10 for a look at what ``func`` holds.
     """
     kind = JOBS.get(of)
     if kind is None:

@@ -30,6 +30,8 @@ CPU_ONLY = {
     "test_profiling.py": "times of the CPU",
     "test_compiled.py": "replays of the CPU; benchmarks.gpu checks the captures",
     "test_compiled_operators.py": "the same",
+    "test_traced.py": "the same",
+    "test_held.py": "the same",
     "test_cudagraph.py": "a stand-in on the CPU",
     "test_journal.py": "files, written from the CPU",
 }

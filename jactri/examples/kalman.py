@@ -155,9 +155,8 @@ def simulate(count: int) -> tuple[Tensor, Tensor]:
 def linearised(how: str, func: Callable[[Tensor], Tensor]) -> Linearised:
     """``func`` with its Jacobian, by one of three ways."""
     if how == "jactri.compile":
-        return jactri.compile(
-            func, torch.zeros(1, 2, dtype=torch.float64), per_sample=True, return_output=True
-        )
+        first = torch.zeros(1, 2, dtype=torch.float64)
+        return jactri.compile(func, first, per_sample=True, return_output=True, static=True)
     if how == "jactri.jacobian":
         return lambda state: jactri.jacobian(func, state, per_sample=True, return_output=True)
 
