@@ -333,7 +333,9 @@ def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[
     else:
         own = (JACTRI, JACTRI_OUT)
         if w.samples == 1:
-            own += (JACTRI_COMPILE, JACTRI_STATIC)
+            own += (JACTRI_COMPILE,)
+        if w.name != "square":  # a recording would hold several times its answer
+            own += (JACTRI_STATIC,)
         pool = (*own, *TORCH, *(p for p in EXPERT if w.name in p.only))
         if jax:
             pool += JAX + (JAX_MAP if w.samples > PIECE else ())

@@ -27,6 +27,9 @@ _log = logging.getLogger("jactri")
 _KEPT = 8
 """Signatures of inputs whose recordings are kept."""
 
+_IN_VAIN = 3
+"""Plans in a row that may go stale before they served a second call."""
+
 
 class Replay:
     """The accumulation for one graph, as straight-line code (see `tape`), behind a `Guard` of that graph."""
@@ -112,6 +115,7 @@ class Compiled:
         self.func, self.replans = job.func, -1
         self._job, self._static = job, static
         self._plans: dict[tuple, Replay | Traced | Graphed | Eager] = {}
+        self._in_vain: dict[tuple, int] = {}
         self._lock = threading.Lock()
         self._last: Replay | Traced | Graphed | Eager | None = None
 
@@ -175,7 +179,9 @@ class Compiled:
                     "compiled %s planned again, %s changed; it %s", self._job.name, change, plan.how
                 )
             if len(self._plans) >= _KEPT and signature not in self._plans:
-                self._plans.pop(next(iter(self._plans)))
+                oldest = next(iter(self._plans))
+                self._plans.pop(oldest)
+                self._in_vain.pop(oldest, None)
             self._plans[signature] = self._last = plan
 
     def _planned(self, signature, ends: Ends, out, change) -> list[Tensor]:
@@ -201,10 +207,18 @@ class Compiled:
         try:
             if plan is None:
                 raise Stale("the shapes, dtypes or devices")
-            return plan(inputs, tensors(out))
+            found = plan(inputs, tensors(out))
+            self._in_vain[signature] = 0
+            return found
         except Stale as change:
             on_gpu = any(x.is_cuda for x in inputs)
             try:
+                times = self._in_vain[signature] = self._in_vain.get(signature, 0) + 1
+                if times > _IN_VAIN:
+                    raise Unrecordable(
+                        f"{change} changed before each of {times} calls; a number that func holds can be a tensor "
+                        "that is written to in place"
+                    )
                 plan = (Graphed if on_gpu else Traced)(self._job, inputs, out)
             except Unrecordable as reason:
                 _log.info(
@@ -251,8 +265,8 @@ def compile(
     object, the arguments of a partial) that was replaced, or another mode, gives a new plan, and so does a value that
     it reads off a tensor to choose a branch. What it reads elsewhere (files, clocks, Python's random numbers, entries
     of a numpy array that it copies) is as it was at the time of planning. Where the ops cannot be fixed (random ones,
-    values that leave torch by ``numpy()``, buffers that it writes to, Python numbers that it changes itself), it runs
-    as without ``static``; printing the callable says which.
+    values that leave torch by ``numpy()``, buffers that it writes to, Python numbers that change before every call), it
+    runs as without ``static``; printing the callable tells, and the logger ``jactri`` why.
 
     On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
     out. What is said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be

@@ -1,6 +1,7 @@
 """What a function holds, and `jactri.compile(..., static=True)`, which must see that it was replaced."""
 
 import functools
+import logging
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ def test_replaced_parameters_layers_and_modes_are_seen(name):
     def change(what):
         what()
         agree(compiled, of, net, x, **options)
+        agree(compiled, of, net, x + 1, **options)
 
     change(lambda: setattr(net[0], "weight", nn.Parameter(torch.randn(9, 4, dtype=F64))))
     change(lambda: net.__setitem__(1, nn.Sigmoid()))
@@ -184,6 +186,22 @@ def test_what_func_holds_is_watched(name):
     assert not torch.equal(func(x), before), "the change must matter"
     agree(compiled, jactri.jacobian, func, x, per_sample=True)
     assert compiled.replans == 1
+
+
+def test_what_changes_before_every_call_is_not_planned_anew_for_ever(caplog):
+    caplog.set_level(logging.INFO, "jactri")
+    net, x = Scaled(), torch.randn(3, 4, dtype=F64)
+    compiled = static(net, x, per_sample=True)
+    for by in range(12):
+        net.by = float(by)
+        agree(compiled, jactri.jacobian, net, x, per_sample=True)
+    assert not whole(compiled)
+    assert "'by' changed before each of 4 calls" in caplog.text
+    compiled = static(net, x, per_sample=True)
+    for by in range(12):  # now and then is another matter
+        net.by = float(by // 2)
+        agree(compiled, jactri.jacobian, net, x, per_sample=True)
+    assert whole(compiled)
 
 
 def test_numbers_that_no_code_of_func_names_may_change():
