@@ -312,10 +312,11 @@ def test_samples_that_only_a_probe_tells_apart():
         compiled(x)
 
 
-def test_inference_and_no_grad_modes():
+@pytest.mark.parametrize("static", [False, True])
+def test_inference_and_no_grad_modes(static):
     net = seeded(6, 9, 4)
     x = torch.randn(5, 6, dtype=F64)
-    compiled = jactri.compile(net, x)
+    compiled = jactri.compile(net, x, static=static)
     want = jactri.jacobian(net, x)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), want)
@@ -345,9 +346,10 @@ def test_bad_input():
     agree(compiled, net, x)
 
 
-def test_threads():
+@pytest.mark.parametrize("static", [False, True])
+def test_threads(static):
     net = seeded(6, 9, 4)
-    compiled = jactri.compile(net, torch.randn(5, 6, dtype=F64))
+    compiled = jactri.compile(net, torch.randn(5, 6, dtype=F64), static=static)
     wrong = []
 
     def work(seed):

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import threading
 import weakref
 
 import pytest
@@ -283,32 +282,6 @@ def test_who_watches_the_ops_sees_an_ordinary_call():
     with FlopCounterMode(display=False) as plainly:
         jactri.jacobian(net, x, per_sample=True)
     assert ours.get_total_flops() == plainly.get_total_flops() > 0
-
-
-def test_modes_and_threads():
-    net = seeded(6, 9, 4)
-    x = torch.randn(5, 6, dtype=F64)
-    compiled = static(net, x)
-    want = jactri.jacobian(net, x)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            torch.testing.assert_close(compiled(x), want)
-            torch.testing.assert_close(compiled(x.clone()), want)
-    wrong = []
-
-    def work(seed):
-        gen = torch.Generator().manual_seed(seed)
-        for n in (5, 5, 3, 5, 4) * 5:
-            x = torch.randn(n, 6, dtype=F64, generator=gen)
-            if not torch.allclose(compiled(x), jactri.jacobian(net, x)):
-                wrong.append(seed)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
 
 
 def test_bad_input():

@@ -100,7 +100,7 @@ class Job:
     @property
     def shows_output(self) -> bool:
         """Whether the output of the function is a part of the answer."""
-        return False
+        return getattr(self, "return_output", False) or getattr(self, "return_lower", False)
 
     def lean(self, ends: Ends) -> Ends:
         """Of the ends, what `answer` asks for beside an output that is shown: no graph and no values."""
@@ -117,10 +117,6 @@ class _Jacobian(Job):
     strategy: str = "auto"
     return_output: bool = False
     name = "jacobian"
-
-    @property
-    def shows_output(self):
-        return self.return_output
 
     def forward(self, inputs):
         ys, leaves, _, result = prepare(self.func, inputs, False)
@@ -150,10 +146,6 @@ class _Gram(Job):
     weight: Tensor | tuple[Tensor | None, ...] | None = None
     per_sample: bool = False
     return_output: bool = False
-
-    @property
-    def shows_output(self):
-        return self.return_output
 
     @property
     def held(self):
@@ -200,10 +192,6 @@ class _Point(Job):
 
     return_lower: bool = False
     same: ClassVar[bool] = False
-
-    @property
-    def shows_output(self):
-        return self.return_lower
 
     def check(self, xs):
         self._one(xs)
@@ -259,10 +247,6 @@ class _Laplacian(_Point):
 class _Diagonal(Job):
     return_output: bool = False
     name = "diagonal"
-
-    @property
-    def shows_output(self):
-        return self.return_output
 
     def check(self, xs):
         self._one(xs)
