@@ -397,7 +397,7 @@ def recording() -> bool:
 def uncompiled(func):
     """The eager function behind torch.compile: its graph can be read, a compiled one is a single opaque node."""
     if isinstance(func, torch.nn.Module):
-        return func._modules.get("_orig_mod") or func
+        return getattr(func, "_orig_mod", func)
     return getattr(func, "_torchdynamo_orig_callable", func)
 
 

@@ -220,7 +220,8 @@ class Compiled:
                         "that is written to in place"
                     )
                 plan = (Graphed if on_gpu else Traced)(self._job, inputs, out)
-            except Unrecordable as reason:
+                found = plan(inputs, tensors(out))
+            except (Unrecordable, Stale) as reason:
                 _log.info(
                     "a compiled %s is not %s: %s", self._job.name, "captured" if on_gpu else "static", reason
                 )  # fmt: skip
@@ -230,7 +231,7 @@ class Compiled:
                     self._plans.pop(signature, None)
                 return None
             self._keep(signature, plan, change)
-            return plan(inputs, tensors(out))
+            return found
 
 
 def compile(
@@ -261,12 +262,14 @@ def compile(
     ``static=True`` asks for more and assumes more: the ops of ``func`` itself are replayed, none of its Python runs, no
     graph is recorded, large products of float32 are oneDNN's where it is faster, and what only the graph needed is not
     computed. ``func`` must then run the same ops at every call. What it holds may change: tensors may be updated in
-    place; a tensor, module, Python number or array of its own (of a module, its closure, globals that it names, its
-    object, the arguments of a partial) that was replaced, or another mode, gives a new plan, and so does a value that
-    it reads off a tensor to choose a branch. What it reads elsewhere (files, clocks, Python's random numbers, entries
-    of a numpy array that it copies) is as it was at the time of planning. Where the ops cannot be fixed (random ones,
-    values that leave torch by ``numpy()``, buffers that it writes to, Python numbers that change before every call), it
-    runs as without ``static``; printing the callable tells, and the logger ``jactri`` why.
+    place. A replaced one gives a new plan, and so does a replaced Python number or object that its code names: globals,
+    closures, defaults, arguments of partials, attributes of modules, objects and classes that it reaches, items of
+    lists, tuples and dictionaries (up to 1000) among them; submodules, hooks and modes; and another value that it reads
+    off a tensor, as to choose a branch. What it reads elsewhere (files, clocks, iterators, random numbers of Python,
+    numpy arrays written to in place) is as it was at the time of planning. Where the ops cannot be fixed (random ones,
+    autocast, values that leave torch as by ``numpy()``, Python code in an autograd Function, buffers that it writes to,
+    what changes before every call), it runs as without ``static``; printing the callable tells, and the logger
+    ``jactri`` why.
 
     On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
     out. What is said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be

@@ -28,8 +28,9 @@ class Graphed:
         # asking for the free memory is not possible in a capture
         job = job.within(max(free_bytes(device) // 2, 1))
         self.job, self.inputs = job, [x.detach().clone() for x in xs]
-        self.held, self._lock, self._done = Held(uncompiled(job.func)), threading.Lock(), None
+        self._lock, self._done = threading.Lock(), None
         self.how = "replays a CUDA graph"
+        self.held = Held(uncompiled(job.func), lambda: job.forward(tuple(self.inputs)))
         if out is not None:  # checked, and written to for the first time
             job.rows(job.forward(tuple(self.inputs)), out)
 
@@ -50,6 +51,7 @@ class Graphed:
                     self.ends, self.rows = run()
             except RuntimeError as error:
                 raise Unrecordable(f"CUDA could not capture it ({error})") from error
+        self.held.settle()
 
     def __call__(self, xs, given: list[Tensor]) -> tuple[Ends, list[Tensor]]:
         """The forward pass's ends, and the tensors of the answer: ``given``, or new ones.

@@ -2,51 +2,90 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-from types import CodeType, ModuleType
+import sys
+from collections.abc import Callable
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_DEPTH = 4
-"""How many callables in callables are searched."""
+from .tape import Unrecordable
 
-_NUMBERS = (bool, int, float, complex, str, type(None))
+_DEPTH = 8
+"""How many containers in containers are searched."""
+
+_MANY = 1000
+"""Items from which on a container is looked at as a whole: whether it is the same one, of the same length."""
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), slice, range, torch.dtype, torch.device, np.generic,
+)  # fmt: skip
+
+_LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names}
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 """Attributes that are not a user's."""
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OF_THE_BASE = {f.__code__ for f in vars(torch.nn.Module).values() if isinstance(f, FunctionType)}
+"""Code that runs for every module, and looks at no attributes of its own."""
 
-_LIBRARIES = ("torch", "jactri", "numpy")
-"""Packages whose globals hold nothing of a caller's."""
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
+
+_LOOK_UP = {"getattr", "attrgetter", "asdict", "vars", "__dict__"}
+"""What code names that may look up attributes which it does not name."""
+
+_MISSING = object()
 
 
 class Held:
-    """The tensors, arrays, modules and Python numbers that a callable holds. ``changed`` tells what was replaced since.
+    """What the code of a callable reaches. `changed` tells what was replaced since.
 
-    Searched are modules (parameters, buffers, submodules, attributes), closures, defaults, globals by name, objects,
-    partials, lists, tuples and dictionaries in all of them. Numbers that are attributes count if the code that runs
-    names them: others, like a counter of steps, may change.
+    Made by one call, in which the Python functions that run are noted. Watched are the globals that they name;
+    attributes that they name, of modules, objects and classes that are held; closures, defaults, and arguments of
+    partials; parameters, buffers, submodules, modes and hooks of modules; the items of lists, tuples and dictionaries
+    among all these: whether each is the same object, or an equal number. What no code names, like a log of losses, may
+    change.
     """
 
-    def __init__(self, func):
-        self.tensors: list[Tensor] = []
+    def __init__(self, func: Callable, call: Callable[[], object]):
         self._places: list[tuple[object, object, object]] = []  # where, name, what is there
-        self._attributes: list[tuple[object, object, object]] = []
-        self._sizes: list[tuple[dict, int]] = []
-        self._names: set[str] = set()
-        self._seen: set[int] = set()
+        self._sizes: list[tuple[object, int]] = []
+        self._seen: dict[int, object] = {}
+        codes = _executed(call)
+        own = [(code, space) for code, space in codes.items() if not _of_a_library(space)]
+        self._names = {name for code, _ in own for name in _uses(code)[1]}
+        # what torch's own layers and objects read of themselves
+        inner = [code for code in codes if code not in _OF_THE_BASE]
+        self._inner_names = {name for code in inner for name in _uses(code)[1]}
+        self._every_name = any(not _LOOK_UP.isdisjoint(code.co_names) for code, _ in own)
         self._search(func, _DEPTH)
-        self._places += [place for place in self._attributes if place[1] in self._names]
+        for code, space in own:
+            for name in _uses(code)[0]:
+                self._place(space, name, _DEPTH)
+        del self._seen
+
+    def settle(self) -> None:
+        """After another call: take what is there as what was there. Raises Unrecordable if the call changed it."""
+        self.tensors, self._looks = [], []
+        # but for what the callable computes and keeps, as an old weight norm does
+        self._places = [
+            (where, name, value)
+            for where, name, value in self._places
+            if not (isinstance(value, Tensor) and value.grad_fn is not None)
+            or where.get(name, _MISSING) is value
+        ]
+        if (change := self.changed()) is not None:
+            raise Unrecordable(f"func itself changes {change}")
+        self.tensors = [value for _, _, value in self._places if isinstance(value, Tensor)]
         self._looks = [_look(t) for t in self.tensors]
-        del self._attributes, self._seen
 
     def changed(self) -> str | None:
         """What is no longer as it was, or None."""
         for where, name, value in self._places:
-            now = where.get(name)
+            now = where.get(name, _MISSING)
             if now is not value and not _same(now, value):
                 return f"{name!r}"
         for where, size in self._sizes:
@@ -57,137 +96,160 @@ class Held:
                 return f"the memory of a tensor {tuple(tensor.shape)}, or whether it requires grad"
         return None
 
+    def _place(self, where, name, depth: int) -> None:
+        value = where.get(name, _MISSING)
+        if value is not _MISSING:
+            self._places.append((where, name, value))
+            self._search(value, depth - 1)
+
     def _search(self, thing, depth: int) -> None:
-        if depth == 0 or id(thing) in self._seen or isinstance(thing, (Tensor, type, ModuleType)):
+        if isinstance(thing, (Tensor, np.ndarray, *_PLAIN)) or id(thing) in self._seen or not depth:
             return
-        self._seen.add(id(thing))
+        self._seen[id(thing)] = thing  # kept, so that no id is used again
         if isinstance(thing, torch.nn.Module):
             for module in thing.modules():
-                self._module(module, depth)
+                if module is thing or id(module) not in self._seen:
+                    self._module(module, depth)
         elif isinstance(thing, functools.partial):
-            self._search(thing.func, depth - 1)
-            self._all(_Items(thing.args), depth)
-            self._all(thing.keywords, depth)
-        elif isinstance(thing, (list, tuple)):
-            self._sizes.append((thing, len(thing)))
-            self._all(_Items(thing), depth)
-        elif isinstance(thing, dict):
-            self._sizes.append((thing, len(thing)))
-            self._all(thing, depth)
-        elif hasattr(thing, "__self__") and hasattr(thing, "__func__"):
+            for inner in (thing.func, thing.args, thing.keywords):
+                self._search(inner, depth)
+        elif isinstance(thing, (list, tuple, dict)):
+            self._items(thing, depth)
+        elif isinstance(thing, FunctionType):
+            for cell in thing.__closure__ or ():
+                self._place(_Cell(cell), "contents", depth)
+            self._search(thing.__defaults__, depth)
+            self._search(thing.__kwdefaults__, depth)
+        elif isinstance(thing, MethodType):
             self._search(thing.__self__, depth)
-            self._function(thing.__func__, type(thing.__self__), depth)
-        elif hasattr(thing, "__code__"):
-            self._function(thing, None, depth)
-        elif hasattr(thing, "__dict__") or hasattr(thing, "__slots__"):
-            where = _Attributes(thing)
-            self._attributes += self._entries(where)
-            self._inside(where, depth)
-            for cls in type(thing).__mro__:
-                self._function(vars(cls).get("__call__"), type(thing), depth)
+            self._search(thing.__func__, depth)
+        elif isinstance(thing, (type, ModuleType)):
+            if not _of_a_library(vars(thing)):
+                self._attributes(vars(thing), depth, self._names)
+        else:
+            self._object(thing, depth)
+
+    def _items(self, thing, depth: int) -> None:
+        self._sizes.append((thing, len(thing)))
+        if len(thing) <= _MANY:
+            where = _Dictionary(thing) if isinstance(thing, dict) else _Items(thing)
+            for name in where:
+                self._place(where, name, depth)
+
+    def _attributes(self, where, depth: int, names: set[str], without=frozenset()) -> None:
+        for name in list(where):
+            if name not in without and (self._every_name or name in names):
+                self._place(where, name, depth)
 
     def _module(self, module: torch.nn.Module, depth: int) -> None:
-        self._seen.add(id(module))
-        self._sizes += [(vars(module)[h], len(vars(module)[h])) for h in ("_modules", *_HOOKS)]
-        for where in (module._parameters, module._buffers, module._modules):
-            self._places += self._entries(where)
-        self._places += self._entries(vars(module), ("training",))
-        own = [name for name in vars(module) if name not in _OF_EVERY_MODULE]
-        numbers = self._entries(vars(module), own)
-        if _of_a_library(type(module)):
-            self._places += numbers
-            return
-        self._attributes += numbers
-        self._inside({name: vars(module)[name] for name in own}, depth)
-        self._function(type(module).forward, type(module), depth)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unrecordable("what a scripted module holds cannot be watched")
+        self._seen[id(module)] = module
+        for table in _TABLES:
+            self._items(vars(module)[table], depth)
+        self._place(vars(module), "training", depth)
+        self._object(module, depth, _OF_EVERY_MODULE)
 
-    def _function(self, f, owner: type | None, depth: int) -> None:
-        """What the code of a function names; ``owner``: the class whose method it is."""
-        f = getattr(f, "fget", f)  # of a property
-        if not hasattr(f, "__code__") or (id(f), owner) in self._seen:
-            return
-        self._seen.add((id(f), owner))
-        for cell in f.__closure__ or ():
-            self._all(_Cell(cell), depth)
-        self._all(_Items(f.__defaults__ or ()), depth)
-        self._all(f.__kwdefaults__ or {}, depth)
-        if _of_a_library(f):
-            return
-        names = _names(f.__code__)
-        self._names |= names
-        self._places += self._entries(f.__globals__, names)
-        for name in names:
-            value = f.__globals__.get(name)
-            if isinstance(value, ModuleType):
-                self._places += self._entries(vars(value), names)
-            self._search(value, depth - 1)
-            for cls in () if owner is None else owner.__mro__:
-                self._places += self._entries(vars(cls), (name,))
-                self._function(vars(cls).get(name), owner, depth)
-
-    def _all(self, where, depth: int) -> None:
-        """What lies in a container, all of which counts."""
-        self._places += self._entries(where)
-        self._inside(where, depth)
-
-    def _inside(self, where, depth: int) -> None:
-        for name in list(where):
-            self._search(where.get(name), depth - 1)
-
-    def _entries(self, where, names=None) -> list[tuple]:
-        found = []
-        for name in list(where) if names is None else names:
-            if name not in where:
+    def _object(self, thing, depth: int, without=frozenset()) -> None:
+        """Attributes of an instance, and those of its classes, which one of the instance's own would hide."""
+        own = getattr(thing, "__dict__", None)
+        classes = [c for c in type(thing).__mro__ if c not in (torch.nn.Module, object)]
+        names = self._names
+        if any(map(_of_a_library, map(vars, classes))):
+            names = self._inner_names
+        if own is not None:
+            self._attributes(own, depth, names, without)
+        for cls in classes:
+            if _of_a_library(vars(cls)):
                 continue
-            value = where.get(name)
-            if isinstance(value, Tensor):
-                if value.grad_fn is not None:
-                    continue  # computed from others, as by a weight norm
-                self.tensors.append(value)
-            elif not (
-                isinstance(value, (torch.nn.Module, np.ndarray)) or value.__class__ in _NUMBERS
-            ):
-                continue
-            found.append((where, name, value))
-        return found
+            for name, value in vars(cls).items():
+                if isinstance(value, MemberDescriptorType):
+                    self._place(_Slot(value, thing), name, depth)
+                elif self._every_name or name in names:
+                    self._place(vars(cls), name, depth)
+                    if own is not None and name not in own:
+                        self._places.append((own, name, _MISSING))
+
+
+def _executed(call: Callable[[], object]) -> dict[CodeType, dict]:
+    """The code that runs in a call, jactri's left out, and its globals."""
+    found: dict[CodeType, dict] = {}
+
+    def note(frame, event, _):
+        if event == "call" and not _ours(frame.f_globals):
+            found[frame.f_code] = frame.f_globals
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def _package(space) -> str:
+    return str(space.get("__module__") or space.get("__name__") or "")
+
+
+def _ours(space) -> bool:
+    name = _package(space)
+    return name.startswith("jactri.") and not name.startswith(("jactri.examples.", "jactri.demo."))
+
+
+def _of_a_library(space) -> bool:
+    """Whether what is named there holds nothing of a caller's."""
+    return _package(space).partition(".")[0] in _LIBRARIES or _ours(space)
+
+
+@functools.lru_cache(maxsize=1000)
+def _uses(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The globals, and the attributes, that code names; texts may be names of attributes."""
+    found = frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    others = {
+        i.argval for i in dis.get_instructions(code) if "ATTR" in i.opname or "METHOD" in i.opname
+    }
+    texts = {c for c in code.co_consts if isinstance(c, str)}
+    return found, frozenset(others | texts)
 
 
 def _same(a, b) -> bool:
-    """Whether two Python numbers are one; NaN is itself."""
-    return a.__class__ is b.__class__ and a.__class__ in _NUMBERS and (a == b or a != a)
+    """Whether two numbers, or tuples of them, are equal; NaN is itself."""
+    if a.__class__ is not b.__class__:
+        return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, _PLAIN) and bool(a == b or (a != a and b != b))
 
 
 def _look(t: Tensor) -> tuple:
     return t.data_ptr(), t.requires_grad, t.shape, t.stride()
 
 
-def _of_a_library(thing) -> bool:
-    return (getattr(thing, "__module__", None) or "").partition(".")[0] in _LIBRARIES
-
-
-def _names(code: CodeType) -> set[str]:
-    """Names and texts that code uses, functions inside of it included."""
-    found = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            found |= _names(inner)
-    return found
-
-
 class _Cell:
-    """A closure's cell, looked at as a dictionary of one entry."""
+    """A closure's cell, looked at as a dictionary."""
 
     def __init__(self, cell):
         self._cell = cell
 
-    def __iter__(self):
-        return iter(("contents",))
-
-    def get(self, name):
+    def get(self, name, missing):
         try:
             return self._cell.cell_contents
         except ValueError:  # not filled yet
-            return None
+            return missing
+
+
+class _Slot:
+    """An object's slot, looked at as a dictionary."""
+
+    def __init__(self, descriptor: MemberDescriptorType, thing):
+        self._descriptor, self._thing = descriptor, thing
+
+    def get(self, name, missing):
+        try:
+            return self._descriptor.__get__(self._thing)
+        except AttributeError:  # not filled yet
+            return missing
 
 
 class _Items:
@@ -199,21 +261,18 @@ class _Items:
     def __iter__(self):
         return iter(range(len(self._items)))
 
-    def get(self, i):
-        return self._items[i] if i < len(self._items) else None
+    def get(self, i, missing):
+        return self._items[i] if i < len(self._items) else missing
 
 
-class _Attributes:
-    """An object, looked at as a dictionary of its attributes, in slots or not."""
+class _Dictionary:
+    """A dictionary, whose class may have a `get` of its own."""
 
-    def __init__(self, thing):
-        self._thing = thing
+    def __init__(self, items: dict):
+        self._items = items
 
     def __iter__(self):
-        yield from getattr(self._thing, "__dict__", ())
-        for cls in type(self._thing).__mro__:
-            slots = vars(cls).get("__slots__", ())
-            yield from (slots,) if isinstance(slots, str) else slots
+        return iter(list(dict.keys(self._items)))
 
-    def get(self, name):
-        return getattr(self._thing, name, None)
+    def get(self, name, missing):
+        return dict.get(self._items, name, missing)

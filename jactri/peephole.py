@@ -45,7 +45,8 @@ def fused(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
         bias, (a, b) = args[0] if first else None, args[first:]
         j = after.get(id(out))
         work = a.numel() * out.shape[1] + (0 if j is None else _ACTIVATION * out.numel())
-        if not (_bias(bias, out) and a.is_contiguous() and backends.onednn_for(a, work)):
+        fits = _bias(bias, out) and a.is_contiguous() and a.numel() > 0
+        if not (fits and backends.onednn_for(a, work)):
             made.append(line)
             continue
         how = "none"
@@ -59,4 +60,5 @@ def fused(lines: list[tuple], results: list[Tensor]) -> list[tuple]:
 
 
 def _bias(bias: Tensor | None, out: Tensor) -> bool:
-    return bias is None or bias.shape == out.shape[1:]
+    """Whether oneDNN can add it; it takes no notice of strides."""
+    return bias is None or (bias.shape == out.shape[1:] and bias.is_contiguous())

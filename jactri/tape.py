@@ -286,9 +286,10 @@ class Tape:
         elif out is None:
             self.code.append(call)
         else:
-            self.code.append(
-                f"if {call} != {self._constant(out)}: raise Stale('a value that was read')"
-            )
+            read, was = f"v{len(self.code)}", self._constant(out)
+            self.code.append(f"{read} = {call}")
+            nan = f" and not ({was} != {was} and {read} != {read})" if out != out else ""
+            self.code.append(f"if {read} != {was}{nan}: raise Stale('a value that was read')")
 
 
 def function(name: str, parameters: list[str], lines: list[str], constants: dict) -> Callable:

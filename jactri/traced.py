@@ -32,16 +32,18 @@ class Traced:
             raise Unrecordable("an input is complex")
         job, given = job.by_ops(), tensors(out)
         inputs = [x.detach().clone() for x in xs]  # no memory in common with what func holds
+        self.held = Held(uncompiled(job.func), lambda: job.forward(tuple(inputs)))
+        self.settings = _settings()
         job.rows(job.forward(tuple(inputs)), out)  # what is measured or probed once
-        self.held, self.settings = Held(uncompiled(job.func)), _settings()
         with Recorder(job.limit(xs[0].device)) as recorder:
             with _Exits() as exits:
                 ends = job.forward(tuple(inputs))
             rows = job.rows(ends, out)
         if exits.found:
-            raise Unrecordable(f"func takes values out of torch, by Tensor.{exits.found}")
-        if (change := self.held.changed()) is not None:
-            raise Unrecordable(f"func itself changes {change}")
+            raise Unrecordable(exits.found)
+        if any(isinstance(node, torch._C._FunctionBase) for node in _nodes(ends.ys)):
+            raise Unrecordable("an autograd.Function in it is Python code")
+        self.held.settle()
         shown = tensors(ends.result) if job.shows_output else []
         held = [*self.held.tensors, *job.held, *constants(), *kept_tensors()]
         lines, results = connected(
@@ -85,17 +87,38 @@ class Traced:
 
 
 class _Exits(TorchFunctionMode):
-    """Notices where values of tensors leave torch: what comes back, as numbers, would be those of the recording."""
+    """Notices where values of tensors leave torch: what comes back would be that of the recording.
+
+    ``READS`` are functions that read lengths off a tensor and record no op that does; ``found`` is a reason.
+    """
 
     WAYS = (
-        Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage,
+        Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.__repr__,
+    )  # fmt: skip
+    READS = (
+        torch.tensor_split, Tensor.tensor_split, torch.ctc_loss, torch.nn.functional.ctc_loss,
+        torch._pack_padded_sequence, torch._VF._pack_padded_sequence,
     )  # fmt: skip
     found: str | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.WAYS:
-            self.found = func.__name__
+        given = [*args[1:], *(kwargs or {}).values()]
+        if func in self.WAYS or (func in self.READS and tensors(given)):
+            self.found = f"func takes values out of torch, by {func.__name__}"
+        elif torch.is_autocast_enabled("cpu"):  # also inside of ops, where no cast is recorded
+            self.found = "autocast is on"
         return func(*args, **(kwargs or {}))
+
+
+def _nodes(ys: tuple[Tensor, ...]) -> set:
+    """Autograd's nodes behind some tensors."""
+    seen, stack = set(), [y.grad_fn for y in ys]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return seen
 
 
 _NARROW = {
@@ -120,9 +143,7 @@ def _laid(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def _settings() -> tuple:
     """What else decides which ops a function runs."""
-    return (
-        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype(),
-    )  # fmt: skip
+    return torch.is_autocast_enabled("cpu"), torch.get_default_dtype()
 
 
 def _storage(t: Tensor) -> int:

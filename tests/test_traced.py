@@ -143,6 +143,23 @@ def test_products_of_the_forward_pass_by_onednn(act, bias, monkeypatch):
         assert_same_tree(compiled(x), want[name], torch.float32, length=64)
 
 
+@pytest.mark.parametrize(
+    "bias", [torch.randn(18)[::2], torch.randn(1).expand(9)], ids=["strided", "expanded"]
+)
+@pytest.mark.parametrize("inner", [8, 0])
+def test_products_that_onednn_does_not_take(bias, inner, monkeypatch):
+    monkeypatch.setattr(backends, "_SMALL", 0)
+    monkeypatch.setattr(backends, "_probe", backends.Probe(1.0, 2.0, "as if oneDNN were faster"))
+    w, x = torch.randn(inner, 9), torch.randn(5, inner)
+
+    def func(x):
+        return torch.addmm(bias, x, w).tanh()
+
+    compiled = static(func, x, per_sample=True, return_output=True)
+    want = jactri.jacobian(func, x + 1, per_sample=True, return_output=True)
+    assert_same_tree(compiled(x + 1), want, torch.float32, length=64)
+
+
 @pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU, nn.Sigmoid])
 def test_nan_stays_nan(act, monkeypatch):
     monkeypatch.setattr(backends, "_SMALL", 0)
@@ -203,12 +220,85 @@ def test_what_is_not_static_runs_as_it_would_otherwise(name):
     assert not whole(compiled)
 
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.from_numpy(2 * ctx.saved_tensors[0].detach().numpy())
+
+
 def test_python_code_in_autograd():
     x = torch.rand(3, 4, dtype=F64)
-    compiled = static(Cube.apply, x)
-    for shift in (0, 1):
-        want = torch.autograd.functional.jacobian(lambda v: v**3, x + shift)
-        assert_close(compiled(x + shift), want, F64, length=64)
+    for func, truth in ((Cube.apply, lambda v: v**3), (Squared.apply, torch.square)):
+        compiled = static(func, x)
+        for shift in (0, 1):
+            want = torch.autograd.functional.jacobian(truth, x + shift)
+            assert_close(compiled(x + shift), want, F64, length=64)
+        assert not whole(compiled)
+
+
+def test_lengths_that_an_op_reads_off_a_tensor():
+    at = torch.tensor([1])
+
+    def split(x):
+        return torch.tensor_split(x, at)[0].sin()
+
+    x = torch.rand(3, 4, dtype=F64)
+    compiled = static(split, x)
+    at += 1
+    agree(compiled, jactri.jacobian, split, x)
+    lstm = nn.LSTM(4, 2, batch_first=True).double()
+    lengths = torch.tensor([5, 2, 1])
+
+    def last(x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return lstm(packed)[1][0]
+
+    x = torch.rand(3, 5, 4, dtype=F64)
+    compiled = static(last, x)
+    lengths.copy_(torch.tensor([4, 4, 3]))
+    agree(compiled, jactri.jacobian, last, x)
+
+
+def test_a_value_that_is_nan():
+    def func(x):
+        return x.sin() if x.detach().max().item() > 0 else x.cos()
+
+    x = torch.rand(3, 4, dtype=F64)
+    compiled = static(func, x)
+    for at in (x, x * torch.nan, x * torch.nan, -x):
+        torch.testing.assert_close(compiled(at), jactri.jacobian(func, at), equal_nan=True)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(around, inside):
+    w = torch.randn(4, 4)
+
+    def func(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return (x @ w).tanh()
+
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        compiled = static(func, x, return_output=True)
+        y, found = compiled(x + 1)
+        want_y, want = jactri.jacobian(func, x + 1, return_output=True)
+    assert whole(compiled) == (not (inside or around))
+    assert y.dtype is want_y.dtype
+    assert_same_tree((y, found), (want_y, want), torch.bfloat16 if inside else torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module():
+    net, x = torch.jit.trace(field(), torch.randn(3, 4, dtype=F64)), torch.randn(3, 4, dtype=F64)
+    compiled = static(net, x)
+    assert not whole(compiled)
+    agree(compiled, jactri.jacobian, net, x + 1)
 
 
 def test_dropout_draws_anew():
