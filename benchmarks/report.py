@@ -20,28 +20,46 @@ def table(measured: dict) -> str:
     return {"gpu": _gpu, "scaling": _scaling}.get(measured.get("kind"), _cpu)(measured)
 
 
+WAYS = ("", ", compiled", ", static")
+"""How jactri is called: `jacobian` and the like, `compile`, and ``compile(static=True)``."""
+
+
 def _cpu(measured: dict) -> str:
-    """One row a workload: the fastest peer of all, compiled ones included, and jactri."""
+    """One row a workload: jactri, and the fastest peer of all, compiled ones included."""
     machine = measured["machine"]
     lines = [
         f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, float32, "
-        f"{machine['date']}; medians of interleaved calls, ratios paired round by round.",
+        f"{machine['date']}; milliseconds, medians of interleaved calls (o: into `out=`); ratios to the best torch "
+        "peer, paired round by round.",
         "",
-        "| workload | answer | into `out=` ms | jactri ms | best torch peer ms | ratio |",
-        "|---|---|---|---|---|---|",
+        "| workload | answer | jactri | `compile` | `static=True` "
+        "| best torch peer | ratio | `compile` | `static=True` |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in measured["results"]:
         ratios = row.get("ratios", {})
-        for title, whom in (
-            (row["title"], BEST),
-            ("the same, by `jactri.compile`", f"{BEST}, compiled"),
-            ("the same, by `compile(static=True)`", f"{BEST}, static"),
-        ):
-            into = f"{whom}, into out="
-            if whom in ratios:
-                out = _against(row, into).split(" | ")[0] if into in ratios else "-"
-                lines.append(f"| {title} | {_shape(row)} | {out} | {_against(row, whom)} |")
+        if BEST in ratios:
+            peer = ratios[BEST]["peer"]
+            times = " | ".join(_time(row, BEST + way) for way in WAYS)
+            gains = (ratios.get(BEST + way) for way in WAYS)
+            lines.append(
+                f"| {row['title']} | {_shape(row)} | {times} | {_median(row, peer)} ({peer}) | "
+                f"{' | '.join(_ratio(g['median']) if g else '-' for g in gains)} |"
+            )
     return "\n".join(lines)
+
+
+def _median(row: dict, name: str) -> str:
+    return _ms(row["contenders"][name]["seconds"]["median"])
+
+
+def _time(row: dict, whom: str) -> str:
+    """jactri's time by one of `WAYS`, also into memory that is there."""
+    names = [row["ratios"].get(whom + how, {}).get("by") for how in ("", ", into out=")]
+    if names[0] is None:
+        return "-"
+    into = f" (o {_median(row, names[1])})" if names[1] else ""
+    return _median(row, names[0]) + into
 
 
 def _against(row: dict, whom: str) -> str:
