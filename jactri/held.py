@@ -179,12 +179,13 @@ def _executed(call: Callable[[], object]) -> dict[CodeType, dict]:
         if event == "call" and not _ours(frame.f_globals):
             found[frame.f_code] = frame.f_globals
 
-    before = sys.getprofile()
-    sys.setprofile(note)
+    # not sys.setprofile: some profilers cannot be put back
+    before = sys.gettrace()
+    sys.settrace(note)
     try:
         call()
     finally:
-        sys.setprofile(before)
+        sys.settrace(before)
     return found
 
 

@@ -1,7 +1,9 @@
 """What a function holds, and `jactri.compile(..., static=True)`, which must see that it was replaced."""
 
+import cProfile
 import functools
 import logging
+import sys
 import types
 
 import numpy as np
@@ -382,6 +384,28 @@ def test_what_changes_before_every_call_is_not_planned_anew_for_ever(caplog):
         net.by = float(by // 2)
         agree(compiled, jactri.jacobian, net, x, per_sample=True)
     assert whole(compiled)
+
+
+def test_under_profilers_and_debuggers():
+    lines = []
+
+    def debugger(frame, event, arg):
+        lines.append(event)
+        return debugger
+
+    net, x = Scaled(), torch.randn(3, 4, dtype=F64)
+    before = sys.gettrace()
+    with cProfile.Profile() as profile:
+        sys.settrace(debugger)
+        try:
+            compiled = static(net, x)
+            assert sys.gettrace() is debugger
+        finally:
+            sys.settrace(before)
+        net.by = 3.0
+        agree(compiled, jactri.jacobian, net, x)
+    assert whole(compiled) and compiled.replans == 1
+    assert lines and profile.getstats()
 
 
 class Trainer:
