@@ -31,6 +31,9 @@ _IN_VAIN = 3
 """Plans in a row that may go stale before they served a second call."""
 
 
+_WITH_FORWARD = (Graphed, Traced)
+
+
 class Replay:
     """The accumulation for one graph, as straight-line code (see `tape`), behind a `Guard` of that graph."""
 
@@ -151,14 +154,15 @@ class Compiled:
             with torch.inference_mode(False):
                 return self(*inputs, out=out)
         job, plan = self._job, self._plans.get(signature)
-        watched = (
-            _len_torch_dispatch_stack()
-        )  # whoever watches the ops sees those of an ordinary call
+        # whoever watches the ops sees those of an ordinary call
+        watched = _len_torch_dispatch_stack()
         if not watched and self._whole(plan, inputs):
             found = self._replayed(plan, signature, inputs, out)
             if found is not None:
                 return job.answer(*found, out)
             plan = self._plans.get(signature)
+            if plan.__class__ in _WITH_FORWARD:  # another thread has made one meanwhile
+                plan = None
         ends = job.forward(inputs)
         if watched:
             return job.answer(ends, job.rows(ends, out), out)
@@ -200,7 +204,7 @@ class Compiled:
         """Whether the forward pass is to be replayed as well."""
         if plan is None:
             return self._static or any(x.is_cuda for x in inputs)
-        return plan.__class__ in (Graphed, Traced)
+        return plan.__class__ in _WITH_FORWARD
 
     def _replayed(self, plan, signature, inputs, out):
         """Ends and the tensors of the answer, of a replay with its forward pass; None where there can be none."""

@@ -25,14 +25,15 @@ def agree(compiled, func, *xs, **options):
     assert_same_tree(compiled(*xs), jactri.jacobian(func, given, **options), F64, length=64)
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("case", ALL, ids=repr)
-def test_every_op_replays_at_other_values(case):
+def test_every_op_replays_at_other_values(case, static):
     func, inputs = case.build(frozen=True)
     if any(not x.is_floating_point() for x in inputs):
         with pytest.raises(RuntimeError):
-            jactri.compile(func, *inputs)
+            jactri.compile(func, *inputs, static=static)
         return
-    compiled = jactri.compile(func, *inputs)
+    compiled = jactri.compile(func, *inputs, static=static)
     gen = torch.Generator().manual_seed(1)
     others = tuple(
         x * (1 + 0.01 * torch.rand(x.shape, generator=gen, dtype=torch.float64).to(x.dtype)) for x in inputs
