@@ -266,14 +266,14 @@ def compile(
     ``static=True`` asks for more and assumes more: the ops of ``func`` itself are replayed, none of its Python runs, no
     graph is recorded, large products of float32 are oneDNN's where it is faster, and what only the graph needed is not
     computed. ``func`` must then run the same ops at every call. What it holds may change: tensors may be updated in
-    place. A replaced one gives a new plan, and so does a replaced Python number or object that its code names: globals,
-    closures, defaults, arguments of partials, attributes of modules, objects and classes that it reaches, items of
-    lists, tuples and dictionaries (up to 1000) among them; submodules, hooks and modes; and another value that it reads
-    off a tensor, as to choose a branch. What it reads elsewhere (files, clocks, iterators, random numbers of Python,
-    numpy arrays written to in place) is as it was at the time of planning. Where the ops cannot be fixed (random ones,
-    autocast, values that leave torch as by ``numpy()``, Python code in an autograd Function, buffers that it writes to,
-    what changes before every call), it runs as without ``static``; printing the callable tells, and the logger
-    ``jactri`` why.
+    place, and what is replaced is noticed and gives a new plan, where its code names it: globals, closures, defaults,
+    arguments of partials, imported modules, attributes of modules, objects, functions and classes that it reaches,
+    items of lists, tuples and dictionaries (up to 1000) among them; submodules, hooks, modes and methods; and another
+    value that it reads off a tensor, as to choose a branch. What it reads in other ways (files, clocks, iterators,
+    random numbers of Python, sets and deques, attributes of tensors, numpy arrays written to in place, context
+    variables) is as it was at the time of planning. Where the ops cannot be fixed (random ones, autocast, values that
+    leave torch as by ``numpy()``, Python code in an autograd Function, buffers that it writes to, what changes before
+    every call), it runs as without ``static``; printing the callable tells, and the logger ``jactri`` why.
 
     On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
     out. What is said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be
