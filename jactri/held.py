@@ -81,7 +81,7 @@ class Held:
                     self._search(sys.modules.get(name), _DEPTH)
         except (
             AttributeError,
-            KeyError,
+            LookupError,
             ReferenceError,
             RuntimeError,
             TypeError,

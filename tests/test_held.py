@@ -97,6 +97,24 @@ def test_under_profilers_and_debuggers():
     assert lines and profile.getstats()
 
 
+class Lying(list):
+    def __len__(self):
+        return super().__len__() + 1
+
+
+def test_what_cannot_be_looked_at_is_not_static(caplog):
+    caplog.set_level(logging.INFO, "jactri")
+    rates, x = Lying([2.0]), torch.randn(3, 4, dtype=F64)
+
+    def func(x):
+        return (x * rates[0]).tanh()
+
+    compiled = static(func, x)
+    assert not whole(compiled) and "cannot be watched" in caplog.text
+    rates[0] = 3.0
+    agree(compiled, jactri.jacobian, func, x)
+
+
 def test_hooks_of_all_modules():
     net, register = nn.Linear(4, 4, dtype=F64), nn.modules.module.register_module_forward_hook
     x = torch.randn(3, 4, dtype=F64)
