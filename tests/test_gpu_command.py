@@ -184,7 +184,7 @@ def test_importing_the_command_needs_no_plotting():
 
 def test_the_report_takes_all_files_by_default(capsys, tmp_path):
     assert report.main(["--plot", str(tmp_path / "all.png")]) == 0
-    assert "| workload | answer | into `out=` ms | jactri ms |" in capsys.readouterr().out
+    assert "| workload | answer | jactri | `compile` | `static=True` |" in capsys.readouterr().out
     assert (tmp_path / "all.png").exists()
 
 
