@@ -17,7 +17,7 @@ from .contraction import Expand, Sum
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .opaque import Opaque, OpaqueCall, refuse_or_log
-from .rules import REGISTRY, normal_axis
+from .rules import normal_axis, record_of
 from .rules.axes import kept_by
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
@@ -122,11 +122,11 @@ class Reader:
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
         """The values of a node's outputs, by its rule or by calling it."""
         self._turn_to(node, src)
-        rule = REGISTRY.get(node.name())
-        if rule is not None:
+        record = record_of(node)
+        if record is not None and record.read is not None:
             mark = len(self.values)
             try:
-                ids = rule(self)
+                ids = record.read(self)
             except MissingValue:
                 ids = None
             if ids is not None:

@@ -106,6 +106,39 @@ def with_norms_by_hand(net):
     return twin
 
 
+def coupling(x):
+    """A coupling layer of a flow that writes by a mask."""
+    mask = torch.tensor([True, False, True, False])
+    y = x.clone()
+    y[:, mask] = x[:, mask] * torch.exp(torch.tanh(x[:, ~mask])) + torch.sin(x[:, ~mask])
+    return y
+
+
+def added(x):
+    """What index_put and others add to what was there."""
+    two, column = torch.tensor([2, 0]), torch.ones(len(x), 1, dtype=torch.long)
+    y = torch.sin(x)
+    y[:, two] += x[:, :2] ** 2
+    y = y.mT.index_put((torch.tensor([0, 3, 0]),), x[:, :3].mT ** 3, accumulate=True).mT
+    y = y.index_add(1, two, torch.cos(x[:, :2]), alpha=0.5)
+    return y.scatter_add(1, column, x[:, :1] ** 3)
+
+
+def written(x):
+    """What index_copy, scatter and index_fill write over."""
+    two, column = torch.tensor([2, 0]), torch.ones(len(x), 1, dtype=torch.long)
+    y = torch.sin(x).index_copy(1, two, torch.exp(x[:, 1:3]))
+    return y.scatter(1, column, torch.cos(x[:, 2:3])).index_fill(1, two[:1], 3.0)
+
+
+def sliced(x):
+    y = torch.zeros_like(x)
+    y[:, ::2] = torch.sin(x[:, 1::2])
+    y[:, 1] = x[:, 0] * x[:, 3]
+    y[:, 2:] += torch.exp(x[:, 2:])
+    return y
+
+
 class Gated(nn.Module):
     """Products and quotients of what depends on the input."""
 
@@ -181,6 +214,27 @@ FUNCTIONS = {
     "constant": lambda x: x.detach() * 2,
     "partly": lambda x: torch.stack([x.sum(1), x.new_ones(len(x))], 1),
     "identity": lambda x: x,
+    "coupling": coupling,
+    "added": added,
+    "written": written,
+    "sliced": sliced,
+    "moved": lambda x: (
+        F.pad(torch.sin(x), (1, -1))
+        .cumsum(1)
+        .unsqueeze(1)
+        .expand(-1, 3, -1)
+        .tril()
+        .sum(1)
+        .roll(1, 1)
+        .flip(1)
+    ),
+    "picked": lambda x: (
+        torch.take_along_dim(x**3, torch.tensor([[1, 1, 0]]).expand(len(x), 3), 1) * x[..., :1]
+    ),
+    "length_1": lambda x: torch.linalg.vector_norm(x**3, 1, 1),
+    "nll": lambda x: F.nll_loss(
+        torch.log_softmax(x, 1), torch.full((len(x),), 2), reduction="none"
+    ),
     "complex": lambda x: torch.fft.rfft(torch.sin(x)).abs(),
 }
 BY_HESSIAN = {"var", "prod", "glu", "logcumsumexp", "python"}

@@ -405,3 +405,48 @@ def test_a_thread_without_a_main_loop():
     t.join()
     truth = torch.autograd.functional.jacobian(make(lambda: nn.Linear(3, 2)), x23())
     assert_close(results[0], truth, F64, length=32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_module_backward_hooks_are_identities(mode):
+    """Full backward hooks wrap a module's tensors in nodes of their own: no layer becomes opaque."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Bilinear(4, 4, 2)).double()
+    two = nn.ModuleList([net[:2], net[2]])
+
+    def f(x, z):
+        h = two[0](x)
+        return two[1](h, z) + z.sum(-1, keepdim=True)
+
+    xs = torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    want = torch.autograd.functional.jacobian(f, xs)
+    handles = [m.register_full_backward_hook(lambda *_: None) for m in two.modules()]
+    handles += [m.register_full_backward_pre_hook(lambda *_: None) for m in two.modules()]
+    with jactri.fallback("error"):
+        assert_same_tree(jactri.jacobian(f, xs, strategy=mode), want, F64)
+        lap = jactri.laplacian(lambda x: f(x, xs[1]), xs[0])
+    for handle in handles:
+        handle.remove()
+    assert_close(lap, jactri.laplacian(lambda x: f(x, xs[1]), xs[0]), F64)
+
+
+def test_module_backward_hooks_with_several_tensors_and_none():
+    """Inputs without gradients, integers among them, and several outputs pass the hooks as they are."""
+
+    class Pair(nn.Module):
+        def forward(self, x, i, c):
+            return x[i] * c, x.sum(0), i
+
+    pair = Pair()
+    pair.register_full_backward_hook(lambda *_: None)
+    pair.register_full_backward_pre_hook(lambda *_: None)
+    i, c = torch.tensor([2, 0]), torch.randn(2, 3).double()
+
+    def f(x):
+        y, z, _ = pair(x.sin(), i, c)
+        return y, z
+
+    x = torch.randn(4, 3).double()
+    with jactri.fallback("error"):
+        got = jactri.jacobian(f, x)
+    assert_same_tree(got, torch.autograd.functional.jacobian(f, x), F64)

@@ -54,6 +54,19 @@ def test_functions(case):
         assert known(f, x) == (name not in BY_HESSIAN)
 
 
+def test_masked_scatter_and_put():
+    mask = torch.tensor([[False, True, False, True]] * 5)
+
+    def f(x):
+        y = torch.sin(x).masked_scatter(mask, x[:, 2:] ** 3)
+        return y.put(torch.arange(5) * 4, torch.exp(x[:, 3]))
+
+    x = torch.randn(5, 4, dtype=F64)
+    assert known(f, x)
+    want = hand(f, x.clone().requires_grad_()).detach()
+    assert_close(jactri.laplacian(f, x), want, F64, scale=scale_of(want))
+
+
 ACTIVATIONS = [
     nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, lambda: nn.GELU("tanh"), nn.ELU, nn.CELU, nn.SELU, nn.ReLU,
     nn.LeakyReLU, nn.ReLU6, nn.LogSigmoid, nn.Mish, nn.Softsign, nn.Tanhshrink, nn.Hardswish, nn.Hardtanh,

@@ -7,7 +7,7 @@ What is not known here to be linear in what depends on the input, or to have a g
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..layout import one
 from ..linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
 from ..low_rank import LogSoftmax, Project, Softmax
 from ..maps import Fixed, Once, Sample, Transpose
-from ..rules import node_names
+from ..rules import REGISTRY, Record, node_names, record_of
 from ..rules.elementwise import BINARY, UNARY, Zero
 from ..rules.norm import BATCH_NORMS, statistics
 from ..selection import Gather, Picked, Place, Scatter, Select, Slice, Take
@@ -35,6 +35,7 @@ from .curvature import (
     Unary,
     as_they_are,
 )
+from .linearity import linear
 from .slopes import FLAT, FORMULAS, gelu_tanh
 
 Curves = dict[int, Curvature]
@@ -50,23 +51,14 @@ CONSTANT = {
 }  # fmt: skip
 """Maps that hold no value of the computation."""
 
-REARRANGING = """
-Cumsum Diagonal DiagEmbed DiagonalBackward DiagonalScatter Flip IndexAdd IndexCopy Roll Rot90 Tril Triu Unfold
-UnfoldBackward ChannelShuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D
-ReplicationPad3D ConstantPadNd
-""".split()
-"""Ops whose map is a `Functional` that holds no value either."""
-
-_TABLE: dict[str, Callable[[CurveReader], Curves | None]] = {}
-
 
 def curve(*names: str):
     """Register what reads the curvature of nodes, named as `node_names` reads them."""
 
-    def decorate(function):
+    def decorate(function: Callable[[CurveReader], Curves | None]):
         for name in names:
             for full in node_names(name):
-                _TABLE[full] = function
+                REGISTRY.setdefault(full, Record()).curve = function
         return function
 
     return decorate
@@ -86,7 +78,8 @@ class CurveReader(Reader):
         mark = len(self.values)
         self.ids = ids = super().visit(node, src)
         self.new = range(mark, len(self.values))
-        found = _TABLE.get(node.name(), default)(self)
+        record = record_of(node)
+        found = (default if record is None or record.curve is None else record.curve)(self)
         if found is None:
             raise UnknownCurvature(node.name())
         self.curves.update(found)
@@ -126,24 +119,14 @@ def read_curves(y: Tensor, x: Tensor) -> tuple[Graph, Curves]:
 
 
 def default(r: CurveReader) -> Curves | None:
-    """Linear, if every map is one that holds no value of the computation."""
+    """Linear, if every map is one that holds no value of the computation, or if autograd has it so."""
     for v in r.new:
         for _, edge in r.values[v].sources:
             if isinstance(edge, Transpose):
                 edge = edge.base
             if edge.__class__ not in CONSTANT:
-                return None
+                return {} if linear(r, r.ids) else None
     return {}
-
-
-@curve(*REARRANGING)
-def rearranging(r):
-    known = all(
-        e.__class__ in CONSTANT or isinstance(e, Functional)
-        for v in r.new
-        for _, e in r.values[v].sources
-    )
-    return {} if known else None
 
 
 @curve(*FLAT)
@@ -438,6 +421,8 @@ def logsumexp(r):
 def length(r):
     x, y = r.tensor("self"), r.tensor("result")
     axes = _axes(r, "dim", x.dim())
+    if r.saved("ord") in (-inf, 0, 1, inf):
+        return flat(r)
     if r.saved("ord") != 2 or len(r.new) == 0 or x.dtype != r.dtype or not axes:
         return None
     return {r.new[-1]: LengthBend(r.src[0], (x, y), axes, r.saved("keepdim"))}

@@ -225,7 +225,7 @@ FLAT = """
 Abs Add.0-1 Ceil Clamp.0-1 ClampMax.0-1 ClampMin.0-1 Copysign.0-1 Deg2Rad Fill.0-3 Floor Fmax Fmin Fmod.0-1 Frac
 Hardshrink Hardsigmoid Hardtanh LeakyRelu.0-1 Maximum Minimum NanToNum NativeDropout Neg Rad2Deg Relu Round.0-1
 RreluWithNoise.0-1 Rsub.0-1 Sgn Sign Softshrink Sub.0-1 Threshold.0-1 Trunc Where Zero Div.2-3 MaskedFill.0-1
-Amax Amin Max.1 Min.1 Median.0 Nanmedian.0 Nansum Trace Aminmax IndexFill.0-1
+Amax Amin Max.1 Min.1 Median.0 Nanmedian.0 Nansum Trace Aminmax IndexFill.0-1 NllLoss NllLoss2D Remainder.1
 HardshrinkBackward HardtanhBackward LeakyReluBackward SoftshrinkBackward ThresholdBackward
 """.split()
 """Ops whose first derivative in every operand does not change with any of them, but for kinks."""

@@ -8,7 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-REGISTRY: dict[str, Callable] = {}
+
+class Record:
+    """What is known of one op: ``read`` emits its linear maps, ``curve`` gives its second-order terms (see
+    `operators.curves`). Each may be missing."""
+
+    __slots__ = ("curve", "read")
+
+    def __init__(self, read: Callable | None = None, curve: Callable | None = None):
+        self.read, self.curve = read, curve
+
+
+REGISTRY: dict[str | type, Record] = {}
+"""By the name of autograd's node, or by the very class of an ``autograd.Function``, whose names are not unique."""
+
+
+def record_of(node) -> Record | None:
+    """The record of an autograd node."""
+    found = REGISTRY.get(node.name())
+    return REGISTRY.get(getattr(node, "_forward_cls", None)) if found is None else found
 
 
 def node_names(name: str) -> list[str]:
@@ -23,15 +41,15 @@ def node_names(name: str) -> list[str]:
     return [f"{op}Backward{i}" for i in range(int(first), int(last or first) + 1)]
 
 
-def rule(*names: str):
-    """Register a rule for autograd nodes, named as `node_names` reads them."""
+def rule(*names: str | type):
+    """Register a rule for autograd nodes, named as `node_names` reads them, or for Functions, by their classes."""
 
     def decorate(function):
         for name in names:
-            for full in node_names(name):
+            for full in [name] if isinstance(name, type) else node_names(name):
                 if full in REGISTRY:
                     raise ValueError(f"two rules for {full}")
-                REGISTRY[full] = function
+                REGISTRY[full] = Record(function)
         return function
 
     return decorate

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import numpy
 import torch
+from torch.nn.modules._functions import BackwardHookFunction
 
 from ..linear_map import Functional, keep_all_but
 from ..selection import Place, Select, Slice, Take
 from . import normal_axis, normal_index, rule
 from .elementwise import Partials
+
+
+@rule(BackwardHookFunction)
+def module_hooks(g):
+    """What module backward hooks hang on: each of the module's inputs or outputs, as it is."""
+    return tuple(g.src)
 
 
 @rule("View", "UnsafeView", "ReshapeAlias", "Squeeze.0-5", "Unsqueeze.0-1")
