@@ -112,6 +112,14 @@ class Reader:
             return tuple(range(ndim))
         return tuple(sorted(normal_axis(d, ndim) for d in dims))
 
+    def per_axis(self, name: str, ndim: int, default: Shape = ()) -> Shape:
+        """A saved list with an entry for each of ``ndim`` axes.
+
+        Autograd saves it as the caller gave it: one entry may stand for all axes, and none for ``default``.
+        """
+        found = tuple(self.saved(name)) or default
+        return found * ndim if len(found) == 1 else found
+
     def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
         """The node applied to ones: for an elementwise op or a reduction, its local derivative."""
         m = self.meta[0]

@@ -14,7 +14,7 @@ def convolution(g):
     x, w, b = g.src
     terms = []
     if x is not None or w is not None:
-        geometry = geometry_of(g)
+        geometry = geometry_of(g, len(g.shape) - 2)
         if x is not None:
             size = g.values[x].shape[2:]
             terms.append(g.single(x, Conv(g.tensor("weight"), geometry, size), g.shape))
@@ -35,7 +35,7 @@ def convolution_backward(g):
     """
     c, x, w = g.src
     saved_c, saved_x, saved_w = g.tensor("grad_output"), g.tensor("input"), g.tensor("weight")
-    geometry = geometry_of(g)
+    geometry = geometry_of(g, saved_c.dim() - 2)
     size, out, kernel = tuple(saved_x.shape[2:]), saved_c.shape[2:], tuple(saved_w.shape[2:])
     if not geometry.exact:
         return None
@@ -68,13 +68,14 @@ def summed(g, terms, shape, other):
     return None if other is None else g.single(other, Zero())
 
 
-def geometry_of(g) -> Geometry:
+def geometry_of(g, ndim: int) -> Geometry:
+    """The arguments of a convolution over ``ndim`` axes."""
     return Geometry(
-        g.saved("stride"),
-        g.saved("padding"),
-        g.saved("dilation"),
+        g.per_axis("stride", ndim),
+        g.per_axis("padding", ndim),
+        g.per_axis("dilation", ndim),
         g.saved("transposed"),
-        g.saved("output_padding"),
+        g.per_axis("output_padding", ndim),
         g.saved("groups"),
     )
 

@@ -45,9 +45,10 @@ def max_pool(g):
     tail = MAX_POOLS[op]
     options = ("adaptive",) if op.startswith("Adaptive") else None
     if op.startswith("MaxPool") and g.has("kernel_size"):  # the second derivative's node has none
-        kernel = g.saved("kernel_size")
-        stride = g.saved("stride") or kernel
-        options = tuple(zip(kernel, stride, g.saved("padding"), g.saved("dilation"), strict=True))
+        kernel = g.per_axis("kernel_size", tail)
+        stride = g.per_axis("stride", tail, kernel)
+        padding, dilation = g.per_axis("padding", tail), g.per_axis("dilation", tail)
+        options = tuple(zip(kernel, stride, padding, dilation, strict=True))
     if transposed:
         return rearrange(g, g.tensor("indices"), tail, Scatter, options)
     return rearrange(g, g.tensor("result1"), tail, Gather, options)
@@ -74,11 +75,11 @@ def rearrange(g, index: Tensor, tail: int, kind, options=None):
 @rule(*with_transposes(["AvgPool2D", "AvgPool3D"]))
 def avg_pool(g):
     tail = 2 if "2D" in g.name else 3
-    kernel, stride = g.saved("kernel_size"), g.saved("stride")
+    kernel = g.per_axis("kernel_size", tail)
     options = (
         kernel,
-        stride or kernel,
-        g.saved("padding"),
+        g.per_axis("stride", tail, kernel),
+        g.per_axis("padding", tail),
         g.saved("ceil_mode"),
         g.saved("count_include_pad"),
         g.saved("divisor_override"),
@@ -90,7 +91,7 @@ def avg_pool(g):
         tail,
         lambda t, out: pool(t, *options),
         lambda c, size: back(c, like(c, size), *options),
-        flat(options),
+        options,
         2.0 * prod(kernel),
     )
 
@@ -101,11 +102,6 @@ def adaptive_avg_pool(g):
     pool = aten._adaptive_avg_pool2d if tail == 2 else aten._adaptive_avg_pool3d
     back = aten._adaptive_avg_pool2d_backward if tail == 2 else aten._adaptive_avg_pool3d_backward
     return image_op(g, tail, pool, lambda c, size: back(c, like(c, size)), ())
-
-
-def flat(options) -> tuple:
-    """Options of a node, hashable."""
-    return tuple(tuple(o) if isinstance(o, list) else o for o in options)
 
 
 def like(c: Tensor, size: tuple[int, ...]) -> Tensor:
