@@ -13,11 +13,13 @@ import contextlib
 import contextvars
 import logging
 import warnings
+from collections.abc import Callable, Hashable
 from math import prod
 
 import torch
 from torch import Tensor
 
+from . import backends
 from .linear_map import LinearMap
 
 logger = logging.getLogger("jactri")
@@ -69,16 +71,145 @@ def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") ->
         )
 
 
+# What was found of torch's own nodes, by what determines them. Of others nothing is remembered: two functions may
+# share a name, and one of them may have several modes.
+_KEPT = 4096
+_verified: dict[Hashable, None] = {}
+_no_vmap: dict[Hashable, None] = {}
+_pushable: dict[Hashable, bool] = {}
+_scalars: dict[type, tuple[str, ...]] = {}
+
+# what a backward of other people may say to a tensor of vmap; said without vmap too, it reaches the caller
+_UNDER_VMAP = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
+
+
+def remember(known: dict, key: Hashable, value=None) -> None:
+    """Add to a dict that keeps the last ones only."""
+    if len(known) >= _KEPT:
+        known.pop(next(iter(known)), None)
+    known[key] = value
+
+
+def builtin(node) -> bool:
+    """Whether a node is an op of torch's own: those have a class each. Python's and extensions' nodes have not."""
+    kind = type(node)
+    return getattr(torch._C._functions, kind.__name__, None) is kind
+
+
+def identity(node) -> Hashable | None:
+    """What determines a node but for values of tensors and their shapes, or None if that cannot be told."""
+    if not builtin(node):
+        return None
+    kind = type(node)
+    names = _scalars.get(kind)
+    if names is None:
+        saved = [n for n in dir(kind) if n.startswith("_saved_")]
+        names = _scalars[kind] = tuple(n for n in saved if not hasattr(kind, "_raw" + n))
+    return kind, repr([getattr(node, n) for n in names])
+
+
+class Vmapped:
+    """``one_row``, a linear product, over the first axis of blocks: by vmap, or row by row where that is not sound.
+
+    Some ops have no vmap rule, and some have a wrong one (the backward of a batched ``torch.cdist`` in torch 2.13), so
+    what vmap gives is checked before it is used: the product is linear, and a combination of all rows of the block must
+    give the same combination of all rows of the result.
+
+    ``key``: what determines ``one_row`` but for the values in it; None if nothing does, then what is found holds for
+    this object only.
+    """
+
+    __slots__ = ("_sound", "key", "name", "one_row")
+
+    def __init__(
+        self,
+        one_row: Callable[[Tensor], tuple[Tensor, ...]],
+        name: str,
+        key: Hashable | None = None,
+    ):
+        self.one_row, self.name, self.key = one_row, name, key
+        self._sound: bool | None = None
+
+    def __call__(self, block: Tensor) -> tuple[Tensor, ...]:
+        one_row, key = self.one_row, self.key
+        if block.shape[0] == 1:
+            return tuple(o.unsqueeze(0) for o in one_row(block[0]))
+        sound = self._sound
+        if key is not None:
+            key = key, tuple(block.shape), block.dtype
+            sound = True if key in _verified else False if key in _no_vmap else None
+        # a check costs a row, and reads a value
+        unknown = sound is None
+        if unknown and (block.shape[0] == 2 or backends.capturing(block.device)):
+            sound = unknown = False
+        if sound is not False:
+            out = self._by_vmap(block)
+            sound = False if out is None else self._agrees(block, out) if unknown else True
+            if unknown and sound is not None:
+                self._sound = sound
+                if key is not None:
+                    remember(_verified if sound else _no_vmap, key)
+            if sound:
+                return out
+        rows = [one_row(row) for row in block.unbind(0)]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+    def _by_vmap(self, block: Tensor) -> tuple[Tensor, ...] | None:
+        try:
+            with warnings.catch_warnings():
+                # that vmap loops over an op without a rule is right, and no news
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return torch.vmap(self.one_row)(block)
+        except _UNDER_VMAP as error:  # without vmap, any other fault is raised again
+            self._log(str(error).split("\n")[0])
+            return None
+
+    def _agrees(self, block: Tensor, out: tuple[Tensor, ...]) -> bool | None:
+        """Whether a combination of all rows gives the same combination of the results; None if these are infinite."""
+        finite = fits = True
+        with torch.no_grad():
+            weights = arbitrary((block.shape[0],), block)
+            for got, want in zip(out, self.one_row(_combined(weights, block)), strict=True):
+                if got.numel():
+                    own = weights.to(got.dtype)
+                    size = _combined(own.abs(), got.abs()).max()
+                    gap = (_combined(own, got) - want).abs()
+                    finite = finite & size.isfinite()
+                    fits = fits & (gap <= min(1e4 * torch.finfo(got.dtype).eps, 0.1) * size).all()
+            if bool(finite & fits):
+                return True
+            if not bool(finite):
+                return None
+        self._log("its vmap rule gives another result than the op itself")
+        return False
+
+    def _log(self, why: str) -> None:
+        logger.info("fallback: %s is not vmapped (%s); one row at a time", self.name, why)
+
+
+def _combined(weights: Tensor, block: Tensor) -> Tensor:
+    """The sum of the rows of a block, each times its weight."""
+    return torch.tensordot(weights.to(block.dtype), block, 1)
+
+
+def arbitrary(shape, like: Tensor) -> Tensor:
+    """Numbers that have no structure, the same each time."""
+    row = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device=like.device)
+    return row.mul(2.399963).sin().to(like.dtype).reshape(shape)
+
+
 class OpaqueCall:
     """One node as a function of the cotangents of its outputs; remembers the last answer for its other edges."""
 
-    __slots__ = ("_last", "meta", "node", "present", "python", "shapes")
+    __slots__ = ("_key", "_last", "_rows", "meta", "node", "present", "python", "shapes")
 
     def __init__(self, node, meta, present: list[bool], shapes: dict[int, tuple]):
         """``present``: which edges lead anywhere; ``shapes``: of the inputs that are asked for, by edge."""
         self.node, self.meta, self.present, self.shapes = node, meta, present, shapes
         self.python = isinstance(node, torch.autograd.function.BackwardCFunction)
         self._last: tuple[Tensor, int, tuple] | None = None
+        self._rows: dict[int, tuple[Vmapped, list[bool]]] = {}
+        self._key: Hashable = ()
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "jactri cannot differentiate through torch.utils.checkpoint with use_reentrant=True (its backward "
@@ -101,12 +232,19 @@ class OpaqueCall:
         it = iter(needed)
         return tuple(next(it) if p else None for p in self.present)
 
+    def key(self, *more) -> Hashable | None:
+        """What determines a product with the node but for the values in it; None if that cannot be told."""
+        if self._key == ():
+            key = identity(self.node)
+            self._key = key and (key, *self.present, *self.shapes.items())
+        return self._key and (self._key, *more)
+
     def cotangents(self, nr: int, c: Tensor) -> tuple:
         """The node's arguments: ``c`` for output ``nr``, zeros (Python nodes) or None for the others."""
-        if len(self.meta) == 1:
-            return (c,)
         if not self.python:
             return tuple(c if i == nr else None for i in range(len(self.meta)))
+        # Python code may write to it, or view it: contiguous memory of its own, and of no class of the caller's
+        c = c.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         return tuple(
             c if i == nr else torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device)
             for i, m in enumerate(self.meta)
@@ -114,10 +252,19 @@ class OpaqueCall:
 
     def pull(self, nr: int, c: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of a block of cotangents ``(K, *out)`` for every edge asked for, reduced and stacked."""
-        shapes = self.shapes
         if self._last is not None and self._last[0] is c and self._last[1] == nr:
             return self._last[2]
-        present: list[bool] = []
+        if nr not in self._rows:
+            self._rows[nr] = self._products(nr)
+        rows, present = self._rows[nr]
+        stacked = iter(rows(c))
+        out = tuple(next(stacked) if p else None for p in present)
+        self._last = (c, nr, out)
+        return out
+
+    def _products(self, nr: int) -> tuple[Vmapped, list[bool]]:
+        """Products with one output's cotangents, and for which edges those had a gradient."""
+        shapes, present = self.shapes, []
 
         def one_row(row):
             grads = self.edges(self.cotangents(nr, row))
@@ -128,10 +275,7 @@ class OpaqueCall:
             present[:] = [g is not None for g in grads]
             return tuple(g for g in grads if g is not None)
 
-        stacked = iter(batched(one_row, c, self.node.name()))
-        out = tuple(next(stacked) if p else None for p in present)
-        self._last = (c, nr, out)
-        return out
+        return Vmapped(one_row, self.node.name(), self.key(nr)), present
 
 
 def _reduce(g: Tensor, shape) -> Tensor:
@@ -139,68 +283,16 @@ def _reduce(g: Tensor, shape) -> Tensor:
     return g if g.shape == torch.Size(shape) else g.sum_to_size(shape)
 
 
-_no_vmap: set[str] = set()
-_verified: set[tuple] = set()
-
-
-def batched(one_row, block: Tensor, name: str) -> tuple[Tensor, ...]:
-    """``one_row`` over the first axis of ``block``: by vmap, or row by row where vmap cannot be trusted.
-
-    Some ops have no vmap rule, and some have a wrong one (the backward of a batched ``torch.cdist`` in torch 2.13):
-    the first time that an op is seen at some shape, two rows are computed without vmap and compared.
-    """
-    if block.shape[0] == 1:
-        return tuple(o.unsqueeze(0) for o in one_row(block[0]))
-    if name not in _no_vmap:
-        try:
-            with (
-                warnings.catch_warnings()
-            ):  # that vmap loops over an op without a rule is right, and no news
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                out = torch.vmap(one_row)(block)
-        except (
-            RuntimeError
-        ) as error:  # no vmap rule for the op: the loop below raises any other fault again
-            _distrust(name, str(error).split("\n")[0])
-        else:
-            use = (name, tuple(block.shape), block.dtype)
-            if use in _verified or _agrees(one_row, block, out):
-                _verified.add(use)
-                return out
-            _distrust(name, "its vmap rule gives another result than the op itself")
-    rows = [one_row(row) for row in block.unbind(0)]
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-
-def _distrust(name: str, why: str) -> None:
-    logger.info("fallback: %s is not vmapped (%s); one row at a time", name, why)
-    _no_vmap.add(name)
-
-
-def _agrees(one_row, block: Tensor, out: tuple[Tensor, ...]) -> bool:
-    """Whether the middle and the last row of a vmapped result are what the op gives for them alone."""
-    for k in {block.shape[0] // 2, block.shape[0] - 1}:
-        for got, want in zip(out, one_row(block[k]), strict=True):
-            tolerance = (
-                1e4
-                * torch.finfo(want.dtype).eps
-                * float(want.detach().abs().max() if want.numel() else 0)
-            )
-            gap = (got[k] - want).detach().abs()
-            if bool((gap > tolerance).any()):  # a NaN in both is no disagreement
-                return False
-    return True
-
-
 class Opaque(LinearMap):
     """One edge of a node that is called instead of understood; ``kept`` are the axes that it is known to keep."""
 
-    __slots__ = ("_edge", "_kept", "_matrix", "call", "nr", "value")
+    __slots__ = ("_edge", "_kept", "_matrix", "_pushable", "call", "nr", "value")
     structure = "opaque"
 
     def __init__(self, call: OpaqueCall, nr: int, edge: int, value, kept=()):
         self.call, self.nr, self._edge, self.value, self._kept = call, nr, edge, value, kept
         self._matrix: Tensor | None = None
+        self._pushable: bool | None = None
 
     @property
     def name(self):
@@ -245,19 +337,15 @@ class Opaque(LinearMap):
 
     def _double_vjp(self, t: Tensor) -> Tensor | None:
         """Tangents through the node, or None where its backward has no (right) derivative."""
-        use = (
-            self.name,
-            self._edge,
-            tuple(self.value.shape),
-            tuple(self.call.meta[self.nr].shape),
-            t.dtype,
-        )
-        if use in _no_push:
+        key, known = self.call.key("push", self.nr, self._edge, t.dtype), self._pushable
+        if key is not None:
+            known = _pushable.get(key)
+        if known is False or (known is None and backends.capturing(t.device)):
             return None
         try:
-            if use not in _pushes and not self._push_agrees(t):
+            if known is None and not self._push_agrees(t):
                 raise NotImplementedError("its second derivative contradicts its first")
-            out = self._twice(t, torch.is_grad_enabled())
+            out, known = self._twice(t, torch.is_grad_enabled()), True
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError) and "is not implemented" not in str(
                 error
@@ -266,9 +354,10 @@ class Opaque(LinearMap):
             logger.info(
                 "fallback: %s has no push (%s); its matrix is built by rows", self.name, error
             )
-            _no_push.add(use)
-            return None
-        _pushes.add(use)
+            out, known = None, False
+        self._pushable = known
+        if key is not None:
+            remember(_pushable, key, known)
         return out
 
     def _twice(self, t: Tensor, create_graph: bool) -> Tensor:
@@ -287,7 +376,8 @@ class Opaque(LinearMap):
                 g, u, row, retain_graph=True, create_graph=create_graph, materialize_grads=True
             )
 
-        return batched(one_row, t.to(g.dtype), self.name + " (push)")[0]
+        key = self.call.key("push", self.nr, self._edge)
+        return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
 
     def _push_agrees(self, t: Tensor) -> bool:
         """<c, push(t)> = <pull(c), t> for one arbitrary pair: some ops have a wrong second derivative.
@@ -295,20 +385,10 @@ class Opaque(LinearMap):
         (In torch 2.13 those of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two.)
         """
         with torch.no_grad():
-            c = _arbitrary(self.call.meta[self.nr].shape, t)
-            r = _arbitrary(self.value.shape, t)
+            c = arbitrary((1, *self.call.meta[self.nr].shape), t)
+            r = arbitrary((1, *self.value.shape), t)
             left = c * self._twice(r, False)
             right = self.pull(c, False)[0] * r
         size = float(left.abs().sum() + right.abs().sum())
-        return not abs(float(left.sum() - right.sum())) > 1e4 * torch.finfo(t.dtype).eps * size
-
-
-_pushes: set[tuple] = set()
-_no_push: set[tuple] = set()
-
-
-def _arbitrary(shape, like: Tensor) -> Tensor:
-    """A block of one row that has no structure, the same each time."""
-    n = prod(shape)
-    row = torch.arange(1, n + 1, dtype=torch.float64, device=like.device).mul(2.399963).sin()
-    return row.to(like.dtype).reshape(1, *shape)
+        unit = torch.finfo(t.dtype).eps
+        return not abs(float(left.sum() - right.sum())) > min(1e4 * unit, 0.1) * size

@@ -6,7 +6,7 @@ import torch
 
 from .arguments import block_shape
 from .memory import free_bytes, parse_bytes
-from .opaque import batched
+from .opaque import Vmapped
 from .samples import probe_mixing
 
 
@@ -47,6 +47,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
         def one_row(row, y=y, live=live):
             return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)
 
+        product = Vmapped(one_row, f"the whole function ({y.grad_fn.name()})")
         n = y[0].numel() if per_sample else y.numel()
         count = chunk_size or rows_at_once(y, xs, memory_limit)
         pieces = []
@@ -58,7 +59,7 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
                 seeds = eye.reshape(k, 1, *y.shape[1:]).expand(k, *y.shape)
             else:
                 seeds = eye.reshape(k, *y.shape)
-            pieces.append(batched(one_row, seeds, f"the whole function ({y.grad_fn.name()})"))
+            pieces.append(product(seeds))
         blocks = iter([torch.cat(p) for p in zip(*pieces, strict=True)])
         row = []
         for x, g, d in zip(xs, used, dest, strict=True):

@@ -19,7 +19,7 @@ from ..arguments import as_tuple, check_options
 from ..executor import run
 from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
-from ..opaque import batched, refuse_or_log
+from ..opaque import Vmapped, refuse_or_log
 from ..planning import plan_for_given
 
 Blocks = Sequence[Tensor | None]
@@ -351,4 +351,4 @@ def _rows(product, live) -> list[Tensor]:
         return product(parts)
 
     name = " ".join(dict.fromkeys(t.grad_fn.name() for t, _ in live))
-    return list(batched(one_row, flat, f"the whole function ({name})"))
+    return list(Vmapped(one_row, f"the whole function ({name})")(flat))
