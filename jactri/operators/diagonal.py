@@ -58,7 +58,7 @@ def diagonal(
 
     Raises:
         TypeError: an ``x`` or an output that is not a tensor.
-        RuntimeError: an integer ``x``; an output of another shape than ``x``.
+        RuntimeError: an integer ``x``; an output that is complex, or of another shape than ``x``.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend.
 
     Cost:
@@ -98,6 +98,11 @@ def check_shape(y, x: Tensor) -> None:
     if y.shape != x.shape:
         raise RuntimeError(
             f"diagonal needs an output of the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
+    if y.is_complex():
+        raise RuntimeError(
+            f"the output of diagonal is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return its "
+            "real or its imaginary part"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import check_options
 from ..layout import Selection
 from .inner import SECOND, Link
-from .parameters import ParameterJacobian, _same, _second, entries
+from .parameters import ParameterJacobian, _same, _second, check_real, entries, flat
 from .recorded import Recorded
 
 
@@ -39,7 +39,7 @@ def ggn(
         a `GGN`: ``g @ v`` for ``v`` ``{name: tensor}``, and ``g.diagonal()``.
 
     Raises:
-        RuntimeError: a Hessian of another shape; and what `parameter_jacobian` raises.
+        RuntimeError: a Hessian of another shape, or a complex one; and what `parameter_jacobian` raises.
 
     Cost:
         a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
@@ -61,6 +61,7 @@ class GGN:
                     f"loss_hessian must have shape {shape} (its diagonal) or {(*shape, *shape[1:])}, got "
                     f"{tuple(loss_hessian.shape)}"
                 )
+            check_real("loss_hessian", loss_hessian, "the output", jacobian.output)
         elif not callable(loss_hessian):
             raise TypeError(
                 f"loss_hessian must be a Tensor or a function, got {type(loss_hessian)}"
@@ -85,6 +86,7 @@ class GGN:
                     f"loss_hessian was called with a block of shape {tuple(block.shape)} and must return one like it, "
                     f"got {got}"
                 )
+            check_real("what loss_hessian returned", made, "the output", block)
             return made
         if h.shape == shape:
             return block * h
@@ -98,14 +100,17 @@ class GGN:
         if not isinstance(v, dict):
             return NotImplemented
         jac = self.jacobian
-        pushed = jac @ v
-        block = pushed.dim() > jac.output.dim()
         with jac._run.computing():
+            pushed = jac @ v
+            block = pushed.dim() > jac.output.dim()
             turned = self._times(pushed if block else pushed.unsqueeze(0))
-        return jac.T @ (turned if block else turned[0])
+            return jac.T @ (turned if block else turned[0])
 
     def diagonal(self) -> dict[str, Tensor]:
-        """The diagonal of the matrix, ``{name: tensor}`` of the parameters' shapes."""
+        """The diagonal of the matrix, ``{name: tensor}`` of the parameters' shapes, real.
+
+        For a complex entry, the sum of the two that its real and its imaginary part have.
+        """
         jac = self.jacobian
         run = jac._run
         with run.computing():
@@ -122,11 +127,12 @@ class GGN:
         dense = self.jacobian.dense() if run.n and run.by_autograd else {}
         for name, p in run.params.items():
             if name not in dense:
-                made[name] = torch.zeros_like(p, requires_grad=False)
+                made[name] = torch.zeros(p.shape, dtype=p.dtype.to_real(), device=p.device)
                 continue
-            j = dense[name].reshape(run.n, prod(run.out), -1)
-            hj = h.unsqueeze(-1) * j if h.dim() == 2 else h @ j
-            made[name] = (hj * j).sum((0, 1)).reshape(p.shape)
+            j = flat(dense[name], run.n * prod(run.out)).reshape(*h.shape[:2], -1)
+            w = h.to(j.dtype)
+            hj = w.unsqueeze(-1) * j if w.dim() == 2 else w @ j
+            made[name] = (hj * j).sum((0, 1)).reshape(*p.shape, -1).sum(-1)
         return made
 
     def _contracted(self, h: Tensor, is_diagonal: bool) -> dict[str, Tensor]:

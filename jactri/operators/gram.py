@@ -41,7 +41,7 @@ def jtj(
     Args:
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors, over which is summed.
         inputs: a floating-point tensor or a tuple of them. They are not modified.
-        weight: M. None for the identity; a tensor of the output's shape for a diagonal, or of shape ``out + out``;
+        weight: M. None for the identity; a real tensor, of the output's shape for a diagonal or of ``out + out``;
             nested as the outputs, None allowed for some. Under ``per_sample``, ``out`` is the shape of one sample, and
             a weight of its own for each has N in front. For outputs ``(N, m)``, a weight of two axes is ``(m, m)``.
         create_graph: the result can be differentiated, in the inputs and in the weight.
@@ -57,7 +57,8 @@ def jtj(
 
     Raises:
         TypeError: inputs, outputs or weights that are not tensors (or None) or tuples of them.
-        RuntimeError: integer inputs; a weight that does not match an output; under ``per_sample``, samples that mix.
+        RuntimeError: integer or complex inputs; complex outputs; a weight that does not match an output; under
+            ``per_sample``, samples that mix.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small, an unknown backend, no common batch axis
             under ``per_sample``.
 
@@ -87,7 +88,8 @@ def jjt(
     """``J M J^T``: the covariance M of the inputs, propagated to the outputs; a tangent kernel.
 
     Arguments, errors and cost are those of `jtj`, with inputs and outputs exchanged: the sum is over the inputs,
-    ``weight`` is nested as they are, and of the shape of an input (a diagonal) or ``in + in``.
+    ``weight`` is nested as they are, and of the shape of an input (a diagonal) or ``in + in``. Inputs may be complex:
+    then the sum is over their real and their imaginary parts, both with the same M.
 
     Returns:
         ``G[j][k]`` of shape ``out_j + out_k`` (per sample: ``(N, *out_j, *out_k)``), a tensor for one output that is
@@ -136,6 +138,7 @@ def rows_of(
     """``G[i][k]`` of a recorded computation, for all pairs of inputs (``jtj``) or outputs."""
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
+    _check_real(kind, ys, xs)
     if per_sample:
         check_batch(ys, xs)
     weights = weight if isinstance(weight, tuple) else (weight,)
@@ -151,6 +154,21 @@ def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bo
     if not (tupled if kind == "jtj" else tupled_out):
         rows = rows[0][0]
     return (result, rows) if return_output else rows
+
+
+def _check_real(kind: str, ys, xs) -> None:
+    """Raise for complex numbers at an end that is kept, whose pairs no entry of the result could hold."""
+    for j, y in enumerate(ys):
+        if y.is_complex():
+            raise RuntimeError(
+                f"{kind} takes real outputs, but outputs[{j}] is {y.dtype}; return torch.view_as_real(output)"
+            )
+    for i, x in enumerate(xs if kind == "jtj" else ()):
+        if x.is_complex():
+            raise RuntimeError(
+                f"jtj takes real inputs, but inputs[{i}] is {x.dtype}; pass torch.view_as_real(x) and make it "
+                "complex inside of func"
+            )
 
 
 def check_weights(weights, of: str, tensors, per_sample: bool) -> tuple[str, ...]:
@@ -209,7 +227,7 @@ def _ready(weights, tensors, create_graph: bool) -> list[Tensor | None]:
     out = []
     for w, t in zip(weights, tensors, strict=True):
         if w is not None:
-            w = (w if create_graph else w.detach()).to(t.dtype)
+            w = (w if create_graph else w.detach()).to(t.dtype.to_real())
         out.append(w)
     return out
 
@@ -294,13 +312,19 @@ def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[i
         return network.add(dims, (near, far), data), near, far
 
     def products():
-        for c, end in enumerate(contracted):
+        # the real and the imaginary part of a complex end are two, with one weight
+        parts = [
+            (c, end, part)
+            for c, end in enumerate(contracted)
+            for part in ((torch.real, torch.imag) if end.is_complex() else (torch.real,))
+        ]
+        for number, (c, end, part) in enumerate(parts):
             for a, b in pairs(range(len(kept)), half):
                 network = Network()
-                left, right = (operand(network, rows[e][c], end, kept[e]) for e in (a, b))
+                left, right = (operand(network, part(rows[e][c]), end, kept[e]) for e in (a, b))
                 form = asked.forms[c]
                 middle = weight_in(network, form, weights[c], end.shape, asked.per_sample)
-                yield (a, b), c, network, between(network, left, middle, right)
+                yield (a, b), number, network, between(network, left, middle, right)
 
     return {pair: s.dense(asked.per_sample) for pair, s in summed_up(products()).items()}
 

@@ -62,8 +62,12 @@ def check(compute: str) -> None:
 
 def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:
     """The kernel of one forward pass with itself, or of two."""
-    first, *rest = (ParameterJacobian(run, chunk_size, memory_limit) for run in runs)
-    second = rest[0] if rest else first
+    with runs[0].computing():
+        return _kernel([ParameterJacobian(run, chunk_size, memory_limit) for run in runs], compute)
+
+
+def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
+    first, second = jacobians[0], jacobians[-1]
     a, b = first._run, second._run
     if a.out != b.out:
         raise RuntimeError(

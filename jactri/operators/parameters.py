@@ -61,6 +61,9 @@ def parameter_jacobian(
             small.
         RuntimeError: parameters that are frozen; samples that mix (the op is named); an output that is not real.
 
+    A complex parameter is a pair of real ones: its Jacobian holds ``d out / d re + i d out / d im``, as autograd's
+    gradients do; products with it, and sums over it, go over both, as those of ``torch.view_as_real`` of it would.
+
     Cost:
         the forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
     """
@@ -214,7 +217,8 @@ class ParameterJacobian:
     def __matmul__(self, v: dict[str, Tensor]) -> Tensor:
         """``J v`` for ``v`` ``{name: tensor}`` of the parameters' shapes: ``(N, *out)``.
 
-        With one more leading axis ``K`` on every tensor, ``(K, N, *out)``. Cost: about one forward pass each.
+        For a complex parameter that is ``Re(conj(J) v)``, the derivative of the output along ``v``. With one
+        more leading axis ``K`` on every tensor, ``(K, N, *out)``. Cost: about one forward pass each.
         """
         run = self._run
         if not isinstance(v, dict):
@@ -225,9 +229,10 @@ class ParameterJacobian:
         with run.computing():
             if run.structure is None:
                 total = run.y.new_zeros((*lead, *run.y.shape))
-                for name, j in self.dense().items() if run.by_autograd else ():
-                    j, t = j.reshape(run.y.numel(), -1), v[name].reshape(k or 1, -1)
-                    total = total + (t.to(j.dtype) @ j.t()).reshape(total.shape).to(total.dtype)
+                for name, j in self.dense().items() if run.by_autograd and k != 0 else ():
+                    t = flat(v[name].to(j.dtype), k or 1)
+                    made = t @ flat(j, run.y.numel()).t()
+                    total = total + made.reshape(total.shape).to(total.dtype)
                 return total
             run.check_unchanged()
             blocks = {
@@ -235,9 +240,8 @@ class ParameterJacobian:
                 for name, value in run.values.items()
                 if value is not None
             }
-            made = push(run.graph, blocks, run.graph.outputs[0])
-        made = made.to(run.y.dtype)
-        return made[0] if k is None else made
+            made = push(run.graph, blocks, run.graph.outputs[0]).to(run.y.dtype)
+            return made[0] if k is None else made
 
     def _block(self, v: dict[str, Tensor]) -> int | None:
         """The length of the leading axis of a block of tangents, or None."""
@@ -246,6 +250,7 @@ class ParameterJacobian:
             t = v[name]
             if not isinstance(t, Tensor):
                 raise TypeError(f"v[{name!r}] must be a Tensor, got {type(t)}")
+            check_real(f"v[{name!r}]", t, "the parameter", p)
             mine = t.shape[0] if t.dim() == p.dim() + 1 else None
             if tuple(t.shape) != (*(() if mine is None else (mine,)), *p.shape) or k not in (
                 (),
@@ -268,9 +273,10 @@ class ParameterJacobian:
             raise RuntimeError(
                 f"u must have the output's shape {tuple(shape)}, or one leading axis more, got {tuple(u.shape)}"
             )
-        c = (u if block else u.unsqueeze(0)).to(run.y.dtype)
-        k = c.shape[0]
+        check_real("u", u, "the output", run.y)
         with run.computing():
+            c = (u if block else u.unsqueeze(0)).to(run.y.dtype)
+            k = c.shape[0]
             if run.structure is None:
                 found = {}
                 for name, j in self.dense().items() if run.by_autograd else ():
@@ -298,25 +304,27 @@ class ParameterJacobian:
         if run.structure is None:
             return self._dense_gram(self)
         batch, out = run.labels()
-        made = inner(self, self, Link((), (*batch, *out, *_second(batch), *_second(out))))
-        return made.reshape(*shape, *shape)
+        with run.computing():
+            made = inner(self, self, Link((), (*batch, *out, *_second(batch), *_second(out))))
+            return made.reshape(*shape, *shape)
 
     def _dense_gram(self, other: ParameterJacobian) -> Tensor:
         a, b = self._run.y, other._run.y
         with self._run.computing():
             total = a.new_zeros(a.numel(), b.numel())
-            mine = self.dense() if self._run.by_autograd else {}
+            mine = self.dense() if self._run.reached and other._run.reached else {}
             theirs = mine if other is self else other.dense()
             for name, j in mine.items():
-                flat = j.reshape(a.numel(), -1) @ theirs[name].reshape(b.numel(), -1).t()
-                total = total + flat.to(total.dtype)
+                made = flat(j, a.numel()) @ flat(theirs[name], b.numel()).t()
+                total = total + made.to(total.dtype)
             return total.reshape(*a.shape, *b.shape)
 
     def variance(self, v: dict[str, Tensor]) -> Tensor:
         """``J_n diag(v) J_n^T`` for every sample ``n``, ``(N, *out, *out)``.
 
         That is the covariance of the linearised output if the parameters are independent with variances ``v``, as in a
-        Laplace approximation with a diagonal Hessian.
+        Laplace approximation with a diagonal Hessian. For a complex parameter ``v`` is the variance of its real and of
+        its imaginary part alike.
         """
         run = self._run
         self._check_names(v, "v")
@@ -326,17 +334,23 @@ class ParameterJacobian:
                 raise RuntimeError(
                     f"v[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}"
                 )
-        if run.structure is None:
-            with run.computing():
-                n, m = run.n, prod(run.out)
-                total = run.y.new_zeros(n, m, m)
+            if v[name].is_complex() and (not p.is_complex() or bool(v[name].imag.any())):
+                raise RuntimeError(
+                    f"v[{name!r}] must hold variances, which are real, got {v[name].dtype}"
+                )
+        n, m = run.n, prod(run.out)
+        with run.computing():
+            if run.structure is None:
+                made = run.y.new_zeros(n, m, m)
                 for name, j in self.dense().items() if run.by_autograd else ():
-                    flat = j.reshape(n, m, -1)
-                    total = total + (flat * v[name].reshape(-1)) @ flat.mT
-                return total.reshape(n, *run.out, *run.out)
-        batch, out = run.labels()
-        made = inner(self, self, Link(_same(batch), (*batch, *out, *_second(out))), v)
-        return made.reshape(run.n, *run.out, *run.out)
+                    w = v[name].to(j.dtype)
+                    w = flat(torch.complex(w.real, w.real) if w.is_complex() else w, 1)
+                    rows = flat(j, n * m).reshape(n, m, -1)
+                    made = made + ((rows * w) @ rows.mT).to(made.dtype)
+            else:
+                batch, out = run.labels()
+                made = inner(self, self, Link(_same(batch), (*batch, *out, *_second(out))), v)
+            return made.reshape(n, *run.out, *run.out)
 
 
 class Transposed:
@@ -351,6 +365,18 @@ class Transposed:
 
     def __matmul__(self, u: Tensor) -> dict[str, Tensor]:
         return self._base._transposed(u)
+
+
+def flat(t: Tensor, rows: int) -> Tensor:
+    """``(rows, entries)``: sums go over the real and the imaginary part of a complex entry, as two."""
+    t = t.reshape(rows, -1)
+    return torch.view_as_real(t.resolve_conj()).flatten(1) if t.is_complex() else t
+
+
+def check_real(name: str, t: Tensor, of: str, like: Tensor) -> None:
+    """Raise for a complex operand where the Jacobian has a real end."""
+    if t.is_complex() and not like.is_complex():
+        raise RuntimeError(f"{name} is complex ({t.dtype}), but {of} is {like.dtype}")
 
 
 def _same(labels) -> tuple[tuple[int, int], ...]:

@@ -238,6 +238,11 @@ class Recorded:
         _structures[key] = found
         return found
 
+    @property
+    def reached(self) -> bool:
+        """Whether the output depends on a parameter, and neither is empty."""
+        return self.by_autograd or self.structure is not None
+
     @contextlib.contextmanager
     def computing(self):
         """With a graph if one is asked for, and never in the lower precision of an autocast region."""
