@@ -29,13 +29,14 @@ from .folding import fold
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
 from .layers import watching
-from .memory import free_bytes, parse_bytes
 from .opaque import refuse_or_log
 from .planner import MemoryLimitTooSmall
-from .planning import plan_for, prove_by_probe, split_samples
+from .planning import budget, check_answer, plan_for, prove_by_probe, split_samples
 from .progress import Watch, bar
+from .remedies import told
 
 
+@told
 def jacobian(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -144,6 +145,7 @@ def jacobian(
     return (result if create_graph else detached(result)), answer
 
 
+@told
 def jacobian_of(
     outputs: Tensor | tuple[Tensor, ...],
     inputs: Tensor | tuple[Tensor, ...],
@@ -244,6 +246,8 @@ def _in_mode(ys, xs, asked: Request, dests):
 
 def _rows(ys, xs, asked: Request, dests):
     strategy, per_sample, limit = asked.strategy, asked.per_sample, asked.memory_limit
+    if dests is None and asked.form == "dense":
+        check_answer(ys, xs, per_sample, limit)
     try:
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
@@ -262,7 +266,7 @@ def _rows(ys, xs, asked: Request, dests):
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
         # under one and the same limit, the chunks are those of the call that is resumed
-        limit = parse_bytes(limit or journal.limit or max(free_bytes(xs[0].device) // 2, 1))
+        limit = budget(limit or journal.limit, xs[0].device)
     plan, summed, sparse = None, False, asked.form != "dense"
     if per_sample:
         plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests, sparse=sparse)

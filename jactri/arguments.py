@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .entries import FORMS
+from .remedies import check_differentiable, instead_of, nearest, of_shape
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 
@@ -17,6 +18,7 @@ def check_options(strategy, chunk_size, out, create_graph) -> None:
     if strategy not in STRATEGIES:
         raise AssertionError(
             f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
+            + nearest(strategy, STRATEGIES)
         )
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
@@ -32,6 +34,7 @@ def form(layout, out, create_graph: bool) -> str:
     if kind is None:
         raise ValueError(
             f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
+            + (f", did you mean torch.sparse_{layout}?" if layout in ("coo", "csr") else "")
         )
     if kind != "dense" and out is not None:
         raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
@@ -49,11 +52,13 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
             where = f"value at index {i} has" if tupled else f"given {name} has"
             raise TypeError(
                 f"The {name} of {call} must be a Tensor or a tuple of Tensors, but the {where} type {type(v)}"
+                + instead_of(v, name, tupled)
             )
     return tupled, values
 
 
 def fresh_leaf(x: Tensor, create_graph: bool) -> Tensor:
+    check_differentiable(x)
     if create_graph and x.requires_grad:
         return x.view_as(x) if x.layout is torch.strided else x.clone()
     if x.is_inference():
@@ -129,7 +134,7 @@ def destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) -
     ):
         raise RuntimeError(
             f"out for {name} must have shape {want}, dtype {x.dtype} and device {x.device} (or cpu), "
-            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}"
+            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}{of_shape(dest, y, x)}"
         )
     if dest.requires_grad:
         raise RuntimeError(f"out for {name} requires grad; pass a detached tensor")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from .api import jacobian
 from .arguments import as_tuple
 from .finite_difference import Differences
+from .remedies import told
 from .report import explain
 from .samples import probe_mixing
 
@@ -97,6 +98,7 @@ def _double(value):
     return value
 
 
+@told
 def check(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

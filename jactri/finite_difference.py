@@ -15,9 +15,11 @@ from torch import Tensor
 from . import handover
 from .api import nest, uncompiled
 from .arguments import as_tuple, block_shape, check_batch
+from .remedies import told
 from .samples import halves
 
 
+@told
 def finite_difference(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

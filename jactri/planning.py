@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import backends, rates
 from .graph import Graph
-from .memory import free_bytes, hold, parse_bytes
+from .memory import free_bytes, hold, parse_bytes, si
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
 from .samples import narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
@@ -20,6 +20,37 @@ _LONG = 2e-3
 
 _CLOSE = 8.0
 """Ways whose predicted times differ by more than this factor are told apart by rough rates too."""
+
+
+def budget(memory_limit: int | str | None, device) -> int:
+    """The bytes that a call may take: its limit, or half of what is free."""
+    if memory_limit is not None:
+        return parse_bytes(memory_limit)
+    return max(free_bytes(device) // 2, _LARGE)
+
+
+def check_answer(ys, xs, per_sample: bool, memory_limit: int | str | None) -> None:
+    """Raise MemoryLimitTooSmall for an answer that does not fit the memory, before any of it is taken."""
+    size = answer_bytes(ys, xs, per_sample)
+    if memory_limit is None and size <= _LARGE:
+        return
+    limit = budget(memory_limit, xs[0].device)
+    if size <= limit:
+        return
+    whose = "half of the free memory is" if memory_limit is None else "memory_limit is"
+    remedy = "pass out= to write it elsewhere (a numpy.memmap: to disk), or raise memory_limit"
+    n = xs[0].shape[0] if xs[0].dim() else 0
+    if not per_sample and n > 1 and all(t.dim() and t.shape[0] == n for t in (*ys, *xs)):
+        alone = answer_bytes(ys, xs, True)
+        remedy = (
+            f"if the {n} samples of the first axis do not influence one another, per_sample=True gives their blocks "
+            f"alone, {si(alone)}B; else {remedy}"
+        )
+    error = MemoryLimitTooSmall(
+        f"the Jacobian takes {si(size)}B, and {whose} {si(limit)}B: {remedy}"
+    )
+    error.need = float(size)
+    raise error
 
 
 def split_samples(graph: Graph, options):
@@ -123,7 +154,7 @@ def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Pla
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
     if plan.peak > _LARGE and chunk_size is None:
-        limit = max(free_bytes(device) // 2, _LARGE)
+        limit = budget(None, device)
         if plan.peak > limit:
             return make(limit)
     return plan

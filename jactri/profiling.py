@@ -22,6 +22,7 @@ from .layers import Layers
 from .memory import si
 from .planner import predict
 from .ranges import Session
+from .remedies import told
 from .report import StepReport, steps_of
 
 Seconds = dict[int, float]
@@ -95,6 +96,7 @@ class Profile:
         return "\n".join(lines)
 
 
+@told
 def profile(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

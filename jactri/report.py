@@ -22,6 +22,7 @@ from .mixed import Join
 from .planner import Plan
 from .planning import answer_bytes, plan_for, prove_by_probe
 from .ranges import layer_of
+from .remedies import told
 from .sweep import Sweep
 
 
@@ -100,6 +101,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@told
 def explain(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

@@ -13,8 +13,10 @@ from .arguments import as_tuple, check_batch
 from .entries import unravel
 from .graph import UnsupportedGraph, read
 from .pattern import Trace, pattern_of
+from .remedies import told
 
 
+@told
 def sparsity(
     func: Callable[..., Any], inputs: Tensor | tuple[Tensor, ...], *, per_sample: bool = False
 ) -> Any:

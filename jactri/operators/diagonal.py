@@ -27,12 +27,14 @@ from ..opaque import refuse_or_log
 from ..pattern import Trace, colours_of, has_windows
 from ..planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
 from ..rates import rough
+from ..remedies import told
 from ..sweep import Sweep, follow, itemsize
 from ..whole import rows_at_once
 from .contract import Network, Operand, Sum, Unaligned, dense
 from .vectors import pull
 
 
+@told
 def diagonal(
     func: Callable[..., Any],
     x: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends, handover
 from ..graph import Graph, UnsupportedGraph, read
 from ..planning import plan_for, prove_by_probe
+from ..remedies import told
 from . import points
 from .diagonal import diagonal_of
 from .points import Options
@@ -17,6 +18,7 @@ from .trace import chains, traces
 from .vectors import pull
 
 
+@told
 def divergence(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import handover
+from ..remedies import told
 from . import points
 
 
+@told
 def gradient(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

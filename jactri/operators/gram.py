@@ -20,10 +20,12 @@ from ..arguments import as_tuple, check_batch, check_options
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
 from ..planning import plan_for, prove_by_probe
+from ..remedies import told
 from .contract import Network
 from .ways import Asked, between, gram, pairs, summed_up, weight_in
 
 
+@told
 def jtj(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -73,6 +75,7 @@ def jtj(
     )  # fmt: skip
 
 
+@told
 def jjt(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

@@ -14,6 +14,7 @@ from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
+from ..remedies import told
 from ..samples import places
 from . import points
 from . import weight as weights
@@ -29,6 +30,7 @@ ROWS = 2048
 """Rows of a product from which its rate no longer grows; fewer samples at once gain nothing."""
 
 
+@told
 def laplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -89,6 +91,7 @@ def laplacian(
     return (points.result(y, asked), first, answer) if return_lower else answer
 
 
+@told
 def bilaplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_options
+from ..remedies import told
 from .inner import Link
 from .parameters import ParameterJacobian, _second, inner
 from .recorded import Recorded
@@ -16,6 +17,7 @@ from .recorded import Recorded
 COMPUTE = ("full", "trace", "diagonal")
 
 
+@told
 def empirical_ntk(
     module: torch.nn.Module,
     x1: Tensor | tuple[Tensor, ...],

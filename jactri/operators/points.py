@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import backends
 from ..api import Request, compute, prepare
 from ..arguments import check_options
+from ..remedies import instead_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
 def options(x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str) -> Options:
     """Raises what the arguments deserve; ``name`` is the call's."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x of {name} must be a tensor, got {type(x)}")
+        raise TypeError(f"x of {name} must be a tensor, got {type(x)}{_one_tensor(x)}")
     if not x.dtype.is_floating_point:
         raise RuntimeError(
             f"x of {name} must be a floating-point tensor, got {x.dtype}: convert it, as by x.float()"
@@ -37,6 +38,15 @@ def options(x, name: str, create_graph: bool, chunk_size, memory_limit, backend:
     check_options("auto", chunk_size, None, create_graph)
     backends.check_asked(backend, x.device, create_graph)
     return Options(create_graph, chunk_size, memory_limit, backend)
+
+
+def _one_tensor(x) -> str:
+    if isinstance(x, (tuple, list)):
+        return (
+            "; of coordinates, make one tensor, lambda p: func(*p.split(1, -1)) at torch.cat(x, -1), and close over "
+            "inputs that are not differentiated: lambda x: func(x, t)"
+        )
+    return instead_of(x, "x", False)
 
 
 def batched(x: Tensor) -> bool:

@@ -32,8 +32,9 @@ def chosen(module, params) -> dict[str, Tensor]:
     """The parameters that a call is about, by name. Raises for what is not one of the module's, or frozen."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
-            f"module must be a torch.nn.Module, got {type(module).__name__}; for a function of tensors, pass "
-            "it and its parameters to jactri.jacobian"
+            f"module must be a torch.nn.Module, got {type(module).__name__}; wrap a function in a "
+            "module, or write it as one of parameters for jactri.func.jacrev: lambda p: "
+            "torch.func.functional_call(net, p, x)"
         )
     named = dict(module.named_parameters())
     if not named:

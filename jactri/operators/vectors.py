@@ -21,10 +21,12 @@ from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
 from ..opaque import Vmapped, refuse_or_log
 from ..planning import plan_for_given
+from ..remedies import told
 
 Blocks = Sequence[Tensor | None]
 
 
+@told
 def jvp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -83,6 +85,7 @@ def jvp(
     return (result if create_graph else detached(result)), product
 
 
+@told
 def vjp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
