@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .intervals import thin
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
 from .linear_map import LinearMap, Route, Shape
 
@@ -107,6 +108,10 @@ class Expand(Sum):
         return c.sum([a + 1 for a in self.axes], keepdim=True), True
 
 
+_SEEN = 1 << 26
+"""Pairs of entries of which a product is asked whether one sees the other, at most."""
+
+
 class MatMul(LinearMap):
     """Multiplication by a matrix: ``x @ partner`` (side "right") or ``partner @ x`` (side "left").
 
@@ -148,6 +153,21 @@ class MatMul(LinearMap):
         return Route(
             mid, released(mid, axis, to[axis]), None, self.work(in_shape, out_shape, reverse)
         )
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        """By the partner's zeros, where they count and are not too many to look at."""
+        right = self.side == "right"
+        axis = t.dim() - 1 if right else t.dim() - 2
+        if values and t.shape[axis] > 1 and t.stride(axis):
+            t = thin(t) if right else thin(t).mT
+            seen = self.partner != 0
+            if right == reverse:
+                seen = seen.mT  # (b?, what is summed over, what it gives)
+            if t.numel() * seen.shape[-1] * (len(seen) if seen.dim() == 3 else 1) <= _SEEN:
+                out = (t.unsqueeze(-1) * seen.unsqueeze(-3)).amax(-2)
+                return out if right else out.mT
+            t = t if right else t.mT
+        return super().reach(t, in_shape, out_shape, reverse, values)
 
     def work(self, in_shape, out_shape, reverse):
         return 2.0 * (out_shape if reverse else in_shape)[-1 if self.side == "right" else -2]

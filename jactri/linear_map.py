@@ -19,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .intervals import joined, regrouped
 from .kernels.support import Factor
 from .layout import (
     Layout,
@@ -129,6 +130,18 @@ class LinearMap:
         """The part of a result, as a view, in which a map that ``places`` its data puts them."""
         raise NotImplementedError
 
+    def reach(
+        self, t: Tensor, in_shape: Shape, out_shape: Shape, reverse: bool, values: bool
+    ) -> Tensor:
+        """What depends on what: at each output the largest of the numbers ``t``, from 0 on, at the inputs that it sees.
+
+        ``t`` is a block ``(2, *shape)`` of integers, ``reverse`` goes from outputs to inputs. ``values``: an input that
+        is multiplied by zero is not seen. Axes of the result of size 1 stand for what is alike along them.
+        """
+        return joined(
+            t, self.kept(in_shape, out_shape), reverse, in_shape if reverse else out_shape
+        )
+
     def row_map(self, ndim: int, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
         """For values of ``ndim`` axes: the map of `kernels.rows` that this is, its saved values, and how many of the
         last axes it runs over; None if it is none of them."""
@@ -176,6 +189,9 @@ class Elementwise(LinearMap):
     def route(self, layout, in_shape, out_shape, reverse):
         return Route(layout, layout)
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return t
+
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
@@ -206,6 +222,9 @@ class Scale(Elementwise):
 
     def __init__(self, factor: float):
         self.factor = factor
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return torch.zeros_like(t) if values and self.factor == 0 else t
 
     def push(self, t, own):
         return (t.mul_(self.factor) if own else t * self.factor), True
@@ -288,6 +307,9 @@ class Diagonal(Elementwise):
         if not isinstance(self._derivative, Tensor):
             self._value = None
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return t.masked_fill(self.d == 0, 0) if values else t
+
     def narrow(self, source, target, in_shape, out_shape):
         return Diagonal(target.of(self.d, len(out_shape)))
 
@@ -352,6 +374,9 @@ class View(Structural):
         mid = layout.drop(layout.tied - out.tied)
         return Route(mid, out)
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return regrouped(t, in_shape if reverse else out_shape)
+
     def narrow(self, source, target, in_shape, out_shape):
         return View(source.shape(in_shape), target.shape(out_shape))
 
@@ -388,6 +413,9 @@ class Permute(Structural):
         axes = tuple(layout.axes[d - 1] for d in dims[1:])
         return Route(layout, Layout(axes, layout.seed), moves=False)
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return t.permute(self._pull if reverse else self._push)
+
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
@@ -403,10 +431,13 @@ class Functional(LinearMap):
 
     ``anywhere`` says that both take any length of the kept axes, so that a range of samples needs no other map.
     ``supports`` gives those of the `windows` by axis, which is the same before and after; ``detail`` is what, beside
-    the name and the shapes, they depend on.
+    the name and the shapes, they depend on. ``moves``: of push and pull, which add no entries: each of the
+    result's is one that is given, or zero.
     """
 
-    __slots__ = ("_anywhere", "_detail", "_kept", "_pull", "_push", "_supports", "_work", "name")
+    __slots__ = (
+        "_anywhere", "_detail", "_kept", "_moves", "_pull", "_push", "_supports", "_work", "name",
+    )  # fmt: skip
     structure = "function"
 
     def __init__(
@@ -419,10 +450,11 @@ class Functional(LinearMap):
         anywhere: bool = False,
         supports: dict[int, Callable[[], numpy.ndarray]] | None = None,
         detail: object = None,
+        moves: tuple[bool, bool] = (False, False),
     ):
         self.name, self._push, self._pull, self._kept = name, push, pull, kept
         self._work, self._anywhere = work, anywhere
-        self._supports, self._detail = supports or {}, detail
+        self._supports, self._detail, self._moves = supports or {}, detail, moves
 
     @property
     def key(self):
@@ -433,6 +465,11 @@ class Functional(LinearMap):
 
     def support(self, axis, in_shape, out_shape):
         return self._supports[axis]()
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        if self._moves[reverse]:
+            return (self._pull if reverse else self._push)(t)
+        return super().reach(t, in_shape, out_shape, reverse, values)
 
     def narrow(self, source, target, in_shape, out_shape):
         return self if self._anywhere else None

@@ -187,6 +187,9 @@ class Transpose(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         return self.base.work(out_shape, in_shape, not reverse)
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return self.base.reach(t, out_shape, in_shape, not reverse, values)
+
     def narrow(self, source, target, in_shape, out_shape):
         base = self.base.narrow(target, source, out_shape, in_shape)
         return None if base is None else Transpose(base)

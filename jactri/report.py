@@ -19,6 +19,7 @@ from .graph import Graph, UnsupportedGraph, read
 from .layout import FREE, Layout
 from .memory import si
 from .mixed import Join
+from .owners import apart
 from .planner import Plan
 from .planning import answer_bytes, plan_for, prove_by_probe
 from .ranges import layer_of
@@ -136,7 +137,7 @@ def explain(
             if per_sample:
                 proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
                 summed = not proof.tied
-                if summed:
+                if summed and not apart(graph):
                     prove_by_probe(graph, proof, ys, xs)
             plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
             return describe(graph, plan, ys, xs, per_sample)

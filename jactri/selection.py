@@ -38,6 +38,9 @@ class Slice(LinearMap):
     def places(self, reverse):
         return reverse
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return (self.pull if reverse else self.push)(t, False)[0]
+
     def window(self, t: Tensor) -> Tensor:
         if self.step == 1:
             return t.narrow(self.axis + 1, self.start, self.length)
@@ -105,6 +108,12 @@ class Take(LinearMap):
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        if not reverse:
+            return self.push(t, False)[0]
+        index = self.index.view(-1, *[1] * (t.dim() - self.axis - 2)).expand(t.shape[1:])
+        return Gather(index, self.size, self.axis).reach(t, in_shape, out_shape, True, values)
+
     def push(self, t, own):
         return t.index_select(self.axis + 1, self.index), True
 
@@ -134,6 +143,13 @@ class Gather(LinearMap):
 
     def narrow(self, source, target, in_shape, out_shape):
         return Gather(target.of(self.index, len(out_shape)), self.size, self.axis)
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        index, dim = self._expanded(self.index, t), self.axis + 1
+        if not reverse:
+            return t.gather(dim, index)
+        zeros = t.new_zeros((*t.shape[:dim], self.size, *t.shape[dim + 1 :]))
+        return zeros.scatter_reduce_(dim, index, t, "amax")
 
     def push(self, t, own):
         if self._channels_last(t):
@@ -183,6 +199,9 @@ class Select(LinearMap):
     def places(self, reverse):
         return reverse
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return (self.pull if reverse else self.push)(t, False)[0]
+
     def window(self, t):
         return t.select(self.axis + 1, self.index)
 
@@ -207,6 +226,9 @@ class Scatter(Gather):
 
     def narrow(self, source, target, in_shape, out_shape):
         return Scatter(source.of(self.index, len(in_shape)), self.size, self.axis)
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return super().reach(t, out_shape, in_shape, not reverse, values)
 
     def push(self, t, own):
         return Gather.pull(self, t, own)
@@ -270,6 +292,11 @@ class Picked(LinearMap):
         tail = len(self.size)
         shapes = (*in_shape[:-tail], 0), (*out_shape[:-tail], 0)
         return Picked(self.base.narrow(source, target, *shapes), self.size, self.out, self.options)
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        near, far = (self.out, self.size) if reverse else (self.size, self.out)
+        flat = t.flatten(-len(near))
+        return self.base.reach(flat, in_shape, out_shape, reverse, values).unflatten(-1, far)
 
     def push(self, t, own):
         flat, own = self.base.push(t.flatten(-len(self.size)), own)

@@ -193,7 +193,7 @@ def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
     raise AssertionError("a seed factor belongs to no axis")
 
 
-def _relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> list[int]:
+def relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> list[int]:
     """The values on a path between a seed and a target, in sweep order."""
     wanted = {t for t in targets if t is not None}
     values = graph.values
@@ -224,7 +224,7 @@ def _relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> 
 def _follow(graph, index, seeds, layout, reverse, targets, summed, unit_seed: bool) -> Sweep:
     """``seeds``: the layouts of the blocks to start from; ``layout``: that of the sweep, whose seed is theirs."""
     values = graph.values
-    order = _relevant(graph, seeds, targets, reverse)
+    order = relevant(graph, seeds, targets, reverse)
     present = set(order)
     incoming: dict[int, list[tuple[int, int, int]]] = {v: [] for v in order}
     for v in order:

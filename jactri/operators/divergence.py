@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends, handover
 from ..graph import Graph, UnsupportedGraph, read
+from ..owners import apart
 from ..planning import plan_for, prove_by_probe
 from ..remedies import told
 from . import points
@@ -114,7 +115,7 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
 def _prove(graph: Graph, y: Tensor, x: Tensor) -> None:
     """Raise unless samples do not mix."""
     plan = plan_for(graph, "auto", False, None, None, (y,), (x,), True)
-    if not plan.tied:
+    if not (plan.tied or apart(graph)):
         prove_by_probe(graph, plan, (y,), (x,))
 
 

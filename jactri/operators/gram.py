@@ -19,6 +19,7 @@ from ..api import detached, prepare, uncompiled
 from ..arguments import as_tuple, check_batch, check_options
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
+from ..owners import apart
 from ..planning import plan_for, prove_by_probe
 from ..remedies import told
 from .contract import Network
@@ -253,9 +254,9 @@ def _rows(ys, xs, weights, asked: Asked):
     summed = False
     if asked.per_sample:
         plan = plan_for(graph, "auto", False, None, None, ys, xs, True)
-        if not plan.tied:
+        summed = not plan.tied
+        if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
-            summed = True
     kept = graph.inputs if asked.kind == "jtj" else graph.outputs
     made = gram(graph, weights, asked, summed, half, xs[0].device)
     return _finished(made, kept, ends[1], asked, half)

@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..linear_map import Cut, Functional, Kept, LinearMap, Shape, keep_all_but
+from ..linear_map import Cut, Kept, LinearMap, Shape
+from ..maps import Transpose
 from ..selection import Gather, Take
 from . import normal_index, rule
 from .elementwise import Partials
@@ -47,6 +48,12 @@ class Pick(LinearMap):
         index = (before * source.length + at) * unit + after
         return index, source.shape(self.in_shape), target.shape(self.out_shape)
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        if not reverse:
+            return Pick.push(self, t, False)[0]
+        flat = Gather(self.index, prod(self.in_shape)).reach(t.reshape(2, -1), (), (), True, values)
+        return flat.view(2, *self.in_shape)
+
     def push(self, t, own):
         picked = t.reshape(t.shape[0], -1).index_select(1, self.index)
         return picked.view(t.shape[0], *self.out_shape), True
@@ -72,6 +79,9 @@ class Put(Pick):
     def narrow(self, source, target, in_shape, out_shape):
         index, small_out, small_in = self._cut(target, source)
         return Put(index, small_in, small_out, self._kept)
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return super().reach(t, out_shape, in_shape, not reverse, values)
 
     def push(self, t, own):
         return Pick.pull(self, t, own)
@@ -281,18 +291,8 @@ def _spread(g, s: int) -> int | None:
     n = len(g.shape)
     if n == 0 or len(g.values[s].shape) != n:
         return None
-    i, axis = g.tensor("index").reshape(-1), g.axis("dim", n)
-    size = g.shape[axis]
-
-    def push(t):
-        sizes = list(t.shape)
-        sizes[axis + 1] = size
-        return t.new_zeros(sizes).index_add_(axis + 1, i, t)
-
-    def pull(c):
-        return c.index_select(axis + 1, i)
-
-    edge = Functional("spread", push, pull, keep_all_but((axis,), n), anywhere=True)
+    axis = g.axis("dim", n)
+    edge = Transpose(Take(axis, g.tensor("index").reshape(-1), g.shape[axis]))
     return g.single(s, edge, g.shape)
 
 

@@ -249,7 +249,9 @@ def _mixing(g, s: int, name: str, push, pull, axes, index=None) -> int:
         supports = {
             a: lambda a=a: numpy.arange(sizes[a]) == index(a)[:, None] % sizes[a] for a in axes
         }
-    edge = Functional(name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports)
+    edge = Functional(
+        name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports, moves=(True, True)
+    )
     return g.single(s, edge, g.shape)
 
 
@@ -339,7 +341,9 @@ def _diagonal_map(g, s: int, shape, transposed: bool) -> int:
     push, pull = take, put
     if transposed:
         push, pull, kept = put, take, [(b, a) for a, b in kept]
-    edge = Functional("diagonal", push, pull, tuple(kept), (1.0, 1.0), anywhere=not whole)
+    edge = Functional(
+        "diagonal", push, pull, tuple(kept), (1.0, 1.0), anywhere=not whole, moves=(True, True)
+    )
     return g.single(s, edge, g.shape)
 
 
@@ -367,7 +371,8 @@ def _windows(g, s: int, shape, transposed: bool) -> int:
         return torch.ops.aten.unfold_backward(c, sizes, axis + 1, size, step)
 
     push, pull = (join, cut) if transposed else (cut, join)
-    edge = Functional("unfold", push, pull, keep_all_but((axis,), len(shape)), anywhere=True)
+    kept, moves = keep_all_but((axis,), len(shape)), (not transposed, transposed)
+    edge = Functional("unfold", push, pull, kept, anywhere=True, moves=moves)
     return g.single(s, edge, g.shape)
 
 

@@ -1,0 +1,143 @@
+"""The proof that samples stay apart where rows are picked by index: sound for every op, and complete for routing."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import ALL
+from common import MODES
+from routing import ORDER, ROUTED, W6, D, N, inverse, write
+from test_ops import F64, ids, truth
+
+import jactri
+from jactri import api, owners, report
+from jactri.graph import UnsupportedGraph, read
+from jactri.operators import divergence, gram, recorded
+
+MAIN = [case for case in ALL if not case.variant]
+
+
+def graph_of(func, inputs):
+    xs = tuple(x.detach().requires_grad_() for x in inputs)
+    ys = func(*xs)
+    return read(ys if isinstance(ys, tuple) else (ys,), xs)
+
+
+def entries(shape, start, total):
+    """The intervals of a value every entry of which is a sample of its own: of ``total``, from number ``start``."""
+    n = torch.Size(shape).numel()
+    index = torch.arange(start, start + n, dtype=torch.int32)
+    return torch.stack([index + 1, total - index]).view(2, *shape)
+
+
+def bounds(t, total):
+    """The first and the last entry that each may depend on."""
+    return (total - t[1]).flatten(), (t[0] - 1).flatten()
+
+
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_no_dependence_lies_outside(case):
+    func, inputs = case.build(F64)
+    with torch.random.fork_rng():
+        try:
+            graph = graph_of(func, inputs)
+        except UnsupportedGraph:
+            return
+    want = truth(case)
+    sides = graph.inputs, graph.outputs
+    for reverse, values in itertools.product((False, True), repeat=2):
+        ends, targets = sides[::-1] if reverse else sides
+        starts, first, total = {}, {}, 0
+        for v in ends:
+            if v is not None and v not in starts:
+                first[v] = total
+                total += torch.Size(graph.values[v].shape).numel()
+        for v in first:
+            starts[v] = entries(graph.values[v].shape, first[v], total)
+        if not starts:
+            continue
+        found = owners.follow(graph, starts, targets, reverse, values)
+        for k, end in enumerate(ends):
+            for i, target in enumerate(targets):
+                if end is None or target is None:
+                    continue
+                j = want[k][i] if reverse else want[i][k]
+                rows = torch.Size(graph.values[target].shape).numel()
+                j = j.reshape(-1, rows).T if reverse else j.reshape(rows, -1)
+                if target not in found:
+                    assert not j.any()
+                    continue
+                low, high = bounds(found[target], total)
+                place = first[end] + torch.arange(j.shape[1])
+                outside = (place < low[:, None]) | (place > high[:, None])
+                assert not ((j != 0) & outside).any()
+
+
+def inputs():
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(N, D, generator=g, dtype=F64)
+
+
+def own_blocks(func, x):
+    """The blocks of each sample of the whole Jacobian by autograd, the others of which are zero."""
+    full = torch.autograd.functional.jacobian(func, x)
+    full = full.movedim(full.dim() - x.dim(), 1)
+    for k in range(len(x)):
+        assert not full[k, torch.arange(len(x)) != k].any()
+    return torch.stack([full[k, k] for k in range(len(x))])
+
+
+@pytest.fixture
+def no_probe(monkeypatch):
+    def called(*args):
+        raise AssertionError("samples were probed")
+
+    for module in (api, gram, divergence, report, recorded):
+        for name in ("prove_by_probe", "probe_mixing"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, called)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_rows_keep_their_owner(name, no_probe):
+    x = inputs()
+
+    def func(x):
+        return ROUTED[name](x, ORDER)
+
+    want = own_blocks(func, x)
+    for mode in MODES:
+        got = jactri.jacobian(func, x, per_sample=True, strategy=mode)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(jactri.gradient(func, x), want, rtol=1e-12, atol=1e-12)
+
+
+OTHERS = {
+    "rows by inverse": lambda x, i, j: (x[i] @ W6).sin()[inverse(j)],
+    "added back": lambda x, i, j: torch.zeros_like(x).index_add(0, j, x[i].sin()),
+    "added to all": lambda x, i, j: x.index_add(0, j, x[i].sin()),
+    "copied back": lambda x, i, j: torch.zeros_like(x).index_copy(0, j, x[i].sin()),
+    "scattered back": lambda x, i, j: x.scatter_add(0, j[:, None].expand(N, D), x[i].tanh()),
+    "put back": lambda x, i, j: write(x.cos(), j, x[i].sin()),
+    "where": lambda x, i, j: torch.where((i == j)[:, None], x.sin(), x.flip(0)),
+    "dispatched by products": lambda x, i, j: (
+        F.one_hot(j, N).to(F64).T @ (F.one_hot(i, N).to(F64) @ x)
+    ).sin(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_call_proves_anew(name):
+    """The graphs of both calls are alike, and so are their plans."""
+    x, func, other = inputs(), OTHERS[name], ORDER[[1, 0, 2, 3]]
+    want = own_blocks(lambda x: func(x, ORDER, ORDER), x)
+    for _ in range(2):
+        got = jactri.jacobian(lambda x: func(x, ORDER, ORDER), x, per_sample=True)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        for call in (jactri.jacobian, jactri.jtj, jactri.jjt, jactri.explain):
+            with pytest.raises(RuntimeError, match="samples mix"):
+                call(lambda x: func(x, ORDER, other), x, per_sample=True)
+        for call in (jactri.gradient, jactri.laplacian, jactri.divergence):
+            with pytest.raises(RuntimeError, match="samples mix"):
+                call(lambda x: func(x, ORDER, other), x)
