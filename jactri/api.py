@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, handover, ranges, reentrant, whole
+from . import backends, handover, reentrant, whole
 from .answers import Answer
 from .arguments import (
     as_tuple,
@@ -20,7 +19,6 @@ from .arguments import (
     check_options,
     destinations,
     form,
-    fresh_leaf,
     out_rows,
 )
 from .entries import Banded, Entries, check_pattern, nothing
@@ -28,16 +26,15 @@ from .executor import run
 from .folding import fold
 from .graph import Graph, UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
-from .layers import watching
 from .opaque import refuse_or_log
 from .owners import apart
 from .planner import MemoryLimitTooSmall
 from .planning import budget, check_answer, plan_for, prove_by_probe, split_samples
 from .progress import Watch, bar
-from .remedies import told
+from .running import computing, detached, eagerly, prepare, public
 
 
-@told
+@public
 def jacobian(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -60,6 +57,8 @@ def jacobian(
 
     ``func`` runs once, in eager PyTorch; the graph that autograd recorded is read into structured local Jacobians,
     which are multiplied in the cheaper of the two orders. Ops without a structure are computed by autograd.
+    What of ``func`` is compiled by ``torch.compile`` runs eagerly (in all threads, while ``func`` runs). Within
+    autocast ``func`` is cast as ever; products of the Jacobian are in the dtypes that its graph has.
 
     Args:
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
@@ -117,7 +116,7 @@ def jacobian(
         if kind != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         return handover.jacobian(
-            uncompiled(func),
+            eagerly(func),
             xs,
             tupled,
             strategy,
@@ -127,13 +126,6 @@ def jacobian(
             chunk_size,
             out,
         )
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return jacobian(
-                func, inputs, create_graph, strict, vectorize, strategy, per_sample=per_sample,
-                return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, out=out,
-                backend=backend, progress=progress, resume=resume, layout=layout,
-            )  # fmt: skip
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
@@ -146,7 +138,7 @@ def jacobian(
     return (result if create_graph else detached(result)), answer
 
 
-@told
+@public
 def jacobian_of(
     outputs: Tensor | tuple[Tensor, ...],
     inputs: Tensor | tuple[Tensor, ...],
@@ -241,7 +233,7 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
 
 
 def _in_mode(ys, xs, asked: Request, dests):
-    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
+    with computing(asked.create_graph, asked.backend):
         return _rows(ys, xs, asked, dests)
 
 
@@ -371,42 +363,6 @@ def _run(graph, plan, span, ys, xs, asked: Request, dests, watch):
     return answers
 
 
-def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
-    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result."""
-    if not xs:
-        raise IndexError("inputs is an empty tuple: pass at least one tensor")
-    with torch.enable_grad():
-        leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
-        func = uncompiled(func)
-        result = record(ranges.call, func, leaves) if watching() else record(func, *leaves)
-    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
-    return ys, leaves, tupled_out, result
-
-
-_recording = threading.local()
-
-
-def record(call, *args):
-    """Call a function for its graph, which will be read."""
-    before, _recording.now = recording(), True
-    try:
-        return call(*args)
-    finally:
-        _recording.now = before
-
-
-def recording() -> bool:
-    """Whether this runs inside of a function whose graph will be read."""
-    return getattr(_recording, "now", False)
-
-
-def uncompiled(func):
-    """The eager function behind torch.compile: its graph can be read, a compiled one is a single opaque node."""
-    if isinstance(func, torch.nn.Module):
-        return getattr(func, "_orig_mod", func)
-    return getattr(func, "_torchdynamo_orig_callable", func)
-
-
 def zero_block(
     y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
 ) -> Tensor:
@@ -439,7 +395,3 @@ def nest(rows, tupled_out: bool, tupled: bool):
     else:
         rows = tuple(row[0] for row in rows)
     return rows if tupled_out else rows[0]
-
-
-def detached(result):
-    return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 from .api import jacobian
 from .arguments import as_tuple
 from .finite_difference import Differences
-from .remedies import told
 from .report import explain
+from .running import public
 from .samples import probe_mixing
 
 _TIMED_SECONDS = 0.5
@@ -98,7 +98,7 @@ def _double(value):
     return value
 
 
-@told
+@public
 def check(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

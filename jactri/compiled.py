@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
@@ -19,6 +18,7 @@ from .cudagraph import Graphed
 from .guard import Guard, alike, key, unchanged
 from .kept import kept_tensors
 from .operators.jobs import JOBS, Ends, Job
+from .running import computing, public
 from .tape import Recorder, Stale, Tape, Unrecordable, function, tensors
 from .traced import Traced
 
@@ -74,7 +74,7 @@ class Replay:
         """The tensors of the answer. Raises Stale if the graph is not the recorded one."""
         if len(ends.ys) != self.outputs or len(ends.leaves) != self.inputs:
             raise Stale("the number of outputs or parameters")
-        with torch.no_grad():
+        with computing(False):
             return self.run(*ends.ys, *ends.leaves, *tensors(out))
 
 
@@ -127,6 +127,7 @@ class Compiled:
         of = "" if self._job.name == "jacobian" else f", of={self._job.name}"
         return f"jactri.compile({name}{of}): {self._last.how}, {self.replans} plans after the first"
 
+    @public
     def __call__(self, *inputs: Tensor, out: Any = None) -> Any:
         """What the compiled call returns at ``inputs``.
 
@@ -150,9 +151,6 @@ class Compiled:
                 f"a compiled {self._job.name} cannot run inside of a torch.func transform; call "
                 f"jactri.{self._job.name} there"
             )
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self(*inputs, out=out)
         job, plan = self._job, self._plans.get(signature)
         # whoever watches the ops sees those of an ordinary call
         watched = _len_torch_dispatch_stack()

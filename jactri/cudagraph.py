@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import uncompiled
 from .held import Held
 from .memory import free_bytes
 from .operators.jobs import Ends, Job
@@ -30,7 +29,7 @@ class Graphed:
         self.job, self.inputs = job, [x.detach().clone() for x in xs]
         self._lock, self._done = threading.Lock(), None
         self.how = "replays a CUDA graph"
-        self.held = Held(uncompiled(job.func), lambda: job.forward(tuple(self.inputs)))
+        self.held = Held(job.func, lambda: job.forward(tuple(self.inputs)))
         if out is not None:  # checked, and written to for the first time
             job.rows(job.forward(tuple(self.inputs)), out)
 

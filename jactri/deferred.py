@@ -15,6 +15,7 @@ from torch import Tensor
 from .api import Request, compute
 from .graph import Outside, UnsupportedGraph, read
 from .planning import plan_for
+from .running import computing
 
 _CHEAP = 1e-3
 """Predicted seconds up to which a graph is made at once: about what a backward pass loses that makes it."""
@@ -82,7 +83,7 @@ def differentiable(
 
 
 def _cheap(ys, leaves, asked: Request) -> bool:
-    with torch.no_grad():
+    with computing(False):
         try:
             graph = read(ys, leaves)
         except UnsupportedGraph:

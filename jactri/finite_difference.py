@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import handover
-from .api import nest, uncompiled
+from .api import nest
 from .arguments import as_tuple, block_shape, check_batch
-from .remedies import told
+from .running import public, record
 from .samples import halves
 
 
-@told
+@public
 def finite_difference(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -76,7 +76,7 @@ class Differences:
         _check_inputs(xs)
         if step is not None and not step > 0:
             raise ValueError(f"step must be a positive number or None, got {step!r}")
-        self.func, self.richardson, self.per_sample = uncompiled(func), richardson, per_sample
+        self.func, self.richardson, self.per_sample = func, richardson, per_sample
         self.xs = tuple(x.detach().contiguous() for x in xs)
         self.devices = sorted({x.device.index for x in xs if x.is_cuda})
         self.tupled_out = False
@@ -102,10 +102,9 @@ class Differences:
         """The outputs at a point, with the random state as it is now."""
         with (
             torch.random.fork_rng(self.devices),
-            torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            result = self.func(*(x.clone().requires_grad_() for x in xs))
+            result = record(self.func, *(x.clone().requires_grad_() for x in xs))
         name = "outputs of the user-provided function"
         self.tupled_out, ys = as_tuple(result, name, "finite_difference")
         return tuple(y.detach() for y in ys)

@@ -23,10 +23,11 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import handover
-from .api import Request, compute, prepare, recording, uncompiled
+from .api import Request, compute
 from .arguments import check_options
 from .deferred import differentiable
 from .graph import Outside
+from .running import computing, eagerly, prepare, recording
 
 _RANDOMNESS = ("error", "different", "same")
 
@@ -163,7 +164,7 @@ class _Transform:
     def _by_torch(self, args, kwargs):
         func = functools.partial(self.func, **kwargs) if kwargs else self.func
         return handover.transform(
-            self.name, func, self.argnums, self.has_aux, self.chunk_size, self.randomness
+            self.name, eagerly(func), self.argnums, self.has_aux, self.chunk_size, self.randomness
         )(*args)
 
     def _answer(self, args, kwargs, tensors, graph: bool):
@@ -185,7 +186,7 @@ class _Transform:
         chosen = tuple(args[k] for k in places)
         xs, spec = tree_flatten(chosen if isinstance(self.argnums, tuple) else chosen[0])
         self._check_inputs(xs)
-        func, found = uncompiled(self.func), []
+        func, found = self.func, []
 
         def flat(*leaves):
             given = tree_unflatten(leaves, spec)
@@ -327,7 +328,7 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
     if y.numel() != 1:
         asked = Request("auto", True, False, False, None, None, False, "auto", True, None)
         return compute((y,), leaves, asked)[0]
-    with torch.enable_grad():
+    with computing(True):
         if y.requires_grad:
             found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
         else:

@@ -22,8 +22,8 @@ from .layers import Layers
 from .memory import si
 from .planner import predict
 from .ranges import Session
-from .remedies import told
 from .report import StepReport, steps_of
+from .running import public
 
 Seconds = dict[int, float]
 """Step -> the time that it took; steps that ran as one are counted at the last of them."""
@@ -96,7 +96,7 @@ class Profile:
         return "\n".join(lines)
 
 
-@told
+@public
 def profile(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

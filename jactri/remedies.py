@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,17 +97,8 @@ def of_shape(given: Tensor, y: Tensor, x: Tensor) -> str:
     return ""
 
 
-def told(call: Callable) -> Callable:
-    """A public call that says what to write instead of a keyword that it does not have."""
-    known = frozenset(inspect.signature(call).parameters)
-
-    @functools.wraps(call)
-    def telling(*args, **options):
-        if not known.issuperset(options):
-            name = next(o for o in options if o not in known)
-            remedy = _KEYWORDS.get(name)
-            remedy = f": {remedy}" if remedy else nearest(name, known)
-            raise TypeError(f"{call.__name__}() has no argument {name!r}{remedy}")
-        return call(*args, **options)
-
-    return telling
+def no_such(option: str, call: Callable, known) -> TypeError:
+    """For a keyword that a call does not have."""
+    remedy = _KEYWORDS.get(option)
+    remedy = f": {remedy}" if remedy else nearest(option, known)
+    return TypeError(f"{call.__name__}() has no argument {option!r}{remedy}")

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import backends, launch
-from .api import prepare
 from .arguments import as_tuple, check_batch
 from .folding import fold
 from .fusion import Fused, fuse
@@ -23,7 +21,7 @@ from .owners import apart
 from .planner import Plan
 from .planning import answer_bytes, plan_for, prove_by_probe
 from .ranges import layer_of
-from .remedies import told
+from .running import computing, prepare, public
 from .sweep import Sweep
 
 
@@ -102,7 +100,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-@told
+@public
 def explain(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -125,22 +123,21 @@ def explain(
     ys, xs, _, _ = prepare(func, given, False)
     if per_sample:
         check_batch(ys, xs)
-    with torch.no_grad():
+    with computing(False, backend):
         if not all(t.numel() for t in (*xs, *ys)):
             return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
         try:
             graph = fold(read(ys, xs))
         except UnsupportedGraph as reason:
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
-        with backends.use(backend):
-            summed = False
-            if per_sample:
-                proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
-                summed = not proof.tied
-                if summed and not apart(graph):
-                    prove_by_probe(graph, proof, ys, xs)
-            plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
-            return describe(graph, plan, ys, xs, per_sample)
+        summed = False
+        if per_sample:
+            proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
+            summed = not proof.tied
+            if summed and not apart(graph):
+                prove_by_probe(graph, proof, ys, xs)
+        plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
+        return describe(graph, plan, ys, xs, per_sample)
 
 
 def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import nest, prepare
+from .api import nest
 from .arguments import as_tuple, check_batch
 from .entries import unravel
 from .graph import UnsupportedGraph, read
 from .pattern import Trace, pattern_of
-from .remedies import told
+from .running import computing, prepare, public
 
 
-@told
+@public
 def sparsity(
     func: Callable[..., Any], inputs: Tensor | tuple[Tensor, ...], *, per_sample: bool = False
 ) -> Any:
@@ -33,12 +33,12 @@ def sparsity(
     Cost: one forward pass, and memory for ``8 * (axes + 1)`` bytes an entry.
     """
     tupled, xs = as_tuple(inputs, "inputs", "sparsity")
-    with torch.inference_mode(False):
-        ys, leaves, tupled_out, _ = prepare(func, xs, False)
+    ys, leaves, tupled_out, _ = prepare(func, xs, False)
     if per_sample:
         check_batch(ys, leaves)
     try:
-        graph = read(ys, leaves)
+        with computing(False):
+            graph = read(ys, leaves)
     except UnsupportedGraph as reason:
         raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
     traces = [None if v is None else Trace(graph, v) for v in graph.inputs]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .api import uncompiled
 from .constants import constants
 from .guard import key
 from .held import Held
 from .kept import kept_tensors
 from .operators.jobs import Ends, Job
 from .peephole import fused
+from .running import computing
 from .tape import Recorder, Stale, Tape, Unrecordable, function, tensors
 
 
@@ -32,7 +32,7 @@ class Traced:
             raise Unrecordable("an input is complex")
         job, given = job.by_ops(), tensors(out)
         inputs = [x.detach().clone() for x in xs]  # no memory in common with what func holds
-        self.held = Held(uncompiled(job.func), lambda: job.forward(tuple(inputs)))
+        self.held = Held(job.func, lambda: job.forward(tuple(inputs)))
         self.settings = _settings()
         job.rows(job.forward(tuple(inputs)), out)  # what is measured or probed once
         with Recorder(job.limit(xs[0].device)) as recorder:
@@ -75,7 +75,7 @@ class Traced:
         if self.settings != _settings():
             raise Stale("torch's settings")
         xs = [_laid(x, strides) for x, strides in zip(xs, self.strides, strict=True)]
-        with torch.no_grad():
+        with computing(False):
             made = self.run(*xs, *given)
         shown = made[self.rows :]
         ends = self.ends

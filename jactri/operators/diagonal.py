@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import backends, handover
-from ..api import detached, prepare, uncompiled
 from ..arguments import as_tuple, check_options
 from ..entries import factors_of
 from ..executor import chunks
@@ -27,14 +26,14 @@ from ..opaque import refuse_or_log
 from ..pattern import Trace, colours_of, has_windows
 from ..planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
 from ..rates import rough
-from ..remedies import told
+from ..running import computing, detached, eagerly, prepare, public
 from ..sweep import Sweep, follow, itemsize
 from ..whole import rows_at_once
 from .contract import Network, Operand, Sum, Unaligned, dense
 from .vectors import pull
 
 
-@told
+@public
 def diagonal(
     func: Callable[..., Any],
     x: Tensor,
@@ -72,18 +71,12 @@ def diagonal(
     if not isinstance(x, Tensor):
         raise TypeError(f"x of diagonal must be a Tensor, got {type(x)}")
     backends.check_asked(backend, x.device, create_graph)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return diagonal(
-                func, x, create_graph, return_output=return_output, chunk_size=chunk_size,
-                memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     if handover.transforming((x,)):
-        output, made = handover.diagonal(uncompiled(func), x, check_shape, chunk_size)
+        output, made = handover.diagonal(eagerly(func), x, check_shape, chunk_size)
         return (output, made) if return_output else made
     ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
     check_shape(result if not tupled else ys, x)
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
+    with computing(create_graph, backend):
         made = diagonal_of(ys[0], leaf, chunk_size, memory_limit)
     if not return_output:
         return made

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import backends, handover
+from .. import handover
 from ..graph import Graph, UnsupportedGraph, read
 from ..owners import apart
 from ..planning import plan_for, prove_by_probe
-from ..remedies import told
+from ..running import computing, eagerly, public
 from . import points
 from .diagonal import diagonal_of
 from .points import Options
@@ -19,7 +19,7 @@ from .trace import chains, traces
 from .vectors import pull
 
 
-@told
+@public
 def divergence(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -68,15 +68,9 @@ def divergence(
     if generator is not None and estimate is None:
         raise ValueError("generator is for an estimate: pass estimate=K, or leave generator out")
     if handover.transforming((x,)):
-        return _inside(func, x, estimate, return_lower)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return divergence(
-                func, x, create_graph, estimate=estimate, generator=generator, return_lower=return_lower,
-                chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
+        return _inside(eagerly(func), x, estimate, return_lower)
     y, leaf = points.evaluate(func, x, "divergence", create_graph, same=True)
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
+    with computing(create_graph, backend):
         if estimate is None:
             made = (of_output(y, leaf, asked),)
         else:

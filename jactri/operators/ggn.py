@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..arguments import check_options
 from ..layout import Selection
-from ..remedies import told
+from ..running import public
 from .inner import SECOND, Link
 from .parameters import ParameterJacobian, _same, _second, check_real, entries, flat
 from .recorded import Recorded
 
 
-@told
+@public
 def ggn(
     module: torch.nn.Module,
     x: Tensor | tuple[Tensor, ...],

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .. import handover
-from ..remedies import told
+from ..running import eagerly, public
 from . import points
 
 
-@told
+@public
 def gradient(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -46,14 +45,8 @@ def gradient(
     asked = points.options(x, "gradient", create_graph, chunk_size, memory_limit, backend)
     if handover.transforming((x,)):
         y, answer = handover.jacobian(
-            func, (x,), False, "auto", False, points.batched(x), True, chunk_size, None
+            eagerly(func), (x,), False, "auto", False, points.batched(x), True, chunk_size, None
         )
-    elif torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return gradient(
-                func, x, create_graph, return_lower=return_lower, chunk_size=chunk_size,
-                memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     else:
         y, leaf = points.evaluate(func, x, "gradient", create_graph)
         answer = points.jacobian(y, leaf, asked)

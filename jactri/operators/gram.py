@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from .. import backends, handover, whole
-from ..api import detached, prepare, uncompiled
 from ..arguments import as_tuple, check_batch, check_options
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
 from ..owners import apart
 from ..planning import plan_for, prove_by_probe
-from ..remedies import told
+from ..running import computing, detached, eagerly, prepare, public
 from .contract import Network
 from .ways import Asked, between, gram, pairs, summed_up, weight_in
 
 
-@told
+@public
 def jtj(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -76,7 +75,7 @@ def jtj(
     )  # fmt: skip
 
 
-@told
+@public
 def jjt(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -112,19 +111,13 @@ def _gram(
     check_options("auto", chunk_size, None, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", kind)
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return _gram(
-                kind, func, inputs, weight, create_graph, per_sample=per_sample,
-                return_output=return_output, chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     weights = weight if isinstance(weight, tuple) else (weight,)
     for w in weights:
         if w is not None:
             as_tuple(w, "weight", kind)
     if handover.transforming((*xs, *(w for w in weights if w is not None))):
         rows, tupled_out, result = _composed(
-            kind, uncompiled(func), xs, weights, per_sample, chunk_size
+            kind, eagerly(func), xs, weights, per_sample, chunk_size
         )
         return nested(kind, rows, tupled, tupled_out, result, return_output)
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
@@ -148,7 +141,7 @@ def rows_of(
     weights = weight if isinstance(weight, tuple) else (weight,)
     ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
     forms = check_weights(weights, *ends, per_sample)
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
+    with computing(create_graph, backend):
         asked = Asked(kind, forms, per_sample, chunk_size, memory_limit)
         return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked)
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..api import Request, compute, detached, jacobian, nest, prepare
+from ..api import Request, compute, jacobian, nest
 from ..arguments import as_tuple, check_options, out_rows
 from ..memory import free_bytes, parse_bytes
+from ..running import computing, detached, prepare
 from . import points
 from . import weight as weights
 from .diagonal import check_shape, diagonal, diagonal_of
@@ -223,7 +224,7 @@ class _Divergence(_Point):
     name, same = "divergence", True
 
     def rows(self, ends, out):
-        with torch.no_grad(), backends.use(self.backend):
+        with computing(False, self.backend):
             return [trace_of(*ends.ys, *ends.leaves, self.asked).detach()]
 
 
@@ -258,7 +259,7 @@ class _Diagonal(Job):
         return Ends(ys, leaves, result)
 
     def rows(self, ends, out):
-        with torch.no_grad(), backends.use(self.backend):
+        with computing(False, self.backend):
             return [diagonal_of(*ends.ys, *ends.leaves, self.chunk_size, self.memory_limit)]
 
     def answer(self, ends, rows, out):

@@ -8,13 +8,13 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from .. import backends, handover
+from .. import handover
 from ..graph import UnsupportedGraph
 from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
-from ..remedies import told
+from ..running import computing, eagerly, public
 from ..samples import places
 from . import points
 from . import weight as weights
@@ -30,7 +30,7 @@ ROWS = 2048
 """Rows of a product from which its rate no longer grows; fewer samples at once gain nothing."""
 
 
-@told
+@public
 def laplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -79,19 +79,13 @@ def laplacian(
     asked = points.options(x, "laplacian", create_graph, chunk_size, memory_limit, backend)
     a = None if weight is None else weights.check(weight, x)
     if handover.transforming((x,) if weight is None else (x, weight)):
-        return _inside(func, x, a, return_lower)
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return laplacian(
-                func, x, weight, create_graph, return_lower=return_lower, chunk_size=chunk_size,
-                memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
+        return _inside(eagerly(func), x, a, return_lower)
     y, leaf = points.evaluate(func, x, "laplacian", create_graph)
     first, answer = of_output(y, leaf, a, asked, return_lower)
     return (points.result(y, asked), first, answer) if return_lower else answer
 
 
-@told
+@public
 def bilaplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -112,18 +106,13 @@ def bilaplacian(
     """
     asked = points.options(x, "bilaplacian", create_graph, chunk_size, memory_limit, backend)
     if handover.transforming((x,)):
+        func = eagerly(func)
 
         def once(v: Tensor) -> Tensor:
             return _inside(func, v, None, False)
 
         answer = _inside(once, x, None, False)
         return (func(x), once(x), answer) if return_lower else answer
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return bilaplacian(
-                func, x, create_graph, return_lower=return_lower, chunk_size=chunk_size,
-                memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     y, leaf = points.evaluate(func, x, "bilaplacian", create_graph)
     held = Options(True, chunk_size, memory_limit, "auto")
     _, lap = of_output(y, leaf, None, held, False)
@@ -137,7 +126,7 @@ def of_output(
     y: Tensor, x: Tensor, a: Tensor | None, asked: Options, lower: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The Jacobian (if ``lower``) and the Laplacian of a recorded computation; ``a`` is a symmetric weight."""
-    with torch.set_grad_enabled(asked.create_graph), backends.use(asked.backend):
+    with computing(asked.create_graph, asked.backend):
         shape = (*y.shape, *points.inner(x))
         if y.numel() == 0 or x.numel() == 0 or not y.requires_grad:
             first = torch.zeros(shape, dtype=x.dtype, device=x.device) if lower else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_options
-from ..remedies import told
+from ..running import public
 from .inner import Link
 from .parameters import ParameterJacobian, _second, inner
 from .recorded import Recorded
@@ -17,7 +17,7 @@ from .recorded import Recorded
 COMPUTE = ("full", "trace", "diagonal")
 
 
-@told
+@public
 def empirical_ntk(
     module: torch.nn.Module,
     x1: Tensor | tuple[Tensor, ...],

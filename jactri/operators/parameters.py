@@ -13,7 +13,7 @@ from .. import whole
 from ..arguments import check_options
 from ..layout import Selection
 from ..memory import si
-from ..remedies import told
+from ..running import public
 from .factors import Piece, pieces_of, write
 from .inner import SECOND, Entries, Link, Total, accumulate, with_bias
 from .labels import Labels
@@ -24,7 +24,7 @@ FORMED = 1 << 28
 """Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
 
 
-@told
+@public
 def parameter_jacobian(
     module: torch.nn.Module,
     x: Tensor | tuple[Tensor, ...],

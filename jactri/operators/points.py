@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import backends
-from ..api import Request, compute, prepare
+from ..api import Request, compute
 from ..arguments import check_options
 from ..remedies import instead_of
+from ..running import prepare
 
 
 @dataclass(frozen=True)

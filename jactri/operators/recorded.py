@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import handover
-from ..api import uncompiled
 from ..arguments import fresh_leaf
 from ..graph import Graph, UnsupportedGraph, read
 from ..layout import Selection
 from ..memory import free_bytes, parse_bytes
 from ..opaque import Opaque, refuse_or_log
+from ..running import computing, record
 from ..samples import halves, probe_mixing
 from ..sweep import itemsize, peak_bytes
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
@@ -137,7 +137,7 @@ class Recorded:
         self._was_read = False
         with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module) as written:
             leaves = [fresh_leaf(t, create_graph) if _differentiable(t) else _plain(t) for t in xs]
-            y = uncompiled(module)(*leaves)
+            y = record(module, *leaves)
             self._check_output(y, leaves, module)
             self.y, self.n, self.leaves = y, y.shape[0], leaves
             self.out = tuple(y.shape[1:])
@@ -179,12 +179,13 @@ class Recorded:
     def read(self) -> Recorded:
         """Raises RuntimeError where samples mix."""
         if not self._was_read:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False):
                 self._read()
         return self
 
     def _read(self) -> None:
-        self._find()
+        with computing(True):
+            self._find()
         self._was_read = True  # not where that raised
 
     def _find(self) -> None:
@@ -244,16 +245,9 @@ class Recorded:
         """Whether the output depends on a parameter, and neither is empty."""
         return self.by_autograd or self.structure is not None
 
-    @contextlib.contextmanager
     def computing(self):
-        """With a graph if one is asked for, and never in the lower precision of an autocast region."""
-        kind = self.y.device.type
-        with torch.set_grad_enabled(self.create_graph):
-            if torch.is_autocast_enabled(kind):
-                with torch.autocast(kind, enabled=False):
-                    yield
-            else:
-                yield
+        """With a graph if one is asked for."""
+        return computing(self.create_graph)
 
     # -- chunks -----------------------------------------------------------------------------------
 

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from .. import backends, handover
 from ..answers import Store
-from ..api import detached, prepare, uncompiled
 from ..arguments import as_tuple, check_options
 from ..executor import run
 from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
 from ..opaque import Vmapped, refuse_or_log
 from ..planning import plan_for_given
-from ..remedies import told
+from ..running import computing, detached, eagerly, prepare, public
 
 Blocks = Sequence[Tensor | None]
 
 
-@told
+@public
 def jvp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -66,15 +65,9 @@ def jvp(
     _, xs = as_tuple(inputs, "inputs", "jvp")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     _, ts = as_tuple(tangents, "tangents", "jvp")
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return jvp(
-                func, inputs, tangents, create_graph,
-                chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     block = check_vectors("tangents", ts, "inputs", xs)
     if handover.transforming((*xs, *ts)):
-        return handover.jvp(uncompiled(func), xs, ts, block, chunk_size)
+        return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     blocks = ts if block else [t.unsqueeze(0) for t in ts]
     made = push(
@@ -85,7 +78,7 @@ def jvp(
     return (result if create_graph else detached(result)), product
 
 
-@told
+@public
 def vjp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -125,14 +118,8 @@ def vjp(
     tupled, xs = as_tuple(inputs, "inputs", "vjp")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
     _, cs = as_tuple(cotangents, "cotangents", "vjp")
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return vjp(
-                func, inputs, cotangents, create_graph,
-                chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-            )  # fmt: skip
     if handover.transforming((*xs, *cs)):
-        return handover.vjp(uncompiled(func), xs, tupled, cs, check_vectors, chunk_size)
+        return handover.vjp(eagerly(func), xs, tupled, cs, check_vectors, chunk_size)
     ys, leaves, _, result = prepare(func, xs, create_graph)
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
@@ -237,7 +224,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
         None if b is None else _ready(b, t, create_graph)
         for b, t in zip(blocks, seeds, strict=True)
     ]
-    with torch.set_grad_enabled(create_graph), backends.use(backend):
+    with computing(create_graph, backend):
         if not columns:
             return [e.new_zeros(0, *e.shape) for e in ends]
         try:

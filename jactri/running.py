@@ -1,0 +1,134 @@
+"""What surrounds every call: how the caller's function is run, and in which context jactri's own products are.
+
+The function runs as the caller would run it, in grad mode and with the caller's autocast, but eagerly: what of it
+torch.compile compiled is one node to autograd, whose graph cannot be read (and whose backward fails at a second batch
+size). Products run outside of autocast: they belong to the graph, whose dtypes are the function's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ranges
+from .arguments import as_tuple, fresh_leaf
+from .layers import watching
+from .remedies import no_such
+
+
+def public(call: Callable) -> Callable:
+    """A public call: outside of inference mode, in which autograd records nothing.
+
+    For a keyword that it does not have, it says what to write instead.
+    """
+    known = frozenset(inspect.signature(call).parameters)
+
+    @functools.wraps(call)
+    def called(*args, **options):
+        if not known.issuperset(options):
+            raise no_such(next(o for o in options if o not in known), call, known)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return call(*args, **options)
+        return call(*args, **options)
+
+    return called
+
+
+@contextlib.contextmanager
+def computing(create_graph: bool, backend: str | None = None) -> Iterator[None]:
+    """The context of jactri's own products: with a graph if one is asked for, and never in autocast's precision.
+
+    ``backend``: that of the call; None leaves it as it is.
+    """
+    with torch.set_grad_enabled(create_graph), contextlib.ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            stack.enter_context(torch._C._DisableAutocast())
+        if backend is not None:
+            stack.enter_context(backends.use(backend))
+        yield
+
+
+# -- the caller's function ------------------------------------------------------------------------
+
+
+def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result."""
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    with torch.enable_grad():
+        leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
+        result = record(ranges.call, func, leaves) if watching() else record(func, *leaves)
+    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+    return ys, leaves, tupled_out, result
+
+
+_recording = threading.local()
+
+
+def record(call, *args):
+    """Call a function for its graph, which will be read."""
+    before, _recording.now = recording(), True
+    try:
+        return _eager(call, args, {})
+    finally:
+        _recording.now = before
+
+
+def recording() -> bool:
+    """Whether this runs inside of a function whose graph will be read."""
+    return getattr(_recording, "now", False)
+
+
+def eagerly(func: Callable) -> Callable:
+    """A function that runs as `record` runs it, for those who call it themselves, as torch.func's transforms."""
+
+    @functools.wraps(func, updated=())
+    def called(*args, **kwargs):
+        return _eager(func, args, kwargs)
+
+    return called
+
+
+class _Eager:
+    """Calls functions; meanwhile those of torch.compile run as they were before.
+
+    The stance of the compiler is one for all threads: the first to come sets it, and the last to go puts it back.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._stance = threading.Lock(), 0, None
+
+    def __call__(self, func, args, kwargs):
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+            return func(*args, **kwargs)
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+            # within a compiled function, whose frames are compiled as they are called
+            return torch.compiler.disable(self)(func, args, kwargs)
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    stance, self._stance = self._stance, None
+                    stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
+def detached(result: Any):
+    return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()
