@@ -24,7 +24,7 @@ from .arguments import (
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
 from .folding import fold
-from .graph import Graph, UnsupportedGraph, read
+from .graph import UnsupportedGraph, reached, read
 from .journal import Journal, identity, on_disk
 from .opaque import refuse_or_log
 from .owners import apart
@@ -32,6 +32,7 @@ from .planner import MemoryLimitTooSmall
 from .planning import budget, check_answer, plan_for, prove_by_probe, split_samples
 from .progress import Watch, bar
 from .running import computing, detached, eagerly, prepare, public
+from .strictness import check_dependence
 
 
 @public
@@ -159,7 +160,8 @@ def jacobian_of(
 
     ``inputs`` are leaves or intermediate tensors that require grad. The graph is read, not consumed: it can be used
     again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
-    is raised for an input that does not require grad, and by autograd if the graph was freed.
+    is raised for an input that does not require grad, for one that none of the outputs was computed from (as by
+    ``torch.autograd.grad``), and by autograd if the graph was freed.
     """
     check_options(strategy, chunk_size, out, create_graph)
     kind = form(layout, out, create_graph)
@@ -173,6 +175,14 @@ def jacobian_of(
             raise RuntimeError(
                 f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
                 "before computing outputs"
+            )
+    found = reached(ys, xs)
+    for i in range(len(xs) if ys else 0):
+        if i not in found:
+            raise RuntimeError(
+                f"inputs[{i}] of shape {tuple(xs[i].shape)} is not in the graph of outputs, which are independent of "
+                "it; pass the very tensor that they were computed from (a view or a copy of it, as x[0], is another). "
+                "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
@@ -207,12 +217,7 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     if asked.strict:
-        for j, y in enumerate(ys):
-            if not y.requires_grad:
-                raise RuntimeError(
-                    f"Output {j} of the user-provided function does not require gradients. The outputs must be "
-                    "computed in a differentiable manner from the input when running in strict mode."
-                )
+        check_dependence(ys, xs)
     if asked.per_sample:
         check_batch(ys, xs)
     dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
@@ -249,11 +254,7 @@ def _rows(ys, xs, asked: Request, dests):
                 f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
             ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(
-            ys, xs, asked.strict, per_sample, asked.chunk_size, limit, dests, str(reason)
-        )
-    if asked.strict:
-        _check_dependence(graph, ys, xs)
+        return whole.rows(ys, xs, per_sample, asked.chunk_size, limit, dests, str(reason))
     graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
@@ -370,23 +371,6 @@ def zero_block(
     if dest is not None:
         return dest.zero_()
     return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)
-
-
-def _check_dependence(graph: Graph, ys, xs) -> None:
-    """strict: every output must depend on every input (empty ones have nothing to say)."""
-    for j, end in enumerate(graph.outputs):
-        if ys[j].numel() == 0:
-            continue
-        reached = {end}
-        for v in range(len(graph.values) - 1, -1, -1):
-            if v in reached:
-                reached.update(s for s, _ in graph.values[v].sources)
-        for i, start in enumerate(graph.inputs):
-            if xs[i].numel() and (start is None or start not in reached):
-                raise RuntimeError(
-                    f"Output {j} of the user-provided function is independent of input {i}. "
-                    "This is not allowed in strict mode."
-                )
 
 
 def nest(rows, tupled_out: bool, tupled: bool):

@@ -427,6 +427,30 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
         done[node] = ids
 
 
+def reached(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> set[int]:
+    """Which of ``xs``, by number, the graph of ``ys`` leads to."""
+    ends: dict[object, list[int]] = {}
+    for i, x in enumerate(xs):
+        ends.setdefault(_place(x), []).append(i)
+    found, seen = set(), set()
+    stack = [_place(y) for y in ys if y.requires_grad]
+    while stack and len(found) < len(xs):
+        place = stack.pop()
+        found.update(ends.get(place, ()))
+        if place.__class__ is int or place[0] in seen:
+            continue
+        seen.add(place[0])
+        for p, nr in place[0].next_functions:
+            if p is not None:
+                stack.append(id(p.variable) if p.__class__ is _ACCUMULATE else (p, nr))
+    return found
+
+
+def _place(x: Tensor):
+    """Where a tensor is in a graph: the output of a node, or the id of a leaf."""
+    return id(x) if x.grad_fn is None else (x.grad_fn, x.output_nr)
+
+
 def _refuse(x: Tensor) -> None:
     if x.layout is not torch.strided:
         raise UnsupportedGraph(f"a tensor with layout {x.layout}")

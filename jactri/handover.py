@@ -14,14 +14,19 @@ def transforming(xs) -> bool:
     return _level() is not None or any(_wrapped(x) for x in xs)
 
 
+def refuse(**given: bool) -> None:
+    """Raise for an option that was given, and that no transform has."""
+    for name, is_given in given.items():
+        if is_given:
+            raise RuntimeError(f"{name} is not available inside of a torch.func transform")
+
+
 def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out):
     """`jactri.jacobian` by torch.func, nested as torch.autograd.functional nests it.
 
     Raises RuntimeError for what cannot be answered under a transform: ``strict``, ``out``.
     """
-    for name, given in (("strict", strict), ("out", out is not None)):
-        if given:
-            raise RuntimeError(f"{name} is not available inside of a torch.func transform")
+    refuse(strict=strict, out=out is not None)
     tupled_out = [False]
 
     def as_tuples(*args):
@@ -86,11 +91,11 @@ def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
     return same, products
 
 
-def vjp(func, xs, tupled: bool, cotangents, check, chunk_size: int | None):
-    """`jactri.vjp` by torch.func. ``check`` says whether cotangents have an axis K in front."""
+def vjp(func, xs, tupled: bool, ready, chunk_size: int | None):
+    """`jactri.vjp` by torch.func. ``ready(outputs)``: the cotangents, and whether they have an axis K in front."""
     result, pull = torch.func.vjp(func, *xs)
     tupled_out = isinstance(result, tuple)
-    block = check("cotangents", cotangents, "outputs", result if tupled_out else (result,))
+    cotangents, block = ready(result if tupled_out else (result,))
 
     def one(*cs):
         return pull(cs if tupled_out else cs[0])

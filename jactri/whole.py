@@ -10,7 +10,7 @@ from .opaque import Vmapped
 from .samples import probe_mixing
 
 
-def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
+def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
     """``J[j][i]`` by vector-Jacobian products of the whole graph.
 
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
@@ -38,11 +38,6 @@ def rows(ys, xs, strict, per_sample, chunk_size, memory_limit, dests, reason):
         ones = torch.ones_like(y)
         used = torch.autograd.grad(y, xs, ones, retain_graph=True, allow_unused=True)
         live = [x for x, g in zip(xs, used, strict=True) if g is not None]
-        if strict and len(live) < len(xs):
-            raise RuntimeError(
-                f"Output {j} of the user-provided function is independent of an input. "
-                "This is not allowed in strict mode."
-            )
 
         def one_row(row, y=y, live=live):
             return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)

@@ -61,15 +61,48 @@ def test_jacobian_of_views_of_the_input_itself():
     row = torch.diag(view.detach().cos())
     assert_close(jactri.jacobian_of(z, view), row, F64)
     assert_close(jactri.jacobian_of(z, y)[:, 0], row, F64)
-    assert not jactri.jacobian_of(y.sum(), view).any(), "autograd too sees no path through the view"
+    with pytest.raises(RuntimeError, match="a view or a copy"):
+        jactri.jacobian_of(y.sum(), view)
 
 
-def test_jacobian_of_an_independent_pair():
+OUTSIDE = {
+    "another leaf": lambda x: (x.sin(), x.clone().detach().requires_grad_()),
+    "a view made later": lambda x: (x.sin(), x[0]),
+    "a copy": lambda x: (x.sin(), x.clone()),
+    "a later tensor": lambda x: (x.sin(), x.sin().exp()),
+    "detached": lambda x: (x.detach().sin(), x),
+    "another output of the node": lambda x: x.unbind(0)[:2],
+    "a complex graph": lambda x: (torch.fft.fft(x).abs(), x * 2),
+    "an integer output": lambda x: (x.long(), x),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_inputs_outside_of_the_graph_are_refused_as_by_autograd(name):
+    y, x = OUTSIDE[name](x23().requires_grad_())
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    with pytest.raises(
+        RuntimeError, match=r"inputs\[0\] of shape .* is not in the graph of outputs"
+    ):
+        jactri.jacobian_of(y, x)
+    with pytest.raises(RuntimeError, match=r"inputs\[1\] of shape"):
+        jactri.jacobian_of((x.exp(), y), (x, x.exp()))
+
+
+def test_blocks_of_independent_pairs_are_zero():
     x, w = x3().requires_grad_(), x3().requires_grad_()
-    y = x.sin()
-    assert not jactri.jacobian_of(y, w).any()
+    y, z = x.sin(), w.cos()
+    ((yx, yw), (zx, zw)) = jactri.jacobian_of((y, z), (x, w))
+    assert not yw.any() and not zx.any()
+    assert_close(yx, x.detach().cos().diag(), F64)
+    assert_close(zw, -w.detach().sin().diag(), F64)
     with pytest.raises(RuntimeError, match="independent"):
-        jactri.jacobian_of(y, w, strict=True)
+        jactri.jacobian_of((y, z), (x, w), strict=True)
+    a, b, _ = torch.stack([y, z, z]).unbind(0)  # one node, of whose outputs two are in the graph
+    ((aa, ab),) = jactri.jacobian_of((a * b,), (a, b))
+    assert_close(aa, b.detach().diag(), F64)
+    assert_close(ab, a.detach().diag(), F64)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -286,6 +286,98 @@ def test_inference_mode():
         assert jactri.vjp(func, x, want.clone())[1].shape == (2, 3, 5)
 
 
+def one(x):
+    return (x * torch.arange(1.0, 4, dtype=F64)).sin()
+
+
+def both_calls(name, *given, **options):
+    return getattr(jactri, name)(*given, **options), getattr(torch.autograd.functional, name)(
+        *given, **options
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_vectors_that_are_left_out(shape):
+    x = torch.full(shape, 0.3, dtype=F64)
+    cases = [("jvp", one, x), ("vjp", lambda v: v.sin().reshape(shape), x)]
+    cases += [("jvp", lambda v: (one(v), v), (x,)), ("vjp", lambda v: (v.sum(),), (x,))]
+    for name, func, inputs in cases:
+        ours, theirs = both_calls(name, func, inputs)
+        for got, want in zip(ours, theirs, strict=True):
+            assert isinstance(got, tuple) == isinstance(want, tuple)
+            got, want = (t if isinstance(t, tuple) else (t,) for t in (got, want))
+            for g, w in zip(got, want, strict=True):
+                assert_close(g, w, F64)
+    got = torch.func.vmap(lambda v: jactri.vjp(lambda t: t.sin().sum(), v)[1])(x.reshape(1, -1))
+    assert_close(got, x.cos().reshape(1, -1), F64)
+    got = torch.func.vmap(lambda v: jactri.jvp(torch.sin, v)[1])(x.reshape(1))
+    assert_close(got, x.cos().reshape(1), F64)
+
+
+def test_vectors_that_cannot_be_left_out():
+    x = torch.rand(2, dtype=F64)
+    for name, func, inputs, match in (
+        ("jvp", torch.sin, x, r"tangents of jvp .* inputs .* shapes \(2,\)"),
+        ("jvp", torch.add, (x[:1], x[:1]), r"tangents of jvp .* shapes \(1,\), \(1,\)"),
+        ("vjp", torch.sin, x, r"cotangents of vjp .* outputs .* shapes \(2,\)"),
+        ("vjp", lambda v: (v.sum(), v.prod()), x, r"cotangents of vjp .* shapes \(\), \(\)"),
+    ):
+        with pytest.raises(RuntimeError):
+            getattr(torch.autograd.functional, name)(func, inputs)
+        with pytest.raises(RuntimeError, match=match):
+            getattr(jactri, name)(func, inputs)
+
+
+def pair(first, second):
+    """A function of two inputs and two outputs, and a vector for either end."""
+    return lambda x, y: (first(x, y), second(x, y))
+
+
+STRICT = {
+    "all depend": (pair(torch.mul, torch.add), False),
+    "each output on one input": (pair(lambda x, y: x.sin(), lambda x, y: y.sin()), False),
+    "an input unused": (pair(lambda x, y: x.sin(), lambda x, y: x.cos()), False),
+    "an output constant": (pair(torch.mul, lambda x, y: torch.ones(3, dtype=F64)), False),
+    "an output of other tensors": (pair(torch.mul, lambda x, y: W * 2), False),
+    "detached": (pair(torch.mul, lambda x, y: (x * y).detach()), False),
+    "linear": (pair(torch.add, torch.sub), False),
+    "linear, with a graph": (pair(torch.add, torch.sub), True),
+    "cubic, with a graph": (pair(lambda x, y: x**3 * y**2, lambda x, y: y**3 * x**2), True),
+    "complex inside": (pair(lambda x, y: torch.fft.fft(x * y).abs(), lambda x, y: x.sin()), False),
+    "complex inside, unused": (
+        pair(lambda x, y: torch.fft.fft(x).abs(), lambda x, y: x.sin()),
+        False,
+    ),
+}
+W = torch.ones(3, dtype=F64, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", ["jvp", "vjp"])
+@pytest.mark.parametrize("situation", STRICT)
+def test_strict_is_as_strict_as_torch(situation, name):
+    func, graph = STRICT[situation]
+    inputs = tuple(torch.rand(3, dtype=F64) + 0.1 for _ in range(2))
+    given = func, inputs, (inputs[1], inputs[0]), graph
+    try:
+        _, theirs = getattr(torch.autograd.functional, name)(*given, True)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="strict"):
+            getattr(jactri, name)(*given, True)
+        return
+    _, ours = getattr(jactri, name)(*given, True)
+    for got, want in zip(ours, theirs, strict=True):
+        assert_close(got.detach(), want.detach(), F64)
+
+
+def test_strict_inside_of_a_transform_is_refused():
+    x = torch.rand(2, 3, dtype=F64)
+    for name in ("jvp", "vjp"):
+        with pytest.raises(RuntimeError, match=r"strict is not available .* torch.func transform"):
+            torch.func.vmap(
+                lambda v, name=name: getattr(jactri, name)(torch.sin, v, v, strict=True)[1]
+            )(x)
+
+
 BAD = [
     (lambda f, x, t: (f, x, t[:, :2]), r"tangents\[0\] has shape \(4, 2, 5\); expected \(3, 5\)"),
     (lambda f, x, t: (f, x, t[0, 0]), r"tangents\[0\] has shape \(5,\); expected \(3, 5\)"),

@@ -238,7 +238,7 @@ def _rows(ys, xs, weights, asked: Asked):
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         rows = whole.rows(
-            ys, xs, False, asked.per_sample, asked.chunk_size, asked.limit, None, str(reason)
+            ys, xs, asked.per_sample, asked.chunk_size, asked.limit, None, str(reason)
         )
         if asked.kind == "jtj":
             rows = list(zip(*rows, strict=True))

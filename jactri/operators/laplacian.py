@@ -77,7 +77,8 @@ def laplacian(
         with a weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
     """
     asked = points.options(x, "laplacian", create_graph, chunk_size, memory_limit, backend)
-    a = None if weight is None else weights.check(weight, x)
+    with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
+        a = None if weight is None else weights.check(weight, x)
     if handover.transforming((x,) if weight is None else (x, weight)):
         return _inside(eagerly(func), x, a, return_lower)
     y, leaf = points.evaluate(func, x, "laplacian", create_graph)

@@ -21,6 +21,7 @@ from ..linear_map import Identity
 from ..opaque import Vmapped, refuse_or_log
 from ..planning import plan_for_given
 from ..running import computing, detached, eagerly, prepare, public
+from ..strictness import check_ends, check_varying
 
 Blocks = Sequence[Tensor | None]
 
@@ -29,8 +30,9 @@ Blocks = Sequence[Tensor | None]
 def jvp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
-    tangents: Tensor | tuple[Tensor, ...],
+    tangents: Tensor | tuple[Tensor, ...] | None = None,
     create_graph: bool = False,
+    strict: bool = False,
     *,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -42,8 +44,10 @@ def jvp(
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors. It runs once.
         inputs: a floating-point tensor or a tuple of them. They are not modified.
         tangents: nested as ``inputs``; each of its input's shape, or each ``(K, *input)``: a block of K tangents, which
-            are pushed at once.
+            are pushed at once. For one input of a single element they may be left out: a one.
         create_graph: the product can be differentiated, in the inputs and in the tangents; so can the output.
+        strict: raise for an input that no output depends on, for an output that depends on no input, and under
+            ``create_graph`` for a product that is constant.
         chunk_size: how many of the K tangents run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
         backend: as for `jacobian`.
@@ -55,7 +59,7 @@ def jvp(
     Raises:
         TypeError: inputs, tangents or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; tangents that do not match the inputs (the argument, its shape and the shape
-            expected are named); blocks of different K.
+            expected are named), or that are missing; blocks of different K; what ``strict`` forbids.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one tangent, an unknown backend.
 
     Cost:
@@ -64,17 +68,23 @@ def jvp(
     check_options("auto", chunk_size, None, create_graph)
     _, xs = as_tuple(inputs, "inputs", "jvp")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
-    _, ts = as_tuple(tangents, "tangents", "jvp")
+    ts = _given(tangents, "tangents", "jvp", "inputs", xs)
     block = check_vectors("tangents", ts, "inputs", xs)
     if handover.transforming((*xs, *ts)):
+        handover.refuse(strict=strict)
         return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    blocks = ts if block else [t.unsqueeze(0) for t in ts]
-    made = push(
-        ys, leaves, blocks, create_graph,
-        chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-    )  # fmt: skip
-    product = _nested(made, block, tupled_out)
+    if strict:
+        check_ends(ys, leaves, True)
+    with computing(create_graph):
+        blocks = ts if block else [t.unsqueeze(0) for t in ts]
+        made = push(
+            ys, leaves, blocks, create_graph,
+            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
+        )  # fmt: skip
+        product = _nested(made, block, tupled_out)
+    if strict and create_graph:
+        check_varying(made, "output")
     return (result if create_graph else detached(result)), product
 
 
@@ -82,8 +92,9 @@ def jvp(
 def vjp(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
-    cotangents: Tensor | tuple[Tensor, ...],
+    cotangents: Tensor | tuple[Tensor, ...] | None = None,
     create_graph: bool = False,
+    strict: bool = False,
     *,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -95,8 +106,10 @@ def vjp(
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors. It runs once.
         inputs: a floating-point tensor or a tuple of them. They are not modified.
         cotangents: nested as the outputs; each of its output's shape, or each ``(K, *output)``: a block of K
-            cotangents, which are pulled at once.
+            cotangents, which are pulled at once. For one output of a single element they may be left out: a one.
         create_graph: the product can be differentiated, in the inputs and in the cotangents; so can the output.
+        strict: raise for an input that no output depends on, for an output without a graph, and under
+            ``create_graph`` for a product that is constant.
         chunk_size: how many of the K cotangents run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
         backend: as for `jacobian`.
@@ -108,7 +121,7 @@ def vjp(
     Raises:
         TypeError: inputs, cotangents or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; cotangents that do not match the outputs (the argument, its shape and the shape
-            expected are named); blocks of different K.
+            expected are named), or that are missing; blocks of different K; what ``strict`` forbids.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one cotangent, an unknown backend.
 
     Cost:
@@ -117,20 +130,44 @@ def vjp(
     check_options("auto", chunk_size, None, create_graph)
     tupled, xs = as_tuple(inputs, "inputs", "vjp")
     backends.check_asked(backend, xs[0].device if xs else None, create_graph)
-    _, cs = as_tuple(cotangents, "cotangents", "vjp")
-    if handover.transforming((*xs, *cs)):
-        return handover.vjp(eagerly(func), xs, tupled, cs, check_vectors, chunk_size)
+    cs = None if cotangents is None else as_tuple(cotangents, "cotangents", "vjp")[1]
+
+    def ready(ys):
+        given = _given(cs, "cotangents", "vjp", "outputs", ys)
+        return given, check_vectors("cotangents", given, "outputs", ys)
+
+    if handover.transforming((*xs, *(cs or ()))):
+        handover.refuse(strict=strict)
+        return handover.vjp(eagerly(func), xs, tupled, ready, chunk_size)
     ys, leaves, _, result = prepare(func, xs, create_graph)
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
-    block = check_vectors("cotangents", cs, "outputs", ys)
-    blocks = cs if block else [c.unsqueeze(0) for c in cs]
-    made = pull(
-        ys, leaves, blocks, create_graph,
-        chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-    )  # fmt: skip
-    product = _nested(made, block, tupled)
+    if strict:
+        check_ends(ys, leaves, False)
+    with computing(create_graph):
+        cs, block = ready(ys)
+        blocks = cs if block else [c.unsqueeze(0) for c in cs]
+        made = pull(
+            ys, leaves, blocks, create_graph,
+            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
+        )  # fmt: skip
+        product = _nested(made, block, tupled)
+    if strict and create_graph:
+        check_varying(made, "input")
     return (result if create_graph else detached(result)), product
+
+
+def _given(vectors, name: str, call: str, of: str, tensors) -> tuple[Tensor, ...]:
+    """The caller's vectors; where there are none, a one for a single number. Raises RuntimeError for more."""
+    if vectors is not None:
+        return as_tuple(vectors, name, call)[1]
+    if len(tensors) != 1 or tensors[0].numel() != 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise RuntimeError(
+            f"{name} of {call} can be left out only where the {of} are one tensor with a single element, but they have "
+            f"the shapes {shapes}; pass {name}, nested as the {of}"
+        )
+    return (torch.ones_like(tensors[0]),)
 
 
 def check_vectors(name: str, vectors, of: str, tensors) -> bool:
