@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import SOURCE
 from .linear import Config, scaled
 from .operands import multiply, prepare
 from .support import Factor, factor, fitting, on_device, power_of_two, wide
@@ -55,7 +56,7 @@ def _zeros(BM: tl.constexpr, BO: tl.constexpr):
 @triton.jit
 def _chain(
     T, MS, ZS, OUT, K, R, t_k, t_r, t_i, o_k, o_r, o_o, m_s, z_s, padded,
-    WIDTHS: tl.constexpr, TILES: tl.constexpr, DS: tl.constexpr, PS: tl.constexpr,
+    WIDTHS: tl.constexpr, TILES: tl.constexpr, DS: tl.constexpr, PS: tl.constexpr, SOURCE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row, i = tl.program_id(0), tl.arange(0, TILES[0])
@@ -176,7 +177,7 @@ def chain(
             t, tuple(m.values for m in operands), values, out, K, R, *t.stride(), *out.stride(),
             tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
             widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
-            precision, c.rows, far,
+            SOURCE, precision, c.rows, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

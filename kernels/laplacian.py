@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import chain as chains
-from .activations import DERIVATIVES
+from .activations import DERIVATIVES, SOURCE
 from .chain import _zeros
 from .linear import Config
 from .operands import multiply, prepare
@@ -202,7 +202,7 @@ def _laplacian_chain(
     T, MS, LAST, W, ZS, YS, OUT, K, R, padded,
     t_k, t_r, t_i, m_s, l_i, l_o, w_r, w_k, z_s, y_s, o_k, o_r, o_o,
     WIDTHS: tl.constexpr, COLUMNS: tl.constexpr, DS: tl.constexpr, DDS: tl.constexpr, PS: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
+    SOURCE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     BR: tl.constexpr = TILE[0] * TILE[2]
     BM: tl.constexpr = BR * TILE[1] * TILE[3]
@@ -398,7 +398,7 @@ def chain(
             *t.stride(), tuple(m.strides for m in operands), *((0, 0) if last is None else last.stride()),
             *((0, 0) if w is None else w.stride()), ss, ts, *out.stride(),
             widths, tuple(power_of_two(n, 16) for n in widths), ds, dds, ps,
-            precision, _tile(c.rows, together), count, far,
+            SOURCE, precision, _tile(c.rows, together), count, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
