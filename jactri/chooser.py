@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,6 +29,8 @@ WORTH = 2e8
 """Flops from which ways are timed: below, a chain takes microseconds, and launches cost more than any kernel."""
 
 _CHECKED_ROWS = 64
+_CYCLES = 2e9
+"""Of a device a second, at most."""
 TIMED_ENTRIES = 1 << 24
 """Timing takes no more entries a block than this: rows are left out."""
 
@@ -377,11 +380,19 @@ def _distance(got: Tensor, truth: Tensor) -> float:
 
 
 def _milliseconds(call: Callable[[], object], runs: int = 7) -> float:
-    """Median device time of a call, after one that compiles and warms up."""
+    """Median device time of a call, after one that compiles and warms up.
+
+    The device waits while the host queues the call: a launch takes the host longer than a small product the device.
+    """
     call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    call()
+    wait = int(2 * (time.perf_counter() - begun) * _CYCLES)
     times = []
     for _ in range(runs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(wait)
         start.record()
         call()
         end.record()
