@@ -4,6 +4,7 @@ from . import func
 from .api import jacobian, jacobian_of
 from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
+from .custom import Rule, rule
 from .entries import Banded
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
@@ -19,6 +20,7 @@ from .operators.vectors import jvp, vjp
 from .profiling import Profile, profile
 from .report import Explanation, explain
 from .sparsity import sparsity
+from .structure import Node
 
 __version__ = "0.1.0"
 
@@ -30,8 +32,10 @@ __all__ = [
     "Explanation",
     "FallbackError",
     "JacobianMismatch",
+    "Node",
     "ParameterJacobian",
     "Profile",
+    "Rule",
     "bilaplacian",
     "check",
     "compile",
@@ -52,6 +56,7 @@ __all__ = [
     "laplacian",
     "parameter_jacobian",
     "profile",
+    "rule",
     "sparsity",
     "vjp",
 ]

@@ -192,10 +192,10 @@ def _combined(weights: Tensor, block: Tensor) -> Tensor:
     return torch.tensordot(weights.to(block.dtype), block, 1)
 
 
-def arbitrary(shape, like: Tensor) -> Tensor:
-    """Numbers that have no structure, the same each time."""
+def arbitrary(shape, like: Tensor, step: float = 2.399963) -> Tensor:
+    """Numbers that have no structure, the same each time; others for another ``step``."""
     row = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device=like.device)
-    return row.mul(2.399963).sin().to(like.dtype).reshape(shape)
+    return row.mul(step).sin().to(like.dtype).reshape(shape)
 
 
 class OpaqueCall:
@@ -386,7 +386,8 @@ class Opaque(LinearMap):
         """
         with torch.no_grad():
             c = arbitrary((1, *self.call.meta[self.nr].shape), t)
-            r = arbitrary((1, *self.value.shape), t)
+            # other numbers: <r, A r> cannot tell A from its transpose
+            r = arbitrary((1, *self.value.shape), t, 1.754878)
             left = c * self._twice(r, False)
             right = self.pull(c, False)[0] * r
         size = float(left.abs().sum() + right.abs().sum())

@@ -54,16 +54,16 @@ def test_functions(case):
         assert known(f, x) == (name not in BY_HESSIAN)
 
 
-def test_masked_scatter_and_put():
-    mask = torch.tensor([[False, True, False, True]] * 5)
+def test_masked_scatter_of_a_point():
+    mask = torch.tensor([False, True, False, True])
 
     def f(x):
-        y = torch.sin(x).masked_scatter(mask, x[:, 2:] ** 3)
-        return y.put(torch.arange(5) * 4, torch.exp(x[:, 3]))
+        return torch.sin(x).masked_scatter(mask, x[2:] ** 3)
 
-    x = torch.randn(5, 4, dtype=F64)
+    x = torch.randn(4, dtype=F64)
     assert known(f, x)
-    want = hand(f, x.clone().requires_grad_()).detach()
+    hessians = [torch.autograd.functional.hessian(lambda v, k=k: f(v)[k], x) for k in range(4)]
+    want = torch.stack([h.trace() for h in hessians])
     assert_close(jactri.laplacian(f, x), want, F64, scale=scale_of(want))
 
 
