@@ -98,13 +98,17 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The arguments that an operation writes to, and those of them that it does not read."""
-    changed, lost = [], []
+    changed, lost, operands = [], [], set()
     for i, a in enumerate(func._schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            found = _tensors(args[i] if i < len(args) else kwargs.get(a.name))
-            changed += found
-            if a.is_out or func.overloadpacket in OVERWRITES:
-                lost += found
+        found = _tensors(args[i] if i < len(args) else kwargs.get(a.name))
+        if a.alias_info is None or not a.alias_info.is_write:
+            operands.update(map(_region, found))
+            continue
+        changed += found
+        if a.is_out:  # it may be an operand too, and follows them
+            lost += [t for t in found if _region(t) not in operands]
+        elif func.overloadpacket in OVERWRITES:
+            lost += found
     return changed, lost
 
 

@@ -262,7 +262,7 @@ def _steps(
                 sel,
                 values[other],
             )
-            if once and edge.__class__ is Diagonal:
+            if once and isinstance(edge, Diagonal):
                 edge.forget()
             if dying:
                 del blocks[other]

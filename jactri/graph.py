@@ -16,6 +16,7 @@ from . import layers
 from .contraction import Expand, Sum
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
+from .mask import Mask
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .rules import normal_axis, record_of
 from .rules.axes import kept_by
@@ -213,6 +214,17 @@ class Reader:
     ) -> int:
         """Scaling by a derivative; ``fresh=True`` where the callable returns memory that nobody else holds."""
         return self.single(source, Diagonal(derivative, fresh, activation))
+
+    def mask(
+        self,
+        source: int,
+        derivative: Callable[[], Tensor] | Tensor,
+        keep: Callable[[], Tensor] | None = None,
+        fresh: bool = False,
+        activation: Callable[[], Factor | None] | None = None,
+    ) -> int:
+        """`diagonal` for an op that selects in its own backward, by ``keep`` or by a derivative of 0 and 1."""
+        return self.single(source, Mask(derivative, fresh, activation, keep))
 
     def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
         """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""

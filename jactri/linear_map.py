@@ -302,6 +302,10 @@ class Diagonal(Elementwise):
             self._value = self._derivative()
         return self._value
 
+    def factors(self, reverse: bool) -> tuple[tuple[Callable[..., Tensor], Tensor], ...]:
+        """What happens to a block, entry by entry: functions ``(block, factor, own)``, each with its factor."""
+        return ((times, self.d),)
+
     def forget(self) -> None:
         """Let the derivative go, if it can be computed again."""
         if not isinstance(self._derivative, Tensor):
@@ -317,23 +321,15 @@ class Diagonal(Elementwise):
         d = self._value
         if d is None:
             d = self._value = self._derivative()
-        if (
-            d.dim() > 2
-            and t.dim() == d.dim() + 1
-            and t.stride(2) == 1
-            and d.stride(1) > 1 < d.shape[1]
-        ):
-            # blocks of convolutions may be in channels-last memory: a product of two formats is ten times slower
-            d = self._value = d.movedim(1, -1).contiguous().movedim(-1, 1)
-        if own and t.dtype == d.dtype:
-            return t.mul_(d), True
-        return t * d, True
+        if d.dim() > 2:
+            d = self._value = aligned(d, t)
+        return times(t, d, own), True
 
     pull = push
 
     def apply(self, data, own, layout, route, reverse, sel, like):
         if data is not None:
-            return self.push(data, own)
+            return self.pull(data, own) if reverse else self.push(data, own)
         if self._value is None and self._fresh:  # used once in most sweeps: let it become the block
             d = self._derivative()
             own = d.is_contiguous() and d.dim() > 0
@@ -342,6 +338,20 @@ class Diagonal(Elementwise):
         if d.shape != layout.shape:
             d, own = d.expand(layout.shape), False
         return d.unsqueeze(0), own and not torch.is_grad_enabled()
+
+
+def times(t: Tensor, d: Tensor, own: bool) -> Tensor:
+    return t.mul_(d) if own and t.dtype == d.dtype else t * d
+
+
+def aligned(d: Tensor, t: Tensor) -> Tensor:
+    """``d`` in the memory format of a block: a product of two formats is ten times slower.
+
+    Blocks of convolutions may be in channels-last memory.
+    """
+    if t.dim() == d.dim() + 1 and t.stride(2) == 1 and d.stride(1) > 1 < d.shape[1]:
+        return d.movedim(1, -1).contiguous().movedim(-1, 1)
+    return d
 
 
 class Structural(LinearMap):

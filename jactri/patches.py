@@ -77,7 +77,7 @@ def _geometry(edge: Conv) -> tuple[tuple[int, ...], Pair, Pair, Pair]:
 
 def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
     """The window after a map, or None where patches cannot pass it."""
-    if edge.__class__ in (Diagonal, Scale, Identity):
+    if isinstance(edge, Diagonal | Scale | Identity):
         return at
     if edge.__class__ is not Conv or len(edge.shape) > 4:
         return None
@@ -128,7 +128,7 @@ def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
             if window is None:
                 return None
             found = window
-            same = shared[t.other] and edge.__class__ is not Diagonal
+            same = shared[t.other] and not isinstance(edge, Diagonal)
             alike = alike and same
             rows = seed.shape[1] if same else n * seeds
             if edge.__class__ is Conv:
@@ -182,7 +182,7 @@ def peak_bytes(graph: Graph, sweep: Sweep) -> float:
     for step in sweep.steps:
         edges = [values[t.owner].sources[t.edge][1] for t in step.terms]
         size[step.value] = part * step.bytes
-        scales = edges[0].__class__ is Diagonal and len(edges) == 1
+        scales = isinstance(edges[0], Diagonal) and len(edges) == 1
         if scales:  # the derivative, and the same with a border
             kept += 2.0 * prod(values[step.value].shape) * values[step.value].dtype.itemsize
         first = step.terms[0].other
@@ -211,7 +211,7 @@ class Run:
         self.graph, self.sweep = graph, sweep
         self.shape = graph.values[sweep.seed].shape
         self.image = images(self.shape)
-        self._padded: dict[tuple, tuple[Tensor, Pair]] = {}
+        self._padded: dict[tuple, tuple[Tensor, Pair, Tensor | None]] = {}
         self._alike: dict[int, Block] = {}
         self.writable = not torch.is_grad_enabled()
 
@@ -249,9 +249,9 @@ class Run:
             data, fine, same = block.data, block.clean, block.alike
             if edge.__class__ is Conv:
                 if not fine:
-                    data, same = self._windowed(data, None, at, values[t.other].shape, chunk), False
+                    data, same = self._inside(data, at, values[t.other].shape, chunk), False
                 data, fine = self._convolved(edge, data, at, values[step.value].shape[1]), False
-            elif edge.__class__ is Diagonal:
+            elif isinstance(edge, Diagonal):
                 own = self.writable and not same and len(step.terms) == 1
                 own = own and t.other in step.frees and t.other not in pinned
                 data, cleaned = self._scaled(data, edge, at, values[step.value].shape, chunk, own)
@@ -266,34 +266,34 @@ class Run:
     def _scaled(
         self, data: Tensor, edge: Diagonal, at: Window, shape, chunk, own: bool
     ) -> tuple[Tensor, bool]:
-        """Times a derivative, and whether that made it zero outside of the image."""
-        d = edge.d
-        pixels = range(2, d.dim())
-        if d.dim() == len(shape) and all(d.stride(a) == 0 or d.shape[a] == 1 for a in pixels):
-            pixel = d[(slice(None), slice(None), *[0] * len(pixels))]  # the same for all pixels
-            if pixel.shape[0] > 1:
-                pixel = pixel.narrow(0, *chunk[:2])
-            return data * pixel.view(len(pixel), 1, 1, 1, 1, 1, -1), False
-        return self._windowed(data, edge, at, shape, chunk, own), True
+        """Times a derivative, or selected by it, and whether that made it zero outside of the image."""
+        clean = False
+        for function, d in edge.factors(self.sweep.reverse):
+            pixels = range(2, d.dim())
+            if d.dim() == len(shape) and all(d.stride(a) == 0 or d.shape[a] == 1 for a in pixels):
+                view = d[(slice(None), slice(None), *[0] * len(pixels))]  # the same for all pixels
+                if view.shape[0] > 1:
+                    view = view.narrow(0, *chunk[:2])
+                view = view.view(len(view), 1, 1, 1, 1, 1, -1)
+            else:
+                view, clean = self._windows(d, at, shape, chunk, data), True
+            inside = all(v in (1, n) for v, n in zip(view.shape, data.shape, strict=True))
+            data, own = function(data, view, own and inside), self.writable
+        return data, clean
 
-    def _windowed(
-        self, data: Tensor, edge: Diagonal | None, at: Window, shape, chunk, own: bool = False
-    ) -> Tensor:
-        """Times the windows of a derivative (of ones: None)."""
-        view = self._windows(edge, at, shape, chunk, data)
-        if own and all(v in (1, n) for v, n in zip(view.shape, data.shape, strict=True)):
-            return data.mul_(view)
-        return data * view
+    def _inside(self, data: Tensor, at: Window, shape, chunk) -> Tensor:
+        """Zero outside of the image."""
+        return data * self._windows(None, at, shape, chunk, data)
 
-    def _windows(self, edge: Diagonal | None, at: Window, shape, chunk, like: Tensor) -> Tensor:
+    def _windows(self, d: Tensor | None, at: Window, shape, chunk, like: Tensor) -> Tensor:
         """The windows of a derivative, ``(samples, 1, lines, columns, *window, C)``, as a view of it with a border."""
-        key = id(edge), at, shape
+        key = id(d), at, shape
         if key not in self._padded:
-            image = images(shape)
-            if edge is None:
+            image, given = images(shape), d
+            if d is None:
                 d = torch.ones((1, 1, *image), dtype=like.dtype, device=like.device)
             else:
-                d = edge.d.expand(shape).reshape(*shape[:2], *image)
+                d = d.expand(shape).reshape(*shape[:2], *image)
             low = [max(0, -o) for o in at.offset]
             high = [
                 max(0, s * (m - 1) + o + n - h)
@@ -302,8 +302,9 @@ class Run:
                 )
             ]
             d = F.pad(d.permute(0, 2, 3, 1), (0, 0, low[1], high[1], low[0], high[0])).contiguous()
-            self._padded[key] = d, tuple(o + b for o, b in zip(at.offset, low, strict=True))
-        d, (y, x) = self._padded[key]
+            corner = tuple(o + b for o, b in zip(at.offset, low, strict=True))
+            self._padded[key] = d, corner, given  # what is kept here keeps its id
+        d, (y, x), _ = self._padded[key]
         n0, n, line, lines = chunk
         if d.shape[0] == 1:
             n0, n = 0, 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..executor import blocks_of
 from ..graph import Graph
 from ..layout import Selection, convert, one
+from ..mask import selected
 from .labels import Labels, aligned, contract, multiply, settled
 from .uses import Role, Structure, Use
 
@@ -100,7 +101,7 @@ def _cut(t: Tensor, labels: Labels, sel: Selection) -> Tensor:
 def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int) -> Piece:
     value = graph.values[use.value]
     sizes = {**use.sizes, **{label: length for label, (_, length) in sel.items()}}
-    roles, outer, index, row = [], None, None, -1
+    roles, steps, outer, index, row = [], [], None, None, -1
     own = {label for axis in use.axes for label in axis}
     factor = 1.0
     il: Labels = ()
@@ -113,13 +114,15 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
             il = tuple(lead)
             index = edge.index.reshape([use.sizes[s] for s in il])
             index = _cut(index, il, sel)
+        elif role.kind == "diagonal":
+            full = graph.values[role.owner].shape
+            for function, d in edge.factors(True):
+                d = d.expand(full).reshape([use.sizes[s] for s in role.labels])
+                roles.append(_thin(_cut(d, role.labels, sel), role.labels))
+                steps.append(function)
         else:
-            t = _seen(graph, role, edge, use.sizes)
-            t, labels = _thin(_cut(t, role.labels, sel), role.labels)
-            if role.kind == "diagonal":
-                roles.append((t, labels))
-            else:
-                outer = (t, labels)
+            t = _seen(role, edge, use.sizes)
+            outer = _thin(_cut(t, role.labels, sel), role.labels)
     known = own.union(il, range(seeds), *(labels for _, labels in roles))
     if outer is not None:
         known.update(outer[1])
@@ -132,6 +135,11 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
     origin = None
     if not roles and factor == 1.0:
         origin = "ones" if block is None else block
+    if selected in steps:  # in the order of a pull, which a product does not know
+        for function, (t, labels) in zip(steps, roles, strict=True):
+            out = tuple(sorted(set(cl).union(labels)))
+            c, cl = function(aligned(c, cl, out), aligned(t, labels, out), False), out
+        roles = []
     if roles:
         keep = set(cl).union(*(labels for _, labels in roles))
         kept = own.union(il, range(seeds), outer[1] if outer else ())
@@ -163,15 +171,11 @@ def _thin(t: Tensor, labels: Labels, known=None) -> tuple[Tensor, Labels]:
     return t, labels
 
 
-def _seen(graph: Graph, role: Role, edge, sizes) -> Tensor:
+def _seen(role: Role, edge, sizes) -> Tensor:
     """What an edge multiplies cotangents by, one axis a label."""
     shape = [sizes[s] for s in role.labels]
     if role.kind == "matrix":
         return edge.partner.reshape(shape)
-    if role.kind == "diagonal":
-        full = graph.values[role.owner].shape
-        d = edge.d
-        return (d if d.shape == full else d.expand(full)).reshape(shape)
     return patches(edge.x, edge.geometry, edge.kernel).reshape(shape)
 
 

@@ -136,9 +136,10 @@ def _trace(graph: Graph, chain: Chain, n: int, width: int) -> Tensor:
     diagonals = []
     for part in chain.diagonals:
         d = None
-        for v in part:
-            own = _edge(graph, v).d.expand(values[v].shape).reshape(n, -1)
-            d = own if d is None else d * own
+        for v in part:  # from the output on, as a pull goes
+            edge, shape = _edge(graph, v), values[v].shape
+            d = edge.d.expand(shape) if d is None else edge.pull(d.view(1, *shape), False)[0][0]
+            d = d.reshape(n, -1)
         diagonals.append(d)
     if not diagonals:
         out = core

@@ -294,7 +294,7 @@ class _Trace:
                 axes[a] = []
         elif self.outer:
             return False
-        elif kind is Diagonal:
+        elif isinstance(edge, Diagonal):
             flat = [label for axis in axes for label in axis]
             self.roles.append(("diagonal", owner, e, flat))
         elif isinstance(edge, MatMul):

@@ -57,7 +57,14 @@ def cdist(g):
             k = len(batch)
             made = g.permute(made, (*range(k), k + 1, k))
         terms.append(made)
-    return g.plus(terms)
+    return apart(g, g.plus(terms), distance, p)
+
+
+def apart(g, value: int, distance: Tensor, p: float) -> int:
+    """Distances without those of points that coincide: where autograd selects a gradient of 0 there."""
+    if p in (0, 1, inf):
+        return value
+    return g.mask(value, lambda: (distance != 0).to(distance.dtype))
 
 
 @rule("Pdist")
@@ -71,4 +78,4 @@ def pdist(g):
     for i, sign in ((first, 1), (second, -1)):
         ends = g.single(s, Take(0, i, n), (len(i), m))
         terms.append(g.scale(g.sum(g.diagonal(ends, slopes), (1,)), sign))
-    return g.plus(terms)
+    return apart(g, g.plus(terms), distance, p)

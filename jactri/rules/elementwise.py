@@ -6,6 +6,8 @@ derivatives included), so most rows are only names. Only what is cheaper than th
 
 from __future__ import annotations
 
+from math import nan
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
 from ..tape import number
-from . import rule
+from . import node_names, rule
 
 FORMULAS = {
     # node: (saved value, derivative as a function of it)
@@ -37,6 +39,22 @@ EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward L
 SigmoidBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackward
 """.split()
 """The second part of the list are derivatives of activations, as they occur in the graph of a gradient."""
+
+
+def _full_names(names: str) -> frozenset[str]:
+    return frozenset(full for name in names.split() for full in node_names(name))
+
+
+SELECTS = _full_names("""
+Clamp.0-1 ClampMax.0-1 ClampMin.0-1 Fmax Fmin Hardshrink Hardtanh Relu Softshrink Threshold.0-1
+HardshrinkBackward HardtanhBackward SoftshrinkBackward ThresholdBackward
+""")
+"""Those whose backward selects, and does nothing else: the derivative is 1 where a gradient passes, and 0 elsewhere."""
+
+SCALES = _full_names("""
+Hardsigmoid Hardswish HardswishBackward Logit Maximum Minimum Pow.1 Sinc SpecialXlog1Py.0-2 Xlogy.0-2
+""")
+"""Those whose backward selects and scales: where, the node tells (see `passing`)."""
 
 
 def _none(read) -> tuple[float, ...]:
@@ -123,12 +141,27 @@ def unary(g):
     node, meta = g.node, g.meta
     m = meta[0]
 
-    def derivative() -> Tensor:
-        ones = one(m) if m.device.type == "cpu" else one(m).expand(tuple(m.shape))
-        return _first(node(ones, *[None] * (len(meta) - 1)))
+    def derivative(c: Tensor | None = None) -> Tensor:
+        c = one(m) if c is None else c
+        c = c if m.device.type == "cpu" else c.expand(tuple(m.shape))
+        return _first(node(c, *[None] * (len(meta) - 1)))
 
-    value = g.diagonal(g.match(g.src[0]), derivative, True, g.later(_kernel))
+    s, kernel = g.match(g.src[0]), g.later(_kernel)
+    if g.name in SELECTS:
+        value = g.mask(s, derivative, None, True, kernel)
+    elif g.name in SCALES:
+        value = g.mask(s, derivative, lambda: passing(derivative, m), True, kernel)
+    else:
+        value = g.diagonal(s, derivative, True, kernel)
     return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
+
+
+def passing(pull, meta) -> Tensor:
+    """1 where a node lets a gradient pass, 0 where it selects something else; ``pull`` is the node of one cotangent.
+
+    Asked with a NaN, which no product makes zero.
+    """
+    return pull(one(meta) * nan).detach().isnan().to(meta.dtype)
 
 
 @rule("Gelu", "LogSigmoid")
@@ -156,22 +189,38 @@ class Partials:
 
     def __call__(self, edge: int) -> Tensor:
         m = self.meta
-        shape = tuple(m.shape)
         if self._all is None:
-            ones: list[Tensor | None] = [None] * self.count
-            ones[self.output] = one(m).expand(shape)
-            out = self.node(*ones)
-            self._all = out if isinstance(out, tuple) else (out,)
+            self._all = self._pull(one(m))
         d = self._all[edge]
         if d is None:
             return torch.zeros((), dtype=m.dtype, device=m.device)
-        if self.whole and d.shape != shape:  # summed over broadcasts: the entries are lost
+        if self.whole and d.shape != tuple(m.shape):  # summed over broadcasts: the entries are lost
             raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
         return fit(d, m)
+
+    def _pull(self, c: Tensor) -> tuple[Tensor | None, ...]:
+        """The node of one cotangent for all entries."""
+        given: list[Tensor | None] = [None] * self.count
+        given[self.output] = c.expand(tuple(self.meta.shape))
+        out = self.node(*given)
+        return out if isinstance(out, tuple) else (out,)
 
     def diagonal(self, g, s: int, edge: int) -> int:
         """Scaling of the value ``s``, which has the operand's shape, by its derivative."""
         return g.diagonal(s, lambda: self(edge))
+
+    def mask(self, g, s: int, edge: int) -> int:
+        """The same of an op that selects: 1 where the operand's gradient passes."""
+        return g.mask(s, lambda: self(edge))
+
+    def scaled_mask(self, g, s: int, edge: int) -> int:
+        """The same of an op that selects and scales."""
+
+        def pull(c: Tensor) -> Tensor:
+            d = self._pull(c)[edge]
+            return torch.zeros_like(c) if d is None else d
+
+        return g.mask(s, lambda: self(edge), lambda: passing(pull, self.meta))
 
 
 def fit(d: Tensor, meta) -> Tensor:
@@ -185,9 +234,12 @@ def fit(d: Tensor, meta) -> Tensor:
 def elementwise(g):
     """Any number of operands."""
     partials = Partials(g)
-    return g.plus(
-        [partials.diagonal(g, g.match(s), edge) for edge, s in enumerate(g.src) if s is not None]
-    )
+    emit = partials.diagonal
+    if g.name in SELECTS:
+        emit = partials.mask
+    elif g.name in SCALES:
+        emit = partials.scaled_mask
+    return g.plus([emit(g, g.match(s), edge) for edge, s in enumerate(g.src) if s is not None])
 
 
 @rule("PreluKernelBackward")
@@ -314,7 +366,10 @@ def div_scalar(g):
 
 @rule("Pow")
 def pow_scalar(g):
-    if g.saved("exponent") != 2:
+    exponent = g.saved("exponent")
+    if exponent == 0:
+        return g.single(g.match(g.src[0]), Zero())
+    if exponent != 2:
         return unary(g)
     x = g.tensor("self")
     return g.diagonal(g.match(g.src[0]), lambda: x + x, fresh=True)
@@ -342,7 +397,7 @@ def where(g):
     terms = []
     for s, wanted in zip(g.src[-2:], (True, False), strict=True):  # a bool operand has no edge
         if s is not None:
-            terms.append(g.diagonal(g.match(s), lambda w=wanted: (condition == w).to(m.dtype)))
+            terms.append(g.mask(g.match(s), lambda w=wanted: (condition == w).to(m.dtype)))
     return g.plus(terms)
 
 
@@ -351,9 +406,9 @@ def masked_fill(g):
     mask, m = g.tensor("mask"), g.meta[0]
     terms = []
     if g.src[0] is not None:
-        terms.append(g.diagonal(g.match(g.src[0]), lambda: (~mask).to(m.dtype)))
+        terms.append(g.mask(g.match(g.src[0]), lambda: (~mask).to(m.dtype)))
     if len(g.src) > 1 and g.src[1] is not None:
-        terms.append(g.diagonal(g.match(g.src[1]), lambda: mask.to(m.dtype)))
+        terms.append(g.mask(g.match(g.src[1]), lambda: mask.to(m.dtype)))
     return g.plus(terms)
 
 

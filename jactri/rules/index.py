@@ -223,7 +223,9 @@ def embedding(g):
             w = w / i.reshape(-1).bincount(minlength=rows)[i]
         return w.unsqueeze(-1)
 
-    return g.diagonal(out, weight)
+    return g.mask(
+        out, weight, (lambda: (i != padding).to(m.dtype).unsqueeze(-1)) if averaged else None
+    )
 
 
 # -- writing ----------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def _written(g, accumulate: bool, new: int | None) -> int:
         if accumulate:
             terms.append(old)
         else:
-            terms.append(Partials(g).diagonal(g, old, 0))
+            terms.append(Partials(g).mask(g, old, 0))
     return g.plus(terms if new is None else [*terms, new])
 
 
@@ -317,7 +319,7 @@ def index_fill(g):
         def filled():
             return torch.zeros(shape, dtype=m.dtype, device=m.device).index_fill(axis, i, 1)
 
-        new = g.diagonal(g.expand(new, shape), filled)
+        new = g.mask(g.expand(new, shape), filled)
     return _written(g, False, new)
 
 
@@ -327,10 +329,10 @@ def scatter_reduce(g):
     old, new = g.src
     i, partials, terms = g.tensor("index"), Partials(g, False), []
     if old is not None:
-        terms.append(partials.diagonal(g, old, 0))
+        terms.append(partials.scaled_mask(g, old, 0))
     if new is not None:
         shape = g.values[new].shape
-        weighted = partials.diagonal(g, new, 1)
+        weighted = partials.scaled_mask(g, new, 1)
         if g.name == "IndexReduceBackward0":
             new = _spread(g, weighted)
         elif shape == tuple(i.shape):

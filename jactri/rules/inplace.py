@@ -7,7 +7,7 @@ to. If those places are a regular slice of the result, the write is a `Place`; o
 
 from __future__ import annotations
 
-from math import prod
+from math import nan, prod
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def copy_slices(g):
             if edge == 0:  # what was there before, scaled where it was not replaced
                 if w.shape != ones.shape or not torch.equal(seen, w * scramble):
                     return None
-                terms.append((s, w))
+                terms.append((s, (w, node(ones * nan)[edge].isnan().to(w.dtype))))
                 continue
             term = _written(s, w, place, seen, scramble)
             if term is None:
@@ -145,8 +145,9 @@ def regular(index: Tensor, shape: tuple[int, ...]):
 
 
 def _emit(g, source: int, how) -> int:
-    if isinstance(how, Tensor):
-        return g.diagonal(source, how)
+    if len(how) == 2:
+        weight, keep = how
+        return g.mask(source, weight, lambda: keep)
     factor, piece, slices = how
     value = g.scale(g.expand(source, piece), factor)
     order = [a for a, *_ in slices if a is not None]

@@ -39,7 +39,7 @@ def class_loss(g):
     one_each = (0, *range(2, n)) if n > 1 else ()
     alone = g.saved("reduction") == 0 and g.shape == tuple(shape[a] for a in one_each)
     axes = tuple(a for a in range(n) if not (alone and a in one_each))
-    return (g.sum(weigh(g, s), axes), *[None] * (len(g.meta) - 1))
+    return (g.sum(weigh(g, s, selects=True), axes), *[None] * (len(g.meta) - 1))
 
 
 @rule("CtcLoss.0-1")

@@ -6,7 +6,7 @@ entry: a diagonal, followed by a sum over the reduced axes. So all other axes ar
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 
 import numpy
 import torch
@@ -16,17 +16,20 @@ from ..layout import one
 from ..linear_map import Functional, keep_all_but
 from ..maps import Once
 from . import rule
-from .elementwise import fit
+from .elementwise import fit, passing
 
 
-def weigh(g, s: int, output: int = 0, edge: int = 0) -> int:
-    """Scale an operand by what the node makes of ones: the derivative of the entry that each of its entries feeds."""
+def weigh(g, s: int, output: int = 0, edge: int = 0, selects: bool = False) -> int:
+    """Scale an operand by what the node makes of ones: the derivative of the entry that each of its entries feeds.
+
+    ``selects``: the node's backward may set entries to zero whatever the gradient is.
+    """
     node, meta, shape = g.node, g.meta, g.values[s].shape
     m = meta[output]
 
-    def weights() -> Tensor:
-        ones = one(m).expand(tuple(m.shape))
-        out = node(*[ones if i == output else None for i in range(len(meta))])
+    def pull(c: Tensor) -> Tensor:
+        c = c.expand(tuple(m.shape))
+        out = node(*[c if i == output else None for i in range(len(meta))])
         out = out[edge] if isinstance(out, tuple) else out
         if out is None:
             return torch.zeros(shape, dtype=m.dtype, device=m.device)
@@ -34,7 +37,9 @@ def weigh(g, s: int, output: int = 0, edge: int = 0) -> int:
             raise AssertionError(f"{node.name()}: weights of shape {tuple(out.shape)} for {shape}")
         return fit(out, m)
 
-    return g.diagonal(s, weights)
+    if selects:
+        return g.mask(s, lambda: pull(one(m)), lambda: passing(pull, m))
+    return g.diagonal(s, lambda: pull(one(m)))
 
 
 def _reduced(g, name: str = "dim", ndim: int | None = None) -> tuple[int, ...]:
@@ -65,17 +70,30 @@ def mean(g):
 
 
 @rule(
-    "Amax", "Amin", "LinalgVectorNorm", "Logsumexp", "Max.1", "Median.0", "Min.1", "Nanmedian.0", "Nansum",
-    "Norm.0-3", "Prod.0-1", "Std", "Trace", "Var",
+    "Amax", "Amin", "Logsumexp", "Nansum", "Trace", "Var"
 )  # fmt: skip
-def weighted(g):
-    return g.sum(weigh(g, g.cast(g.src[0])), _reduced(g), _keepdim(g))
+def weighted(g, selects: bool = False):
+    return g.sum(weigh(g, g.cast(g.src[0]), selects=selects), _reduced(g), _keepdim(g))
+
+
+@rule("Max.1", "Median.0", "Min.1", "Nanmedian.0", "Prod.0-1", "Std")
+def chosen(g):
+    """One entry of all, and what is taken for 0 where it has no derivative."""
+    return weighted(g, True)
+
+
+@rule("LinalgVectorNorm", "Norm.0-3")
+def norm(g):
+    name = "ord" if g.has("ord") else "p"
+    p = g.saved(name) if g.has(name) else None
+    return weighted(g, p not in (None, 1, 2, inf, -inf))
 
 
 @rule("Aminmax", "StdMean", "VarMean")
 def two_results(g):
     (s,), axes, keepdim = g.src, _reduced(g), _keepdim(g)
-    return tuple([g.sum(weigh(g, s, i), axes, keepdim) for i in range(len(g.meta))])
+    selects = g.name == "StdMeanBackward0"
+    return tuple([g.sum(weigh(g, s, i, 0, selects), axes, keepdim) for i in range(len(g.meta))])
 
 
 @rule("Dist")

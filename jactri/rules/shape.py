@@ -309,7 +309,7 @@ def _triangle(op: str):
         def mask():
             return getattr(torch.ones(corner, dtype=m.dtype, device=m.device), op)(k)
 
-        return g.diagonal(g.src[0], mask)
+        return g.mask(g.src[0], mask)
 
     return run
 
@@ -395,7 +395,7 @@ def _overwritten(g, put) -> int:
     old, new = g.src
     terms = []
     if old is not None:
-        terms.append(Partials(g).diagonal(g, old, 0))
+        terms.append(Partials(g).mask(g, old, 0))
     if new is not None:
         terms.append(put(new))
     return g.plus(terms)
