@@ -21,10 +21,15 @@ def multiply(
 ) -> Tensor:
     """The block ``(K, *value)`` of the result: ``second`` times ``first``, both as blocks ``(K, *value)``.
 
+    Blocks of two dtypes are multiplied in the wider one, those of two devices on that of ``second``.
+
     ``sel`` restricts the result's seed factors. ``out``: where to write it if autograd does not watch; returned if
     it was written. Costs ``2 * prod(sizes)`` flops.
     """
     sizes = list(how.sizes)
+    if first.dtype != second.dtype or first.device != second.device:
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        first, second = (t.to(device=second.device, dtype=dtype) for t in (first, second))
     a, b = (
         t.reshape([sizes[c] for c in letters])
         for t, letters in ((first, how.first), (second, how.second))
@@ -54,7 +59,7 @@ def multiply(
     order = [*both, *left, *right]
     a, b = a.reshape(-1, k, n), b.reshape(-1, m, k)
     target = None
-    if out is not None and not alike and out.device == a.device and not torch.is_grad_enabled():
+    if _fits(out, a) and not alike and not torch.is_grad_enabled():
         target = _as_matrices(out, how, sizes, order, (many(both), m, n))
     if target is not None:
         torch.bmm(b, a, out=target)
@@ -78,6 +83,10 @@ def _once(t: Tensor, letters, how: Product) -> tuple[Tensor, list[int]]:
             t = t.select(i, 0)
             del kept[i]
     return t, kept
+
+
+def _fits(out: Tensor | None, like: Tensor) -> bool:
+    return out is not None and out.device == like.device and out.dtype == like.dtype
 
 
 def _as_matrices(out: Tensor, how: Product, sizes, order, shape) -> Tensor | None:

@@ -322,6 +322,34 @@ def test_float32_is_as_good_as_reverse_mode():
         assert error < 1e-6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk_size": 7}, {"create_graph": True}, {"per_sample": True}, {"out": True}],
+    ids=lambda o: next(iter(o), "plain"),
+)
+@pytest.mark.parametrize("at", ["input", "net", "output"])
+def test_pieces_of_two_dtypes_are_multiplied_in_the_wider(at, options):
+    """A cast at one end, or at both, of a bottleneck: blocks of two dtypes meet."""
+    torch.manual_seed(0)
+    wide, narrow = torch.float32, torch.bfloat16
+    net = mlp(48, 24, 2, 24, 48).to(narrow)
+    ends = {"input": (wide, narrow), "net": (wide, wide), "output": (narrow, wide)}[at]
+
+    def func(x):
+        return net(x.to(narrow)).to(ends[1])
+
+    x = torch.randn(6, 48).to(ends[0])
+    rows = torch.autograd.functional.jacobian(net.double(), x.double())
+    net.to(narrow)
+    if "per_sample" in options:
+        rows = rows[torch.arange(6), :, torch.arange(6)]
+    if "out" in options:
+        options = {"out": torch.empty_like(rows, dtype=ends[0])}
+    J = jactri.jacobian(func, x, strategy="mixed", **options)
+    assert J.dtype == ends[0]
+    assert_close(J, rows, narrow, factor=4)
+
+
 def test_a_limit_cuts_the_product_and_falls_back():
     net = mlp(40, 30, 3, 30, 40).double()
     x = torch.randn(5, 40, dtype=F64)
