@@ -29,7 +29,7 @@ from .journal import Journal, identity, on_disk
 from .opaque import refuse_or_log
 from .owners import apart
 from .planner import MemoryLimitTooSmall
-from .planning import budget, check_answer, plan_for, prove_by_probe, split_samples
+from .planning import budget, check_answer, plan_for, proof, prove_by_probe, small, split_samples
 from .progress import Watch, bar
 from .running import computing, detached, eagerly, prepare, public
 from .strictness import check_dependence
@@ -263,12 +263,12 @@ def _rows(ys, xs, asked: Request, dests):
         limit = budget(limit or journal.limit, xs[0].device)
     plan, summed, sparse = None, False, asked.form != "dense"
     if per_sample:
-        plan = plan_for(graph, strategy, False, None, None, ys, xs, True, dests, sparse=sparse)
+        plan = proof(graph, strategy, ys, xs, dests, sparse)
         if not plan.tied and not sparse:
             if not apart(graph):
                 prove_by_probe(graph, plan, ys, xs)
             plan, summed = None, True
-        elif asked.chunk_size is not None or limit is not None:
+        elif asked.chunk_size is not None or limit is not None or not small(plan):
             plan = None
     forward = strategy == "forward-mode"
     options = (

@@ -88,5 +88,7 @@ def _cheap(ys, leaves, asked: Request) -> bool:
             graph = read(ys, leaves)
         except UnsupportedGraph:
             return False
-        plan = plan_for(graph, asked.strategy, False, asked.chunk_size, None, ys, leaves, False)
+        plan = plan_for(
+            graph, asked.strategy, False, asked.chunk_size, None, ys, leaves, False, bounded=False
+        )
     return min(plan.seconds.values(), default=0.0) < _CHEAP

@@ -101,11 +101,13 @@ def plan_for(
     dests=None,
     steady: bool = False,
     sparse: bool = False,
+    bounded: bool = True,
 ) -> Plan:
     """The plan for a graph, remembered by everything that it depends on.
 
     Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
-    ``steady``: a plan that any process makes, under rough rates.
+    ``steady``: a plan that any process makes, under rough rates. ``bounded``: it must fit the memory, or
+    MemoryLimitTooSmall is raised; a proof or a prediction need not.
     """
     device, kernels = xs[0].device, ""
     if backends.kernels_for(xs[0]):
@@ -121,7 +123,19 @@ def plan_for(
         return make_plan(*options, rates.measured(device), answer)
 
     key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
-    return _kept(key, make, memory_limit, chunk_size, device)
+    return _kept(key, make, memory_limit, chunk_size, device, bounded)
+
+
+def proof(graph: Graph, strategy: str, ys, xs, dests=None, sparse: bool = False) -> Plan:
+    """The plan that tells whether samples are kept apart (``tied``), and that runs if it is `small`."""
+    return plan_for(
+        graph, strategy, False, None, None, ys, xs, True, dests, sparse=sparse, bounded=False
+    )
+
+
+def small(plan: Plan) -> bool:
+    """Whether a plan runs without a look at how much memory is free."""
+    return plan.peak <= _LARGE
 
 
 def plan_for_given(
@@ -142,7 +156,7 @@ def plan_for_given(
     return _kept(key, make, memory_limit, chunk_size, device)
 
 
-def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Plan:
+def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device, bounded=True) -> Plan:
     """The plan that ``make(limit)`` gives, remembered by ``key`` where no limit decides."""
     if memory_limit is not None:
         return make(parse_bytes(memory_limit))
@@ -153,7 +167,7 @@ def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device) -> Pla
         if len(_plans) >= _PLANS_KEPT:
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
-    if plan.peak > _LARGE and chunk_size is None:
+    if bounded and chunk_size is None and not small(plan):
         limit = budget(None, device)
         if plan.peak > limit:
             return make(limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -18,8 +18,8 @@ from .layout import FREE, Layout
 from .memory import si
 from .mixed import Join
 from .owners import apart
-from .planner import Plan
-from .planning import answer_bytes, plan_for, prove_by_probe
+from .planner import MemoryLimitTooSmall, Plan
+from .planning import answer_bytes, plan_for, proof, prove_by_probe, split_samples
 from .ranges import layer_of
 from .running import computing, prepare, public
 from .sweep import Sweep
@@ -132,12 +132,26 @@ def explain(
             return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
         summed = False
         if per_sample:
-            proof = plan_for(graph, strategy, False, None, None, ys, xs, True)
-            summed = not proof.tied
+            alone = proof(graph, strategy, ys, xs)
+            summed = not alone.tied
             if summed and not apart(graph):
-                prove_by_probe(graph, proof, ys, xs)
-        plan = plan_for(graph, strategy, summed, chunk_size, memory_limit, ys, xs, per_sample)
-        return describe(graph, plan, ys, xs, per_sample)
+                prove_by_probe(graph, alone, ys, xs)
+        options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample
+        try:
+            return describe(graph, plan_for(graph, *options), ys, xs, per_sample)
+        except MemoryLimitTooSmall:
+            pieces = split_samples(graph, (*options, None, False, False))
+            if pieces is None:
+                raise
+            options = strategy, summed, chunk_size, None, ys, xs, per_sample
+            report = describe(graph, plan_for(graph, *options, bounded=False), ys, xs, per_sample)
+            longest = max(length for (_, length), _, _ in pieces)
+            return replace(
+                report,
+                peak_bytes=max(plan.peak for _, _, plan in pieces),
+                chunks=sum(len(s.selections()) for _, _, plan in pieces for s in plan.sweeps),
+                note=f"{len(pieces)} ranges of up to {longest} samples run one after another",
+            )
 
 
 def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import handover
 from ..graph import Graph, UnsupportedGraph, read
 from ..owners import apart
-from ..planning import plan_for, prove_by_probe
+from ..planning import proof, prove_by_probe
 from ..running import computing, eagerly, public
 from . import points
 from .diagonal import diagonal_of
@@ -108,7 +108,7 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
 
 def _prove(graph: Graph, y: Tensor, x: Tensor) -> None:
     """Raise unless samples do not mix."""
-    plan = plan_for(graph, "auto", False, None, None, (y,), (x,), True)
+    plan = proof(graph, "auto", (y,), (x,))
     if not (plan.tied or apart(graph)):
         prove_by_probe(graph, plan, (y,), (x,))
 

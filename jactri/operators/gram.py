@@ -19,7 +19,7 @@ from ..arguments import as_tuple, check_batch, check_options
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
 from ..owners import apart
-from ..planning import plan_for, prove_by_probe
+from ..planning import proof, prove_by_probe
 from ..running import computing, detached, eagerly, prepare, public
 from .contract import Network
 from .ways import Asked, between, gram, pairs, summed_up, weight_in
@@ -246,7 +246,7 @@ def _rows(ys, xs, weights, asked: Asked):
         return _finished(made, range(len(ends[1])), ends[1], asked, half)
     summed = False
     if asked.per_sample:
-        plan = plan_for(graph, "auto", False, None, None, ys, xs, True)
+        plan = proof(graph, "auto", ys, xs)
         summed = not plan.tied
         if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
