@@ -21,6 +21,7 @@ from .arguments import (
     form,
     out_rows,
 )
+from .classes import dressed, plain
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
 from .folding import fold
@@ -133,7 +134,11 @@ def jacobian(
         out_rows(out, tupled_out, tupled), kind,
     )  # fmt: skip
     rows = compute(ys, leaves, asked)
-    answer = nest(rows, tupled_out, tupled) if out is None else out
+    answer = out
+    if out is None:
+        answer = nest(rows, tupled_out, tupled)
+        if kind == "dense":
+            answer = dressed(answer, (*(result if tupled_out else (result,)), *xs))
     if not return_output:
         return answer
     return (result if create_graph else detached(result)), answer
@@ -188,8 +193,11 @@ def jacobian_of(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
         out_rows(out, tupled_out, tupled), kind,
     )  # fmt: skip
-    rows = compute(ys, xs, asked)
-    return nest(rows, tupled_out, tupled) if out is None else out
+    rows = compute([plain(y) for y in ys], xs, asked)
+    if out is not None:
+        return out
+    answer = nest(rows, tupled_out, tupled)
+    return dressed(answer, (*ys, *xs)) if kind == "dense" else answer
 
 
 @dataclass(slots=True)

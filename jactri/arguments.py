@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .entries import FORMS
-from .remedies import check_differentiable, instead_of, nearest, of_shape
+from .remedies import instead_of, nearest, of_shape
 
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 
@@ -55,15 +55,6 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
                 + instead_of(v, name, tupled)
             )
     return tupled, values
-
-
-def fresh_leaf(x: Tensor, create_graph: bool) -> Tensor:
-    check_differentiable(x)
-    if create_graph and x.requires_grad:
-        return x.view_as(x) if x.layout is torch.strided else x.clone()
-    if x.is_inference():
-        x = x.clone()
-    return x.detach().requires_grad_()
 
 
 def check_batch(ys, xs) -> None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from .api import jacobian
 from .arguments import as_tuple
+from .classes import plain
 from .finite_difference import Differences
 from .report import explain
 from .running import public
@@ -205,13 +206,14 @@ def _mixes(func, xs) -> bool:
 
 def _blocks(nested, single_input: bool) -> list[tuple[int, int, Tensor]]:
     if isinstance(nested, Tensor):
-        return [(0, 0, nested)]
+        return [(0, 0, plain(nested))]
     out = []
     for j, row in enumerate(nested):
         if isinstance(row, Tensor):
+            row = plain(row)
             out.append((j, 0, row) if single_input else (0, j, row))
         else:
-            out.extend((j, i, block) for i, block in enumerate(row))
+            out.extend((j, i, plain(block)) for i, block in enumerate(row))
     return out
 
 

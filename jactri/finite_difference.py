@@ -15,6 +15,7 @@ from torch import Tensor
 from . import handover
 from .api import nest
 from .arguments import as_tuple, block_shape, check_batch
+from .classes import as_given, dressed, plain
 from .running import public, record
 from .samples import halves
 
@@ -66,7 +67,8 @@ def finite_difference(
     if handover.transforming(xs):
         raise RuntimeError("finite_difference is not available inside of a torch.func transform")
     differences = Differences(func, xs, step, richardson, per_sample)
-    return nest(differences.blocks()[0], differences.tupled_out, tupled)
+    answer = nest(differences.blocks()[0], differences.tupled_out, tupled)
+    return dressed(answer, (*differences.given, *xs))
 
 
 class Differences:
@@ -77,7 +79,8 @@ class Differences:
         if step is not None and not step > 0:
             raise ValueError(f"step must be a positive number or None, got {step!r}")
         self.func, self.richardson, self.per_sample = func, richardson, per_sample
-        self.xs = tuple(x.detach().contiguous() for x in xs)
+        self.like = tuple(x.detach() for x in xs)
+        self.xs = tuple(plain(x).contiguous() for x in self.like)
         self.devices = sorted({x.device.index for x in xs if x.is_cuda})
         self.tupled_out = False
         self.ys = self.at(self.xs)
@@ -104,10 +107,11 @@ class Differences:
             torch.random.fork_rng(self.devices),
             torch.enable_grad(),
         ):
-            result = record(self.func, *(x.clone().requires_grad_() for x in xs))
+            leaves = [x.clone().requires_grad_() for x in xs]
+            result = record(self.func, *map(as_given, leaves, self.like))
         name = "outputs of the user-provided function"
-        self.tupled_out, ys = as_tuple(result, name, "finite_difference")
-        return tuple(y.detach() for y in ys)
+        self.tupled_out, self.given = as_tuple(result, name, "finite_difference")
+        return tuple(plain(y.detach()) for y in self.given)
 
     def blocks(self, gaps: bool = False) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """``J[j][i]``, and if asked for how far the slopes to both sides are apart."""

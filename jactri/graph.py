@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import layers
+from .classes import plain
 from .contraction import Expand, Sum
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
@@ -90,7 +91,7 @@ class Reader:
 
     def saved(self, name: str):
         """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed."""
-        return getattr(self.node, "_saved_" + name)
+        return plain(getattr(self.node, "_saved_" + name))
 
     def has(self, name: str) -> bool:
         return hasattr(self.node, "_saved_" + name)
@@ -229,7 +230,7 @@ class Reader:
     def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
         """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""
         node = self.node
-        return lambda: function(node.name(), lambda key: getattr(node, "_saved_" + key))
+        return lambda: function(node.name(), lambda key: plain(getattr(node, "_saved_" + key)))
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .classes import plain
 from .linear_map import LinearMap
 
 logger = logging.getLogger("jactri")
@@ -224,7 +225,9 @@ class OpaqueCall:
         # a Python backward answers for every argument; edges exist for tensor arguments only
         out = self.node.apply(*grads)
         out = out if isinstance(out, tuple) else (out,)
-        needed = [g for g, need in zip(out, self.node.needs_input_grad, strict=False) if need]
+        needed = [
+            plain(g) for g, need in zip(out, self.node.needs_input_grad, strict=False) if need
+        ]
         if sum(self.present) != len(needed):
             raise RuntimeError(
                 f"{self.node.name()}: {len(needed)} gradients for {sum(self.present)} differentiable inputs"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ranges
-from .arguments import as_tuple, fresh_leaf
+from .arguments import as_tuple
+from .classes import leaf_and_given, plain
 from .layers import watching
 from .remedies import no_such
 
@@ -61,13 +62,17 @@ def computing(create_graph: bool, backend: str | None = None) -> Iterator[None]:
 
 
 def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
-    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result."""
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result.
+
+    Outputs and inputs are of the plain class (see classes.py).
+    """
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
-        leaves = tuple([fresh_leaf(x, create_graph) for x in xs])
-        result = record(ranges.call, func, leaves) if watching() else record(func, *leaves)
-    tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+        leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
+        result = record(ranges.call, func, given) if watching() else record(func, *given)
+        tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+        ys = tuple([plain(y) for y in ys])
     return ys, leaves, tupled_out, result
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import backends, handover
 from ..arguments import as_tuple, check_options
+from ..classes import dressed
 from ..entries import factors_of
 from ..executor import chunks
 from ..graph import Graph, UnsupportedGraph, Value, read
@@ -78,6 +79,7 @@ def diagonal(
     check_shape(result if not tupled else ys, x)
     with computing(create_graph, backend):
         made = diagonal_of(ys[0], leaf, chunk_size, memory_limit)
+    made = dressed(made, (result, x))
     if not return_output:
         return made
     return (result if create_graph else detached(result)), made

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import handover
+from ..classes import dressed
 from ..graph import Graph, UnsupportedGraph, read
 from ..owners import apart
 from ..planning import proof, prove_by_probe
@@ -69,7 +70,7 @@ def divergence(
         raise ValueError("generator is for an estimate: pass estimate=K, or leave generator out")
     if handover.transforming((x,)):
         return _inside(eagerly(func), x, estimate, return_lower)
-    y, leaf = points.evaluate(func, x, "divergence", create_graph, same=True)
+    out, y, leaf = points.evaluate(func, x, "divergence", create_graph, same=True)
     with computing(create_graph, backend):
         if estimate is None:
             made = (of_output(y, leaf, asked),)
@@ -77,8 +78,9 @@ def divergence(
             made = _estimate(y, leaf, asked, estimate, generator)
     if not create_graph:
         made = tuple(m.detach() for m in made)
+    made = dressed(made, (out, x))
     if return_lower:
-        return points.result(y, asked), *made
+        return points.result(out, asked), *made
     return made if len(made) > 1 else made[0]
 
 

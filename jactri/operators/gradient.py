@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import handover
+from ..classes import dressed
 from ..running import eagerly, public
 from . import points
 
@@ -48,7 +49,7 @@ def gradient(
             eagerly(func), (x,), False, "auto", False, points.batched(x), True, chunk_size, None
         )
     else:
-        y, leaf = points.evaluate(func, x, "gradient", create_graph)
-        answer = points.jacobian(y, leaf, asked)
-        y = points.result(y, asked)
+        out, y, leaf = points.evaluate(func, x, "gradient", create_graph)
+        answer = dressed(points.jacobian(y, leaf, asked), (out, x))
+        y = points.result(out, asked)
     return (y, answer) if return_lower else answer

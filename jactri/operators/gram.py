@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import backends, handover, whole
 from ..arguments import as_tuple, check_batch, check_options
+from ..classes import dressed, plain
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
 from ..owners import apart
@@ -124,6 +125,7 @@ def _gram(
     rows = rows_of(
         kind, ys, leaves, weight, per_sample, create_graph, chunk_size, memory_limit, backend
     )
+    rows = dressed(rows, (*(result if tupled_out else (result,)), *xs))
     return nested(
         kind, rows, tupled, tupled_out, result if create_graph else detached(result), return_output
     )
@@ -224,6 +226,7 @@ def _ready(weights, tensors, create_graph: bool) -> list[Tensor | None]:
     out = []
     for w, t in zip(weights, tensors, strict=True):
         if w is not None:
+            w = plain(w)
             w = (w if create_graph else w.detach()).to(t.dtype.to_real())
         out.append(w)
     return out

@@ -204,7 +204,7 @@ class _Point(Job):
 
     def forward(self, inputs):
         (x,) = inputs
-        y, leaf = points.evaluate(self.func, x, self.name, False, self.same)
+        _, y, leaf = points.evaluate(self.func, x, self.name, False, self.same)
         return Ends((y,), (leaf,), y)
 
     def answer(self, ends, rows, out):

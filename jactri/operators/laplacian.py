@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import handover
+from ..classes import dressed
 from ..graph import UnsupportedGraph
 from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
@@ -81,9 +82,9 @@ def laplacian(
         a = None if weight is None else weights.check(weight, x)
     if handover.transforming((x,) if weight is None else (x, weight)):
         return _inside(eagerly(func), x, a, return_lower)
-    y, leaf = points.evaluate(func, x, "laplacian", create_graph)
-    first, answer = of_output(y, leaf, a, asked, return_lower)
-    return (points.result(y, asked), first, answer) if return_lower else answer
+    out, y, leaf = points.evaluate(func, x, "laplacian", create_graph)
+    first, answer = dressed(of_output(y, leaf, a, asked, return_lower), (out, x))
+    return (points.result(out, asked), first, answer) if return_lower else answer
 
 
 @public
@@ -114,13 +115,12 @@ def bilaplacian(
 
         answer = _inside(once, x, None, False)
         return (func(x), once(x), answer) if return_lower else answer
-    y, leaf = points.evaluate(func, x, "bilaplacian", create_graph)
+    out, y, leaf = points.evaluate(func, x, "bilaplacian", create_graph)
     held = Options(True, chunk_size, memory_limit, "auto")
     _, lap = of_output(y, leaf, None, held, False)
     _, answer = of_output(lap, leaf, None, asked, False)
-    if not return_lower:
-        return answer
-    return points.result(y, asked), points.result(lap, asked), answer
+    lap, answer = dressed((points.result(lap, asked), answer), (out, x))
+    return (points.result(out, asked), lap, answer) if return_lower else answer
 
 
 def of_output(

@@ -70,12 +70,12 @@ def check_same(y: Tensor, x: Tensor, name: str) -> None:
 
 def evaluate(
     func: Callable, x: Tensor, name: str, create_graph: bool, same: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``func`` at ``x``: its output, and the tensor that requires grad and that it was called with.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``func`` at ``x``: its output as it is, and the ends of its graph, output and input.
 
     ``same``: the output must have the shape of the input.
     """
-    ys, (leaf,), tupled, _ = prepare(func, (x,), create_graph)
+    ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
     if tupled:
         raise TypeError(
             f"func of {name} must return one tensor, got a tuple of {len(ys)}: call {name} for each"
@@ -92,7 +92,7 @@ def evaluate(
             f"x of {name} has shape {tuple(x.shape)}: a batch of {x.shape[0]} samples, for which func must return "
             f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. Pass a single point as a tensor of one axis"
         )
-    return y, leaf
+    return result, y, leaf
 
 
 def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import handover
-from ..arguments import fresh_leaf
+from ..classes import leaf_and_given, plain
 from ..graph import Graph, UnsupportedGraph, read
 from ..layout import Selection
 from ..memory import free_bytes, parse_bytes
@@ -136,9 +136,14 @@ class Recorded:
         self.create_graph = create_graph
         self._was_read = False
         with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module) as written:
-            leaves = [fresh_leaf(t, create_graph) if _differentiable(t) else _plain(t) for t in xs]
-            y = record(module, *leaves)
+            ends = [
+                leaf_and_given(t, create_graph) if _differentiable(t) else (_ordinary(t),) * 2
+                for t in xs
+            ]
+            leaves = [leaf for leaf, _ in ends]
+            y = record(module, *(given for _, given in ends))
             self._check_output(y, leaves, module)
+            y = plain(y)
             self.y, self.n, self.leaves = y, y.shape[0], leaves
             self.out = tuple(y.shape[1:])
             self.watched = [(name, p, p._version) for name, p in self.params.items()]
@@ -362,7 +367,7 @@ def _differentiable(t: Tensor) -> bool:
     return t.dtype.is_floating_point
 
 
-def _plain(t: Tensor) -> Tensor:
+def _ordinary(t: Tensor) -> Tensor:
     return t.clone() if t.is_inference() else t
 
 

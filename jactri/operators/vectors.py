@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends, handover
 from ..answers import Store
 from ..arguments import as_tuple, check_options
+from ..classes import dressed, plain
 from ..executor import run
 from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
@@ -85,6 +86,7 @@ def jvp(
         product = _nested(made, block, tupled_out)
     if strict and create_graph:
         check_varying(made, "output")
+    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
     return (result if create_graph else detached(result)), product
 
 
@@ -139,7 +141,7 @@ def vjp(
     if handover.transforming((*xs, *(cs or ()))):
         handover.refuse(strict=strict)
         return handover.vjp(eagerly(func), xs, tupled, ready, chunk_size)
-    ys, leaves, _, result = prepare(func, xs, create_graph)
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     if strict:
@@ -154,6 +156,7 @@ def vjp(
         product = _nested(made, block, tupled)
     if strict and create_graph:
         check_varying(made, "input")
+    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
     return (result if create_graph else detached(result)), product
 
 
@@ -302,6 +305,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
 
 def _ready(block: Tensor, like: Tensor, create_graph: bool) -> Tensor:
     """A block as the sweep takes it."""
+    block = plain(block)
     if block.is_inference():
         block = block.clone()
     if not create_graph:

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..classes import plain
 from . import points
 
 
@@ -29,6 +30,7 @@ def check(weight, x: Tensor) -> Tensor:
             f"weight must have the dtype and device of x, {x.dtype} on {x.device}, got {weight.dtype} on "
             f"{weight.device}"
         )
+    weight = plain(weight)
     a = weight.reshape(*weight.shape[: weight.dim() - 2 * len(size)], n, n)
     return (a + a.mT) * 0.5
 
