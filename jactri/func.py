@@ -325,19 +325,35 @@ class _Transform:
 
 def _gradients(y: Tensor, leaves) -> list[Tensor]:
     """The Jacobian of one output by every input, with a graph."""
-    if y.numel() != 1:
-        asked = Request("auto", True, False, False, None, None, False, "auto", True, None)
-        return compute((y,), leaves, asked)[0]
-    with computing(True):
-        if y.requires_grad:
-            found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
-        else:
-            found = (None,) * len(leaves)
-        shapes = [(*y.shape, *x.shape) for x in leaves]
-        return [
-            x.new_zeros(s) if g is None else g.reshape(s)
-            for g, x, s in zip(found, leaves, shapes, strict=True)
-        ]
+    if y.numel() == 1:
+        with computing(True):
+            if y.requires_grad:
+                found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
+            else:
+                found = (None,) * len(leaves)
+            if not _dead_end(found):
+                shapes = [(*y.shape, *x.shape) for x in leaves]
+                return [
+                    x.new_zeros(s) if g is None else g.reshape(s)
+                    for g, x, s in zip(found, leaves, shapes, strict=True)
+                ]
+    asked = Request("auto", True, False, False, None, None, False, "auto", True, None)
+    return compute((y,), leaves, asked)[0]
+
+
+def _dead_end(gradients) -> bool:
+    """Whether autograd cannot differentiate them, as through a fused attention's backward, where our Jacobian can."""
+    seen: set = set()
+    stack = [g.grad_fn for g in gradients if g is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::NotImplemented":
+            return True
+        seen.add(node)
+        stack += [p for p, _ in node.next_functions]
+    return False
 
 
 def _ordinary(x):
