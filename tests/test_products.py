@@ -369,6 +369,13 @@ def test_strict_is_as_strict_as_torch(situation, name):
         assert_close(got.detach(), want.detach(), F64)
 
 
+def test_complex_functions_of_a_number():
+    x, t = torch.tensor(0.4, dtype=F64), torch.tensor(2.0, dtype=F64)
+    _, product = jactri.jvp(lambda x: torch.view_as_real(torch.polar(x, x)), x, t)
+    want = torch.stack([x.cos() - x * x.sin(), x.sin() + x * x.cos()])
+    assert_close(product, 2 * want, F64)
+
+
 def test_strict_inside_of_a_transform_is_refused():
     x = torch.rand(2, 3, dtype=F64)
     for name in ("jvp", "vjp"):

@@ -370,7 +370,7 @@ def _gradients(ys, xs, cs, create_graph: bool) -> tuple[Tensor, ...]:
 
 def _rows(product, live) -> list[Tensor]:
     """``product`` for every row of blocks; ``live``: (tensor of the computation, its block)."""
-    flat = torch.cat([b.flatten(1) for _, b in live], 1)  # of the widest dtype
+    flat = torch.cat([b.reshape(len(b), t.numel()) for t, b in live], 1)  # of the widest dtype
     sizes = [t.numel() for t, _ in live]
 
     def one_row(row):

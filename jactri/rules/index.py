@@ -238,7 +238,7 @@ def _written(g, accumulate: bool, new: int | None) -> int:
         if accumulate:
             terms.append(old)
         else:
-            terms.append(Partials(g).mask(g, old, 0))
+            terms.append(Partials(g).mask(g, g.expand(old, g.shape), 0))  # a mask may be larger
     return g.plus(terms if new is None else [*terms, new])
 
 

@@ -33,9 +33,7 @@ def weigh(g, s: int, output: int = 0, edge: int = 0, selects: bool = False) -> i
         out = out[edge] if isinstance(out, tuple) else out
         if out is None:
             return torch.zeros(shape, dtype=m.dtype, device=m.device)
-        if out.shape != shape:
-            raise AssertionError(f"{node.name()}: weights of shape {tuple(out.shape)} for {shape}")
-        return fit(out, m)
+        return fit(out.sum_to_size(shape), m)  # of a tensor without axes, some have one
 
     if selects:
         return g.mask(s, lambda: pull(one(m)), lambda: passing(pull, m))

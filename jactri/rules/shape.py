@@ -257,6 +257,8 @@ def _mixing(g, s: int, name: str, push, pull, axes, index=None) -> int:
 
 @rule("Flip")
 def flip(g):
+    if not g.shape:
+        return g.src[0]
     axes = [normal_axis(d, len(g.shape)) for d in g.saved("dims")]
     dims = [a + 1 for a in axes]
     sizes = g.shape

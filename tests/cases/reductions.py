@@ -62,6 +62,8 @@ for name, func, domain, node, whole, several in REDUCTIONS:
         CASES.append(C(f"{name}_one_each", lambda x, f=func: f(x * x), domain(2)))
 for name in ("sum", "mean", "nansum", "prod", "amax", "norm"):
     CASES.append(C(f"{name}_scalar", getattr(torch, name), A()))
+    if name != "norm":
+        CASES.append(C(f"{name}_scalar_dim", lambda x, n=name: getattr(torch, n)(x, dim=-1), A()))
     CASES.append(
         C(f"{name}_axis_of_one", lambda x, n=name: getattr(torch, n)(x, dim=1), A(3, 1),
           samples=True)
@@ -125,6 +127,9 @@ CASES += [
     C("amax_tie", torch.amax, V(1.0, 2.0, 2.0), second=False),
     C("amin_tie_dim", lambda x: x.view(2, 2).amin(1), V(1.0, 1.0, 0.0, 0.0), second=False),
     C("aminmax", lambda x: tuple(torch.aminmax(x, dim=1)), D(3, 4), nodes="Aminmax", samples=True,
+      since=(2, 13)),
+    C("amin_scalar_kept", lambda x: x.amin(0, keepdim=True), R(), nodes="Amin"),
+    C("aminmax_scalar", lambda x: tuple(torch.aminmax(x, dim=0)), R(), nodes="Aminmax",
       since=(2, 13)),
     C("cumsum", lambda x: x.cumsum(1), X, nodes="Cumsum", samples=True),
     C("cumsum_negative", lambda x: x.cumsum(-2), B, nodes="Cumsum", samples=True),

@@ -57,6 +57,7 @@ CASES = [
     C("movedim", lambda x: x.movedim((0, 2), (1, 0)), B),
     C("swapaxes", lambda x: x.swapaxes(1, 2), B, samples=True),
     C("flip", lambda x: x.flip(-1), X, nodes="Flip", samples=True),
+    C("flip_scalar", lambda x: x.flip(0), R()),
     C("flip_two", lambda x: x.flip(0, 2), B, nodes="Flip", mixes=True),
     C("flip_samples", lambda x: x.flip(0), X, nodes="Flip", mixes=True),
     C("fliplr", torch.fliplr, X, samples=True),
