@@ -201,7 +201,7 @@ def _mixes(func, xs) -> bool:
     with torch.enable_grad():
         ys = func(*leaves)
     ys = ys if isinstance(ys, tuple) else (ys,)
-    return ys[0].numel() > 0 and probe_mixing(ys, leaves)
+    return ys[0].numel() > 0 and probe_mixing(ys, leaves) is not None
 
 
 def _blocks(nested, single_input: bool) -> list[tuple[int, int, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .intervals import thin
+from .intervals import for_good, thin
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
 from .linear_map import LinearMap, Route, Shape
 
@@ -158,7 +158,8 @@ class MatMul(LinearMap):
         """By the partner's zeros, where they count and are not too many to look at."""
         right = self.side == "right"
         axis = t.dim() - 1 if right else t.dim() - 2
-        if values and t.shape[axis] > 1 and t.stride(axis):
+        known = values and for_good(self.partner)
+        if known and t.shape[axis] > 1 and t.stride(axis):
             t = thin(t) if right else thin(t).mT
             seen = self.partner != 0
             if right == reverse:

@@ -28,6 +28,11 @@ def within(t: Tensor, n: int) -> bool:
     return bool((thin(t) <= own(n, t.dim() - 1, t.device)).all())
 
 
+def for_good(weight: Tensor) -> bool:
+    """Whether a weight that is zero stays so: not where the result will be differentiated in what it is made of."""
+    return not (weight.requires_grad and torch.is_grad_enabled())
+
+
 def thin(t: Tensor) -> Tensor:
     """A block without what is repeated: with size 1 along axes in which it is expanded."""
     for a in range(1, t.dim()):

@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .intervals import joined, regrouped
+from .intervals import for_good, joined, regrouped
 from .kernels.support import Factor
 from .layout import (
     Layout,
@@ -312,7 +312,7 @@ class Diagonal(Elementwise):
             self._value = None
 
     def reach(self, t, in_shape, out_shape, reverse, values):
-        return t.masked_fill(self.d == 0, 0) if values else t
+        return t.masked_fill(self.d == 0, 0) if values and for_good(self.d) else t
 
     def narrow(self, source, target, in_shape, out_shape):
         return Diagonal(target.of(self.d, len(out_shape)))

@@ -66,7 +66,8 @@ def _through(
 def apart(graph: Graph) -> bool:
     """Whether the computation shows that no output of one sample depends on another's input.
 
-    By its indices alone, or with the zeros that it multiplies by. The values of the call decide: it is asked each time.
+    By its indices alone, or with the zeros that it multiplies by (in grad mode, the constant ones: others may be zero
+    here and not beside). The values of the call decide: it is asked each time.
     """
     return any(not _astray(graph, _from_inputs(graph, values)) for values in (False, True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import backends, rates
 from .graph import Graph
 from .memory import free_bytes, hold, parse_bytes, si
+from .owners import joins
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
 from .samples import narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
@@ -186,21 +187,31 @@ def answer_bytes(ys, xs, per_sample: bool) -> int:
 
 def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
     """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
-    if not probe_mixing(ys, xs):
+    leak = probe_mixing(ys, xs)
+    if leak is None:
         return
-    # the op is looked for from the inputs on, whatever the direction of the plan: the first one is the cause
+    value = graph.values[_culprit(graph, plan)]
+    raise RuntimeError(
+        f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
+        f"axis, and {leak}. Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call "
+        "eval())" + ASSUME
+    )
+
+
+ASSUME = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
+
+
+def _culprit(graph: Graph, plan: Plan) -> int:
+    """The first value in which samples meet, or else in which their tie is lost, whatever the plan's direction."""
+    joined = joins(graph)
+    if joined is not None:
+        return joined
     forward = [
         simulate(graph, i, False, False) for i, v in enumerate(graph.inputs) if v is not None
     ]
-    culprits = [
+    return next(
         v
         for sweep in (*forward, *(s for s in plan.sweeps if s.steps))
         for target in untied_targets(graph, sweep)
         for v in mixing_steps(graph, sweep, target)
-    ]
-    value = graph.values[culprits[0]]
-    raise RuntimeError(
-        f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
-        "axis, and a probe found derivatives across samples. Drop per_sample for the whole Jacobian, or make the "
-        "samples independent (BatchNorm: call eval())"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,26 +23,66 @@ def halves(n: int, device) -> Iterator[Tensor]:
         yield ~mask
 
 
-def probe_mixing(outputs, inputs) -> bool:
-    """Whether some output of one sample has a derivative in the input of another.
+@dataclass(frozen=True)
+class Leak:
+    """What a probe found: derivatives in the input of ``sample``, of other samples' outputs.
+
+    ``size``: the largest of them, by the largest within samples.
+    """
+
+    size: float
+    sample: int
+
+    def __str__(self) -> str:
+        return (
+            f"a probe found derivatives across samples, {self.size:.1e} times as large as those within (in the input "
+            f"of sample {self.sample})"
+        )
+
+
+def probe_mixing(outputs, inputs) -> Leak | None:
+    """The largest derivative of an output of one sample in the input of another, or None.
 
     A random cotangent on half of the samples must leave exactly zero gradient on the other half. The halves are
-    the bits of the sample's number, so any two samples are separated: ``2 log2(N)`` backward passes an output. A
+    the bits of the sample's number, so any two samples are separated: ``2 log2(N)`` backward passes an output. In grad
+    mode, where the result will be differentiated, the gradient of what was left must be zero too: twice as many. A
     NaN counts as mixing. The caller's random state is not used.
     """
     n = outputs[0].shape[0]
+    within, across, sample = 0.0, 0.0, None
     for y in outputs:
         if not y.requires_grad:
             continue
-        gen = torch.Generator(device=y.device).manual_seed(0)
-        noise = torch.rand(y.shape, generator=gen, device=y.device, dtype=torch.float32).add_(0.5)
+        noise = _noise(y)
         for mask in halves(n, y.device):
-            weight = (noise * mask.view(-1, *([1] * (y.dim() - 1)))).to(y.dtype)
-            grads = torch.autograd.grad(y, inputs, weight, retain_graph=True, allow_unused=True)
-            for g in grads:
-                if g is not None and bool((g[~mask.to(g.device)] != 0).any()):
-                    return True
-    return False
+            weight = noise * mask.view(-1, *([1] * (y.dim() - 1)))
+            grads = _gradients(y, inputs, weight, torch.is_grad_enabled())
+            sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
+            within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
+            far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]
+            left = [(g * _noise(g))[~mask.to(g.device)].sum() for g in grads if g.requires_grad]
+            if left:
+                far += [g.abs().reshape(n, -1).amax(1) for g in _gradients(sum(left), inputs)]
+            for size in far:
+                if bool((size != 0).any()) and not float(size.max()) <= across:
+                    across, sample = float(size.max()), int(size.argmax())
+    if sample is None:
+        return None
+    return Leak(across / within if within else float("inf"), sample)
+
+
+def _noise(y: Tensor) -> Tensor:
+    gen = torch.Generator(device=y.device).manual_seed(0)
+    noise = torch.rand(y.shape, generator=gen, device=y.device, dtype=torch.float32)
+    return noise.add_(0.5).to(y.dtype)
+
+
+def _gradients(y, inputs, weight=None, create_graph: bool = False) -> list[Tensor]:
+    """The gradients in the inputs on which ``y`` depends."""
+    grads = torch.autograd.grad(
+        y, inputs, weight, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return [g for g in grads if g is not None and g.numel()]
 
 
 def places(graph: Graph, sweeps: list[Sweep]) -> dict[int, tuple[int, int]] | None:

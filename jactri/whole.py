@@ -18,10 +18,10 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
     """
     from .api import zero_block
 
-    if per_sample and probe_mixing(ys, xs):
+    if per_sample and (leak := probe_mixing(ys, xs)) is not None:
         raise RuntimeError(
-            f"per_sample=True, but a probe found that samples mix (the function holds {reason}, which jactri cannot "
-            "follow op by op); drop per_sample for the whole Jacobian"
+            f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
+            "op. Drop per_sample for the whole Jacobian"
         )
     create_graph = torch.is_grad_enabled()
     out = []

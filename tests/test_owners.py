@@ -141,3 +141,69 @@ def test_every_call_proves_anew(name):
         for call in (jactri.gradient, jactri.laplacian, jactri.divergence):
             with pytest.raises(RuntimeError, match="samples mix"):
                 call(lambda x: func(x, ORDER, other), x)
+
+
+def test_zero_here_and_not_beside():
+    """Apart to first order where the second is not: what differentiates once more refuses."""
+    x = torch.zeros(N, 2, dtype=F64)
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    for square in (torch.square, Square.apply):
+
+        def func(x, square=square):
+            return x.sin() + square(x.flip(0))
+
+        want = torch.eye(2, dtype=F64).expand(N, 2, 2)
+        torch.testing.assert_close(jactri.jacobian(func, x, per_sample=True), want)
+        with pytest.raises(RuntimeError, match="samples mix"):
+            jactri.jacobian(func, x, create_graph=True, per_sample=True)
+        with pytest.raises(RuntimeError, match="samples mix"):
+            jactri.laplacian(func, x)
+
+
+def second_order(func, x):
+    """The Laplacian of each sample and, of outputs like x, the divergence, by rows of gradients of gradients."""
+    leaf = x.clone().requires_grad_()
+    y = func(leaf).flatten(1)
+    lap = torch.zeros_like(y)
+    for o in range(y.shape[1]):
+        (g,) = torch.autograd.grad(y[:, o].sum(), leaf, create_graph=True)
+        for i in range(D):
+            if g.requires_grad:
+                row = torch.autograd.grad(g[:, i].sum(), leaf, retain_graph=True, allow_unused=True)
+                lap[:, o] += 0 if row[0] is None else row[0][:, i]
+    return lap.detach()
+
+
+OPAQUE = {"attention in blocks", "index_reduce"}
+"""Whose second derivatives are shown to be apart by a probe only."""
+
+
+@pytest.mark.parametrize("name", [n for n in ROUTED if n not in OPAQUE])
+def test_second_order_of_routed_rows(name, no_probe):
+    x = inputs()
+
+    def func(x):
+        return ROUTED[name](x, ORDER)
+
+    want = second_order(func, x)
+    for options in ({}, {"chunk_size": 2}, {"create_graph": True}):
+        got = jactri.laplacian(func, x, **options).reshape(want.shape)
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    first = own_blocks(func, x).flatten(1, -2)
+    for call, sizes in ((jactri.jtj, "nai,naj->nij"), (jactri.jjt, "nai,nbi->nab")):
+        got = call(func, x, per_sample=True)
+        want = torch.einsum(sizes, first, first)
+        torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-11, atol=1e-11)
+    if first.shape[1] == D:
+        want = first.diagonal(0, 1, 2).sum(1)
+        torch.testing.assert_close(jactri.divergence(func, x), want, rtol=1e-11, atol=1e-11)

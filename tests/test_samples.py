@@ -93,4 +93,8 @@ def test_the_probe_finds_a_single_leak(n):
     for a, b in [(0, 1), (1, 0), (n - 1, 0), (n // 2, n - 1)]:
         x = torch.randn(n, 3, requires_grad=True)
         leak = torch.zeros(n, 3).index_put((torch.tensor([a]), torch.tensor([1])), x[b, 2])
-        assert probe_mixing((x.sin() + (a != b) * leak,), (x,)) == (a != b)
+        found = probe_mixing((x.sin() + (a != b) * 1e-9 * leak,), (x,))
+        assert (found is not None) == (a != b)
+        if found is not None:
+            assert found.sample == b
+            assert 1e-10 < found.size < 1e-8

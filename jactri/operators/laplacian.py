@@ -13,6 +13,7 @@ from ..classes import dressed
 from ..graph import UnsupportedGraph
 from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
+from ..owners import apart
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
 from ..running import computing, eagerly, public
@@ -170,13 +171,16 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
         count = block.shape[0]
         if count == 0:
             return None, torch.zeros_like(y)
-    plan = course(graph, curves, batch, None if block is None else count)
-    if not plan.tied:
-        return None
-    seeds, samples, where, plan = _chunks(
-        graph, curves, plan, y, x, count, block is None, asked, lower
-    )
-    if seeds < count and block is None:
+    unit = block is None
+    plan = course(graph, curves, batch, None if unit else count)
+    tied = batch and plan.tied
+    if not plan.tied:  # every direction at all samples at once, as at a single point
+        with torch.enable_grad():  # to second order
+            if not apart(graph):
+                return None
+        unit, plan = False, course(graph, curves, False, count)
+    seeds, samples, where, plan = _chunks(graph, curves, plan, y, x, count, unit, asked, lower)
+    if block is None and (seeds < count or not unit):
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         block = eye.reshape(n, *((1,) if batch else ()), *points.inner(x))
     spans: list[tuple[int, int] | None] = [None]
@@ -199,7 +203,7 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
                 directions = _directions(block, start, stop, span, x, batch)
             size = None if directions is None else stop - start
             if (size, length) not in courses:
-                courses[size, length] = course(part, own, batch, size, length)
+                courses[size, length] = course(part, own, tied, size, length)
             signs = Seeds(None if plus is None else min(max(plus - start, 0), stop - start))
             tangents, lap = Run(part, own, courses[size, length], signs)(directions)
             tangents = tangents.movedim(0, -1)
