@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends, handover, reentrant, whole
 from .answers import Answer
 from .arguments import (
+    ASSUME,
     as_tuple,
     block_shape,
     check_batch,
@@ -45,7 +46,7 @@ def jacobian(
     vectorize: bool = False,
     strategy: str = "auto",
     *,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     return_output: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -72,7 +73,11 @@ def jacobian(
             cheap for few outputs) or ``"auto"``, which predicts the cost of both.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
             one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
-            that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros.
+            that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros. ``"assume"``: take
+            it for granted where the algebra of axes does not show it, as where samples share rounding or the step size
+            of a solver. What is returned is then ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of
+            outputs summed over the batch (with ``strategy="forward-mode"``, the derivative of output n where all
+            samples move alike), which is the Jacobian of each sample as far as they do not mix.
         return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless
             ``create_graph``.
         chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.
@@ -152,7 +157,7 @@ def jacobian_of(
     strict: bool = False,
     *,
     strategy: str = "auto",
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
     out: Any = None,
@@ -210,7 +215,7 @@ class Request:
     strategy: str
     create_graph: bool
     strict: bool
-    per_sample: bool
+    per_sample: bool | str
     chunk_size: int | None
     memory_limit: int | str | None
     progress: bool
@@ -226,8 +231,7 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     if asked.strict:
         check_dependence(ys, xs)
-    if asked.per_sample:
-        check_batch(ys, xs)
+    check_batch(asked.per_sample, ys, xs)
     dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
     if reentrant.in_backward():
         rows = reentrant.aside(lambda: _in_mode(ys, xs, asked, dests))
@@ -273,7 +277,9 @@ def _rows(ys, xs, asked: Request, dests):
     if per_sample:
         plan = proof(graph, strategy, ys, xs, dests, sparse)
         if not plan.tied and not sparse:
-            if not apart(graph):
+            if per_sample == ASSUME:
+                strategy = "reverse-mode" if strategy == "auto" else strategy
+            elif not apart(graph):
                 prove_by_probe(graph, plan, ys, xs)
             plan, summed = None, True
         elif asked.chunk_size is not None or limit is not None or not small(plan):

@@ -57,8 +57,22 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
     return tupled, values
 
 
-def check_batch(ys, xs) -> None:
-    """per_sample: all inputs and outputs must have the same number of samples on their first axis."""
+ASSUME = "assume"
+"""As ``per_sample``: that samples do not mix is the caller's word."""
+
+
+def check_samples(per_sample, needed: bool = False) -> None:
+    """Raise ValueError for a ``per_sample`` that is no option; ``needed``: of a call that is for samples only."""
+    if (isinstance(per_sample, str) and per_sample != ASSUME) or (needed and not per_sample):
+        options = 'True or "assume"' if needed else 'True, False or "assume"'
+        raise ValueError(f"per_sample must be {options}, got {per_sample!r}")
+
+
+def check_batch(per_sample, ys, xs) -> None:
+    """Under ``per_sample``, all inputs and outputs must have the same number of samples on their first axis."""
+    check_samples(per_sample)
+    if not per_sample:
+        return
     n = None
     for name, tensors in (("inputs", xs), ("outputs", ys)):
         for i, t in enumerate(tensors):

@@ -104,7 +104,7 @@ def check(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
     *,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     strategy: str = "auto",
     raise_on_error: bool = False,
     finite_difference: bool = False,
@@ -117,7 +117,7 @@ def check(
 
     Args:
         func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum
-            over the batch, and a probe confirms that samples do not mix.
+            over the batch, and a probe confirms that samples do not mix (with ``"assume"``, none does).
         raise_on_error: raise `JacobianMismatch` instead of returning a report that is not ok.
         finite_difference: compare jactri in float64 with `jactri.finite_difference` too, which shares no derivative
             rule with torch. An entry passes that lies between the slopes to both sides, or is as near to their mean as
@@ -153,7 +153,7 @@ def check(
 
     truth = same_random(lambda: _torch(func64, wide, per_sample))
     mine64 = same_random(lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample))
-    mixes = per_sample and same_random(lambda: _mixes(func, xs))
+    mixes = per_sample is True and same_random(lambda: _mixes(func, xs))
     lists = [_blocks(nested, not tupled) for nested in (mine, theirs, mine64, truth)]
     report = _compare(lists, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks)
     if finite_difference:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import handover
 from .api import nest
-from .arguments import as_tuple, block_shape, check_batch
+from .arguments import ASSUME, as_tuple, block_shape, check_batch
 from .classes import as_given, dressed, plain
 from .running import public, record
 from .samples import halves
@@ -27,7 +27,7 @@ def finite_difference(
     *,
     step: float | None = None,
     richardson: bool = False,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
 ) -> Any:
     """The Jacobian of ``func`` by central differences ``(f(x + h) - f(x - h)) / 2h``, nested as `jactri.jacobian`'s.
 
@@ -44,7 +44,8 @@ def finite_difference(
         richardson: extrapolate from ``h`` and ``h / 2`` to an error of order ``h ** 4``; the default step is then
             ``eps ** (1/5) * max(1, abs(x))``.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence one
-            another; return ``(N, *out, *in)``. The same entry of all samples is moved at once.
+            another; return ``(N, *out, *in)``. The same entry of all samples is moved at once. ``"assume"``: it is not
+            tested whether they do.
 
     Returns:
         ``J[j][i]`` of shape ``out_i.shape + in_j.shape``, in the dtype and on the device of the input, with a tuple
@@ -61,7 +62,7 @@ def finite_difference(
         IndexError: an empty tuple of inputs or outputs.
 
     Cost: two evaluations of ``func`` for each entry of the inputs (four by ``richardson``); under ``per_sample`` for
-    each entry of a sample, and ``2 log2(N)`` to see that samples do not mix.
+    each entry of a sample, and ``2 log2(N)`` to see that samples do not mix (not with ``"assume"``).
     """
     tupled, xs = as_tuple(inputs, "inputs", "finite_difference")
     if handover.transforming(xs):
@@ -74,11 +75,12 @@ def finite_difference(
 class Differences:
     """A function near a point. ``ys`` are its outputs there."""
 
-    def __init__(self, func, xs, step: float | None, richardson: bool, per_sample: bool):
+    def __init__(self, func, xs, step: float | None, richardson: bool, per_sample: bool | str):
         _check_inputs(xs)
         if step is not None and not step > 0:
             raise ValueError(f"step must be a positive number or None, got {step!r}")
-        self.func, self.richardson, self.per_sample = func, richardson, per_sample
+        self.func, self.richardson, self.per_sample = func, richardson, bool(per_sample)
+        self.assume = per_sample == ASSUME
         self.like = tuple(x.detach() for x in xs)
         self.xs = tuple(plain(x).contiguous() for x in self.like)
         self.devices = sorted({x.device.index for x in xs if x.is_cuda})
@@ -91,8 +93,7 @@ class Differences:
                 raise RuntimeError(
                     f"outputs[{j}] is complex ({y.dtype}); return torch.view_as_real(output)"
                 )
-        if per_sample:
-            check_batch(self.ys, self.xs)
+        check_batch(per_sample, self.ys, self.xs)
         eps = max(torch.finfo(t.dtype).eps for t in (*self.ys, *self.xs) if t.is_floating_point())
         self.steps = [
             torch.full_like(x, step)
@@ -115,7 +116,7 @@ class Differences:
 
     def blocks(self, gaps: bool = False) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """``J[j][i]``, and if asked for how far the slopes to both sides are apart."""
-        if self.per_sample:
+        if self.per_sample and not self.assume:
             self.check_samples()
         rows, apart = (
             [[x.new_zeros(block_shape(y, x, self.per_sample)) for x in self.xs] for y in self.ys]

@@ -72,6 +72,23 @@ def apart(graph: Graph) -> bool:
     return any(not _astray(graph, _from_inputs(graph, values)) for values in (False, True))
 
 
+def apart_behind(graph: Graph, seed: int, data: list[int], picked: list[int]) -> bool:
+    """`apart`, from the output ``seed`` to the values ``data``, whose first axis is the samples.
+
+    Of the values ``picked``, every entry must have an influence on one sample only, whichever it is.
+    """
+    value = graph.values[seed]
+    n = value.shape[0]
+    starts = {seed: own(n, len(value.shape), value.device)}
+    for values in (False, True):
+        found = follow(graph, starts, [*data, *picked], True, values)
+        if all(within(found[v], n) for v in data if v in found) and all(
+            single(found[v], n) for v in picked if v in found
+        ):
+            return True
+    return False
+
+
 def joins(graph: Graph) -> int | None:
     """The first value in which samples meet on the way to an output that is not its own sample's, or None."""
     found = _from_inputs(graph, True)

@@ -7,7 +7,7 @@ from .graph import Graph
 from .memory import free_bytes, hold, parse_bytes, si
 from .owners import joins
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
-from .samples import narrow, places, probe_mixing
+from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
 
 _plans: dict[tuple, Plan] = {}
@@ -194,11 +194,8 @@ def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
     raise RuntimeError(
         f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
         f"axis, and {leak}. Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call "
-        "eval())" + ASSUME
+        "eval())" + REMEDY
     )
-
-
-ASSUME = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
 
 
 def _culprit(graph: Graph, plan: Plan) -> int:

@@ -102,7 +102,7 @@ def profile(
     inputs: Tensor | tuple[Tensor, ...],
     path: str | os.PathLike | None = None,
     *,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     strategy: str = "auto",
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import backends, launch
-from .arguments import as_tuple, check_batch
+from .arguments import ASSUME, as_tuple, check_batch
 from .folding import fold
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
@@ -106,7 +106,7 @@ def explain(
     inputs: Tensor | tuple[Tensor, ...],
     *,
     strategy: str = "auto",
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
     backend: str = "auto",
@@ -121,8 +121,7 @@ def explain(
     _, given = as_tuple(inputs, "inputs", "explain")
     backends.check_asked(backend, given[0].device if given else None, False)
     ys, xs, _, _ = prepare(func, given, False)
-    if per_sample:
-        check_batch(ys, xs)
+    check_batch(per_sample, ys, xs)
     with computing(False, backend):
         if not all(t.numel() for t in (*xs, *ys)):
             return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
@@ -134,7 +133,9 @@ def explain(
         if per_sample:
             alone = proof(graph, strategy, ys, xs)
             summed = not alone.tied
-            if summed and not apart(graph):
+            if summed and per_sample == ASSUME:
+                strategy = "reverse-mode" if strategy == "auto" else strategy
+            elif summed and not apart(graph):
                 prove_by_probe(graph, alone, ys, xs)
         options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample
         try:

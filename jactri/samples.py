@@ -23,6 +23,10 @@ def halves(n: int, device) -> Iterator[Tensor]:
         yield ~mask
 
 
+REMEDY = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
+"""What a refusal of samples that mix ends with."""
+
+
 @dataclass(frozen=True)
 class Leak:
     """What a probe found: derivatives in the input of ``sample``, of other samples' outputs.

@@ -34,8 +34,7 @@ def sparsity(
     """
     tupled, xs = as_tuple(inputs, "inputs", "sparsity")
     ys, leaves, tupled_out, _ = prepare(func, xs, False)
-    if per_sample:
-        check_batch(ys, leaves)
+    check_batch(per_sample, ys, leaves)
     try:
         with computing(False):
             graph = read(ys, leaves)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .arguments import block_shape
+from .arguments import ASSUME, block_shape
 from .memory import free_bytes, parse_bytes
 from .opaque import Vmapped
-from .samples import probe_mixing
+from .samples import REMEDY, probe_mixing
 
 
 def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
@@ -18,10 +18,10 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
     """
     from .api import zero_block
 
-    if per_sample and (leak := probe_mixing(ys, xs)) is not None:
+    if per_sample and per_sample != ASSUME and (leak := probe_mixing(ys, xs)) is not None:
         raise RuntimeError(
             f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
-            "op. Drop per_sample for the whole Jacobian"
+            "op. Drop per_sample for the whole Jacobian" + REMEDY
         )
     create_graph = torch.is_grad_enabled()
     out = []

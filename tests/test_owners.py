@@ -207,3 +207,59 @@ def test_second_order_of_routed_rows(name, no_probe):
     if first.shape[1] == D:
         want = first.diagonal(0, 1, 2).sum(1)
         torch.testing.assert_close(jactri.divergence(func, x), want, rtol=1e-11, atol=1e-11)
+
+
+class Experts(torch.nn.Module):
+    """A mixture of experts over the tokens of all samples, which may be numbers of words."""
+
+    def __init__(self, words=None):
+        super().__init__()
+        self.words = None if words is None else torch.nn.Embedding(words, 3)
+        self.gate = torch.nn.Linear(3, 2)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+        self.read = torch.nn.Linear(3, 2)
+
+    def forward(self, x, leak=0):
+        tokens = (x if self.words is None else self.words(x)).reshape(-1, 3)
+        share, which = self.gate(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            rows = (which == e).nonzero().squeeze(1)
+            out = out.index_add(0, rows, expert(tokens[(rows + leak) % len(tokens)]).tanh())
+        return self.read(out * share[:, None]).reshape(len(x), -1, 2).sum(1)
+
+
+@pytest.mark.parametrize("words", [None, 7])
+def test_parameters_of_experts(words, no_probe):
+    torch.manual_seed(0)
+    net = Experts(words).double()
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(N, 2, 3, generator=g, dtype=F64)
+    if words is not None:
+        x = torch.randint(0, words, (N, 2), generator=g)
+    y = net(x).flatten()
+    want = {}
+    for name, p in net.named_parameters():
+        rows = [torch.autograd.grad(e, p, retain_graph=True)[0] for e in y.unbind()]
+        want[name] = torch.stack(rows).reshape(N, 2, *p.shape)
+    flat = torch.cat([j.reshape(N * 2, -1) for j in want.values()], 1)
+    kernel = (flat @ flat.T).reshape(N, 2, N, 2).transpose(1, 2)
+    for _ in range(2):
+        jac = jactri.parameter_jacobian(net, x)
+        torch.testing.assert_close(jac.dense(), want, rtol=1e-12, atol=1e-12)
+        got = jactri.empirical_ntk(net, x)
+        torch.testing.assert_close(got, kernel, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", [None, 7])
+def test_experts_that_mix_are_refused(words):
+    torch.manual_seed(0)
+    net = Experts(words).double()
+    x = torch.randn(N, 2, 3, dtype=F64) if words is None else torch.arange(8).reshape(N, 2) % words
+    whole = net.forward
+    for _ in range(2):
+        jactri.parameter_jacobian(net, x)
+        net.forward = lambda x: whole(x, leak=3)
+        with pytest.raises(RuntimeError, match="samples mix"):
+            jactri.parameter_jacobian(net, x)
+        net.forward = whole

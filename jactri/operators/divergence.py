@@ -26,6 +26,7 @@ def divergence(
     x: Tensor,
     create_graph: bool = False,
     *,
+    per_sample: bool | str = True,
     estimate: int | None = None,
     generator: torch.Generator | None = None,
     return_lower: bool = False,
@@ -39,6 +40,8 @@ def divergence(
         func: maps ``x`` to a tensor of its shape. It runs once.
         x: floating-point, ``(N, *in)``: N samples; or of one axis, a single point ``(n,)``.
         create_graph: return what can be differentiated again.
+        per_sample: ``"assume"``: it is not proven that samples do not mix. The divergence sums ``d func[n, i] / d x[n,
+            i]`` either way; an estimate of samples that mix is one of these sums all the same, with a larger error.
         estimate: K: an unbiased estimate from K products with random vectors of signs (Hutchinson 1990), instead of the
             divergence itself.
         generator: where the signs are drawn from; by default torch's own generator.
@@ -61,7 +64,9 @@ def divergence(
         ``(N, h1) @ (h1, h2)``, with a matrix of weights that is kept. Anything else: that of `jactri.diagonal`, whose
         last product is a contraction. An estimate: a backward pass for each of the K vectors.
     """
-    asked = points.options(x, "divergence", create_graph, chunk_size, memory_limit, backend)
+    asked = points.options(
+        x, "divergence", create_graph, chunk_size, memory_limit, backend, per_sample
+    )
     if estimate is not None and (
         not isinstance(estimate, int) or isinstance(estimate, bool) or estimate < 1
     ):
@@ -102,7 +107,7 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
     found = chains(graph, batch)
     if found is not None:
         return traces(graph, found, batch).to(x.dtype)
-    if batch:
+    if batch and not asked.assume:
         _prove(graph, y, x)
     entries = diagonal_of(y, x, asked.chunk_size, asked.memory_limit)
     return entries.flatten(1).sum(1) if batch else entries.sum()
@@ -127,7 +132,12 @@ def _estimate(y: Tensor, x: Tensor, asked: Options, count: int, generator):
         graph = read([y], [x])
     except UnsupportedGraph:
         graph = None
-    if batch and graph is not None and None not in (graph.outputs[0], graph.inputs[0]):
+    if (
+        batch
+        and not asked.assume
+        and graph is not None
+        and None not in (graph.outputs[0], graph.inputs[0])
+    ):
         _prove(graph, y, x)
     signs = torch.randint(0, 2, (count, *y.shape), generator=generator, device=y.device)
     signs = signs.to(y.dtype).mul_(2).sub_(1)

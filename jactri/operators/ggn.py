@@ -24,6 +24,7 @@ def ggn(
     loss_hessian: Tensor | Callable[[Tensor], Tensor],
     params: Any = None,
     *,
+    per_sample: bool | str = True,
     create_graph: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -31,7 +32,7 @@ def ggn(
     """The generalised Gauss-Newton matrix ``sum_n J_n^T H_n J_n`` of a loss summed over samples, as an operator.
 
     Args:
-        module, x, params, create_graph, chunk_size, memory_limit: see `parameter_jacobian`.
+        module, x, params, per_sample, create_graph, chunk_size, memory_limit: see `parameter_jacobian`.
         loss_hessian: of the loss in the output, a sample at a time: a tensor ``(N, *out)`` (its diagonal), a tensor
             ``(N, *out, *out)``, or a function of blocks ``(K, N, *out)`` that returns products of the same shape. For
             the softmax's cross-entropy: ``torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)``; for half the
@@ -47,7 +48,7 @@ def ggn(
         a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
     """
     check_options("auto", chunk_size, None, create_graph)
-    run = Recorded(module, x, params, create_graph, "ggn")
+    run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
     return GGN(ParameterJacobian(run, chunk_size, memory_limit), loss_hessian)
 
 

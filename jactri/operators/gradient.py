@@ -18,6 +18,7 @@ def gradient(
     x: Tensor,
     create_graph: bool = False,
     *,
+    per_sample: bool | str = True,
     return_lower: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -29,6 +30,7 @@ def gradient(
         func: maps ``x`` to a tensor ``(N, *out)``, for a single point to ``(*out,)``. It runs once.
         x: floating-point, ``(N, *in)``: N samples; or of one axis, a single point ``(n,)``.
         create_graph: return what can be differentiated again.
+        per_sample: ``"assume"``: that samples do not mix is not proven but taken for granted, as by `jactri.jacobian`.
         return_lower: return ``(output, gradient)``.
         chunk_size, memory_limit, backend: as of `jactri.jacobian`.
 
@@ -43,7 +45,9 @@ def gradient(
 
     Cost: that of `jactri.jacobian` with ``per_sample=True``.
     """
-    asked = points.options(x, "gradient", create_graph, chunk_size, memory_limit, backend)
+    asked = points.options(
+        x, "gradient", create_graph, chunk_size, memory_limit, backend, per_sample
+    )
     if handover.transforming((x,)):
         y, answer = handover.jacobian(
             eagerly(func), (x,), False, "auto", False, points.batched(x), True, chunk_size, None

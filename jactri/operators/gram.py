@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, handover, whole
-from ..arguments import as_tuple, check_batch, check_options
+from ..api import Request, compute
+from ..arguments import ASSUME, as_tuple, check_batch, check_options
 from ..classes import dressed, plain
 from ..graph import UnsupportedGraph, read
 from ..opaque import refuse_or_log
@@ -33,7 +34,7 @@ def jtj(
     weight: Tensor | tuple[Tensor | None, ...] | None = None,
     create_graph: bool = False,
     *,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     return_output: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -48,7 +49,8 @@ def jtj(
             nested as the outputs, None allowed for some. Under ``per_sample``, ``out`` is the shape of one sample, and
             a weight of its own for each has N in front. For outputs ``(N, m)``, a weight of two axes is ``(m, m)``.
         create_graph: the result can be differentiated, in the inputs and in the weight.
-        per_sample: as for `jacobian`: samples must not mix, and the result is one matrix for each.
+        per_sample: as for `jacobian`: samples must not mix, and the result is one matrix for each. With ``"assume"``,
+            it is made of the Jacobians that `jacobian` then returns.
         return_output: return ``(output, result)``; the output is detached unless ``create_graph``.
         chunk_size: how many seeds run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the result included.
@@ -83,7 +85,7 @@ def jjt(
     weight: Tensor | tuple[Tensor | None, ...] | None = None,
     create_graph: bool = False,
     *,
-    per_sample: bool = False,
+    per_sample: bool | str = False,
     return_output: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -132,20 +134,28 @@ def _gram(
 
 
 def rows_of(
-    kind, ys, xs, weight, per_sample: bool, create_graph: bool, chunk_size, memory_limit, backend
+    kind,
+    ys,
+    xs,
+    weight,
+    per_sample: bool | str,
+    create_graph: bool,
+    chunk_size,
+    memory_limit,
+    backend,
 ):
     """``G[i][k]`` of a recorded computation, for all pairs of inputs (``jtj``) or outputs."""
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     _check_real(kind, ys, xs)
-    if per_sample:
-        check_batch(ys, xs)
+    check_batch(per_sample, ys, xs)
     weights = weight if isinstance(weight, tuple) else (weight,)
     ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
     forms = check_weights(weights, *ends, per_sample)
     with computing(create_graph, backend):
-        asked = Asked(kind, forms, per_sample, chunk_size, memory_limit)
-        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked)
+        asked = Asked(kind, forms, bool(per_sample), chunk_size, memory_limit)
+        assume = per_sample == ASSUME
+        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, assume)
 
 
 def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bool):
@@ -232,25 +242,34 @@ def _ready(weights, tensors, create_graph: bool) -> list[Tensor | None]:
     return out
 
 
-def _rows(ys, xs, weights, asked: Asked):
+def _rows(ys, xs, weights, asked: Asked, assume: bool):
     """``G[i][k]`` for all pairs of kept ends."""
     ends = (ys, xs) if asked.kind == "jtj" else (xs, ys)
     half = not asked.dense or _symmetric(weights, asked)
-    try:
-        graph = read(ys, xs)
-    except UnsupportedGraph as reason:
-        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        rows = whole.rows(
-            ys, xs, asked.per_sample, asked.chunk_size, asked.limit, None, str(reason)
-        )
+    per_sample = ASSUME if assume else asked.per_sample
+
+    def of_jacobians(rows):
         if asked.kind == "jtj":
             rows = list(zip(*rows, strict=True))
         made = _of_jacobians(rows, ends, weights, asked, half)
         return _finished(made, range(len(ends[1])), ends[1], asked, half)
+
+    try:
+        graph = read(ys, xs)
+    except UnsupportedGraph as reason:
+        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
+        return of_jacobians(
+            whole.rows(ys, xs, per_sample, asked.chunk_size, asked.limit, None, str(reason))
+        )
     summed = False
     if asked.per_sample:
         plan = proof(graph, "auto", ys, xs)
         summed = not plan.tied
+        if summed and assume:
+            request = Request(
+                "auto", torch.is_grad_enabled(), False, ASSUME, asked.chunk_size, asked.limit, False, None, True, None,
+            )  # fmt: skip
+            return of_jacobians(compute(ys, xs, request))
         if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
     kept = graph.inputs if asked.kind == "jtj" else graph.outputs

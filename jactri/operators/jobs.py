@@ -114,7 +114,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Jacobian(Job):
-    per_sample: bool = False
+    per_sample: bool | str = False
     strategy: str = "auto"
     return_output: bool = False
     name = "jacobian"
@@ -145,7 +145,7 @@ class _Jacobian(Job):
 @dataclass(frozen=True)
 class _Gram(Job):
     weight: Tensor | tuple[Tensor | None, ...] | None = None
-    per_sample: bool = False
+    per_sample: bool | str = False
     return_output: bool = False
 
     @property
@@ -191,16 +191,19 @@ class _JJT(_Gram):
 class _Point(Job):
     """Calls of one tensor, a batch of points; see `points`."""
 
+    per_sample: bool | str = True
     return_lower: bool = False
     same: ClassVar[bool] = False
 
     def check(self, xs):
         self._one(xs)
-        points.options(xs[0], self.name, False, self.chunk_size, self.memory_limit, self.backend)
+        limits = self.chunk_size, self.memory_limit, self.backend
+        points.options(xs[0], self.name, False, *limits, self.per_sample)
 
     @property
     def asked(self) -> points.Options:
-        return points.Options(False, self.chunk_size, self.memory_limit, self.backend)
+        limits = self.chunk_size, self.memory_limit, self.backend
+        return points.Options(False, *limits, self.per_sample)
 
     def forward(self, inputs):
         (x,) = inputs
@@ -277,9 +280,12 @@ class _OfParameters(Job):
     """Calls of a module, whose leaves are its parameters, and its inputs: samples are proven not to mix."""
 
     params: Any = None
+    per_sample: bool | str = True
 
     def _run(self, x) -> Recorded:
-        return Recorded(self.func, x, self.params, False, self.name, read=False)
+        return Recorded(
+            self.func, x, self.params, False, self.name, read=False, per_sample=self.per_sample
+        )
 
     @staticmethod
     def _ends(*runs: Recorded) -> Ends:

@@ -39,6 +39,7 @@ def laplacian(
     weight: Tensor | None = None,
     create_graph: bool = False,
     *,
+    per_sample: bool | str = True,
     return_lower: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -57,6 +58,9 @@ def laplacian(
         weight: A, of shape ``(*in, *in)``, or ``(N, *in, *in)`` with one for each sample; dtype and device of ``x``.
             Only its symmetric part counts. A low rank makes it cheaper.
         create_graph: return what can be differentiated again, with respect to parameters, ``x`` and ``weight``.
+        per_sample: ``"assume"``: that samples do not mix is taken for granted where the algebra of axes does not show
+            it. What is returned is then the trace of ``d g.sum(0) / d x[n]``, of the gradients ``g`` that `gradient`
+            returns (at twice its cost, not by a forward Laplacian).
         return_lower: return ``(output, jacobian, laplacian)``, the Jacobian of shape ``(N, *out, *in)``.
         chunk_size: how many directions (columns of the Jacobian) run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the answer included; by
@@ -78,7 +82,9 @@ def laplacian(
         ``n + 2`` rows a sample through every layer after the first: the forward pass, n tangents and the Laplacian;
         with a weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
     """
-    asked = points.options(x, "laplacian", create_graph, chunk_size, memory_limit, backend)
+    asked = points.options(
+        x, "laplacian", create_graph, chunk_size, memory_limit, backend, per_sample
+    )
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         a = None if weight is None else weights.check(weight, x)
     if handover.transforming((x,) if weight is None else (x, weight)):
@@ -94,6 +100,7 @@ def bilaplacian(
     x: Tensor,
     create_graph: bool = False,
     *,
+    per_sample: bool | str = True,
     return_lower: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -107,7 +114,9 @@ def bilaplacian(
 
     Cost: two Laplacians, the second over a graph of ``n + 1`` rows a sample; all of it is held.
     """
-    asked = points.options(x, "bilaplacian", create_graph, chunk_size, memory_limit, backend)
+    asked = points.options(
+        x, "bilaplacian", create_graph, chunk_size, memory_limit, backend, per_sample
+    )
     if handover.transforming((x,)):
         func = eagerly(func)
 
@@ -117,7 +126,7 @@ def bilaplacian(
         answer = _inside(once, x, None, False)
         return (func(x), once(x), answer) if return_lower else answer
     out, y, leaf = points.evaluate(func, x, "bilaplacian", create_graph)
-    held = Options(True, chunk_size, memory_limit, "auto")
+    held = Options(True, chunk_size, memory_limit, "auto", per_sample)
     _, lap = of_output(y, leaf, None, held, False)
     _, answer = of_output(lap, leaf, None, asked, False)
     lap, answer = dressed((points.result(lap, asked), answer), (out, x))
@@ -176,7 +185,7 @@ def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
     tied = batch and plan.tied
     if not plan.tied:  # every direction at all samples at once, as at a single point
         with torch.enable_grad():  # to second order
-            if not apart(graph):
+            if asked.assume or not apart(graph):
                 return None
         unit, plan = False, course(graph, curves, False, count)
     seeds, samples, where, plan = _chunks(graph, curves, plan, y, x, count, unit, asked, lower)

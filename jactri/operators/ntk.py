@@ -25,6 +25,7 @@ def empirical_ntk(
     *,
     compute: str = "full",
     params: Any = None,
+    per_sample: bool | str = True,
     create_graph: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -35,7 +36,7 @@ def empirical_ntk(
     (Novak et al. 2022, arXiv:2206.08720).
 
     Args:
-        module, params, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
+        module, params, per_sample, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
         x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
         compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
             sum, ``(N1, N2)``.
@@ -53,7 +54,10 @@ def empirical_ntk(
     check(compute)
     check_options("auto", chunk_size, None, create_graph)
     xs = (x1,) if x2 is None else (x1, x2)
-    runs = [Recorded(module, x, params, create_graph, "empirical_ntk") for x in xs]
+    runs = [
+        Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=per_sample)
+        for x in xs
+    ]
     return of_runs(runs, compute, chunk_size, memory_limit)
 
 

@@ -30,6 +30,7 @@ def parameter_jacobian(
     x: Tensor | tuple[Tensor, ...],
     params: Any = None,
     *,
+    per_sample: bool | str = True,
     create_graph: bool = False,
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -48,6 +49,8 @@ def parameter_jacobian(
             a probe, as for `jacobian` under ``per_sample``.
         params: names, tensors of ``module.parameters()``, or None for all that require grad. A shared parameter is one,
             under its first name (or the one given).
+        per_sample: ``"assume"``: it is not proven that samples do not influence one another. The Jacobian is that of
+            the output ``n`` in the parameters either way.
         create_graph: results can be differentiated, in parameters and ``x``.
         chunk_size: how many entries of a sample's output run at once.
         memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default
@@ -70,7 +73,7 @@ def parameter_jacobian(
         the forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
     """
     check_options("auto", chunk_size, None, create_graph)
-    run = Recorded(module, x, params, create_graph, "parameter_jacobian")
+    run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=per_sample)
     return ParameterJacobian(run, chunk_size, memory_limit)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..api import Request, compute
-from ..arguments import check_options
+from ..arguments import ASSUME, check_options, check_samples
 from ..remedies import instead_of
 from ..running import prepare
 
@@ -26,9 +26,17 @@ class Options:
     chunk_size: int | None
     memory_limit: int | str | None
     backend: str
+    per_sample: bool | str = True
+
+    @property
+    def assume(self) -> bool:
+        """Whether it is the caller's word that samples do not mix."""
+        return self.per_sample == ASSUME
 
 
-def options(x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str) -> Options:
+def options(
+    x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str, per_sample=True
+) -> Options:
     """Raises what the arguments deserve; ``name`` is the call's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x of {name} must be a tensor, got {type(x)}{_one_tensor(x)}")
@@ -37,8 +45,9 @@ def options(x, name: str, create_graph: bool, chunk_size, memory_limit, backend:
             f"x of {name} must be a floating-point tensor, got {x.dtype}: convert it, as by x.float()"
         )
     check_options("auto", chunk_size, None, create_graph)
+    check_samples(per_sample, True)
     backends.check_asked(backend, x.device, create_graph)
-    return Options(create_graph, chunk_size, memory_limit, backend)
+    return Options(create_graph, chunk_size, memory_limit, backend, per_sample)
 
 
 def _one_tensor(x) -> str:
@@ -99,7 +108,7 @@ def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = N
     """``(N, *out, *in)``, or ``(*out, *in)`` of a single point, by the machinery of `jactri.jacobian`."""
     graph = asked.create_graph if create_graph is None else create_graph
     request = Request(
-        "auto", graph, False, batched(x), asked.chunk_size, asked.memory_limit, False,
+        "auto", graph, False, batched(x) and asked.per_sample, asked.chunk_size, asked.memory_limit, False,
         "auto" if graph else asked.backend, True, None,
     )  # fmt: skip
     return compute((y,), (x,), request)[0][0]

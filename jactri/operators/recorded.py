@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from .. import handover
+from ..arguments import ASSUME, check_samples
 from ..classes import leaf_and_given, plain
 from ..graph import Graph, UnsupportedGraph, read
 from ..layout import Selection
 from ..memory import free_bytes, parse_bytes
 from ..opaque import Opaque, refuse_or_log
+from ..owners import apart_behind
 from ..running import computing, record
-from ..samples import halves, probe_mixing
+from ..samples import REMEDY, halves, probe_mixing
 from ..sweep import itemsize, peak_bytes
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
 
 LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
 
-_structures: dict[tuple, Structure] = {}
+_structures: dict[tuple, Structure | SamplesMix] = {}
 _STRUCTURES_KEPT = 64
 
 
@@ -114,7 +116,11 @@ class Recorded:
     ``structure`` then is, too.
     """
 
-    def __init__(self, module, x, params, create_graph: bool, call: str, read: bool = True):
+    def __init__(
+        self, module, x, params, create_graph: bool, call: str, read: bool = True, per_sample=True
+    ):
+        check_samples(per_sample, True)
+        self.assume = per_sample == ASSUME
         self.params = chosen(module, params)
         xs = x if isinstance(x, tuple) else (x,)
         for i, t in enumerate(xs):
@@ -203,10 +209,11 @@ class Recorded:
         except UnsupportedGraph as reason:
             shapes = [p.shape for p in self.params.values()]
             refuse_or_log("the module", y.shape, shapes, f"holds {reason}")
-            if real and probe_mixing([y], real):
-                raise _mixing(
-                    f"it holds {reason}, and a probe found derivatives across samples"
-                ) from None
+            if real and not self.assume:
+                with torch.no_grad():
+                    leak = probe_mixing([y], real)
+                if leak is not None:
+                    raise _mixing(f"it holds {reason}, and {leak}") from None
             self.by_autograd = True
             return
         count = len(self.params)
@@ -224,26 +231,20 @@ class Recorded:
 
     def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
         key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
-        found = _structures.get(key)
-        if found is not None:
+        found = _remembered(key, lambda: find(graph, seed, starts, data, picked))
+        if not isinstance(found, SamplesMix):
             return found
-        try:
-            found = find(graph, seed, starts, data, picked)
-        except SamplesMix as mix:
-            if not opened:
-                opened = _keep_samples(graph, self.n)
-                if opened:
-                    return self._structure(graph, seed, starts, data, picked, real, opened)
-            value = graph.values[mix.value]
-            if not real or probe_mixing([self.y], real):
-                raise _mixing(
-                    f"the op {value.op} (output {tuple(value.shape)}) does not keep the batch axis"
-                ) from None
-            found = unstructured(graph, seed, starts)
-        if len(_structures) >= _STRUCTURES_KEPT:
-            _structures.pop(next(iter(_structures)), None)
-        _structures[key] = found
-        return found
+        # values decide, those of this call
+        if not (self.assume or apart_behind(graph, seed, data, picked)):
+            if not opened and (opened := _keep_samples(graph, self.n)):
+                return self._structure(graph, seed, starts, data, picked, real, opened)
+            value = graph.values[found.value]
+            why = f"the op {value.op} (output {tuple(value.shape)}) does not keep the batch axis"
+            if not real:
+                raise _mixing(why)
+            if (leak := probe_mixing([self.y], real)) is not None:
+                raise _mixing(f"{why}, and {leak}")
+        return _remembered((key, "whole"), lambda: unstructured(graph, seed, starts))
 
     @property
     def reached(self) -> bool:
@@ -359,8 +360,22 @@ class Recorded:
 def _mixing(why: str) -> RuntimeError:
     return RuntimeError(
         f"samples mix: {why}. A Jacobian a sample does not exist then; make the samples independent (BatchNorm: call "
-        "eval(); attention: batch_first=True)"
+        "eval(); attention: batch_first=True)" + REMEDY
     )
+
+
+def _remembered(key: tuple, make) -> Structure | SamplesMix:
+    """What ``make()`` returns or raises of samples that mix, remembered."""
+    found = _structures.get(key)
+    if found is None:
+        try:
+            found = make()
+        except SamplesMix as mix:
+            found = mix.with_traceback(None)
+        if len(_structures) >= _STRUCTURES_KEPT:
+            _structures.pop(next(iter(_structures)), None)
+        _structures[key] = found
+    return found
 
 
 def _differentiable(t: Tensor) -> bool:
