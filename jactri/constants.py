@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ def one(like: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             _ONES[key] = torch.ones((), dtype=like.dtype, device=like.device)
     return _ONES[key]
+
+
+def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
+    """Numbers that have no structure, the same each time; others for another ``step``."""
+    row = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device=like.device)
+    return row.mul(step).sin().to(like.dtype).reshape(shape)
 
 
 def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

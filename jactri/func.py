@@ -27,6 +27,7 @@ from .api import Request, compute
 from .arguments import check_options
 from .deferred import differentiable
 from .graph import Outside
+from .opaque import others
 from .running import computing, eagerly, prepare, recording
 
 _RANDOMNESS = ("error", "different", "same")
@@ -325,7 +326,7 @@ class _Transform:
 
 def _gradients(y: Tensor, leaves) -> list[Tensor]:
     """The Jacobian of one output by every input, with a graph."""
-    if y.numel() == 1:
+    if y.numel() == 1 and not others([y]):  # which it differentiates as far as they are recorded
         with computing(True):
             if y.requires_grad:
                 found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)

@@ -21,6 +21,7 @@ from .mask import Mask
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .rules import normal_axis, record_of
 from .rules.axes import kept_by
+from .unrecorded import ERROR, MARKED, Unrecorded
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
@@ -69,6 +70,7 @@ class Reader:
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
+        self.outputs: Sequence[Tensor] = ()
 
     def _turn_to(self, node, src: list[int | None]) -> None:
         """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first."""
@@ -267,9 +269,10 @@ class Reader:
 
         A rule that knows the axes which an edge leaves unmixed gives them in ``kept``, by (output, edge).
         """
-        present = [p is not None for p, _ in self.node.next_functions]
+        if getattr(self.node, "_forward_cls", None) is Unrecorded:
+            raise RuntimeError(self.node.why)
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
-        call = OpaqueCall(self.node, self.meta, present, shapes)
+        call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
         ids = []
         for nr, m in enumerate(self.meta):
             if not (m.dtype.is_floating_point or m.dtype.is_complex):
@@ -351,6 +354,7 @@ def read(
     log = layers.noted() if (watched := layers.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)
+    reader.outputs = [y for y in outputs if y.requires_grad]
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
     wanted: dict[
         object, dict[int, int | None]
@@ -424,6 +428,8 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
             else:
                 src.append(ids[nr])
                 active = active or ids[nr] is not None
+        if not active and node.__class__ is ERROR:
+            raise RuntimeError(MARKED)
         ids = reader.visit(node, src) if active else None
         if active and (0 in reader.shape or len(ids) > 1):  # what is empty carries no derivative
             values = reader.values

@@ -4,7 +4,7 @@ Calling a node is its exact vector-Jacobian product; under ``torch.vmap`` it tak
 Jacobian-vector product comes from differentiating that product once more in its cotangent ("double vjp", in
 which the product is linear). Nodes of Python ``autograd.Function`` subclasses may compute their backward outside of
 autograd (NumPy, say), where a second derivative would be silently wrong: their push goes through the node's
-dense matrix, built from exact pulls.
+dense matrix, built from exact pulls, and a product that is to be differentiated is marked (see `unrecorded`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import logging
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 
 import torch
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from . import backends
 from .classes import plain
+from .constants import arbitrary
 from .linear_map import LinearMap
+from .unrecorded import ERROR, MARKED, UNUSUAL, cause, guarded, loose
 
 logger = logging.getLogger("jactri")
 
@@ -79,9 +81,6 @@ _verified: dict[Hashable, None] = {}
 _no_vmap: dict[Hashable, None] = {}
 _pushable: dict[Hashable, bool] = {}
 _scalars: dict[type, tuple[str, ...]] = {}
-
-# what a backward of other people may say to a tensor of vmap; said without vmap too, it reaches the caller
-_UNDER_VMAP = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
 
 
 def remember(known: dict, key: Hashable, value=None) -> None:
@@ -161,7 +160,7 @@ class Vmapped:
                 # that vmap loops over an op without a rule is right, and no news
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 return torch.vmap(self.one_row)(block)
-        except _UNDER_VMAP as error:  # without vmap, any other fault is raised again
+        except UNUSUAL as error:  # without vmap, any other fault is raised again
             self._log(str(error).split("\n")[0])
             return None
 
@@ -169,14 +168,14 @@ class Vmapped:
         """Whether a combination of all rows gives the same combination of the results; None if these are infinite."""
         finite = fits = True
         with torch.no_grad():
-            weights = arbitrary((block.shape[0],), block)
+            weights = arbitrary((block.shape[0],), block.real)
             for got, want in zip(out, self.one_row(_combined(weights, block)), strict=True):
                 if got.numel():
                     own = weights.to(got.dtype)
                     size = _combined(own.abs(), got.abs()).max()
                     gap = (_combined(own, got) - want).abs()
                     finite = finite & size.isfinite()
-                    fits = fits & (gap <= min(1e4 * torch.finfo(got.dtype).eps, 0.1) * size).all()
+                    fits = fits & (gap <= loose(got.dtype) * size).all()
             if bool(finite & fits):
                 return True
             if not bool(finite):
@@ -193,24 +192,31 @@ def _combined(weights: Tensor, block: Tensor) -> Tensor:
     return torch.tensordot(weights.to(block.dtype), block, 1)
 
 
-def arbitrary(shape, like: Tensor, step: float = 2.399963) -> Tensor:
-    """Numbers that have no structure, the same each time; others for another ``step``."""
-    row = torch.arange(1, prod(shape) + 1, dtype=torch.float64, device=like.device)
-    return row.mul(step).sin().to(like.dtype).reshape(shape)
-
-
 class OpaqueCall:
     """One node as a function of the cotangents of its outputs; remembers the last answer for its other edges."""
 
-    __slots__ = ("_key", "_last", "_rows", "meta", "node", "present", "python", "shapes")
+    __slots__ = (
+        "_anchors",
+        "_key",
+        "_last",
+        "_rows",
+        "_why",
+        "meta",
+        "node",
+        "present",
+        "python",
+        "shapes",
+    )
 
-    def __init__(self, node, meta, present: list[bool], shapes: dict[int, tuple]):
-        """``present``: which edges lead anywhere; ``shapes``: of the inputs that are asked for, by edge."""
-        self.node, self.meta, self.present, self.shapes = node, meta, present, shapes
+    def __init__(self, node, meta, shapes: dict[int, tuple], anchors: Sequence[Tensor] = ()):
+        """``shapes``: of the inputs that are asked for, by edge; ``anchors``: tensors computed from the outputs."""
+        self.node, self.meta, self.shapes, self._anchors = node, meta, shapes, anchors
+        self.present = [p is not None for p, _ in node.next_functions]
         self.python = isinstance(node, torch.autograd.function.BackwardCFunction)
         self._last: tuple[Tensor, int, tuple] | None = None
         self._rows: dict[int, tuple[Vmapped, list[bool]]] = {}
         self._key: Hashable = ()
+        self._why: str | None = ""
         if node.name() == "CheckpointFunctionBackward":
             raise RuntimeError(
                 "jactri cannot differentiate through torch.utils.checkpoint with use_reentrant=True (its backward "
@@ -219,12 +225,14 @@ class OpaqueCall:
 
     def edges(self, grads: tuple) -> tuple[Tensor | None, ...]:
         """One gradient an edge of the node, not yet reduced to the edge's shape."""
-        if not self.python:
-            out = self.node(*grads)
-            return out if isinstance(out, tuple) else (out,)
-        # a Python backward answers for every argument; edges exist for tensor arguments only
-        out = self.node.apply(*grads)
+        return self._aligned((self.node.apply if self.python else self.node)(*grads))
+
+    def _aligned(self, out) -> tuple[Tensor | None, ...]:
+        """What the node returned, by edge."""
         out = out if isinstance(out, tuple) else (out,)
+        if not self.python:
+            return out
+        # a Python backward answers for every argument; edges exist for tensor arguments only
         needed = [
             plain(g) for g, need in zip(out, self.node.needs_input_grad, strict=False) if need
         ]
@@ -234,6 +242,18 @@ class OpaqueCall:
             )
         it = iter(needed)
         return tuple(next(it) if p else None for p in self.present)
+
+    def why_not(self) -> str | None:
+        """Why a product with the node must not be differentiated, or None."""
+        if self._why == "":
+
+            def asked(out):
+                grads = self._aligned(out)
+                return [g for i, g in enumerate(grads) if i in self.shapes and g is not None]
+
+            known = builtin(self.node)  # what torch's own ops cannot differentiate, they refuse to
+            self._why = None if known else cause(self.node, self.meta, asked)
+        return self._why
 
     def key(self, *more) -> Hashable | None:
         """What determines a product with the node but for the values in it; None if that cannot be told."""
@@ -247,7 +267,7 @@ class OpaqueCall:
         if not self.python:
             return tuple(c if i == nr else None for i in range(len(self.meta)))
         # Python code may write to it, or view it: contiguous memory of its own, and of no class of the caller's
-        c = c.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
+        c = plain(c).clone(memory_format=torch.contiguous_format)
         return tuple(
             c if i == nr else torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device)
             for i, m in enumerate(self.meta)
@@ -260,7 +280,12 @@ class OpaqueCall:
         if nr not in self._rows:
             self._rows[nr] = self._products(nr)
         rows, present = self._rows[nr]
-        stacked = iter(rows(c))
+        if torch.is_grad_enabled() and (why := self.why_not()) is not None:
+            with torch.no_grad():
+                made = list(rows(c))
+            stacked = iter(guarded(made, (c, *self._anchors), why))
+        else:
+            stacked = iter(rows(c))
         out = tuple(next(stacked) if p else None for p in present)
         self._last = (c, nr, out)
         return out
@@ -279,6 +304,30 @@ class OpaqueCall:
             return tuple(g for g in grads if g is not None)
 
         return Vmapped(one_row, self.node.name(), self.key(nr)), present
+
+
+def others(ys) -> list[OpaqueCall]:
+    """Calls of the nodes behind tensors that are not torch's own. Raises RuntimeError for ``once_differentiable``."""
+    found, stack = [], [y.grad_fn for y in ys if y.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.__class__ is ERROR:
+            raise RuntimeError(MARKED)
+        edges = node.next_functions
+        if not builtin(node):
+            shapes = {e: () for e, (p, _) in enumerate(edges) if p is not None}
+            found.append(OpaqueCall(node, node._input_metadata, shapes))
+        for p, _ in edges:
+            if p is not None and p not in seen:
+                seen.add(p)
+                stack.append(p)
+    return found
+
+
+def why_not(ys) -> str | None:
+    """Why what a backward pass of these tensors gives must not be differentiated, or None."""
+    return next((why for call in others(ys) if (why := call.why_not()) is not None), None)
 
 
 def _reduce(g: Tensor, shape) -> Tensor:
@@ -394,5 +443,4 @@ class Opaque(LinearMap):
             left = c * self._twice(r, False)
             right = self.pull(c, False)[0] * r
         size = float(left.abs().sum() + right.abs().sum())
-        unit = torch.finfo(t.dtype).eps
-        return not abs(float(left.sum() - right.sum())) > min(1e4 * unit, 0.1) * size
+        return not abs(float(left.sum() - right.sum())) > loose(t.dtype) * size

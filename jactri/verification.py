@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .check import JacobianMismatch
+from .constants import arbitrary
 from .graph import Reader
 from .linear_map import Functional
-from .opaque import OpaqueCall, arbitrary
+from .opaque import OpaqueCall
 
 
 class Verification:
@@ -17,11 +18,10 @@ class Verification:
     def __init__(self, g: Reader, new: range, ids: tuple[int | None, ...], where: str):
         self.g, self.new, self.ids, self.where = g, new, ids, where
         shapes = {e: g.values[s].shape for e, s in enumerate(g.src) if s is not None}
-        present = [p is not None for p, _ in g.node.next_functions]
         self.sources = list(dict.fromkeys(s for s in g.src if s is not None))
         # other numbers than those of cotangents: <t, A t> cannot tell A from its transpose
         self.tangents = {s: self._arbitrary(s, 1.754878) for s in self.sources}
-        self.call = OpaqueCall(g.node, g.meta, present, shapes)
+        self.call = OpaqueCall(g.node, g.meta, shapes)
 
     def key(self) -> tuple:
         """What decides whether a node is like one that was seen."""

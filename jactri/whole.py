@@ -6,8 +6,9 @@ import torch
 
 from .arguments import ASSUME, block_shape
 from .memory import free_bytes, parse_bytes
-from .opaque import Vmapped
+from .opaque import Vmapped, why_not
 from .samples import REMEDY, probe_mixing
+from .unrecorded import guarded
 
 
 def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
@@ -23,7 +24,8 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
             f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
             "op. Drop per_sample for the whole Jacobian" + REMEDY
         )
-    create_graph = torch.is_grad_enabled()
+    why = why_not(ys) if torch.is_grad_enabled() else None
+    create_graph = torch.is_grad_enabled() and why is None
     out = []
     for j, y in enumerate(ys):
         dest = dests[j] if dests else [None] * len(xs)
@@ -55,7 +57,8 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
             else:
                 seeds = eye.reshape(k, *y.shape)
             pieces.append(product(seeds))
-        blocks = iter([torch.cat(p) for p in zip(*pieces, strict=True)])
+        made = [torch.cat(p) for p in zip(*pieces, strict=True)]
+        blocks = iter(made if why is None else guarded(made, [y], why))
         row = []
         for x, g, d in zip(xs, used, dest, strict=True):
             if g is None:

@@ -19,10 +19,11 @@ from ..classes import dressed, plain
 from ..executor import run
 from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
-from ..opaque import Vmapped, refuse_or_log
+from ..opaque import Vmapped, refuse_or_log, why_not
 from ..planning import plan_for_given
 from ..running import computing, detached, eagerly, prepare, public
 from ..strictness import check_ends, check_varying
+from ..unrecorded import guarded
 
 Blocks = Sequence[Tensor | None]
 
@@ -342,11 +343,19 @@ def _pulled(ys, xs, blocks, columns: int) -> list[Tensor]:
     if not live:
         return [x.new_zeros(columns, *x.shape) for x in xs]
     ends = [y for y, _ in live]
-    return _rows(lambda cs: _gradients(ends, xs, cs, torch.is_grad_enabled()), live)
+    graph = torch.is_grad_enabled()
+    why = why_not(ends) if graph else None
+    if why is None:
+        return _rows(lambda cs: _gradients(ends, xs, cs, graph), live)
+    with torch.no_grad():
+        made = _rows(lambda cs: _gradients(ends, xs, cs, False), live)
+    return guarded(made, [*ends, *(b for _, b in live)], why)
 
 
 def _pushed(ys, xs, blocks, columns: int) -> list[Tensor]:
     """`push` by autograd: the derivative of ``c J`` in c, in which it is linear."""
+    if why_not(ys) is not None:
+        return [_by_rows(y, xs, blocks, columns) for y in ys]
     with torch.enable_grad():
         cs = [torch.zeros_like(y, requires_grad=True) for y in ys]
         ends = [(y, c) for y, c in zip(ys, cs, strict=True) if y.requires_grad]
@@ -360,6 +369,28 @@ def _pushed(ys, xs, blocks, columns: int) -> list[Tensor]:
         return [y.new_zeros(columns, *y.shape) for y in ys]
     starts = [g for g, _ in live]
     return _rows(lambda ts: _gradients(starts, cs, ts, torch.is_grad_enabled()), live)
+
+
+def _by_rows(y: Tensor, xs, blocks, columns: int) -> Tensor:
+    """`push` to one output where ``c J`` cannot be differentiated: by the rows of the Jacobian.
+
+    The gradient of a complex tensor is the one whose real pairs are the gradient in real pairs, see "Autograd for
+    Complex Numbers" in PyTorch's notes.
+    """
+    n = y.numel()
+    units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
+    parts = []
+    for unit in (units, 1j * units) if y.is_complex() else (units,):
+        total = torch.zeros(columns, n, dtype=y.real.dtype, device=y.device)
+        for g, t in zip(_pulled([y], xs, [unit], n), blocks, strict=True):
+            if t is not None:
+                pairs = [
+                    torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in (t, g)
+                ]
+                total = total + pairs[0].reshape(columns, -1) @ pairs[1].reshape(n, -1).mT
+        parts.append(total)
+    made = torch.complex(*parts) if y.is_complex() else parts[0]
+    return made.reshape(columns, *y.shape)
 
 
 def _gradients(ys, xs, cs, create_graph: bool) -> tuple[Tensor, ...]:
