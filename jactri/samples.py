@@ -11,6 +11,7 @@ from torch import Tensor
 from .graph import Graph, Value
 from .layout import FREE
 from .linear_map import Cut
+from .opaque import why_not
 from .sweep import Sweep
 
 
@@ -54,13 +55,15 @@ def probe_mixing(outputs, inputs) -> Leak | None:
     """
     n = outputs[0].shape[0]
     within, across, sample = 0.0, 0.0, None
+    # what must not be differentiated will not be
+    graph = torch.is_grad_enabled() and why_not(outputs) is None
     for y in outputs:
         if not y.requires_grad:
             continue
         noise = _noise(y)
         for mask in halves(n, y.device):
             weight = noise * mask.view(-1, *([1] * (y.dim() - 1)))
-            grads = _gradients(y, inputs, weight, torch.is_grad_enabled())
+            grads = _gradients(y, inputs, weight, graph)
             sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
             within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
             far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]
