@@ -226,14 +226,18 @@ class Matrices(Curvature):
         ties = frozenset()
         if len(la.axes) == 3 and la.axes[0] == lb.axes[0]:
             ties = frozenset(f for _, f in la.axes[0] if f != FREE)
-        left, right = t.seeds.signed(full(t, a, ties)), full(t, b, ties)
+        left, right = full(t, a, ties), full(t, b, ties)
         if left.dim() == 3:  # matrices without a batch
             left, right = left.unsqueeze(1), right.unsqueeze(1)
-        k, n, rows, inner = left.shape
-        left = left.permute(1, 2, 0, 3).reshape(n, rows, k * inner)
-        right = right.transpose(0, 1).reshape(n, k * inner, -1)
-        out = torch.bmm(left, right) * (2 * self.factor)
+        out = summed_product(t.seeds, left, right) * (2 * self.factor)
         return out if len(la.axes) == 3 else out[0]
+
+
+def summed_product(seeds: Seeds, left: Tensor, right: Tensor) -> Tensor:
+    """``sum_k left_k @ right_k`` of blocks ``(K, b, ., .)``: one product over seeds and inner axis."""
+    k, n, rows, inner = left.shape
+    left = seeds.signed(left).permute(1, 2, 0, 3).reshape(n, rows, k * inner)
+    return torch.bmm(left, right.transpose(0, 1).reshape(n, k * inner, -1))
 
 
 def full(t: Tangents, value: int, ties: frozenset[int]) -> Tensor:

@@ -467,3 +467,6 @@ def batch_norm(r):
     if training or any(r.active(1, 2)):
         return None
     return flat(r)
+
+
+from . import equations  # noqa: E402, F401 - registration

@@ -72,6 +72,7 @@ from . import (  # noqa: E402 - registration
     elementwise,  # noqa: F401
     index,  # noqa: F401
     inplace,  # noqa: F401
+    linalg,  # noqa: F401
     linear,  # noqa: F401
     loss,  # noqa: F401
     norm,  # noqa: F401
