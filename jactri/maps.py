@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .contraction import MatMul
+from .grids import sampled
 from .linear_map import LinearMap
 
 LINES = 32
@@ -259,6 +260,8 @@ class Sample(LinearMap):
     def _ops(self):
         """Push and pull of ``(N, channels, ...)`` blocks."""
         aten, grid, options, size = torch.ops.aten, self.grid, self.options, self.size
+        if grid.requires_grad and torch.is_grad_enabled():
+            return self._differentiable()
         if len(size) == 2:
             op, back = aten.grid_sampler_2d, aten.grid_sampler_2d_backward
         else:
@@ -270,15 +273,22 @@ class Sample(LinearMap):
 
         return lambda t: op(t, grid, *options), pull
 
+    def _differentiable(self):
+        """The same, of which the derivatives in the grid have derivatives themselves."""
+
+        def push(t):
+            return sampled(t, self.grid, self.options)
+
+        def pull(c):
+            u = c.new_zeros((*c.shape[:2], *self.size), requires_grad=True)
+            return torch.autograd.grad(push(u), u, c, create_graph=True)[0]
+
+        return push, pull
+
     def _run(self, t, op, transposed):
         k, n, c = t.shape[:3]
         flat = t.transpose(0, 1).reshape(n, k * c, *t.shape[3:])
-        if torch.is_grad_enabled():
-            if self.grid.requires_grad:
-                raise NotImplementedError(
-                    "create_graph through grid_sample is only possible where the grid is a constant "
-                    "(torch has no derivative of its backward either)"
-                )
+        if torch.is_grad_enabled() and not self.grid.requires_grad:
             out = Transposed.apply(flat, op, transposed)
         else:
             out = op(flat)

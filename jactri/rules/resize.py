@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..maps import Fixed, Sample
+from ..grids import slopes
+from ..maps import Batched, Fixed, Once, Sample
 from . import rule
 from .pool import image_op, op_of, with_transposes
 
@@ -126,9 +127,18 @@ def col2im(g):
 
 @rule("GridSampler2D", "GridSampler3D")
 def grid_sampler(g):
+    """Linear in the images; in the grid, every place has a matrix of its own."""
     x, grid = g.src
-    if grid is not None:  # bilinear in two ways: the node itself is called, samples stay unmixed
-        return g.opaque({(0, 0): ((0, 0), (1, 1)), (0, 1): ((0, 0),)})
     options = tuple(g.saved(n) for n in ("interpolation_mode", "padding_mode", "align_corners"))
-    tail = 2 if "2D" in g.name else 3
-    return g.single(x, Sample(g.tensor("grid"), options, g.values[x].shape[-tail:]), g.shape)
+    places, (n, c, *out) = g.tensor("grid"), g.shape
+    terms = []
+    if x is not None:
+        terms.append(g.single(x, Sample(places, options, g.values[x].shape[2:]), g.shape))
+    if grid is not None:
+        images = g.tensor("input")
+        edge = Batched(Once(lambda: slopes(images, places, options)), "right")
+        count = n * prod(out)
+        row = g.view(grid, (count, 1, len(out)))
+        made = g.view(g.single(row, edge, (count, 1, c)), (n, *out, c))
+        terms.append(g.permute(made, (0, len(out) + 1, *range(1, len(out) + 1))))
+    return g.plus(terms)

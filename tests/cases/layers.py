@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .case import C, D, M, P, R, V, quietly, seeded
+from .case import C, D, M, P, R, S, U, V, quietly, seeded
 
 X = R(3, 4)
 I1, I2, I3 = R(2, 4, 3), R(2, 4, 2, 3), R(2, 2, 2, 2, 2)
@@ -136,6 +136,20 @@ def as_matrix(op):
 
 
 FROM_GRID = {"second": False}
+
+
+def hats(x, grid, corners):
+    """Bilinear sampling with zeros around: what a place sees of an entry is a product of hats."""
+    for a, n in enumerate(x.shape[2:]):
+        c = grid[..., -1 - a].flatten(1)
+        at = (c + 1) / 2 * (n - 1) if corners else ((c + 1) * n - 1) / 2
+        hat = (1 - (at[..., None] - torch.arange(n)).abs()).relu().unsqueeze(1)  # (N, 1, places, n)
+        # after the first axis, the places come before the axes that are left
+        x = (x.unsqueeze(2) if a == 0 else x).movedim(3, -1).mul(
+            hat.reshape(*hat.shape[:3], *[1] * (grid.shape[-1] - 1 - a), n)).sum(-1)
+    return x.unflatten(2, grid.shape[1:-1])
+
+
 CASES += [
     C("interpolate_align", lambda x: F.interpolate(x, size=(3, 5), mode="bilinear",
       align_corners=True), R(2, 1, 2, 3), nodes="UpsampleBilinear2D", samples=True),
@@ -174,9 +188,22 @@ CASES += [
     C("fractional_max_pool3d", seeded(lambda x: F.fractional_max_pool3d(x, 2, output_size=1)),
       D(1, 1, 3, 3, 3), nodes="FractionalMaxPool3D", second=False),
     C("grid_sample", lambda x, g: F.grid_sample(x, g.tanh(), align_corners=False), R(1, 2, 3, 3),
-      R(1, 2, 2, 2), nodes="GridSampler2D", samples=True, **FROM_GRID),
+      R(1, 2, 2, 2), nodes="GridSampler2D", samples=True,
+      twin=lambda x, g: hats(x, g.tanh(), False)),
+    C("grid_sample_outside", lambda x, g: F.grid_sample(x, g, align_corners=True), R(2, 1, 3, 2),
+      R(2, 3, 1, 2), samples=True, twin=lambda x, g: hats(x, g, True)),
+    C("grid_sample_places", lambda g: F.grid_sample(g.new_ones(2, 3, 2, 4).cumsum(-1).sin(), g,
+      align_corners=False), U(2, 2, 3, 2), samples=True,
+      twin=lambda g: hats(g.new_ones(2, 3, 2, 4).cumsum(-1).sin(), g, False)),
     C("grid_sample_3d", lambda x: F.grid_sample(x, x.new_full((1, 1, 1, 2, 3), 0.3),
       align_corners=True), R(1, 1, 2, 2, 2), nodes="GridSampler3D", **FROM_GRID),
+    C("grid_sample_3d_places", lambda x, g: F.grid_sample(x, g, align_corners=False),
+      R(2, 2, 2, 3, 2), S(2, 1, 2, 2, 3), samples=True, twin=lambda x, g: hats(x, g, False)),
+    *(C(f"grid_sample_{mode}_{pad}_{'corners' * corners}", lambda x, g, m=mode, p=pad, c=corners:
+      F.grid_sample(x, 1.6 * g, m, p, bool(c)), R(1, 2, 3, 4), S(1, 2, 3, 2), samples=True,
+      second=False) for mode, pad, corners in [("nearest", "zeros", 0), ("nearest", "border", 1),
+      ("bilinear", "border", 0), ("bilinear", "reflection", 0), ("bilinear", "reflection", 1),
+      ("bicubic", "zeros", 0), ("bicubic", "border", 1), ("bicubic", "reflection", 0)]),
     C("affine_grid", lambda t: F.affine_grid(t, (2, 1, 2, 2), align_corners=False), R(2, 2, 3),
       samples=True),
     C("unfold_fold", lambda x: F.fold(F.unfold(x, 2), (3, 3), 2), R(2, 1, 3, 3),
