@@ -8,6 +8,7 @@ a node without a rule becomes `Opaque` maps, which call the node itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -123,6 +124,10 @@ class Reader:
         """
         found = tuple(self.saved(name)) or default
         return found * ndim if len(found) == 1 else found
+
+    def unsupported(self, what: str) -> NoReturn:
+        """The node holds what blocks cannot follow."""
+        raise UnsupportedGraph(f"{what} ({self.name})")
 
     def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
         """The node applied to ones: for an elementwise op or a reduction, its local derivative."""

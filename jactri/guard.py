@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .tape import Unrecordable
+from .tape import Unrecordable, strided
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
@@ -164,6 +164,7 @@ class Guard:
             raise Unrecordable(f"{node.name()} saved {type(value).__name__} {attribute[7:]!r}")
 
     def _tensor(self, value: Tensor, path: str) -> None:
+        strided(value)
         place = f"s{len(self.places)}"
         self.lines.append(f"{place} = {path}")
         self._check(
@@ -171,7 +172,7 @@ class Guard:
             "a saved shape",
         )
         self.places.append((value, place))
-        if value._base is not None:
+        if value._base is not None and value._base.layout is torch.strided:
             self.bases.append((value._base, f"{place}._base"))
 
 

@@ -77,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self.lines.append((op, args, kwargs, out))
         self.kept.append((args, kwargs, out))
         for t in tensors(out):
+            strided(t)
             storage = t.untyped_storage()
             if storage._cdata not in self._storages:
                 self._storages.add(storage._cdata)
@@ -105,6 +106,12 @@ def _undropped(op, args, kwargs) -> bool:
         return False
     i = names.index("dropout_p")
     return kwargs.get("dropout_p", args[i] if i < len(args) else 0.0) == 0
+
+
+def strided(t: Tensor) -> None:
+    """Raise Unrecordable for a tensor without memory of its own to follow."""
+    if t.layout is not torch.strided:
+        raise Unrecordable(f"a tensor {tuple(t.shape)} has the layout {t.layout}")
 
 
 def tensors(tree) -> list[Tensor]:
@@ -209,6 +216,8 @@ class Tape:
             if gone:
                 self.code.append("del " + ", ".join(gone))
         self.results = [self._name(t) for t in results]
+        for t in self.outside:
+            strided(t)
         ours = {t.untyped_storage().data_ptr() for t in (*self.outside, *inputs)}
         for op, args, kwargs, _ in lines:
             for t in _written(op, args, kwargs):

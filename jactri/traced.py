@@ -19,7 +19,7 @@ from .kept import kept_tensors
 from .operators.jobs import Ends, Job
 from .peephole import fused
 from .running import computing
-from .tape import Recorder, Stale, Tape, Unrecordable, function, tensors
+from .tape import Recorder, Stale, Tape, Unrecordable, function, strided, tensors
 
 
 class Traced:
@@ -163,8 +163,7 @@ def connected(
     turned = {id(args[0]) for op, args, *_ in lines if torch.Tag.inplace_view in op.tags}
 
     def note(t: Tensor) -> None:
-        if t.layout is not torch.strided:
-            raise Unrecordable(f"a tensor has the layout {t.layout}")
+        strided(t)
         own.add(id(t))
         if t.numel() and id(t) not in turned:  # else its look at the time is not known any more
             made[key(t)] = t

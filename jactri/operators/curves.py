@@ -23,6 +23,7 @@ from ..rules import REGISTRY, Record, node_names, record_of
 from ..rules.elementwise import BINARY, UNARY, Zero
 from ..rules.norm import BATCH_NORMS, statistics
 from ..selection import Gather, Picked, Place, Scatter, Select, Slice, Take
+from ..sparse_product import SparseMatMul
 from .curvature import (
     Curvature,
     Differentiated,
@@ -348,7 +349,7 @@ def _matrices(edges, factor: float) -> Curves | None:
     return {max(v, w): Matrices(a, b, factor)}
 
 
-@curve("Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm")
+@curve("Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "SparseAddmm")
 def matrices(r):
     return _matrices(r.edges(MatMul), 1.0)
 
@@ -358,7 +359,8 @@ def in_one_factor(r):
     """Products of several factors, where only one depends on the input."""
     factors = {"AddmvBackward0": (1, 2), "TrilinearBackward0": (0, 1, 2)}.get(r.name, (0, 1))
     known = all(
-        e.__class__ in CONSTANT or isinstance(e, MatMul | Conv | ConvWeight | Functional)
+        e.__class__ in CONSTANT
+        or isinstance(e, MatMul | SparseMatMul | Conv | ConvWeight | Functional)
         for v in r.new
         for _, e in r.values[v].sources
     )

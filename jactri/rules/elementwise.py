@@ -224,7 +224,9 @@ class Partials:
 
 
 def fit(d: Tensor, meta) -> Tensor:
-    """A derivative in the dtype and on the device of the value that it multiplies."""
+    """A derivative in the dtype, on the device and in the layout of the value that it multiplies."""
+    if d.layout is not torch.strided:  # of an op with a sparse constant
+        d = d.to_dense()
     if d.dtype != meta.dtype or d.device != meta.device:
         return d.to(device=meta.device, dtype=meta.dtype)
     return d

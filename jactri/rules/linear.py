@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from ..contraction import MatMul
 from ..linear_map import Functional, keep_all_but
 from ..maps import Batched
+from ..sparse_product import SparseMatMul, matmul
 from . import rule
 
 
 def product(g, a, b, left: str, right: str, shape) -> list[int]:
     """``a @ b`` for 2-D or 3-D operands; ``left`` and ``right`` name them among what autograd saved."""
-    terms = []
+    edges = []
     if a is not None:
-        terms.append(g.single(a, MatMul(g.tensor(right), "right"), shape))
+        edges.append((a, matmul(g.tensor(right), "right")))
     if b is not None:
-        terms.append(g.single(b, MatMul(g.tensor(left), "left"), shape))
-    return terms
+        edges.append((b, matmul(g.tensor(left), "left")))
+    if len(edges) > 1 and any(isinstance(edge, SparseMatMul) for _, edge in edges):
+        g.unsupported("a sparse tensor that depends on the input")
+    return [g.single(s, edge, shape) for s, edge in edges]
 
 
 def _accumulated(g, terms: list[int]) -> int:
@@ -36,7 +38,7 @@ def mm(g):
     return g.plus(product(g, a, b, "self", "mat2", g.shape))
 
 
-@rule("Addmm")
+@rule("Addmm", "SparseAddmm")
 def addmm(g):
     _, a, b = g.src
     return _accumulated(g, product(g, a, b, "mat1", "mat2", g.shape))
@@ -63,10 +65,10 @@ def _matrix_vector(g, matrix, vector, name_m: str, name_v: str) -> list[int]:
     terms, (m,) = [], g.shape
     if matrix is not None:
         column = g.tensor(name_v).unsqueeze(-1)
-        terms.append(g.view(g.single(matrix, MatMul(column, "right"), (m, 1)), (m,)))
+        terms.append(g.view(g.single(matrix, matmul(column, "right"), (m, 1)), (m,)))
     if vector is not None:
         row = g.view(vector, (1, *g.values[vector].shape))
-        terms.append(g.view(g.single(row, MatMul(g.tensor(name_m).t(), "right"), (1, m)), (m,)))
+        terms.append(g.view(g.single(row, matmul(g.tensor(name_m).t(), "right"), (1, m)), (m,)))
     return terms
 
 
@@ -140,5 +142,14 @@ def bilinear(g):
     if w is not None:
         pairs = (g.tensor("i1").unsqueeze(2) * g.tensor("i3").unsqueeze(1)).flatten(1)
         flat = g.view(w, (o, pairs.shape[1]))
-        terms.append(g.permute(g.single(flat, MatMul(pairs.t(), "right"), (o, n)), (1, 0)))
+        terms.append(g.permute(g.single(flat, matmul(pairs.t(), "right"), (o, n)), (1, 0)))
     return g.plus(terms)
+
+
+@rule(
+    "Coalesce", "SparseCompressedTensor", "SparseCooTensorWithDimsAndTensors", "SparseLogSoftmax", "SparseMask",
+    "SparseSampledAddmm", "SparseSoftmax", "SparseSparseMatmul", "SparseSum", "ToDense", "ToSparse.0-1", "ToSparseBsc",
+    "ToSparseBsr", "ToSparseCsc", "ToSparseCsr", "Values",
+)  # fmt: skip
+def sparse(g):
+    g.unsupported("a sparse tensor that depends on the input")
