@@ -23,7 +23,16 @@ from . import backends
 from .classes import plain
 from .constants import arbitrary
 from .linear_map import LinearMap
-from .unrecorded import ERROR, MARKED, UNUSUAL, cause, guarded, loose
+from .unrecorded import (
+    ERROR,
+    MARKED,
+    SPARSE,
+    UNUSUAL,
+    cause,
+    guarded,
+    loose,
+    sparse_cause,
+)  # fmt: skip
 
 logger = logging.getLogger("jactri")
 
@@ -251,8 +260,12 @@ class OpaqueCall:
                 grads = self._aligned(out)
                 return [g for i, g in enumerate(grads) if i in self.shapes and g is not None]
 
-            known = builtin(self.node)  # what torch's own ops cannot differentiate, they refuse to
-            self._why = None if known else cause(self.node, self.meta, asked)
+            if self.node.name() in SPARSE:
+                self._why = sparse_cause(self.node)
+            elif builtin(self.node):  # what torch's own ops cannot differentiate, they refuse to
+                self._why = None
+            else:
+                self._why = cause(self.node, self.meta, asked)
         return self._why
 
     def key(self, *more) -> Hashable | None:
@@ -307,7 +320,7 @@ class OpaqueCall:
 
 
 def others(ys) -> list[OpaqueCall]:
-    """Calls of the nodes behind tensors that are not torch's own. Raises RuntimeError for ``once_differentiable``."""
+    """Calls of nodes behind tensors: not torch's own, or of `SPARSE`. Raises RuntimeError for ``once_differentiable``."""
     found, stack = [], [y.grad_fn for y in ys if y.grad_fn is not None]
     seen = set(stack)
     while stack:
@@ -315,7 +328,7 @@ def others(ys) -> list[OpaqueCall]:
         if node.__class__ is ERROR:
             raise RuntimeError(MARKED)
         edges = node.next_functions
-        if not builtin(node):
+        if not builtin(node) or node.name() in SPARSE:
             shapes = {e: () for e, (p, _) in enumerate(edges) if p is not None}
             found.append(OpaqueCall(node, node._input_metadata, shapes))
         for p, _ in edges:

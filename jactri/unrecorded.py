@@ -27,6 +27,12 @@ MARKED = (
     "backward in torch's ops without the mark"
 )
 
+SPARSE = {
+    f"{op}Backward0"
+    for op in ("SparseCooTensorWithDimsAndTensors", "SparseCompressedTensor", "ToSparseCsr", "ToSparseCsc")
+}  # fmt: skip
+"""Torch's own nodes that take the values out of a sparse gradient, which autograd does not record."""
+
 # what backward code of other people may say to arguments that it has not seen
 UNUSUAL = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
 
@@ -73,6 +79,14 @@ def cause(node, meta, select: Select) -> str | None:
     return (
         f"{_name(node)} has no second derivative: {found}. Write its backward in torch's ops on ctx.saved_tensors "
         "(inputs and outputs only), without once_differentiable, no_grad, .detach() or NumPy"
+    )
+
+
+def sparse_cause(node) -> str:
+    """The same of a node of `SPARSE`."""
+    return (
+        f"{node.name()} has no second derivative: autograd does not record that its backward takes values out of a "
+        "sparse gradient. Put the values into a dense tensor (index_put, index_add) where derivatives go through them"
     )
 
 

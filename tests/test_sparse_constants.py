@@ -178,3 +178,38 @@ def test_what_a_compile_keeps_of_values_of_a_sparse_matrix():
     call = jactri.compile(func, x)
     for _ in range(2):
         assert_close(call(x), torch.autograd.functional.jacobian(func, x), F64)
+
+
+def test_sparse_tensors_made_of_the_input():
+    """By autograd, row by row; and no second derivative where it does not record one."""
+    at, x = (A.mT @ A).nonzero().T, torch.randn(6, 6, dtype=F64)
+    shape = (6, 6)
+
+    def coordinates(x):
+        values = x.sin().flatten()[: at.shape[1]]
+        return torch.sparse_coo_tensor(at, values, shape, check_invariants=True) @ x
+
+    def twin(x):
+        values = x.sin().flatten()[: at.shape[1]]
+        return torch.zeros(shape, dtype=F64).index_put(tuple(at), values) @ x
+
+    def rows(x):
+        return x.sin().to_sparse_csr().values().square()
+
+    for func, dense in ((coordinates, twin), (rows, lambda x: x.sin().square().flatten())):
+        truth = torch.autograd.functional.jacobian(dense, x)
+        for mode in MODES:
+            assert_close(jactri.jacobian(func, x, strategy=mode), truth, F64, what=mode)
+        assert_close(jactri.jvp(func, x, x)[1], (truth * x).sum((-2, -1)), F64)
+        for second in (
+            lambda f=func: jactri.laplacian(lambda z: f(z.reshape(6, 6)), x.flatten()),
+            lambda f=func: jactri.func.hessian(lambda z: f(z).sum())(x),
+            lambda f=func: jactri.jacobian(lambda z: jactri.jacobian(f, z, create_graph=True), x),
+        ):
+            with pytest.raises(RuntimeError, match=r"Sparse.* has no second derivative"):
+                second()
+    assert_close(  # a dense result's backward is dense, and recorded
+        jactri.func.hessian(lambda z: z.sin().to_sparse().to_dense().sum())(x).reshape(36, 36),
+        torch.diag(-x.sin().flatten()),
+        F64,
+    )
