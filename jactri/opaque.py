@@ -320,7 +320,7 @@ class OpaqueCall:
 
 
 def others(ys) -> list[OpaqueCall]:
-    """Calls of nodes behind tensors: not torch's own, or of `SPARSE`. Raises RuntimeError for ``once_differentiable``."""
+    """Calls of nodes that are not torch's own, or of `SPARSE`. Raises RuntimeError for ``once_differentiable``."""
     found, stack = [], [y.grad_fn for y in ys if y.grad_fn is not None]
     seen = set(stack)
     while stack:
