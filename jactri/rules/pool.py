@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..maps import Fixed, Transpose
 from ..selection import Gather, Picked, Scatter
-from . import rule
+from . import normal_index, rule
 from .elementwise import Zero
 
 aten = torch.ops.aten
@@ -76,13 +76,14 @@ def rearrange(g, index: Tensor, tail: int, kind, options=None):
 def avg_pool(g):
     tail = 2 if "2D" in g.name else 3
     kernel = g.per_axis("kernel_size", tail)
+    divisor = g.saved("divisor_override")
     options = (
         kernel,
         g.per_axis("stride", tail, kernel),
         g.per_axis("padding", tail),
         g.saved("ceil_mode"),
         g.saved("count_include_pad"),
-        g.saved("divisor_override"),
+        None if divisor is None else normal_index(divisor),
     )
     pool = aten.avg_pool2d if tail == 2 else aten.avg_pool3d
     back = aten.avg_pool2d_backward if tail == 2 else aten.avg_pool3d_backward

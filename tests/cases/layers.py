@@ -84,6 +84,8 @@ POOLS = [
     ("AvgPool2d_overlap", lambda: nn.AvgPool2d(3, stride=1, padding=1), R(2, 1, 3, 4)),
     ("AvgPool2d_ceil", lambda: nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), R(1, 2, 3, 3)),
     ("AvgPool2d_divisor", lambda: nn.AvgPool2d(2, divisor_override=3), R(1, 2, 3, 4)),
+    ("AvgPool2d_negative_divisor", lambda: nn.AvgPool2d(2, divisor_override=-3), R(1, 2, 3, 4)),
+    ("AvgPool3d_negative_divisor", lambda: nn.AvgPool3d(1, divisor_override=-1), R(1, 1, 2, 1, 2)),
     ("AvgPool3d", lambda: nn.AvgPool3d(2, stride=1), R(1, 2, 2, 3, 2)),
     ("LPPool1d", lambda: nn.LPPool1d(2, 2), P(2, 2, 4)),
     ("LPPool2d", lambda: nn.LPPool2d(3, 2, stride=1), P(1, 2, 3, 3)),
