@@ -263,3 +263,33 @@ def test_experts_that_mix_are_refused(words):
         with pytest.raises(RuntimeError, match="samples mix"):
             jactri.parameter_jacobian(net, x)
         net.forward = whole
+
+
+def test_experts_by_grouped_products(no_probe):
+    """Tokens in the order of their experts, whose numbers change from call to call."""
+    w = torch.stack([W6[:4, :4], W6[2:, 2:], W6[1:5, 1:5]])
+    g = torch.Generator().manual_seed(5)
+
+    def product(rows, ends):
+        if rows.dtype == torch.float32:
+            return torch._grouped_mm(rows, w.float(), offs=ends)
+        ends = [0, *ends.tolist()]
+        return torch.cat([rows[i:j] @ w[e] for e, (i, j) in enumerate(itertools.pairwise(ends))])
+
+    for _ in range(3):
+        gate = torch.randn(4, 3, generator=g, dtype=F64)
+
+        def func(x, gate=gate):
+            tokens = x.reshape(-1, 4)
+            share, expert = (tokens @ gate.to(x.dtype)).softmax(-1).max(-1)
+            order = expert.argsort(stable=True)
+            ends = expert.bincount(minlength=3).cumsum(0).int()
+            made = product(tokens[order], ends).tanh() * share[order, None]
+            return torch.zeros_like(tokens).index_copy(0, order, made).reshape(x.shape)
+
+        x = torch.randn(3, 8, generator=g, dtype=F64)
+        with jactri.fallback("error"):
+            got = jactri.jacobian(func, x.float(), per_sample=True)
+            lap = jactri.laplacian(func, x.float())
+        torch.testing.assert_close(got.double(), own_blocks(func, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lap.double(), jactri.laplacian(func, x), rtol=1e-4, atol=1e-4)

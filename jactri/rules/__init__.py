@@ -70,6 +70,7 @@ from . import (  # noqa: E402 - registration
     conv,  # noqa: F401
     distance,  # noqa: F401
     elementwise,  # noqa: F401
+    grouped,  # noqa: F401
     index,  # noqa: F401
     inplace,  # noqa: F401
     linalg,  # noqa: F401

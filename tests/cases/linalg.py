@@ -7,7 +7,34 @@ from torch import nn
 from .case import SPD, A, C, D, M, P, R, W
 
 mm, bmm = torch.mm, torch.bmm
+
+
+def grouped(x, w, shared):
+    """A grouped product, which torch has in float32; the second of three groups along ``shared`` is empty."""
+    n = x.shape[-1] if shared == "inner" else x.shape[0] if shared == "rows" else w.shape[-1]
+    ends = torch.tensor([n // 3, n // 3, n], dtype=torch.int32, device=x.device)
+    return torch._grouped_mm(x.float(), w.float(), offs=ends).to(x.dtype)
+
+
+def in_groups(x, w, shared):
+    if shared == "inner":
+        n = x.shape[-1]
+        return torch.stack([x[:, i:j] @ w[i:j] for i, j in ((0, n // 3), (0, 0), (n // 3, n))])
+    if shared == "rows":
+        return torch.cat([x[: len(x) // 3] @ w[0], x[len(x) // 3 :] @ w[2]])
+    n = w.shape[-1] // 3
+    return torch.cat([x[0] @ w[:, :n], x[2] @ w[:, n:]], 1)
+
+
 CASES = [
+    *(C(f"grouped_mm_{k}", lambda x, w, k=k: grouped(x, w, k), *shapes, nodes="GroupedMm",
+      twin=lambda x, w, k=k: in_groups(x, w, k), inner=torch.float32, strided=False, empty=False,
+      samples=(0,) if k == "rows" else None, since=(2, 13)) for k, shapes in [
+        ("rows", (R(5, 4), R(3, 4, 8))), ("inner", (R(4, 8), R(8, 4))),
+        ("columns", (R(3, 4, 4), R(4, 8)))]),
+    C("grouped_mm_batched", lambda x, w: torch._grouped_mm(x.float(), w.float()).to(x.dtype),
+      R(2, 4, 4), R(2, 4, 8), nodes="GroupedMm", samples=True, inner=torch.float32, strided=False,
+      empty=False, twin=bmm, since=(2, 13)),
     C("mm", mm, R(3, 4), R(4, 2), nodes="Mm", samples=(0,)),
     C("mm_row", mm, R(1, 4), R(4, 2), nodes="Mm", samples=(0,)),
     C("mm_inner_1", mm, R(3, 1), R(1, 2), nodes="Mm", samples=(0,)),
