@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from .graph import Graph
 from .layout import Layout
 from .linear_map import LinearMap
+from .mask import Mask
+from .poles import suspects
 from .selection import Picked
 from .sweep import Step, Sweep, factors_of
 
@@ -146,7 +148,14 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
         and edge_of(graph, step).structure == "diagonal"
         and edge_of(graph, step).name == "diagonal"
         and _plain(sweep, step)
+        and not _selects(graph, sweep, step)
     )
+
+
+def _selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a step must select, where kernels multiply: what comes to it may be infinite."""
+    selects = sweep.reverse and isinstance(edge_of(graph, step), Mask)
+    return selects and bool(suspects(graph))
 
 
 def _around(graph: Graph, sweep: Sweep, step: Step) -> str:

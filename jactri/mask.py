@@ -25,7 +25,12 @@ class Mask(Diagonal):
 
     @property
     def key(self):
-        return Mask, self._keep is None
+        return Mask, self.unit
+
+    @property
+    def unit(self) -> bool:
+        """Whether the derivative is 0 or 1 everywhere."""
+        return self._keep is None
 
     @property
     def keep(self) -> Tensor:

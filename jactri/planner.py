@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import NoReturn
 
-from . import mixed, patches
+from . import mixed, patches, poles
 from . import sweep as sweeping
 from .fusion import fuse
 from .graph import Graph
@@ -52,6 +52,8 @@ class Plan:
     tied: bool
     """Whether the samples of every answer stay tied to the seed's: they do not mix."""
     parts: list[Sweep] = field(default_factory=list)
+    suspects: tuple[tuple[int, int], ...] = ()
+    """The edges that must be finite for any other order than reverse (see `poles`)."""
 
     @property
     def signature(self) -> list:
@@ -401,9 +403,9 @@ def make_plan(
     reason = "asked for" if chosen == strategy else "predicted " + _compare(cost, chosen)
     if chosen == "mixed":
         reason += f", {table.name}"
-    return Plan(
-        chosen, chosen != "forward-mode", sweeps, reason, cost, not _untied(graph, sweeps), parts
-    )
+    tied = not _untied(graph, sweeps)
+    suspects = () if chosen == "reverse-mode" else poles.suspects(graph)
+    return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, parts, suspects)
 
 
 def plan_given(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import backends, rates
 from .graph import Graph
 from .memory import free_bytes, hold, parse_bytes, si
 from .owners import joins
 from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
+from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
 
@@ -124,7 +127,13 @@ def plan_for(
         return make_plan(*options, rates.measured(device), answer)
 
     key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
-    return _kept(key, make, memory_limit, chunk_size, device, bounded)
+    plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
+    if plan.suspects and met(graph, plan.suspects):
+        strategy = "reverse-mode"
+        key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
+        plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
+        return replace(plan, reason="a derivative that is not finite lies behind a selection")
+    return plan
 
 
 def proof(graph: Graph, strategy: str, ys, xs, dests=None, sparse: bool = False) -> Plan:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases.case import quietly
 
+import jactri
 from jactri.graph import read
 from jactri.operators import through
 
@@ -144,3 +145,176 @@ def test_rules_select_where_their_node_does(name, value):
         with torch.no_grad():
             got = through.pull(graph, {graph.outputs[0]: c.unsqueeze(0)}, set())
         torch.testing.assert_close(got[graph.inputs[0]][0], want, equal_nan=True, msg=name)
+
+
+SELECT = {
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "clamp": lambda x: x.clamp(min=0),
+    "clamp of both": lambda x: x.clamp(0, 3),
+    "clamp by tensor": lambda x: x.clamp(min=torch.zeros_like(x)),
+    "maximum": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "fmax": lambda x: torch.fmax(x, torch.zeros_like(x)),
+    "where": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+    "masked_scatter": lambda x: x.masked_scatter(x < 0, torch.zeros_like(x)),
+    "assign by mask": written(lambda y: y.__setitem__(y.detach() < 0, 0.0)),
+    "index_put": lambda x: x.index_put(((x < 0).nonzero(as_tuple=True)), x.new_zeros(())),
+    "multiplied": lambda x: x * (x > 0),  # does not select: a NaN stays one
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.0),  # nor does this
+}
+POLES = {
+    "sqrt": torch.sqrt,
+    "log": torch.log,
+    "reciprocal": lambda x: 1 / x,
+    "unit": lambda x: x / x.abs(),
+    "power": lambda x: x**-0.5,
+}
+POINTS = torch.tensor([-2.0, -0.25, 0.0, 0.5, 2.0, 5.0], dtype=F64).reshape(6, 1)
+
+
+class Shifted(torch.nn.Module):
+    """A function of a parameter, at samples."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func = func
+        self.shift = torch.nn.Parameter(torch.zeros(1, dtype=F64))
+
+    def forward(self, x):
+        return self.func(x + self.shift)
+
+
+def of_each(jacobian):
+    return jacobian.reshape(6, 6).diagonal()
+
+
+FIRST = {
+    "auto": lambda f, x: of_each(jactri.jacobian(f, x)),
+    "forward": lambda f, x: of_each(jactri.jacobian(f, x, strategy="forward-mode")),
+    "reverse": lambda f, x: of_each(jactri.jacobian(f, x, strategy="reverse-mode")),
+    "create_graph": lambda f, x: of_each(jactri.jacobian(f, x, create_graph=True)).detach(),
+    "per_sample": lambda f, x: jactri.jacobian(f, x, per_sample=True).reshape(6),
+    "gradient": lambda f, x: jactri.gradient(f, x).reshape(6),
+    "diagonal": lambda f, x: jactri.diagonal(f, x).reshape(6),
+    "divergence": lambda f, x: jactri.divergence(f, x),
+    "jvp": lambda f, x: jactri.jvp(f, x, torch.ones_like(x))[1].reshape(6),
+    "vjp": lambda f, x: jactri.vjp(f, x, torch.ones_like(x))[1].reshape(6),
+    "jacfwd": lambda f, x: of_each(jactri.func.jacfwd(f)(x)),
+    "jacrev": lambda f, x: of_each(jactri.func.jacrev(f)(x)),
+    "parameter": lambda f, x: jactri.parameter_jacobian(Shifted(f), x).dense()["shift"].reshape(6),
+}
+SQUARED = {
+    "jtj": lambda f, x: jactri.jtj(f, x, per_sample=True).reshape(6),
+    "jjt": lambda f, x: jactri.jjt(f, x, per_sample=True).reshape(6),
+}
+SECOND = {
+    "laplacian": lambda f, x: jactri.laplacian(f, x).reshape(6),
+    "hessian": lambda f, x: of_each(jactri.func.hessian(lambda v: f(v).sum())(x)),
+    "nested": lambda f, x: of_each(
+        jactri.jacobian(lambda v: jactri.gradient(f, v, create_graph=True), x)
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+@pytest.mark.parametrize("pole", POLES)
+@pytest.mark.parametrize("select", SELECT)
+def test_selections_and_poles(select, pole, order):
+    """Selections before poles give autograd's zeros, those behind them its NaN, in every call."""
+    s, p = SELECT[select], POLES[pole]
+
+    def func(x):
+        return p(s(x)) if order == "before" else s(p(x))
+
+    first = of_each(torch.autograd.functional.jacobian(func, POINTS))
+    second = of_each(torch.autograd.functional.hessian(lambda x: func(x).sum(), POINTS))
+    for calls, want in ((FIRST, first), (SQUARED, first * first), (SECOND, second)):
+        for name, call in calls.items():
+            got = call(func, POINTS)
+            if calls is SECOND:  # infinity minus infinity is either, by the order of sums
+                got, want = finite(got), finite(want)
+            torch.testing.assert_close(got, want, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def finite(t):
+    return t.nan_to_num(nan=nan, posinf=nan, neginf=nan)
+
+
+def attention(x):
+    """By hand, with a mask that leaves nothing of the second row."""
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
+    p = (x @ x.mT).masked_fill(mask, -inf).softmax(-1)
+    return p.nan_to_num(nan=0.0) @ x
+
+
+def atoms(x):
+    """Pair energies, without each atom's distance to itself."""
+    own = torch.eye(x.shape[0], dtype=torch.bool)
+    r = torch.where(own, 1.0, torch.cdist(x, x))
+    return torch.where(own, 0.0, r**-6).sum(0)
+
+
+NARROW, WIDE = torch.nn.Linear(9, 1).double(), torch.nn.Linear(1, 8).double()
+CONV = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
+MIXING = {
+    # name: function, input
+    "sum of nothing": (lambda x: x.relu().sum(1).sqrt(), -torch.rand(3, 4, dtype=F64) - 0.1),
+    "sums": (
+        lambda x: torch.stack([x.relu().sum(1).sqrt(), x.clamp(max=0).sum(1).abs().log()], 1),
+        torch.tensor([[-1.0, -2.0], [1.0, -1.0], [2.0, 3.0]], dtype=F64),
+    ),
+    "a bottleneck": (
+        lambda x: WIDE(NARROW(x.relu()).relu()).abs().add(x[:, :1].clamp(min=0).sqrt()),
+        torch.randn(4, 9, dtype=F64, generator=torch.Generator().manual_seed(1)),
+    ),
+    "images": (
+        lambda x: CONV(CONV(x).relu().sqrt()).relu().sqrt(),
+        torch.randn(2, 1, 6, 7, dtype=F64, generator=torch.Generator().manual_seed(2)),
+    ),
+    "attention": (attention, torch.randn(2, 3, 2, dtype=F64)),
+    "atoms": (atoms, torch.randn(5, 3, dtype=F64)),
+    "tril": (lambda x: (x * x).tril().sqrt(), torch.arange(1.0, 10, dtype=F64).reshape(3, 3)),
+    "rows of norms": (
+        lambda x: torch.linalg.vector_norm(x.clamp(min=0), dim=1) / x.relu().sum(1).clamp(min=1),
+        torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(3)),
+    ),
+}
+WHOLE = {
+    "auto": jactri.jacobian,
+    "forward": lambda f, x: jactri.jacobian(f, x, strategy="forward-mode"),
+    "reverse": lambda f, x: jactri.jacobian(f, x, strategy="reverse-mode"),
+    "create_graph": lambda f, x: jactri.jacobian(f, x, create_graph=True).detach(),
+    "jvp": lambda f, x: jactri.jvp(f, x, basis(x))[1].movedim(0, -1).reshape(-1, *x.shape),
+    "vjp": lambda f, x: jactri.vjp(f, x, basis(f(x)))[1],
+    "static": lambda f, x: replayed(f, x, True),
+    "compile": lambda f, x: replayed(f, x, False),
+}
+
+
+def replayed(func, x, static):
+    """Planned where all is finite."""
+    call = jactri.compile(func, torch.rand_like(x) + 1, static=static)
+    assert call(torch.rand_like(x) + 1).isfinite().any()
+    return call(x)
+
+
+def basis(like):
+    return torch.eye(like.numel(), dtype=like.dtype).reshape(-1, *like.shape)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_selections_that_are_mixed(name):
+    """Wherever autograd's rows are finite, so is every call."""
+    func, x = MIXING[name]
+    want = torch.autograd.functional.jacobian(func, x)
+    assert want.isfinite().any()
+    for call, run in WHOLE.items():
+        got = run(func, x).reshape(want.shape)
+        clear = want.isfinite()
+        torch.testing.assert_close(got[clear], want[clear], msg=lambda m, n=call: f"{n}: {m}")

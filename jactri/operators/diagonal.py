@@ -26,6 +26,7 @@ from ..memory import free_bytes, parse_bytes
 from ..opaque import refuse_or_log
 from ..pattern import Trace, colours_of, has_windows
 from ..planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
+from ..poles import met, suspects
 from ..rates import rough
 from ..running import computing, detached, eagerly, prepare, public
 from ..sweep import Sweep, follow, itemsize
@@ -135,6 +136,8 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, memory_limit) -> T
     if graph.inputs[0] is None or graph.outputs[0] is None:
         return torch.zeros_like(x)
     ways = _ways(graph)
+    if ways[0].ahead is not None and met(graph, suspects(graph)):
+        ways = [w for w in ways if w.ahead is None]
     limit = float("inf")
     if memory_limit is not None:
         limit = parse_bytes(memory_limit)

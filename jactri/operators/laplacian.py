@@ -10,18 +10,19 @@ from torch import Tensor
 
 from .. import handover
 from ..classes import dressed
-from ..graph import UnsupportedGraph
+from ..graph import Graph, UnsupportedGraph
 from ..memory import free_bytes, hold, parse_bytes
 from ..opaque import refuse_or_log
 from ..owners import apart
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
+from ..poles import suspects
 from ..running import computing, eagerly, public
 from ..samples import places
 from . import points
 from . import weight as weights
 from .curvature import Seeds
-from .curves import UnknownCurvature, read_curves
+from .curves import Curves, UnknownCurvature, read_curves
 from .forward import Course, Run, course, narrowed
 from .points import Options
 
@@ -144,7 +145,12 @@ def of_output(
             return first, torch.zeros_like(y)
         first = None
         try:
-            found = _forward(y, x, a, asked, lower and a is None)
+            graph, curves = read_curves(y, x)
+            found = _forward(graph, curves, y, x, a, asked, lower and a is None)
+            if suspects(graph, curves) and not _finite(found):
+                found = (
+                    None  # what autograd's second derivatives are there, only reverse mode tells
+                )
         except (UnknownCurvature, UnsupportedGraph) as reason:
             refuse_or_log(
                 str(reason),
@@ -165,10 +171,14 @@ def of_output(
     return first, answer
 
 
-def _forward(y: Tensor, x: Tensor, a, asked: Options, lower: bool):
+def _finite(found) -> bool:
+    """Whether a result is there and finite."""
+    return found is not None and all(bool(t.isfinite().all()) for t in found if t is not None)
+
+
+def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, asked: Options, lower: bool):
     """``(jacobian or None, laplacian)`` by the forward Laplacian; None where samples are not proven to be apart."""
     batch = points.batched(x)
-    graph, curves = read_curves(y, x)
     shape = (*y.shape, *points.inner(x))
     if graph.outputs[0] is None or graph.inputs[0] is None:  # y does not depend on x
         like = {"dtype": y.dtype, "device": y.device}

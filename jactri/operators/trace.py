@@ -133,23 +133,28 @@ def _trace(graph: Graph, chain: Chain, n: int, width: int) -> Tensor:
     factor = prod([_edge(graph, v).factor for v in chain.scales])
     edges = [[_edge(graph, v) for v in part] for part in chain.matrices]
     core = _core(edges, like, width)
-    diagonals = []
-    for part in chain.diagonals:
-        d = None
-        for v in part:  # from the output on, as a pull goes
-            edge, shape = _edge(graph, v), values[v].shape
-            d = edge.d.expand(shape) if d is None else edge.pull(d.view(1, *shape), False)[0][0]
-            d = d.reshape(n, -1)
-        diagonals.append(d)
-    if not diagonals:
+    # from the output on, as a pull goes: what comes to a selection may be infinite
+    if not chain.diagonals:
         out = core
-    elif len(diagonals) == 1:
-        out = diagonals[0] @ core
+    elif len(chain.diagonals) == 1:
+        out = _scaled(graph, chain.diagonals[0], None, n) @ core
     else:
-        rows = backends.product(diagonals[0], core, False)
-        rows = rows * diagonals[1] if torch.is_grad_enabled() else rows.mul_(diagonals[1])
-        out = rows.sum(1)
+        near, far = chain.diagonals
+        rows = backends.product(_scaled(graph, far, None, n), core, True)
+        out = _scaled(graph, near, rows, n).sum(1)
     return out if factor == 1 else out * factor
+
+
+def _scaled(graph: Graph, part: tuple[int, ...], rows: Tensor | None, n: int) -> Tensor:
+    """Rows (None: of ones), scaled by diagonals that follow one another."""
+    for v in part:
+        edge, shape = _edge(graph, v), graph.values[v].shape
+        if rows is None:
+            rows = edge.d.expand(shape)
+        else:
+            rows = edge.pull(rows.view(1, *shape), False)[0]
+        rows = rows.reshape(n, -1)
+    return rows
 
 
 def _core(edges: list[list[LinearMap]], like, width: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backends, handover
 from ..answers import Store
+from ..api import Request, compute
 from ..arguments import as_tuple, check_options
 from ..classes import dressed, plain
 from ..executor import run
@@ -21,6 +22,7 @@ from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
 from ..opaque import Vmapped, refuse_or_log, why_not
 from ..planning import plan_for_given
+from ..poles import suspects
 from ..running import computing, detached, eagerly, prepare, public
 from ..strictness import check_ends, check_varying
 from ..unrecorded import guarded
@@ -298,10 +300,32 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
             for k, store in stores.items():
                 made = store.block()
                 total[k] = made if total[k] is None else total[k] + made
+        if not reverse and suspects(graph) and not all(_finite(t) for t in total):
+            total = _by_rows(ys, xs, blocks, create_graph, chunk_size, memory_limit)
         return [
             e.new_zeros(columns, *e.shape) if t is None else t
             for t, e in zip(total, ends, strict=True)
         ]
+
+
+def _finite(t: Tensor | None) -> bool:
+    return t is None or bool(t.isfinite().all())
+
+
+def _by_rows(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
+    """`push` by the rows of the Jacobian: as autograd has it where a pole lies behind a selection (see `poles`)."""
+    asked = Request(
+        "reverse-mode", create_graph, False, False, chunk_size, memory_limit, False, "torch", False, None
+    )  # fmt: skip
+    made = []
+    for y, row in zip(ys, compute(ys, xs, asked), strict=True):
+        total = sum(
+            t.flatten(1) @ block.reshape(y.numel(), -1).t()
+            for t, block in zip(tangents, row, strict=True)
+            if t is not None
+        )
+        made.append(total.reshape(-1, *y.shape).to(y.dtype))
+    return made
 
 
 def _ready(block: Tensor, like: Tensor, create_graph: bool) -> Tensor:

@@ -15,6 +15,7 @@ from ..executor import chunks
 from ..graph import Graph
 from ..memory import free_bytes, parse_bytes
 from ..planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
+from ..poles import met, suspects
 from ..rates import rough
 from ..samples import narrow, places
 from ..sweep import Sweep, follow, itemsize
@@ -61,6 +62,11 @@ class Way:
     """Whether zeros are written out, as blocks have no letters in common."""
     ready: dict[int | None, Way] = field(default_factory=dict)
     """By chunk size: the way with its chunks, where memory does not decide them."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all goes from the outputs to the inputs, as autograd does."""
+        return self.cut is None and all(s.reverse for s in self.near)
 
 
 _Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
@@ -302,6 +308,8 @@ def _run(
     ways = _ways(graph, asked, summed)
     if not ways:
         return {}
+    if not ways[0].by_rows and met(graph, suspects(graph)):
+        ways = [w for w in ways if w.by_rows]
     ready = _fitting(graph, ways[:1], asked, limit)
     if ready is None and asked.per_sample and not summed:
         made = _in_ranges(graph, ways[0], weights, asked, half, limit)

@@ -369,8 +369,9 @@ def div_scalar(g):
 @rule("Pow")
 def pow_scalar(g):
     exponent = g.saved("exponent")
-    if exponent == 0:
-        return g.single(g.match(g.src[0]), Zero())
+    if exponent == 0:  # not infinity times 0
+        m = g.meta[0]
+        return g.mask(g.match(g.src[0]), lambda: torch.zeros((), dtype=m.dtype, device=m.device))
     if exponent != 2:
         return unary(g)
     x = g.tensor("self")

@@ -1,0 +1,94 @@
+"""Where only reverse mode is autograd's: a derivative that is not finite, behind a selection.
+
+Autograd's rows go from the output to the input, and what an op selects away there is 0, whatever it was: ``relu(x)``
+makes 0 of the infinity that ``sqrt`` of its zeros gives. Forward mode meets both the other way round, and 0 times
+infinity is NaN; so does a product of partial Jacobians. Everything that is finite is the same in any order. So what may
+be infinite is known from the graph (`suspects`), and looked at where another order than reverse is wanted (`met`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from .contraction import MatMul, Sum
+from .convolution import Conv, ConvWeight
+from .graph import Graph
+from .linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
+from .maps import Fixed, Sample, Transpose
+from .mask import Mask
+from .rules import node_names
+from .rules.elementwise import Zero
+from .rules.index import Pick
+from .selection import Gather, Picked, Place, Scatter, Select, Slice, Take
+
+Edge = tuple[int, int]
+"""A value, and which of its edges."""
+
+FINITE = (
+    Cast, Conv, ConvWeight, Fixed, Functional, Gather, Identity, MatMul, Permute, Pick, Picked, Place, Sample, Scale,
+    Scatter, Select, Slice, Sum, Take, Transpose, View, Zero,
+)  # fmt: skip
+"""Maps that hold weights, indices or values of the computation, none of which a derivative makes infinite."""
+
+BOUNDED = frozenset(
+    full
+    for name in """
+Abs Atan Celu.0-1 Cos Elu.0-1 Erf Gelu Hardsigmoid Hardswish LeakyRelu.0-1 LogSigmoid Mish NanToNum NativeDropout
+NativeBatchNorm NativeGroupNorm NativeLayerNorm PreluKernel RreluWithNoise.0-1 Sigmoid Silu Sin Softplus Tanh
+""".split()
+    for full in node_names(name)
+)
+"""Ops whose derivative is bounded where their operand is finite."""
+
+_known: dict[object, tuple[Edge, ...]] = {}
+
+
+def suspects(graph: Graph, bent: Collection[int] = ()) -> tuple[Edge, ...]:
+    """The edges behind a selection that may not be finite, remembered. ``bent``: values that have a curvature."""
+    key = graph.key if not bent else (graph.key, *bent)
+    if key not in _known:
+        if len(_known) >= 256:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = _suspects(graph, frozenset(bent))
+    return _known[key]
+
+
+def _suspects(graph: Graph, bent: frozenset[int]) -> tuple[Edge, ...]:
+    behind: set[int] = set()
+    found = []
+    for v, value in enumerate(graph.values):
+        for e, (s, edge) in enumerate(value.sources):
+            if s in behind and (v in bent or not _finite(value.op, edge)):
+                found.append((v, e))
+            if s in behind or isinstance(edge, Mask):
+                behind.add(v)
+    return tuple(found)
+
+
+def _finite(op: str, edge) -> bool:
+    if isinstance(edge, Mask) and edge.unit:
+        return True
+    if isinstance(edge, Diagonal) and edge.along is not None:
+        return True
+    return isinstance(edge, FINITE) or op in BOUNDED
+
+
+def met(graph: Graph, edges: tuple[Edge, ...]) -> bool:
+    """Whether one of these edges has a derivative that is not finite at this point."""
+    if not edges:
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return True  # nothing can be looked at
+    flags = []
+    for v, e in edges:
+        _, edge = graph.values[v].sources[e]
+        if isinstance(edge, Diagonal):
+            d = edge.d
+        else:
+            like = graph.values[v]
+            ones = torch.ones((1, *like.shape), dtype=like.dtype, device=like.device)
+            d, _ = edge.pull(ones, False)
+        flags.append(d.detach().isfinite().all())
+    return not bool(torch.stack(flags).all())
