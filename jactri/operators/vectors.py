@@ -301,7 +301,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
                 made = store.block()
                 total[k] = made if total[k] is None else total[k] + made
         if not reverse and suspects(graph) and not all(_finite(t) for t in total):
-            total = _by_rows(ys, xs, blocks, create_graph, chunk_size, memory_limit)
+            total = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
         return [
             e.new_zeros(columns, *e.shape) if t is None else t
             for t, e in zip(total, ends, strict=True)
@@ -312,7 +312,7 @@ def _finite(t: Tensor | None) -> bool:
     return t is None or bool(t.isfinite().all())
 
 
-def _by_rows(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
+def _by_jacobian(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
     """`push` by the rows of the Jacobian: as autograd has it where a pole lies behind a selection (see `poles`)."""
     asked = Request(
         "reverse-mode", create_graph, False, False, chunk_size, memory_limit, False, "torch", False, None
