@@ -159,6 +159,23 @@ def index_select(g):
     return g.single(s, Take(axis, g.tensor("index").reshape(-1), shape[axis]), g.shape)
 
 
+@rule("PackPaddedSequence")
+def pack_padded_sequence(g):
+    """At every step, the rows of the sequences that last as long; the second result counts them."""
+    (s,) = g.src
+    if g.saved("batch_first"):
+        s = g.permute(s, (1, 0, *range(2, len(g.values[s].shape))))
+    steps, count, *rest = g.values[s].shape
+    sizes = g.tensor("result1")
+    i = torch.arange(count) < sizes.unsqueeze(1)
+    rows = (
+        i.flatten().nonzero().squeeze(1).to(g.device)
+    )  # sequences may all be shorter than the padding
+    s = g.view(s, (steps * count, *rest))
+    out = g.single(s, Take(0, rows, steps * count), g.shape)
+    return out, *[None] * (len(g.meta) - 1)
+
+
 @rule("Gather")
 def gather(g):
     if g.saved("sparse_grad"):

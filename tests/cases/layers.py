@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .case import C, D, M, P, R, S, U, V, quietly, seeded
 
@@ -338,6 +339,24 @@ def first(m, x):
     return m(x)[0]
 
 
+def packed(lengths, sort=False):
+    """Of sequences of unequal lengths, padded again behind the recurrence."""
+
+    def run(m, x):
+        rows = pack_padded_sequence(x, lengths, batch_first=m.batch_first, enforce_sorted=sort)
+        return pad_packed_sequence(m(rows)[0], batch_first=m.batch_first)[0]
+
+    return run
+
+
+def hooked():
+    """Layers with module backward hooks that change nothing."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    for layer in net:
+        layer.register_full_backward_hook(lambda *_: None)
+    return net
+
+
 def whole(m, x):
     y, state = m(x)
     return (y, *state) if isinstance(state, tuple) else (y, state)
@@ -389,6 +408,11 @@ CASES += [
       samples=True, **DEEP),
     M("GRUCell", rnn(nn.GRUCell, 2, 3), R(2, 2), R(2, 3), samples=True, **DEEP),
     M("RNNCell", rnn(nn.RNNCell, 2, 3), R(2, 2), samples=True, **DEEP),
+    M("LSTM_packed", rnn(nn.LSTM, 2, 3, batch_first=True), SEQ, func=packed([2, 3]),
+      nodes="PackPaddedSequence", samples=True, **DEEP),
+    M("GRU_packed_sorted", rnn(nn.GRU, 2, 3), R(3, 3, 2), func=packed([3, 1, 1], True),
+      nodes="PackPaddedSequence", **DEEP),
+    M("module_backward_hooks", hooked, X, nodes="BackwardHookFunction", samples=True),
     M("dropout_between_layers_eval", lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5),
       nn.ReLU()).eval(), X, samples=True),
 ]  # fmt: skip

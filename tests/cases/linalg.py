@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .case import SPD, A, C, D, M, P, R, W
+from .case import SPD, A, C, D, M, P, R, W, quietly
 
 mm, bmm = torch.mm, torch.bmm
 
@@ -218,6 +218,10 @@ CASES += [
       samples=(0, 1)),
     L("solve_triangular", lambda a, b: torch.linalg.solve_triangular(a.triu(), b, upper=True),
       W(2, 3, 3), R(2, 3, 2), nodes="LinalgSolveTriangular", samples=(0, 1)),
+    L("triangular_solve", quietly(lambda a, b: torch.triangular_solve(b, a, upper=False)[0]),
+      W(2, 3, 3), R(2, 3, 2), nodes="TriangularSolve", samples=(0, 1)),
+    L("lu_solve", lambda b: torch.linalg.lu_solve(*torch.linalg.lu_factor(
+      torch.ones_like(b[0, :, :1]) + 2 * torch.eye(3).to(b)), b), R(2, 3, 2), nodes="LinalgLuSolve"),
     L("lstsq", lambda a, b: torch.linalg.lstsq(a, b).solution, W(2, 3, 2), R(2, 3, 1),
       samples=(0, 1)),
     L("cholesky", torch.linalg.cholesky, SPD(2, 3, 3), nodes="LinalgCholeskyEx"),
