@@ -22,11 +22,12 @@ from .arguments import (
     form,
     out_rows,
 )
+from .behind import reached
 from .classes import dressed, plain
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
 from .folding import fold
-from .graph import UnsupportedGraph, reached, read
+from .graph import UnsupportedGraph, read
 from .journal import Journal, identity, on_disk
 from .opaque import refuse_or_log
 from .owners import apart

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .api import Request, compute
-from .graph import Outside, UnsupportedGraph, read
+from .behind import Outside
+from .graph import UnsupportedGraph, read
 from .planning import plan_for
 from .running import computing
 

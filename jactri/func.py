@@ -25,8 +25,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from . import handover
 from .api import Request, compute
 from .arguments import check_options
+from .behind import Outside
 from .deferred import differentiable
-from .graph import Outside
+from .elsewhere import check_graph
 from .opaque import others
 from .running import computing, eagerly, prepare, recording
 
@@ -212,7 +213,7 @@ class _Transform:
             _check_unmoved(generators, xs)
         for leaf in leaves:
             if leaf.grad_fn is None:
-                leaf._jactri_leaf = True  # see graph.Outside
+                leaf._jactri_leaf = True  # see behind.Outside
         return _Run(ys, leaves, found[0], spec, found[1], start, at_once)
 
     # -- first and second derivatives --------------------------------------------------------------
@@ -329,6 +330,7 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
     if y.numel() == 1 and not others([y]):  # which it differentiates as far as they are recorded
         with computing(True):
             if y.requires_grad:
+                check_graph([y])
                 found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
             else:
                 found = (None,) * len(leaves)

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import layers
 from .classes import plain
 from .contraction import Expand, Sum
+from .elsewhere import DISTRIBUTED, check_graph, check_here, check_saved, is_distributed
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .mask import Mask
@@ -68,6 +69,9 @@ class Graph:
 class Reader:
     """Builds a `Graph`. Rules see it with the node that is being read: its saved values, sources and shape."""
 
+    _known: tuple[object, dict[str, object]] = (None, {})
+    """A node, and what was read of it."""
+
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
@@ -86,6 +90,10 @@ class Reader:
             if m.dtype.is_complex:
                 raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {node.name()}")
 
+    def refuse(self, what: str) -> NoReturn:
+        """For rules: autograd computes a function whose graph holds this."""
+        raise UnsupportedGraph(what)
+
     # -- the current node -------------------------------------------------------------------------
 
     @property
@@ -94,7 +102,16 @@ class Reader:
 
     def saved(self, name: str):
         """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed."""
-        return plain(getattr(self.node, "_saved_" + name))
+        return self.saved_by(self.node, name)
+
+    def saved_by(self, node, name: str):
+        """The same of the node that is about to be read. Each value is read once: hooks may compute it anew."""
+        if node is not self._known[0]:
+            self._known = node, {}
+        known = self._known[1]
+        if name not in known:
+            known[name] = plain(getattr(node, "_saved_" + name))
+        return known[name]
 
     def has(self, name: str) -> bool:
         return hasattr(self.node, "_saved_" + name)
@@ -315,40 +332,6 @@ class MissingValue(Exception):
     """A rule needs a tensor that the node did not save."""
 
 
-class Outside:
-    """What a tensor depends on besides the inputs of a call of ours: the caller's ``leaves``, by id.
-
-    ``early``: whether a node lies between that is older than ``start``, a sequence number: something that the caller
-    computed before may be differentiated for, and no tensor of it can be had from the graph.
-    """
-
-    def __init__(self, y: Tensor, start: int):
-        self.leaves: dict[int, Tensor] = {}
-        self.early = False
-        if y.grad_fn is None:
-            if y.requires_grad:
-                self._meet(y)
-            return
-        seen, stack = {y.grad_fn}, [y.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node.__class__ is _ACCUMULATE:
-                self._meet(node.variable)
-                continue
-            self.early = self.early or node._sequence_nr() < start
-            for p, _ in node.next_functions:
-                if p is not None and p not in seen:
-                    seen.add(p)
-                    stack.append(p)
-
-    def _meet(self, x: Tensor) -> None:
-        if not getattr(x, "_jactri_leaf", False):
-            self.leaves[id(x)] = x
-
-    def __bool__(self) -> bool:
-        return bool(self.leaves)
-
-
 def read(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
 ) -> Graph:
@@ -356,6 +339,14 @@ def read(
 
     ``reader``: one that has read nothing yet, and that notes more than the graph holds.
     """
+    try:
+        return _read(outputs, inputs, reader)
+    except UnsupportedGraph:
+        check_graph(outputs)  # the engine will run
+        raise
+
+
+def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None) -> Graph:
     log = layers.noted() if (watched := layers.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)
@@ -416,6 +407,7 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
                     continue
                 if p.__class__ is _ACCUMULATE:
                     x = p.variable
+                    check_here(x)
                     done[p] = (leaf(x),) if id(x) in leaves else None
                 elif p not in opened:
                     stack.append(p)
@@ -425,16 +417,19 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
         if node in done:
             continue
         src: list[int | None] = []
-        active = False
+        active = constants = False
         for p, nr in edges:
             ids = done[p] if p is not None else None
             if ids is None:
+                constants = constants or p is None
                 src.append(None)
             else:
                 src.append(ids[nr])
                 active = active or ids[nr] is not None
         if not active and node.__class__ is ERROR:
             raise RuntimeError(MARKED)
+        if active and constants:
+            check_saved(node, reader.saved_by)
         ids = reader.visit(node, src) if active else None
         if active and (0 in reader.shape or len(ids) > 1):  # what is empty carries no derivative
             values = reader.values
@@ -451,31 +446,9 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
         done[node] = ids
 
 
-def reached(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> set[int]:
-    """Which of ``xs``, by number, the graph of ``ys`` leads to."""
-    ends: dict[object, list[int]] = {}
-    for i, x in enumerate(xs):
-        ends.setdefault(_place(x), []).append(i)
-    found, seen = set(), set()
-    stack = [_place(y) for y in ys if y.requires_grad]
-    while stack and len(found) < len(xs):
-        place = stack.pop()
-        found.update(ends.get(place, ()))
-        if place.__class__ is int or place[0] in seen:
-            continue
-        seen.add(place[0])
-        for p, nr in place[0].next_functions:
-            if p is not None:
-                stack.append(id(p.variable) if p.__class__ is _ACCUMULATE else (p, nr))
-    return found
-
-
-def _place(x: Tensor):
-    """Where a tensor is in a graph: the output of a node, or the id of a leaf."""
-    return id(x) if x.grad_fn is None else (x.grad_fn, x.output_nr)
-
-
 def _refuse(x: Tensor) -> None:
+    if x.__class__ is not Tensor and is_distributed(x):
+        raise UnsupportedGraph(DISTRIBUTED)
     if x.layout is not torch.strided:
         raise UnsupportedGraph(f"a tensor with layout {x.layout}")
     if x.dtype.is_complex:

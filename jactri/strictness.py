@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import reached
+from .behind import reached
 
 _ALLOWED = "This is not allowed in strict mode"
 

@@ -294,6 +294,8 @@ class Tape:
             self.code.append(f"{', '.join(names)}, = {call}")
         elif out is None:
             self.code.append(call)
+        elif isinstance(out, torch.ScriptObject):  # a profiler's range
+            raise Unrecordable(f"{op} gives an object, which cannot be compared")
         else:
             read, was = f"v{len(self.code)}", self._constant(out)
             self.code.append(f"{read} = {call}")

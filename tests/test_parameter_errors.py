@@ -59,7 +59,7 @@ def test_looked_up_samples_that_mix():
 def test_wrong_modules_and_parameters():
     module, x = build("mlp")
     call = jactri.parameter_jacobian
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got function.*jactri\.jacobian"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got function.*functional_call"):
         call(lambda t: t, x)
     with pytest.raises(ValueError, match="Tanh has no parameters"):
         call(nn.Tanh(), x)
@@ -158,3 +158,55 @@ def test_inside_of_a_transform_is_refused():
         torch.func.vmap(
             lambda t: jactri.parameter_jacobian(module, t.unsqueeze(0)).dense()["0.bias"]
         )(x)
+
+
+def test_weights_of_other_tensors_are_refused():
+    """The output depends on leaves that are no parameters, and on no parameter: zeros would be silently wrong."""
+
+    class Generated(nn.Module):
+        def __init__(self, complex_values=False):
+            super().__init__()
+            self.own, self.unused = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+            self.weights = [torch.randn(2, 3, dtype=F64, requires_grad=True)]
+            self.complex_values, self.also = complex_values, False
+
+        def forward(self, x):
+            w = (
+                torch.complex(self.weights[0], x.new_ones(2, 3)).abs()
+                if self.complex_values
+                else self.weights[0]
+            )
+            y = nn.functional.linear(x, w).tanh()
+            return y + self.own(x) if self.also else y
+
+    x = torch.randn(4, 3, dtype=F64)
+    said = r"Generated does not depend .* own\.weight.* 1 other .*\(2, 3\).*elsewhere"
+    for complex_values in (False, True):
+        module = Generated(complex_values).double()
+        for call in (
+            jactri.parameter_jacobian,
+            jactri.empirical_ntk,
+            lambda m, t: jactri.ggn(m, t, torch.ones(4, 2)),
+        ):
+            with pytest.raises(
+                RuntimeError,
+                match=said,
+            ):
+                call(module, x)
+        with pytest.raises(RuntimeError, match="weights live elsewhere"):
+            jactri.compile(module, x, of=jactri.empirical_ntk)
+        # what leads from x to the caller's tensors is no weight, and a parameter that is not used has zeros
+        module.weights[0].requires_grad_(False)
+        w = torch.ones(3, dtype=F64, requires_grad=True)
+        jac = jactri.parameter_jacobian(module, x * w, create_graph=True)
+        assert not any(j.any() for j in jac.dense().values())
+        module.weights[0].requires_grad_(True)
+        module.also = True
+        assert not jactri.parameter_jacobian(module, x, "unused").dense()["unused"].any()
+        dense = jactri.parameter_jacobian(module, x).dense()
+        assert not dense["unused"].any() and dense["own.weight"].any()
+    module = nn.Linear(3, 2).double()
+    copies = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    functional = cases.Wrap(module, lambda f, t: torch.func.functional_call(f, copies, t))
+    with pytest.raises(RuntimeError, match="2 other tensors"):
+        jactri.parameter_jacobian(functional, x)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import handover
 from ..arguments import ASSUME, check_samples
+from ..behind import leaves_behind, reached
 from ..classes import leaf_and_given, plain
+from ..elsewhere import FSDP, WRAPPED, check_here, is_distributed
 from ..graph import Graph, UnsupportedGraph, read
 from ..layout import Selection
 from ..memory import free_bytes, parse_bytes
@@ -121,7 +123,7 @@ class Recorded:
     ):
         check_samples(per_sample, True)
         self.assume = per_sample == ASSUME
-        self.params = chosen(module, params)
+        self.module, self.params = module, chosen(module, params)
         xs = x if isinstance(x, tuple) else (x,)
         for i, t in enumerate(xs):
             if not isinstance(t, Tensor):
@@ -148,6 +150,7 @@ class Recorded:
             ]
             leaves = [leaf for leaf, _ in ends]
             y = record(module, *(given for _, given in ends))
+            self.params = _after_forward(module, self.params)
             self._check_output(y, leaves, module)
             y = plain(y)
             self.y, self.n, self.leaves = y, y.shape[0], leaves
@@ -214,11 +217,14 @@ class Recorded:
                     leak = probe_mixing([y], real)
                 if leak is not None:
                     raise _mixing(f"it holds {reason}, and {leak}") from None
+            missing = set(range(len(self.params))) - reached([y], list(self.params.values()))
+            self._check_reached(missing)
             self.by_autograd = True
             return
         count = len(self.params)
         starts = graph.inputs[:count]
         self.values = dict(zip(self.params, starts, strict=True))
+        self._check_reached({i for i, s in enumerate(starts) if s is None})
         (seed,) = graph.outputs
         if seed is None or all(s is None for s in starts):
             self.graph = None
@@ -228,6 +234,29 @@ class Recorded:
         picked = looked_up(graph, self.n, whole) if whole and not real else []
         with torch.no_grad():
             self.structure = self._structure(graph, seed, starts, data, picked, real)
+
+    def _check_reached(self, missing: set[int]) -> None:
+        """Raise where weights of other tensors stand in for the parameters that the output does not depend on.
+
+        That is where it depends on leaves of which none is the module's, and where one is a flat parameter of FSDP's.
+        """
+        if not missing:
+            return
+        own = {id(p) for p in self.module.parameters()}
+        found = leaves_behind(self.y, self.leaves)
+        foreign = [t for t in found if id(t) not in own]
+        flat = any(getattr(t, "_is_flat_param", False) for t in foreign)
+        if not foreign or not (flat or len(foreign) == len(found)):
+            return
+        names = [name for i, name in enumerate(self.params) if i in missing]
+        shapes = ", ".join(str(tuple(t.shape)) for t in foreign[:3])
+        raise RuntimeError(
+            f"the output of {type(self.module).__name__} does not depend on its parameters {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}, but on {len(foreign)} other tensors that require grad (shapes "
+            f"{shapes}{', ...' if len(foreign) > 3 else ''}): its weights live elsewhere. For those, use "
+            "jactri.jacobian_of(output, tensors), or a module that they are parameters of"
+            + (f"; {WRAPPED}" if flat else "")
+        )
 
     def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
         key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
@@ -348,13 +377,30 @@ class Recorded:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise if something was written to since the forward pass."""
+        """Raise if something was written to since the forward pass, or freed."""
         for name, t, version in self.watched:
+            check_here(t, name)
             if t._version != version:
                 raise RuntimeError(
                     f"{name} was modified in place after the forward pass (an optimizer's step?), so its Jacobian "
                     "cannot be computed any more; call parameter_jacobian again, or .dense() before the step"
                 )
+
+
+def _after_forward(module, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters with which the module ran: FSDP puts whole ones in the place of its distributed ones."""
+    if not any(map(is_distributed, params.values())):
+        return params
+    every = dict(module.named_parameters(remove_duplicate=False))
+    params = {name: every.get(name, p) for name, p in params.items()}
+    spread = [name for name, p in params.items() if is_distributed(p)]
+    if spread:
+        raise RuntimeError(
+            f"parameters are DTensors after the forward pass ({', '.join(spread[:4])}"
+            f"{', ...' if len(spread) > 4 else ''}), so a process has a part of their numbers only: {FSDP}; for tensor "
+            "parallel weights, use a module with the whole ones (full_tensor())"
+        )
+    return params
 
 
 def _mixing(why: str) -> RuntimeError:

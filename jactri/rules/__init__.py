@@ -20,13 +20,16 @@ class Record:
 
 
 REGISTRY: dict[str | type, Record] = {}
-"""By the name of autograd's node, or by the very class of an ``autograd.Function``, whose names are not unique."""
+"""By the name of autograd's node; of an ``autograd.Function``, whose names are not unique, by the very class, or by
+``module::name`` where that is not to be imported."""
 
 
 def record_of(node) -> Record | None:
     """The record of an autograd node."""
     found = REGISTRY.get(node.name())
-    return REGISTRY.get(getattr(node, "_forward_cls", None)) if found is None else found
+    if found is None and (kind := getattr(node, "_forward_cls", None)) is not None:
+        found = REGISTRY.get(kind) or REGISTRY.get(f"{kind.__module__}::{kind.__qualname__}")
+    return found
 
 
 def node_names(name: str) -> list[str]:

@@ -6,16 +6,29 @@ import numpy
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
+from ..elsewhere import DISTRIBUTED
 from ..linear_map import Functional, keep_all_but
 from ..selection import Place, Select, Slice, Take
 from . import normal_axis, normal_index, rule
 from .elementwise import Partials
 
 
-@rule(BackwardHookFunction)
+@rule(
+    BackwardHookFunction,
+    "torch.nn.parallel.distributed::_DDPSink",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group::RegisterPostBackwardFunction",
+)
 def module_hooks(g):
-    """What module backward hooks hang on: each of the module's inputs or outputs, as it is."""
+    """What backward hooks of modules, of DDP and of FSDP hang on: each of the inputs or outputs, as it is."""
     return tuple(g.src)
+
+
+@rule(
+    "torch.distributed.tensor._api::_FromTorchTensor",
+    "torch.distributed.tensor._api::_ToTorchTensor",
+)
+def distributed(g):
+    g.refuse(DISTRIBUTED)
 
 
 @rule("View", "UnsafeView", "ReshapeAlias", "Squeeze.0-5", "Unsqueeze.0-1")

@@ -1,0 +1,97 @@
+"""Weights whose numbers are not here: memory that was given back after the forward pass, and distributed tensors.
+
+FSDP frees the weights of a layer when it has run, and hooks bring them back when a backward pass of the engine reaches
+it. Whoever reads them in between reads no memory at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _has_storage
+from torch.autograd.function import BackwardCFunction
+
+_ACCUMULATE = torch._C._functions.AccumulateGrad
+
+FSDP = (
+    "for FSDP, pass reshard_after_forward=False to every fully_shard (and if a backward pass comes first, call the "
+    "module's set_reshard_after_backward(False))"
+)
+
+
+WRAPPED = "for FullyShardedDataParallel, use fully_shard instead"
+
+DISTRIBUTED = "distributed tensors (DTensor)"
+
+
+def check_here(t: Tensor, what: str = "a weight") -> None:
+    """Raise for a tensor whose memory is gone."""
+    if _has_storage(t) and not t.untyped_storage().size() and t.numel():
+        raise RuntimeError(
+            f"{what} of shape {tuple(t.shape)} was freed after the forward pass (its storage is empty), so nothing can "
+            f"be computed from it; keep it until the call has ended: {FSDP}"
+        )
+
+
+_names: dict[type, tuple[str, ...]] = {}
+"""By the class of a node: its saved values that may be tensors."""
+
+
+def _saved_by(node, name: str) -> Any:
+    return getattr(node, "_saved_" + name)
+
+
+def check_saved(node, saved_by: Callable[[Any, str], Any] = _saved_by) -> None:
+    """Raise for a node that saved what is gone by now."""
+    kind = node.__class__
+    if issubclass(kind, BackwardCFunction):
+        _check(node.saved_tensors)
+        return
+    names = _names.get(kind)
+    if names is None:
+        saved = [n.removeprefix("_saved_") for n in dir(kind) if n.startswith("_saved_")]
+        names = tuple([n for n in saved if _may_be_tensors(saved_by(node, n))])
+        _names[kind] = names
+    for name in names:
+        _check(saved_by(node, name))
+
+
+def check_graph(ys: Iterable[Tensor]) -> None:
+    """Raise where a graph holds what is gone: for autograd's engine, whose kernels do not ask."""
+    stack = [y.grad_fn for y in ys if y.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        edges = node.next_functions
+        if any(p is None for p, _ in edges):
+            check_saved(node)
+        for p, _ in edges:
+            if p.__class__ is _ACCUMULATE:
+                check_here(p.variable)
+            elif p is not None and p not in seen:
+                seen.add(p)
+                stack.append(p)
+
+
+def _may_be_tensors(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return not value or isinstance(value[0], Tensor) or value[0] is None
+    return value is None or isinstance(value, Tensor)
+
+
+def _check(value: Any) -> None:
+    if isinstance(value, Tensor):
+        check_here(value, "a tensor")
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            _check(v)
+
+
+def is_distributed(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor, a part of whose numbers each process has."""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(t, known.DTensor)
