@@ -114,16 +114,31 @@ class Differences:
         self.tupled_out, self.given = as_tuple(result, name, "finite_difference")
         return tuple(plain(y.detach()) for y in self.given)
 
-    def blocks(self, gaps: bool = False) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        """``J[j][i]``, and if asked for how far the slopes to both sides are apart."""
+    def blocks(
+        self, gaps: bool = False, only: tuple[int, int] | None = None
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """``J[j][i]``, and if asked for how far the slopes to both sides are apart.
+
+        ``only``: of one (input, entry), the rest is left as NaN.
+        """
         if self.per_sample and not self.assume:
             self.check_samples()
         rows, apart = (
-            [[x.new_zeros(block_shape(y, x, self.per_sample)) for x in self.xs] for y in self.ys]
+            [
+                [
+                    x.new_full(
+                        block_shape(y, x, self.per_sample), 0.0 if only is None else torch.nan
+                    )
+                    for x in self.xs
+                ]
+                for y in self.ys
+            ]
             for _ in range(2)
         )
         for i, x in enumerate(self.xs):
             for k in range(x[:1].numel() if self.per_sample else x.numel()):
+                if only not in (None, (i, k)):
+                    continue
                 high, low = (self.moved(i, k, f) for f in (1.0, -1.0))
                 found = _slopes(high, low)
                 if self.richardson:

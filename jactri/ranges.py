@@ -106,7 +106,7 @@ class Marks:
         numbers = tuple(self.numbers[id(sweep), s.value] for s in steps)
 
         def name() -> str:
-            ops = [self.graph.values[s.terms[0].owner].op for s in steps]
+            ops = [op_of(self.graph, s) for s in steps]
             words = dict.fromkeys((*(layer_of(self.graph, s) for s in steps), *ops))
             once = sweep.layouts[steps[-1].value].tied.issuperset(sweep.chunks)
             # steps that run as one write the last block only
@@ -161,6 +161,17 @@ def layer_of(graph, step) -> str:
         return ""
     found = dict.fromkeys(graph.layers.get(t.owner, "") for t in step.terms)
     return " + ".join(name for name in found if name)
+
+
+def op_of(graph, step) -> str:
+    """The op that a step multiplies with. Of several: those that autograd computes, or the first."""
+    return " + ".join(opaque_of(graph, step)) or graph.values[step.terms[0].owner].op
+
+
+def opaque_of(graph, step) -> list[str]:
+    """The nodes that autograd computes in a step."""
+    edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
+    return list(dict.fromkeys(e.name for e in edges if e.structure == "opaque"))
 
 
 @dataclass(slots=True)

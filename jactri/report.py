@@ -20,7 +20,7 @@ from .mixed import Join
 from .owners import apart
 from .planner import MemoryLimitTooSmall, Plan
 from .planning import answer_bytes, plan_for, proof, prove_by_probe, split_samples
-from .ranges import layer_of
+from .ranges import layer_of, op_of, opaque_of
 from .running import computing, prepare, public
 from .sweep import Sweep
 
@@ -165,6 +165,7 @@ def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
 def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
     """The report of a plan."""
     steps = steps_of(graph, plan)
+    sweeps = [p for p in (*plan.parts, *plan.sweeps) if not isinstance(p, Join)]
     # per sample, one backward pass of the batch's sum serves all samples
     rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
     values = (graph.recorded or graph).values
@@ -184,7 +185,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         sum(len(s.selections()) for s in plan.sweeps),
         answer_bytes(ys, xs, per_sample),
         naive,
-        tuple(sorted({s.op for s in steps if s.fallback})),
+        tuple(sorted({op for sweep in sweeps for s in sweep.steps for op in opaque_of(graph, s)})),
         "; ".join(dict.fromkeys(_colours(graph, s) for s in plan.sweeps if s.colours)),
     )
 
@@ -252,8 +253,7 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
     for t, edge in zip(step.terms, edges, strict=True):
         free = t.route.axis is not None and edge.name == "matmul"
         structures.append(edge.structure + (", no product" if free else ""))
-    op = graph.values[step.terms[0].owner].op
-    opaque = any(e.structure == "opaque" for e in edges)
+    op, opaque = op_of(graph, step), bool(opaque_of(graph, step))
     device = graph.values[step.value].device.type
     if opaque:
         backend, why = "autograd", "no rule"

@@ -1,9 +1,11 @@
 """`check` must pass right Jacobians and catch wrong ones; `explain` must print the plan that runs."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
+from common import Cube
 from torch import nn
 
 import jactri
@@ -45,7 +47,7 @@ def broken_sine(monkeypatch):
         x = g.tensor("self")
         return g.single(g.src[0], Diagonal(lambda: -torch.cos(x)))
 
-    monkeypatch.setitem(rules.REGISTRY, "SinBackward0", wrong)
+    monkeypatch.setitem(rules.REGISTRY, "SinBackward0", rules.Record(wrong))
 
 
 def test_check_catches_a_wrong_rule(broken_sine):
@@ -55,6 +57,92 @@ def test_check_catches_a_wrong_rule(broken_sine):
     assert report.worst == (1, 0)
     with pytest.raises(jactri.JacobianMismatch, match="MISMATCH"):
         jactri.check(torch.sin, x, raise_on_error=True)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_check_says_that_a_wrong_rule_of_ours_is_wrong(broken_sine, asked):
+    report = jactri.check(lambda x: (x.exp(), x.sin()), torch.randn(3), finite_difference=asked)
+    assert not report.ok
+    assert re.match("jactri is off .* of output 1, input 0, torch is not", report.reason)
+
+
+class WrongBackward(torch.autograd.Function):
+    """A cube whose backward torch believes, and whose function a rule of jactri's knows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g * ctx.saved_tensors[0]
+
+
+@pytest.fixture
+def cube(monkeypatch):
+    def right(g):
+        (x,) = g.node.saved_tensors
+        return g.single(g.src[0], Diagonal(lambda: 3 * x**2))
+
+    monkeypatch.setitem(rules.REGISTRY, WrongBackward, rules.Record(right))
+    return WrongBackward.apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_check_passes_where_torch_is_off_and_differences_agree_with_jactri(cube, per_sample, dtype):
+    x = torch.tensor([[0.5, -1.2], [2.0, 0.3]], dtype=dtype)
+    kw = {"per_sample": per_sample}
+    report = jactri.check(lambda x: (x.exp(), cube(x)), x, finite_difference=True, **kw)
+    assert report.ok, report
+    assert re.match("torch is off .* of output 1, input 0, jactri is not", report.reason)
+    assert report.finite_difference_rel_error < 1e-8
+    assert str(report).startswith("ok: torch is off")
+    # unasked, one entry is judged: not enough to pass by
+    report = jactri.check(lambda x: (x.exp(), cube(x)), x, **kw)
+    assert not report.ok and report.finite_difference_at is None
+    assert re.match("torch is off .* of output 1, input 0, jactri is not", report.reason)
+
+
+def test_check_does_not_pass_where_torch_is_off_but_jactri_is_too(cube, broken_sine):
+    report = jactri.check(lambda x: (cube(x), x.sin()), torch.randn(3), finite_difference=True)
+    assert not report.ok and "differences agree with neither" in report.reason
+
+
+def test_check_does_not_pass_what_is_off_in_the_dtype_of_the_inputs(monkeypatch):
+    def right_in_float64(g):
+        (x,) = g.node.saved_tensors
+        off = 1.01 if x.dtype == torch.float32 else 1.0
+        return g.single(g.src[0], Diagonal(lambda: off * 3 * x**2))
+
+    monkeypatch.setitem(rules.REGISTRY, WrongBackward, rules.Record(right_in_float64))
+    x = torch.tensor([0.5, -1.2])
+    assert jactri.check(WrongBackward.apply, x.double(), finite_difference=True).ok
+    report = jactri.check(WrongBackward.apply, x, finite_difference=True)
+    assert not report.ok
+    assert report.reason.startswith("torch is off") and "off in torch.float32" in report.reason
+
+
+def test_check_says_that_a_nan_of_ours_is_off(monkeypatch):
+    def wrong(g):
+        return g.single(g.src[0], Diagonal(lambda: torch.full(g.shape, torch.nan, dtype=g.dtype)))
+
+    monkeypatch.setitem(rules.REGISTRY, "SinBackward0", rules.Record(wrong))
+    for asked in (False, True):
+        report = jactri.check(torch.sin, torch.randn(3), finite_difference=asked)
+        assert not report.ok and report.reason.startswith("jactri is off"), report
+
+
+def test_check_says_where_differences_cannot_tell(monkeypatch):
+    """Another subgradient at a kink: both lie between the slopes to both sides."""
+
+    def other(g):
+        return g.single(g.src[0], Diagonal(lambda: torch.ones(g.shape, dtype=g.dtype)))
+
+    monkeypatch.setitem(rules.REGISTRY, "ReluBackward0", rules.Record(other))
+    report = jactri.check(torch.relu, torch.tensor([0.0, 1.0]), finite_difference=True)
+    assert not report.ok and report.reason.endswith("differences agree with both")
 
 
 def test_check_leaves_no_trace(net):
@@ -106,6 +194,20 @@ def test_explain_shows_fallbacks_and_their_backend():
     report = jactri.explain(torch.linalg.eigvalsh, torch.eye(3) * torch.arange(1.0, 4.0))
     assert report.fallbacks and report.steps[0].fallback
     assert report.steps[0].backend == "autograd"
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_explain_names_the_node_that_falls_back_not_the_sum_beside_it(strategy):
+    """In reverse mode the gradients of x meet in one step: of the sum first, of the opaque node last."""
+
+    def func(x):
+        return x.sin() + Cube.apply(x) + torch.linalg.eigvalsh(x + x.T)
+
+    report = jactri.explain(func, torch.randn(3, 3), strategy=strategy)
+    assert report.fallbacks == ("CubeBackward", "LinalgEighBackward0")
+    fallen = [s for s in report.steps if s.fallback]
+    assert {s.op for s in fallen} <= {"CubeBackward", "LinalgEighBackward0"}
+    assert all(s.backend == "autograd" for s in fallen)
 
 
 def test_explain_computes_no_jacobian(net, monkeypatch):
