@@ -172,7 +172,8 @@ def jacobian_of(
     ``inputs`` are leaves or intermediate tensors that require grad. The graph is read, not consumed: it can be used
     again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
     is raised for an input that does not require grad, for one that none of the outputs was computed from (as by
-    ``torch.autograd.grad``), and by autograd if the graph was freed.
+    ``torch.autograd.grad``), and by autograd if the graph was freed. Whether the graph has hooks on gradients cannot be
+    seen: where any hook was registered since the process began, finding out costs three backward passes.
     """
     check_options(strategy, chunk_size, out, create_graph)
     kind = form(layout, out, create_graph)
@@ -197,7 +198,7 @@ def jacobian_of(
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        out_rows(out, tupled_out, tupled), kind,
+        out_rows(out, tupled_out, tupled), kind, None,
     )  # fmt: skip
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
@@ -210,7 +211,7 @@ def jacobian_of(
 class Request:
     """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None.
 
-    ``form`` is that of the answer, as `entries.Entries` names it.
+    ``form`` is that of the answer, as `entries.Entries` names it; ``handles`` that of `graph.read`.
     """
 
     strategy: str
@@ -224,6 +225,7 @@ class Request:
     resume: bool
     out: tuple | None
     form: str = "dense"
+    handles: int | None = 0
 
 
 def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
@@ -260,14 +262,14 @@ def _rows(ys, xs, asked: Request, dests):
     if dests is None and asked.form == "dense":
         check_answer(ys, xs, per_sample, limit)
     try:
-        graph = read(ys, xs)
+        graph = read(ys, xs, handles=asked.handles)
     except UnsupportedGraph as reason:
         if asked.form != "dense":
             raise ValueError(
                 f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
             ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(ys, xs, per_sample, asked.chunk_size, limit, dests, str(reason))
+        return whole.rows(ys, xs, per_sample, asked.chunk_size, limit, dests, reason)
     graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):

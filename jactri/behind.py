@@ -83,3 +83,19 @@ def leaves_behind(y: Tensor, ends: Sequence[Tensor]) -> list[Tensor]:
 def _place(x: Tensor):
     """Where a tensor is in a graph: the output of a node, or the id of a leaf."""
     return id(x) if x.grad_fn is None else (x.grad_fn, x.output_nr)
+
+
+def handles_of(inputs: Sequence[Tensor]) -> int:
+    """How many hooks a function registered when it was called with these."""
+    return max([getattr(x, "_jactri_handles", 0) for x in inputs], default=0)
+
+
+def nodes_behind(ys: Sequence[Tensor]) -> set:
+    """Autograd's nodes behind some tensors."""
+    seen, stack = set(), [y.grad_fn for y in ys]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return seen

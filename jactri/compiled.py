@@ -16,6 +16,7 @@ from .arguments import as_tuple
 from .constants import constants
 from .cudagraph import Graphed
 from .guard import Guard, alike, key, unchanged
+from .hooks import check_hooks, harmless
 from .kept import kept_tensors
 from .operators.jobs import JOBS, Ends, Job
 from .running import computing, public
@@ -42,6 +43,7 @@ class Replay:
             raise Unrecordable("Triton's kernels are not ops that can be recorded")
         if not all(x.is_floating_point() for x in ends.leaves):
             raise Unrecordable("which samples an integer input picks is not in the graph")
+        check_hooks(job, ends)
         job, given = job.by_ops(), tensors(out)
         job.rows(ends, out)  # what is measured or probed once must not be recorded
         guard = Guard(ends.ys, ends.leaves)
@@ -63,7 +65,7 @@ class Replay:
                     f"a tensor {tuple(t.shape)} comes from neither the graph nor its ops"
                 )
         lines = [*guard.lines, *bound, *tape.code, f"return [{', '.join(tape.results)}]"]
-        self.outputs, self.inputs = len(ends.ys), len(ends.leaves)
+        self.job, self.outputs, self.inputs = job, len(ends.ys), len(ends.leaves)
         parameters = [f"y{j}" for j in range(self.outputs)]
         parameters += [f"leaf{i}" for i in range(self.inputs)]
         parameters += [f"o{i}" for i in range(len(given))]
@@ -74,6 +76,8 @@ class Replay:
         """The tensors of the answer. Raises Stale if the graph is not the recorded one."""
         if len(ends.ys) != self.outputs or len(ends.leaves) != self.inputs:
             raise Stale("the number of outputs or parameters")
+        if not harmless(self.job, ends):
+            raise Stale("hooks on gradients")
         with computing(False):
             return self.run(*ends.ys, *ends.leaves, *tensors(out))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .held import Held
+from .hooks import check_hooks
 from .memory import free_bytes
 from .operators.jobs import Ends, Job
 from .tape import Stale, Unrecordable
@@ -35,6 +36,7 @@ class Graphed:
 
         def run():
             ends = job.forward(tuple(self.inputs))
+            check_hooks(job, ends)
             return ends, job.rows(ends, None)
 
         with torch.cuda.device(device):

@@ -109,7 +109,7 @@ class Differences:
             torch.enable_grad(),
         ):
             leaves = [x.clone().requires_grad_() for x in xs]
-            result = record(self.func, *map(as_given, leaves, self.like))
+            result, _ = record(self.func, *map(as_given, leaves, self.like))
         name = "outputs of the user-provided function"
         self.tupled_out, self.given = as_tuple(result, name, "finite_difference")
         return tuple(plain(y.detach()) for y in self.given)

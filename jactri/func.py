@@ -25,7 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from . import handover
 from .api import Request, compute
 from .arguments import check_options
-from .behind import Outside
+from .behind import Outside, handles_of
 from .deferred import differentiable
 from .elsewhere import check_graph
 from .opaque import others
@@ -327,7 +327,8 @@ class _Transform:
 
 def _gradients(y: Tensor, leaves) -> list[Tensor]:
     """The Jacobian of one output by every input, with a graph."""
-    if y.numel() == 1 and not others([y]):  # which it differentiates as far as they are recorded
+    # which it differentiates as far as they are recorded; a hook that changes nothing now may cut that short
+    if y.numel() == 1 and not handles_of(leaves) and not others([y]):
         with computing(True):
             if y.requires_grad:
                 check_graph([y])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layers
+from .behind import handles_of
 from .classes import plain
 from .contraction import Expand, Sum
 from .elsewhere import DISTRIBUTED, check_graph, check_here, check_saved, is_distributed
@@ -32,7 +33,15 @@ Source = tuple[int, LinearMap]
 
 
 class UnsupportedGraph(Exception):
-    """The graph holds values that blocks cannot represent (complex, sparse, nested)."""
+    """The graph holds what blocks cannot represent (complex, sparse, nested values), or hooks that change gradients.
+
+    ``graph`` is what can be read of it nevertheless; ``linear``: whether gradients are linear in cotangents; ``why``:
+    why they must not be differentiated, or None.
+    """
+
+    graph: Graph | None = None
+    linear = True
+    why: str | None = None
 
 
 class Value:
@@ -71,6 +80,8 @@ class Reader:
 
     _known: tuple[object, dict[str, object]] = (None, {})
     """A node, and what was read of it."""
+    hooks = True
+    """Whether hooks on gradients are looked for."""
 
     def __init__(self):
         self.values: list[Value] = []
@@ -291,6 +302,13 @@ class Reader:
 
         A rule that knows the axes which an edge leaves unmixed gives them in ``kept``, by (output, edge).
         """
+        ids = self.called(kept)
+        shapes = [self.values[s].shape for s in self.src if s is not None]
+        refuse_or_log(self.name, tuple(self.meta[0].shape), shapes)
+        return ids
+
+    def called(self, kept: dict[tuple[int, int], Kept] | None = None) -> tuple[int, ...]:
+        """As `opaque`, whatever the mode of the fallback."""
         if getattr(self.node, "_forward_cls", None) is Unrecorded:
             raise RuntimeError(self.node.why)
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
@@ -310,7 +328,6 @@ class Reader:
                         pairs = kept.get((nr, edge), ())
                     sources.append((s, Opaque(call, nr, edge, v, pairs)))
             ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
-        refuse_or_log(self.name, tuple(self.meta[0].shape), shapes.values())
         return tuple(ids)
 
 
@@ -333,14 +350,25 @@ class MissingValue(Exception):
 
 
 def read(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    reader: Reader | None = None,
+    handles: int | None = 0,
 ) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
 
-    ``reader``: one that has read nothing yet, and that notes more than the graph holds.
+    ``reader``: one that has read nothing yet, and that notes more than the graph holds. ``handles``: how many hooks
+    were registered while the graph was recorded, None if that is not known; for inputs of a call, that is noted.
     """
     try:
-        return _read(outputs, inputs, reader)
+        graph = _read(outputs, inputs, reader)
+        if reader is None or reader.hooks:
+            handles = handles_of(inputs) if handles == 0 else handles
+            if handles != 0:
+                from .hooks import check  # reads the graph again
+
+                check(graph, outputs, inputs, handles)
+        return graph
     except UnsupportedGraph:
         check_graph(outputs)  # the engine will run
         raise

@@ -13,10 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .hooks import MODULE_HOOKS
 from .tape import Unrecordable, strided
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
+
+
+def is_python(node) -> bool:
+    """Whether a node runs Python code. Those that hold a module's backward hooks are identities without them."""
+    return isinstance(node, torch._C._FunctionBase) and node.__class__ is not MODULE_HOOKS
 
 
 def _plain(value) -> bool:
@@ -119,7 +125,7 @@ class Guard:
                     f"{path}.__class__ is not {self._constant(node.__class__)}", "a constant"
                 )
             return
-        if isinstance(node, torch._C._FunctionBase):
+        if is_python(node):
             raise Unrecordable(
                 f"{node.name()} is Python code, which may do something else each time"
             )

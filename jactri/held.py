@@ -35,7 +35,10 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 _OF_THE_BASE = {f.__code__ for f in vars(torch.nn.Module).values() if isinstance(f, FunctionType)}
 """Code that runs for every module, and looks at no attributes of its own."""
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
+_TABLES = (
+    "_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
+    "_backward_hooks",
+)  # fmt: skip
 
 _LOOK_UP = {"getattr", "attrgetter", "asdict", "astuple", "vars", "__dict__"}
 """What code names that may look up attributes which it does not name."""

@@ -196,7 +196,7 @@ def answer_bytes(ys, xs, per_sample: bool) -> int:
 
 def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
     """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
-    leak = probe_mixing(ys, xs)
+    leak = probe_mixing(ys, xs, graph)
     if leak is None:
         return
     value = graph.values[_culprit(graph, plan)]

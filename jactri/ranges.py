@@ -20,14 +20,14 @@ from .memory import si
 from .mixed import Join
 
 
-def call(func: Callable, xs):
-    """Run the user's function while somebody looks: under a range, its layers noted."""
+def call(run: Callable, func: Callable, xs):
+    """Run the user's function by ``run`` while somebody looks: under a range, its layers noted."""
     session, start = session_now.get(), time.perf_counter()
     if session is not None and not session.named:
-        result = func(*xs)
+        result = run(func, *xs)
     else:
         with Layers(func), _range("jactri function", *_kinds()):
-            result = func(*xs)
+            result = run(func, *xs)
     if session is not None:
         _wait(xs[0].device)
         session.function += time.perf_counter() - start

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from . import backends, ranges
 from .arguments import as_tuple
@@ -70,7 +71,13 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     with torch.enable_grad():
         leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
-        result = record(ranges.call, func, given) if watching() else record(func, *given)
+        if watching():
+            result, handles = ranges.call(record, func, given)
+        else:
+            result, handles = record(func, *given)
+        if handles:
+            for leaf in leaves:
+                leaf._jactri_handles = handles  # see graph.read
         tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
         ys = tuple([plain(y) for y in ys])
     return ys, leaves, tupled_out, result
@@ -80,10 +87,11 @@ _recording = threading.local()
 
 
 def record(call, *args):
-    """Call a function for its graph, which will be read."""
+    """Call a function for its graph, which will be read: what it returns, and how many hooks it registered."""
     before, _recording.now = recording(), True
+    number = RemovableHandle.next_id
     try:
-        return _eager(call, args, {})
+        return _eager(call, args, {}), RemovableHandle.next_id - number
     finally:
         _recording.now = before
 

@@ -12,6 +12,7 @@ from .graph import Graph, Value
 from .layout import FREE
 from .linear_map import Cut
 from .opaque import why_not
+from .operators.through import pull_outputs
 from .sweep import Sweep
 
 
@@ -45,25 +46,34 @@ class Leak:
         )
 
 
-def probe_mixing(outputs, inputs) -> Leak | None:
+def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
     """The largest derivative of an output of one sample in the input of another, or None.
 
     A random cotangent on half of the samples must leave exactly zero gradient on the other half. The halves are
     the bits of the sample's number, so any two samples are separated: ``2 log2(N)`` backward passes an output. In grad
     mode, where the result will be differentiated, the gradient of what was left must be zero too: twice as many. A
     NaN counts as mixing. The caller's random state is not used.
+
+    ``through``: pull through this graph, whose last inputs are ``inputs``: autograd would run the caller's hooks on
+    gradients, which are not to see what means nothing, nor to hide what is there.
     """
     n = outputs[0].shape[0]
     within, across, sample = 0.0, 0.0, None
     # what must not be differentiated will not be
     graph = torch.is_grad_enabled() and why_not(outputs) is None
-    for y in outputs:
+    for j, y in enumerate(outputs):
         if not y.requires_grad:
             continue
         noise = _noise(y)
         for mask in halves(n, y.device):
             weight = noise * mask.view(-1, *([1] * (y.dim() - 1)))
-            grads = _gradients(y, inputs, weight, graph)
+            if through is None:
+                grads = _gradients(y, inputs, weight, graph)
+            else:
+                only = [weight if k == j else None for k in range(len(outputs))]
+                with torch.set_grad_enabled(graph):
+                    found = pull_outputs(through, only, through.inputs[-len(inputs) :])
+                grads = [g for g in found.values() if g.numel()]
             sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
             within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
             far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .behind import nodes_behind
 from .constants import constants
-from .guard import key
+from .guard import is_python, key
 from .held import Held
+from .hooks import check_hooks
 from .kept import kept_tensors
 from .operators.jobs import Ends, Job
 from .peephole import fused
@@ -38,10 +40,11 @@ class Traced:
         with Recorder(job.limit(xs[0].device)) as recorder:
             with _Exits() as exits:
                 ends = job.forward(tuple(inputs))
+            check_hooks(job, ends)
             rows = job.rows(ends, out)
         if exits.found:
             raise Unrecordable(exits.found)
-        if any(isinstance(node, torch._C._FunctionBase) for node in _nodes(ends.ys)):
+        if any(is_python(node) for node in nodes_behind(ends.ys)):
             raise Unrecordable("an autograd.Function in it is Python code")
         self.held.settle()
         shown = tensors(ends.result) if job.shows_output else []
@@ -108,17 +111,6 @@ class _Exits(TorchFunctionMode):
         elif torch.is_autocast_enabled("cpu"):  # also inside of ops, where no cast is recorded
             self.found = "autocast is on"
         return func(*args, **(kwargs or {}))
-
-
-def _nodes(ys: tuple[Tensor, ...]) -> set:
-    """Autograd's nodes behind some tensors."""
-    seen, stack = set(), [y.grad_fn for y in ys]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return seen
 
 
 _NARROW = {

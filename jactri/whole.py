@@ -5,26 +5,40 @@ from __future__ import annotations
 import torch
 
 from .arguments import ASSUME, block_shape
+from .graph import UnsupportedGraph
 from .memory import free_bytes, parse_bytes
 from .opaque import Vmapped, why_not
+from .owners import apart
+from .planning import proof, prove_by_probe
 from .samples import REMEDY, probe_mixing
 from .unrecorded import guarded
 
 
-def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason):
+def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: UnsupportedGraph):
     """``J[j][i]`` by vector-Jacobian products of the whole graph.
 
-    Serves what the blocks of the engine do not represent: complex, sparse and nested tensors. Under ``per_sample`` a
-    probe decides whether samples mix, and RuntimeError is raised if they do.
+    Serves what the blocks of the engine do not represent: complex, sparse and nested tensors, hooks that change
+    gradients. ``reason`` says which. Under ``per_sample`` a probe decides whether samples mix (of
+    hooks; the rest is proven as ever), and RuntimeError is raised if they do.
     """
     from .api import zero_block
 
-    if per_sample and per_sample != ASSUME and (leak := probe_mixing(ys, xs)) is not None:
+    if per_sample and not reason.linear:
+        raise RuntimeError(
+            f"per_sample=True, but the function holds {reason}, and what it gives for the gradients of several samples "
+            "is not made of what it gives for each; drop per_sample for the rows of autograd, or remove the hook"
+        )
+    prove = per_sample and per_sample != ASSUME
+    if prove and reason.graph is not None:
+        plan = proof(reason.graph, "auto", ys, xs)
+        if not plan.tied and not apart(reason.graph):
+            prove_by_probe(reason.graph, plan, ys, xs)
+    if prove and (leak := probe_mixing(ys, xs)) is not None:
         raise RuntimeError(
             f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
             "op. Drop per_sample for the whole Jacobian" + REMEDY
         )
-    why = why_not(ys) if torch.is_grad_enabled() else None
+    why = (reason.why or why_not(ys)) if torch.is_grad_enabled() else None
     create_graph = torch.is_grad_enabled() and why is None
     out = []
     for j, y in enumerate(ys):

@@ -259,7 +259,7 @@ def _rows(ys, xs, weights, asked: Asked, assume: bool):
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         return of_jacobians(
-            whole.rows(ys, xs, per_sample, asked.chunk_size, asked.limit, None, str(reason))
+            whole.rows(ys, xs, per_sample, asked.chunk_size, asked.limit, None, reason)
         )
     summed = False
     if asked.per_sample:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..api import Request, compute, jacobian, nest
 from ..arguments import as_tuple, check_options, out_rows
+from ..behind import handles_of
 from ..memory import free_bytes, parse_bytes
 from ..running import computing, detached, prepare
 from . import points
@@ -97,6 +98,10 @@ class Job:
 
     def answer(self, ends: Ends, rows: list[Tensor], out: Any) -> Any:
         raise NotImplementedError
+
+    def handles(self, ends: Ends) -> int | None:
+        """How many hooks were registered in the forward pass; None if there may be others on its graph."""
+        return handles_of(ends.leaves)
 
     @property
     def shows_output(self) -> bool:
@@ -293,6 +298,10 @@ class _OfParameters(Job):
         for run in runs:
             leaves += run.leaves
         return Ends(tuple(run.y for run in runs), tuple(leaves), runs)
+
+    def handles(self, ends):
+        found = [run.handles for run in ends.result]
+        return None if None in found else sum(found)
 
     def lean(self, ends):
         return Ends((), (), tuple(Names(dict.fromkeys(run.params)) for run in ends.result))

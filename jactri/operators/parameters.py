@@ -189,7 +189,7 @@ class ParameterJacobian:
             run.check_unchanged()
             limit = self._memory_limit
             (row,) = whole.rows(
-                [run.y], list(run.params.values()), False, self._chunk_size, limit, None, "complex values"
+                [run.y], list(run.params.values()), False, self._chunk_size, limit, None, run.reason
             )  # fmt: skip
             for t, block in zip(made.values(), row, strict=True):
                 t.copy_(block)

@@ -149,15 +149,17 @@ class Recorded:
                 for t in xs
             ]
             leaves = [leaf for leaf, _ in ends]
-            y = record(module, *(given for _, given in ends))
+            y, self.handles = record(module, *(given for _, given in ends))
             self.params = _after_forward(module, self.params)
+            if any(p._backward_hooks for p in self.params.values()):
+                self.handles = None
             self._check_output(y, leaves, module)
             y = plain(y)
             self.y, self.n, self.leaves = y, y.shape[0], leaves
             self.out = tuple(y.shape[1:])
             self.watched = [(name, p, p._version) for name, p in self.params.items()]
             self.watched += [("x", t, t._version) for t in leaves]
-            self.by_autograd = False
+            self.by_autograd, self.reason = False, None
             """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
             self.graph: Graph | None = None
             self.structure: Structure | None = None
@@ -198,7 +200,7 @@ class Recorded:
         return self
 
     def _read(self) -> None:
-        with computing(True):
+        with computing(self.create_graph):
             self._find()
         self._was_read = True  # not where that raised
 
@@ -208,7 +210,7 @@ class Recorded:
             return
         real = [t for t in leaves if t.requires_grad]
         try:
-            self.graph = graph = read([y], [*self.params.values(), *real])
+            self.graph = graph = read([y], [*self.params.values(), *real], handles=self.handles)
         except UnsupportedGraph as reason:
             shapes = [p.shape for p in self.params.values()]
             refuse_or_log("the module", y.shape, shapes, f"holds {reason}")
@@ -219,8 +221,10 @@ class Recorded:
                     raise _mixing(f"it holds {reason}, and {leak}") from None
             missing = set(range(len(self.params))) - reached([y], list(self.params.values()))
             self._check_reached(missing)
-            self.by_autograd = True
-            return
+            self.by_autograd, self.reason = True, reason
+            if reason.graph is None:
+                return
+            self.graph = graph = reason.graph  # for the proof that samples do not mix
         count = len(self.params)
         starts = graph.inputs[:count]
         self.values = dict(zip(self.params, starts, strict=True))
@@ -234,6 +238,8 @@ class Recorded:
         picked = looked_up(graph, self.n, whole) if whole and not real else []
         with torch.no_grad():
             self.structure = self._structure(graph, seed, starts, data, picked, real)
+        if self.by_autograd:
+            self.graph = self.structure = None
 
     def _check_reached(self, missing: set[int]) -> None:
         """Raise where weights of other tensors stand in for the parameters that the output does not depend on.
@@ -271,7 +277,7 @@ class Recorded:
             why = f"the op {value.op} (output {tuple(value.shape)}) does not keep the batch axis"
             if not real:
                 raise _mixing(why)
-            if (leak := probe_mixing([self.y], real)) is not None:
+            if (leak := probe_mixing([self.y], real, graph)) is not None:
                 raise _mixing(f"{why}, and {leak}")
         return _remembered((key, "whole"), lambda: unstructured(graph, seed, starts))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor
 
 from ..graph import Graph
@@ -39,3 +41,17 @@ def pull(graph: Graph, blocks: dict[int, Tensor], ends: set) -> dict[int, Tensor
             t, _ = edge.pull(c, False)
             live[s] = live[s] + t if s in live else t
     return live
+
+
+def pull_outputs(
+    graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
+) -> dict[int, Tensor]:
+    """One cotangent of each of a graph's outputs (None: zero), as cotangents of the values ``ends``."""
+    blocks: dict[int, Tensor] = {}
+    for v, c in zip(graph.outputs, cotangents, strict=True):
+        if v is not None and c is not None:
+            c = c.unsqueeze(0)
+            blocks[v] = blocks[v] + c if v in blocks else c
+    ends = set(ends)
+    found = pull(graph, blocks, ends) if blocks else {}
+    return {v: block.squeeze(0) for v, block in found.items() if v in ends}

@@ -276,7 +276,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
             shapes = [x.shape for x in xs]
             refuse_or_log("the function", ys[0].shape, shapes, f"holds {reason}")
             whole = _pulled if reverse else _pushed
-            return whole(ys, xs, blocks, columns)
+            return whole(ys, xs, blocks, columns, reason)
         starts = graph.outputs if reverse else graph.inputs
         total: list[Tensor | None] = [None] * len(ends)
         for part, given in _apart(graph, starts, blocks, reverse):
@@ -361,14 +361,14 @@ def _apart(graph: Graph, starts, blocks, reverse: bool):
     return [(graph, leaves), *inner] if leaves else inner
 
 
-def _pulled(ys, xs, blocks, columns: int) -> list[Tensor]:
+def _pulled(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
     """`pull` by autograd, for what the blocks of the engine do not represent."""
     live = [(y, b) for y, b in zip(ys, blocks, strict=True) if b is not None and y.requires_grad]
     if not live:
         return [x.new_zeros(columns, *x.shape) for x in xs]
     ends = [y for y, _ in live]
     graph = torch.is_grad_enabled()
-    why = why_not(ends) if graph else None
+    why = (reason.why or why_not(ends)) if graph else None
     if why is None:
         return _rows(lambda cs: _gradients(ends, xs, cs, graph), live)
     with torch.no_grad():
@@ -376,10 +376,10 @@ def _pulled(ys, xs, blocks, columns: int) -> list[Tensor]:
     return guarded(made, [*ends, *(b for _, b in live)], why)
 
 
-def _pushed(ys, xs, blocks, columns: int) -> list[Tensor]:
+def _pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
     """`push` by autograd: the derivative of ``c J`` in c, in which it is linear."""
-    if why_not(ys) is not None:
-        return [_by_rows(y, xs, blocks, columns) for y in ys]
+    if reason.graph is not None or why_not(ys) is not None:  # a hook need not be recorded
+        return [_by_rows(y, xs, blocks, columns, reason) for y in ys]
     with torch.enable_grad():
         cs = [torch.zeros_like(y, requires_grad=True) for y in ys]
         ends = [(y, c) for y, c in zip(ys, cs, strict=True) if y.requires_grad]
@@ -395,7 +395,7 @@ def _pushed(ys, xs, blocks, columns: int) -> list[Tensor]:
     return _rows(lambda ts: _gradients(starts, cs, ts, torch.is_grad_enabled()), live)
 
 
-def _by_rows(y: Tensor, xs, blocks, columns: int) -> Tensor:
+def _by_rows(y: Tensor, xs, blocks, columns: int, reason: UnsupportedGraph) -> Tensor:
     """`push` to one output where ``c J`` cannot be differentiated: by the rows of the Jacobian.
 
     The gradient of a complex tensor is the one whose real pairs are the gradient in real pairs, see "Autograd for
@@ -406,7 +406,7 @@ def _by_rows(y: Tensor, xs, blocks, columns: int) -> Tensor:
     parts = []
     for unit in (units, 1j * units) if y.is_complex() else (units,):
         total = torch.zeros(columns, n, dtype=y.real.dtype, device=y.device)
-        for g, t in zip(_pulled([y], xs, [unit], n), blocks, strict=True):
+        for g, t in zip(_pulled([y], xs, [unit], n, reason), blocks, strict=True):
             if t is not None:
                 pairs = [
                     torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in (t, g)
