@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .graph import Reader, read
 from .linear_map import Identity
+from .mask import Mask
 from .opaque import Opaque
 from .operators.curvature import Curvature, Unary, as_they_are, full
 from .operators.curves import CONSTANT, CurveReader, Curves, UnknownCurvature, default
@@ -213,7 +214,7 @@ class Rule:
             for v, s, edge in edges:
                 if alone and isinstance(edge, Bent) and edge.bend is not None:
                     found[v] = _Bend(s, where, as_they_are, _Slopes(edge))
-                elif edge.__class__ not in CONSTANT:
+                elif edge.__class__ not in (*CONSTANT, Mask):
                     return None
         self._verify(r, r.new, r.ids, where, found)
         return found
@@ -322,9 +323,9 @@ def rule(*targets, replace: bool = False, linear: bool = False) -> Rule:
     in structured sweeps, forward ones too, keeps samples apart, and has second derivatives for `jactri.laplacian`.
 
     It decorates a function that gets a `jactri.Node` and returns, for each tensor argument of the op, what one of the
-    node's methods makes: `Node.elementwise`, `Node.matrix`, `Node.linear`, `Node.identity` or `Node.zero`. For one
-    argument that is the structure alone; else a tuple, in which None stands for an argument without gradient; for
-    several outputs, a tuple with one such entry for each. To return None leaves that node to its own backward.
+    node's methods makes: `Node.elementwise`, `Node.mask`, `Node.matrix`, `Node.linear`, `Node.identity` or `Node.zero`.
+    For one argument that is the structure alone; else a tuple, in which None stands for an argument without gradient;
+    for several outputs, a tuple with one such entry for each. To return None leaves that node to its own backward.
 
     Args:
         targets: classes of ``torch.autograd.Function`` (the very class, not those derived from it), ops of

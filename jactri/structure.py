@@ -86,6 +86,17 @@ class Node:
 
         return Structure(emit)
 
+    def mask(self, keep) -> Structure:
+        """``dy = dx`` where ``keep`` is true, and 0 elsewhere, whatever stands behind (0 times infinity is NaN).
+
+        ``keep`` is a boolean tensor that broadcasts to the output, or a function without arguments that gives one.
+        """
+
+        def emit(g, s, where):
+            return g.mask(g.match(s), _lazy(keep, g.now, "mask", where))
+
+        return Structure(emit)
+
     def matrix(self, matrix: Tensor) -> Structure:
         """A matrix on the last axis: ``dy[..., o] = sum_i matrix[o, i] dx[..., i]``, of shape ``(out, in)``.
 

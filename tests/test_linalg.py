@@ -66,7 +66,12 @@ def equations():
             factors = la.lu_factor(a.detach())
             return la.lu_solve(*factors, b if left else b.mT, left=left, adjoint=adjoint)
 
-        made[f"lu_solve_{'left' if left else 'right'}_{'adjoint' if adjoint else 'plain'}"] = lu
+        def factored(a, b, left=left, adjoint=adjoint):
+            return la.lu_solve(*la.lu_factor(a), b if left else b.mT, left=left, adjoint=adjoint)
+
+        words = f"{'left' if left else 'right'}_{'adjoint' if adjoint else 'plain'}"
+        made[f"lu_solve_{words}"] = lu
+        made[f"lu_factor_solve_{words}"] = factored
     return made
 
 
@@ -112,6 +117,7 @@ FUNCTIONS = {
     "cholesky_ex": (lambda a: la.cholesky_ex(a).L, definite),
     "cholesky_inverse": (torch.cholesky_inverse, regular),
     "cholesky_inverse_upper": (lambda a: torch.cholesky_inverse(a, upper=True), regular),
+    "lu_factor": (lambda a: la.lu_factor(a).LU, draw),
     "matrix_exp": (torch.matrix_exp, draw),
     "matrix_power": (lambda a: la.matrix_power(a, -2), regular),
 }
@@ -197,7 +203,7 @@ CURVED = {
 CURVED |= {
     name: lambda x, f=f: f(matrix(x), right(x))
     for name, f in EQUATIONS.items()
-    if "lu_solve" not in name and "old" not in name
+    if not name.startswith(("lu", "old"))
 }
 
 

@@ -138,6 +138,30 @@ def test_second_derivatives_where_autograd_has_none():
         close(jactri.laplacian(Once.apply, x), -x.sin())
 
 
+class Positive(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x > 0)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(ctx.saved_tensors[0], grad, 0)
+
+
+@pytest.mark.parametrize("mode", ("reverse-mode", "auto"))
+def test_mask(mode):
+    def f(x):
+        return Positive.apply(x).sqrt().cos()
+
+    x = draw(4, 3)
+    with jactri.rule(Positive)(lambda node: node.mask(node.saved_tensors[0])):
+        got = jactri.jacobian(f, x, strategy=mode)
+        assert (x < 0).any() and got.isfinite().all()
+        close(got, truth(f, x))
+        close(jactri.laplacian(lambda x: Positive.apply(x) ** 3, x), 6 * x.clamp(min=0))
+
+
 class Linear(Function):
     """``x @ w.T``, w a matrix for all or for each."""
 

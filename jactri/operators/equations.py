@@ -61,7 +61,7 @@ class SolveBend(Curvature):
         return self.solve(total.unsqueeze(0))[0]
 
 
-@curve("LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve", "LinalgLuSolve")
+@curve("LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve")
 def equation(r: CurveReader) -> Curves | None:
     solves, products = r.edges(Solve), r.edges(MatMul)
     if not solves:

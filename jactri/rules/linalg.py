@@ -103,7 +103,7 @@ def _triangle(g, s: int | None, upper: bool, unit: bool) -> int | None:
         ones = torch.ones(n, n, dtype=m.dtype, device=m.device)
         return ones.triu(int(unit)) if upper else ones.tril(-int(unit))
 
-    return g.diagonal(s, mask)
+    return g.mask(s, mask)
 
 
 @rule("LinalgSolveTriangular")
@@ -137,19 +137,51 @@ def triangular_solve(g):
     return g.view(out, g.shape), second
 
 
+@rule("LinalgLuFactorEx")
+def lu_factor_ex(g):
+    """``A = P L U``: with ``M = L^-1 P' dA U^-1``, ``dL = L tril(M, -1)`` and ``dU = triu(M) U``, in one matrix."""
+    (a,), packed = g.src, g.tensor("LU")
+    batch, n = tuple(packed.shape[:-2]), packed.shape[-1]
+    if packed.shape[-2] != n:
+        return None
+    swaps, low, up = torch.lu_unpack(_flat(packed, batch), _flat(g.tensor("pivots"), batch, 1))
+    m = g.single(
+        _times(g, _batch(g, a, batch), swaps.mT, "left"), Solve(triangular(False, True), low)
+    )
+    m = g.single(g.permute(m, SWAP), Solve(_other_way(triangular(True, False)), up))
+    m = g.permute(m, SWAP)
+    terms = (
+        _times(g, _triangle(g, m, False, True), low, "left"),
+        _times(g, _triangle(g, m, True, False), up),
+    )
+    out = g.add([(t, Identity()) for t in terms], g.values[m].shape)
+    return g.view(out, g.shape), *[None] * (len(g.meta) - 1)
+
+
 @rule("LinalgLuSolve")
 def lu_solve(g):
-    """In the right-hand side; with factors that depend on the input autograd computes it."""
-    factors, b = g.src
-    if factors is not None:
-        return None
+    """``P L U X = B``, or with the transpose of ``P L U``."""
+    f, b = g.src
     x, left = g.tensor("result"), g.saved("left")
     batch = tuple(x.shape[:-2])
-    solve = of_lu if g.saved("adjoint") == (not left) else _other_way(of_lu)
-    lu, pivots = _flat(g.tensor("LU"), batch), _flat(g.tensor("pivots"), batch, 1)
-    equation = _equation if left else _transposed
-    out = equation(g, None, _batch(g, b, batch), _flat(x, batch), Solve(solve, lu, pivots))
-    return g.view(out, g.shape)
+    packed, pivots = _flat(g.tensor("LU"), batch), _flat(g.tensor("pivots"), batch, 1)
+    f, b, x = _batch(g, f, batch), _batch(g, b, batch), _flat(x, batch)
+    if not left:
+        b, x = None if b is None else g.permute(b, SWAP), x.mT
+    plain, terms = g.saved("adjoint") == (not left), []
+    if f is not None:
+        swaps, low, up = torch.lu_unpack(packed, pivots)
+        dl, du = _triangle(g, f, False, True), _triangle(g, f, True, False)
+        if plain:
+            terms = [_times(g, dl, up @ x), _times(g, _times(g, du, x), low, "left")]
+            terms = [_times(g, t, swaps, "left") for t in terms]
+        else:
+            x = swaps.mT @ x
+            dl, du = g.permute(dl, SWAP), g.permute(du, SWAP)
+            terms = [_times(g, _times(g, dl, x), up.mT, "left"), _times(g, du, low.mT @ x)]
+    solve = Solve(of_lu if plain else _other_way(of_lu), packed, pivots)
+    out = g.single(_less(g, b, terms, tuple(x.shape)), solve)
+    return g.view(out if left else g.permute(out, SWAP), g.shape)
 
 
 @rule("LinalgInvEx")

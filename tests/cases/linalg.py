@@ -222,6 +222,8 @@ CASES += [
       W(2, 3, 3), R(2, 3, 2), nodes="TriangularSolve", samples=(0, 1)),
     L("lu_solve", lambda b: torch.linalg.lu_solve(*torch.linalg.lu_factor(
       torch.ones_like(b[0, :, :1]) + 2 * torch.eye(3).to(b)), b), R(2, 3, 2), nodes="LinalgLuSolve"),
+    L("lu_factor_solve", lambda a, b: torch.linalg.lu_solve(*torch.linalg.lu_factor(a), b), W(2, 3, 3),
+      R(2, 3, 2), nodes="LinalgLuFactorEx LinalgLuSolve", samples=(0, 1)),
     L("lstsq", lambda a, b: torch.linalg.lstsq(a, b).solution, W(2, 3, 2), R(2, 3, 1),
       samples=(0, 1)),
     L("cholesky", torch.linalg.cholesky, SPD(2, 3, 3), nodes="LinalgCholeskyEx"),
