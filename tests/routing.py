@@ -141,6 +141,9 @@ ROUTED = {
     "dispatch by products": one_hot,
     "attention in blocks": block_attention,
     "written row by row": lambda x, i: torch.stack([x[k].exp() for k in i.tolist()])[inverse(i)],
+    "windows by strides": lambda x, i: x[i].as_strided((N, 2, 4), (D, 1, 1)).sin()[inverse(i)],
+    "written by strides": lambda x, i: (lambda y: (
+        y.as_strided((N, 3), (D, 2)).copy_(x[i].exp()[:, :3]), y)[1])(x[i].sin())[inverse(i)],
     "windows of rows": lambda x, i: x.unfold(0, 2, 1)[torch.tensor([0, 1, 2, 2]), :,
         torch.tensor([0, 0, 0, 1])].sin(),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 Autograd records such a write as a CopySlices node, which does not show where it wrote. The node itself tells:
 applied to the numbers 1, 2, 3, ... it returns, for every entry of the source, the number of the place that it went
-to. If those places are a regular slice of the result, the write is a `Place`; other numbers must confirm it, exactly.
+to. If those places are a regular slice of the result, the write is a `Place`, and else a `Put`; other numbers must
+confirm it, exactly. A view by strides is asked in the same way where each of its entries comes from.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from math import nan, prod
 import torch
 from torch import Tensor
 
-from ..selection import Place, Slice
 from . import rule
+from .index import pick, put
+from .shape import piece, place
 
 _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 """Integers below these bounds are exact."""
@@ -25,15 +27,11 @@ def copy_slices(g):
     n = prod(shape)
     if n >= _EXACT.get(meta.dtype, 0) or n == 0:
         return None
-    node = g.node
     ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
-    weights = node(ones)
+    weights = _pulled(g, ones)
     with torch.no_grad():
-        number = torch.arange(1, n + 1, dtype=meta.dtype, device=meta.device).reshape(shape)
-        places = node(number)
-        # a fixed scramble of 1..n: what is confirmed must not depend on the caller's random state
-        scramble = (number * 7919 + 13).remainder(8191) + 1
-        confirm = node(scramble)
+        number, scramble = _numbers(shape, meta)
+        places, confirm, poisoned = (_pulled(g, c) for c in (number, scramble, ones * nan))
         terms = []
         for edge, s in enumerate(g.src):
             if s is None:
@@ -44,42 +42,62 @@ def copy_slices(g):
             if edge == 0:  # what was there before, scaled where it was not replaced
                 if w.shape != ones.shape or not torch.equal(seen, w * scramble):
                     return None
-                terms.append((s, (w, node(ones * nan)[edge].isnan().to(w.dtype))))
+                keep = poisoned[edge].isnan().to(w.dtype)
+                terms.append(lambda s=s, w=w, keep=keep: g.mask(s, w, lambda: keep))
                 continue
-            term = _written(s, w, place, seen, scramble)
+            term = _written(g, s, w, place, seen, scramble)
             if term is None:
                 return None
             terms.append(term)
-    return g.plus([_emit(g, *term) for term in terms])
+    return g.plus([emit() for emit in terms])
+
+
+def _pulled(g, c: Tensor) -> tuple[Tensor | None, ...]:
+    """The node applied to a cotangent: the gradient of each edge."""
+    out = g.node(c)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _numbers(shape, meta) -> tuple[Tensor, Tensor]:
+    """1, 2, 3, ..., and a fixed scramble of them: what is confirmed must not depend on the caller's random state."""
+    number = torch.arange(1, prod(shape) + 1, dtype=meta.dtype, device=meta.device).reshape(shape)
+    return number, (number * 7919 + 13).remainder(8191) + 1
 
 
 @rule("AsStrided")
 def as_strided(g):
-    """A view by strides, as autograd makes of a view of a tensor that was written to: a slice, or left to autograd."""
+    """A view by strides: a slice, or any entries, some of them twice."""
     (s,) = g.src
     shape, meta = g.shape, g.meta[0]
     old = g.values[s].shape
-    n = prod(shape)
-    if n >= _EXACT.get(meta.dtype, 0) or n == 0:
+    if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype, 0) or prod(shape) == 0:
         return None
+    with torch.enable_grad():  # the transpose of the transpose says where an entry comes from
+        u = torch.zeros(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
+        (back,) = _pulled(g, u)
+
+    def read(t):
+        return torch.autograd.grad(back, u, t, retain_graph=True)[0]
+
     with torch.no_grad():
-        number = torch.arange(1, n + 1, dtype=meta.dtype, device=meta.device).reshape(shape)
-        reached = g.node(number)
-        ones = g.node(torch.ones_like(number))
-    if tuple(reached.shape) != old or float(ones.max()) > 1 or int(ones.sum()) != n:
-        return None  # entries that are read twice
-    where = reached.reshape(-1).nonzero().squeeze(1)
-    index = torch.empty(n, dtype=torch.long, device=meta.device)
-    index[reached.reshape(-1)[where].long() - 1] = where
-    slices = regular(index.reshape(shape), old)
+        number, scramble = _numbers(old, meta)
+        index = read(number).long() - 1
+        if bool((index < 0).any()):  # outside of the value, in its memory
+            return None
+        _, cotangent = _numbers(shape, meta)
+        spread = torch.zeros_like(scramble).reshape(-1)
+        spread.index_add_(0, index.reshape(-1), cotangent.reshape(-1))
+        if not (
+            torch.equal(read(scramble), scramble.reshape(-1)[index])
+            and torch.equal(_pulled(g, cotangent)[0], spread.view(old))
+        ):
+            return None
+        slices = regular(index, old)
     if slices is None:
-        return None
+        return pick(g, s, index)
     value = s
     for axis, (_, start, length, step) in enumerate(slices):
-        now = g.values[value].shape
-        if length != now[axis]:
-            new = (*now[:axis], length, *now[axis + 1 :])
-            value = g.single(value, Slice(axis, start, length, step, now[axis]), new)
+        value = piece(g, value, axis, start, length, step)
     order = [a for a, *_ in slices if a is not None]
     if order != sorted(order):
         value = g.view(value, tuple(shape[a] for a in order))
@@ -87,20 +105,26 @@ def as_strided(g):
     return g.view(value, shape)
 
 
-def _written(source: int, w: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
-    """Where a source went: (source, factor, slice of every axis of the result), or None if it is no slice."""
-    if w.requires_grad:  # the factor has a derivative of its own
+def _written(g, source: int, w: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
+    """What emits a source where it went, scaled by ``w``, or None if it is not seen to have gone there."""
+    if not bool((w != 0).all()):
         return None
-    factor = w.reshape(-1)[0].item()
-    if factor == 0 or not bool((w == factor).all()):
-        return None
-    index = (place / factor).round().long() - 1
+    index = (place / w).round().long() - 1
     if bool((index < 0).any()) or bool((index >= scramble.numel()).any()):
         return None
-    if not torch.equal(scramble.reshape(-1)[index] * factor, seen):
+    if not torch.equal(scramble.reshape(-1)[index] * w, seen):
         return None
     slices = regular(index, tuple(scramble.shape))
-    return None if slices is None else (source, (factor, tuple(w.shape), slices))
+    sizes = tuple(w.shape)
+
+    def emit() -> int:
+        value = g.expand(source, sizes)
+        factor = w.reshape(-1)[0].item()
+        alike = not w.requires_grad and bool((w == factor).all())
+        value = g.scale(value, factor) if alike else g.diagonal(value, w)
+        return put(g, value, index) if slices is None else _placed(g, value, sizes, slices)
+
+    return emit
 
 
 def regular(index: Tensor, shape: tuple[int, ...]):
@@ -144,19 +168,12 @@ def regular(index: Tensor, shape: tuple[int, ...]):
     return slices if torch.equal(built, index) else None
 
 
-def _emit(g, source: int, how) -> int:
-    if len(how) == 2:
-        weight, keep = how
-        return g.mask(source, weight, lambda: keep)
-    factor, piece, slices = how
-    value = g.scale(g.expand(source, piece), factor)
+def _placed(g, value: int, sizes, slices) -> int:
+    """A value of shape ``sizes`` in a slice of the result, zeros around it."""
     order = [a for a, *_ in slices if a is not None]
-    order += [a for a in range(len(piece)) if a not in order]  # axes of size 1 that went nowhere
+    order += [a for a in range(len(sizes)) if a not in order]  # axes of size 1 that went nowhere
     value = g.permute(value, tuple(order))
     value = g.view(value, tuple(length for _, _, length, _ in slices))
-    for axis, (size, (_, start, length, step)) in enumerate(zip(g.shape, slices, strict=True)):
-        if length != size:
-            old = g.values[value].shape
-            new = (*old[:axis], size, *old[axis + 1 :])
-            value = g.single(value, Place(axis, start, length, step, size), new)
+    for axis, (size, (_, start, _, step)) in enumerate(zip(g.shape, slices, strict=True)):
+        value = place(g, value, axis, start, size, step)
     return value
