@@ -345,6 +345,15 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
     return compute((y,), leaves, asked)[0]
 
 
+DEAD_ENDS = {
+    "torch::autograd::NotImplemented",
+    "CdistBackwardBackward0",
+    "PdistBackwardBackward0",
+    "EuclideanDistBackward0",  # differentiated to 0 where points coincide, whatever is true there
+}
+"""Nodes in the graph of a gradient that autograd cannot differentiate, or not rightly."""
+
+
 def _dead_end(gradients) -> bool:
     """Whether autograd cannot differentiate them, as through a fused attention's backward, where our Jacobian can."""
     seen: set = set()
@@ -353,7 +362,7 @@ def _dead_end(gradients) -> bool:
         node = stack.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "torch::autograd::NotImplemented":
+        if node.name() in DEAD_ENDS:
             return True
         seen.add(node)
         stack += [p for p, _ in node.next_functions]

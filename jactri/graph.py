@@ -86,6 +86,9 @@ class Reader:
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
+        # nodes of distances: the value, and what emits its square
+        self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
+        self.smooth: set[int] = set()  # products that were read as such squares
         self.outputs: Sequence[Tensor] = ()
 
     def _turn_to(self, node, src: list[int | None]) -> None:

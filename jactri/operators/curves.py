@@ -79,6 +79,8 @@ class CurveReader(Reader):
         mark = len(self.values)
         self.ids = ids = super().visit(node, src)
         self.new = range(mark, len(self.values))
+        if not self.smooth.isdisjoint(self.new):
+            raise UnknownCurvature(node.name())
         record = record_of(node)
         found = (default if record is None or record.curve is None else record.curve)(self)
         if found is None:

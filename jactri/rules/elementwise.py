@@ -16,6 +16,7 @@ from ..layout import one
 from ..linear_map import Elementwise, View
 from ..tape import number
 from . import node_names, rule
+from .squares import squared
 
 FORMULAS = {
     # node: (saved value, derivative as a function of it)
@@ -320,6 +321,8 @@ def _number(t: Tensor):
 def mul(g):
     a, b = g.src
     m = g.meta[0]
+    if g.distances and None not in g.src and (found := squared(g, a, b)) is not None:
+        return found
     if a is not None and a == b:  # x * x
         x, y = g.tensor("self"), g.tensor("other")
         return g.diagonal(g.match(a), lambda: fit(x + y, m))
@@ -374,6 +377,8 @@ def pow_scalar(g):
         return g.mask(g.match(g.src[0]), lambda: torch.zeros((), dtype=m.dtype, device=m.device))
     if exponent != 2:
         return unary(g)
+    if g.distances and (found := squared(g, g.src[0], g.src[0])) is not None:
+        return found
     x = g.tensor("self")
     return g.diagonal(g.match(g.src[0]), lambda: x + x, fresh=True)
 
