@@ -164,10 +164,19 @@ class _Transform:
         return self._answer(args, kwargs, tensors, graph)
 
     def _by_torch(self, args, kwargs):
+        for k in self._places(len(args)):
+            self._check_inputs(tree_leaves(args[k]))
         func = functools.partial(self.func, **kwargs) if kwargs else self.func
-        return handover.transform(
+        call = handover.transform(
             self.name, eagerly(func), self.argnums, self.has_aux, self.chunk_size, self.randomness
-        )(*args)
+        )
+        if self.randomness != "error":
+            return call(*args)
+        xs = [v for v in tree_leaves(args) if isinstance(v, Tensor)]
+        generators = _generators(xs)
+        answer = call(*args)
+        _check_unmoved(generators, xs)
+        return answer
 
     def _answer(self, args, kwargs, tensors, graph: bool):
         for x in tensors:

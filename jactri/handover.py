@@ -1,9 +1,20 @@
-"""Inside of a torch.func transform (vmap, grad, ...) torch.func computes: its transforms compose with each other."""
+"""Inside of a torch.func transform (vmap, grad, ...) torch.func computes: its transforms compose with each other.
+
+Not all of them are right inside of others. In torch 2.13, ``vmap`` of ``jacfwd`` is wrong for ``torch.linalg.solve``,
+``det`` and ``slogdet``, and so is the derivative of ``jvp``, for these and for layer_norm; ``jacrev`` is wrong for
+``torch.cdist``. Products with one vector are right: all here is made of ``torch.func.vjp``, over blocks by `Vmapped`.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch.func import jacfwd, jacrev, vmap
+from torch import Tensor
+from torch.func import jacfwd, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .constants import arbitrary
+from .opaque import UNUSUAL, Vmapped, others, shown
+from .unrecorded import loose
 
 _level = torch._C._functorch.maybe_current_level
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -42,25 +53,17 @@ def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chun
         return ys, ys
 
     argnums = tuple(range(len(xs)))
-    if strategy == "forward-mode":
-        transform = jacfwd(as_tuples, argnums, has_aux=True)
-    else:
-        transform = jacrev(as_tuples, argnums, has_aux=True, chunk_size=chunk_size)
     if per_sample:
-        one_sample = transform
 
-        def alone(*args):
-            def batch_of_one(*row):
-                ys, aux = as_tuples(*(r.unsqueeze(0) for r in row))
-                return tuple(y.squeeze(0) for y in ys), tuple(y.squeeze(0) for y in aux)
+        def batch_of_one(*row):
+            ys, aux = as_tuples(*(r.unsqueeze(0) for r in row))
+            return tuple(y.squeeze(0) for y in ys), tuple(y.squeeze(0) for y in aux)
 
-            inner = jacfwd if strategy == "forward-mode" else jacrev
-            return inner(batch_of_one, argnums, has_aux=True)(*args)
-
-        one_sample = alone
-        rows, ys = vmap(one_sample)(*xs)
+        rows, ys = vmap(jacrev(batch_of_one, argnums, has_aux=True))(*xs)
     else:
-        rows, ys = transform(*xs)
+        rows, ys = jacrev(as_tuples, argnums, has_aux=True, chunk_size=chunk_size)(*xs)
+    if strategy == "forward-mode":  # which has the outputs' dtypes
+        rows = [[b.to(y.dtype) for b in row] for row, y in zip(rows, ys, strict=True)]
     rows = tuple(tuple(row) for row in rows) if tupled else tuple(row[0] for row in rows)
     answer = rows if tupled_out[0] else rows[0]
     if not return_output:
@@ -68,27 +71,195 @@ def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chun
     return (tuple(ys) if tupled_out[0] else ys[0]), answer
 
 
+def jacrev(func, argnums=0, has_aux: bool = False, chunk_size: int | None = None):
+    """``torch.func.jacrev``, with rows that are checked against one product of their combination."""
+    several = isinstance(argnums, tuple)
+
+    def made(*args):
+        places = [k % len(args) for k in (argnums if several else (argnums,))]
+
+        def chosen(*given):
+            into = dict(zip(places, given, strict=True))
+            return func(*(into.get(k, a) for k, a in enumerate(args)))
+
+        result, pull, *aux = torch.func.vjp(chosen, *(args[k] for k in places), has_aux=has_aux)
+        ys, outputs = tree_flatten(result)
+        given = tuple(args[k] for k in places) if several else args[places[0]]
+        xs, inputs = tree_flatten(given)
+        blocks = []
+        for j, y in enumerate(ys):
+            if not y.is_floating_point():
+                raise RuntimeError(f"func must return floating-point tensors, got one of {y.dtype}")
+
+            def row(c, j=j):
+                cs = _cotangents(c, j, ys)
+                return tuple(tree_leaves(pull(tree_unflatten(cs, outputs))))
+
+            n = y.numel()
+            units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
+            product = Vmapped(row, "a function inside of a transform")
+            parts = [product(part) for part in units.split(chunk_size or n)] if n else []
+            columns = [
+                torch.cat(c).reshape(*y.shape, *x.shape)
+                for c, x in zip(zip(*parts, strict=True), xs, strict=False)
+            ] or [x.new_zeros(*y.shape, *x.shape) for x in xs]
+            blocks.append(tree_unflatten(columns, inputs))
+        answer = tree_unflatten(blocks, outputs)
+        return (answer, *aux) if has_aux else answer
+
+    return made
+
+
+def _cotangents(c: Tensor, j: int, ys) -> list[Tensor]:
+    """Those of all outputs, where that of output ``j`` is given.
+
+    Of the outputs' levels of vmap: some ops write into memory that is made like these.
+    """
+    zeros = [torch.zeros_like(y) for y in ys]
+    zeros[j] = zeros[j] + c
+    return zeros
+
+
 def transform(name, func, argnums, has_aux, chunk_size, randomness):
-    """torch.func's own ``jacrev``, ``jacfwd`` or ``hessian``."""
+    """What torch.func's ``jacrev``, ``jacfwd`` or ``hessian`` gives."""
+    if name == "jacfwd" and randomness == "different":
+        refuse(**{"randomness='different'": _level() is not None})
+        return jacfwd(func, argnums, has_aux, randomness=randomness)
     if name == "jacrev":
-        return jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
-    if name == "hessian":  # as torch.func, forward over reverse
-        func = jacrev(func, argnums, has_aux=has_aux, chunk_size=chunk_size)
-    return jacfwd(func, argnums, has_aux, randomness=randomness)
+        return jacrev(func, argnums, has_aux, chunk_size)
+    if name == "hessian":
+        func = jacrev(differentiable_twice(func, has_aux), argnums, has_aux, chunk_size)
+    return _outputs_dtypes(func, argnums, has_aux, chunk_size)
+
+
+def _outputs_dtypes(func, argnums, has_aux: bool, chunk_size: int | None):
+    """What ``torch.func.jacfwd`` gives: Jacobians of the outputs' dtypes, zeros for outputs of integers."""
+
+    def made(*args):
+        found = []
+
+        def flat(*given):
+            out = func(*given)
+            out, aux = out if has_aux else (out, ())
+            ys, spec = tree_flatten(out)
+            found.append(spec)
+            return [y for y in ys if not _is_whole(y)], (ys, aux)
+
+        rows, (ys, aux) = jacrev(flat, argnums, has_aux=True, chunk_size=chunk_size)(*args)
+        chosen = tuple(args[k] for k in argnums) if isinstance(argnums, tuple) else args[argnums]
+        rows, answer = iter(rows), []
+        for y in ys:
+            if not _is_whole(y):
+                answer.append(tree_map(lambda b, y=y: b.to(y.dtype), next(rows)))
+            else:
+                answer.append(tree_map(lambda x, y=y: y.new_zeros(*y.shape, *x.shape), chosen))
+        answer = tree_unflatten(answer, found[-1])
+        return (answer, aux) if has_aux else answer
+
+    return made
+
+
+def _is_whole(y) -> bool:
+    return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
+
+
+def differentiable_twice(func, has_aux: bool = False):
+    """``func``, which raises where a second derivative of it goes through a Function.
+
+    Its backward may not be recorded, and under a transform there is no telling.
+    """
+
+    def checked(*args):
+        out = func(*args)
+        for y in tree_flatten(out[0] if has_aux else out)[0]:
+            while isinstance(y, torch.Tensor) and _wrapped(y):
+                for call in others([y]):
+                    raise RuntimeError(
+                        f"inside of a torch.func transform, second derivatives do not go through {call.node.name()}; "
+                        "call jactri outside of the transform"
+                    )
+                y = torch._C._functorch.get_unwrapped(y)
+        return out
+
+    return checked
 
 
 def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
     """`jactri.jvp` by torch.func; ``block``: the tangents have an axis K in front."""
-    if not block:
-        return torch.func.jvp(func, xs, tangents)
+    result, pull = torch.func.vjp(func, *xs)
+    tupled = isinstance(result, tuple)
+    ys = result if tupled else (result,)
 
-    def one(*ts):
-        return torch.func.jvp(func, xs, ts)
+    def pulled(*cs):
+        made = pull(cs if tupled else cs[0])
+        return made if isinstance(made, tuple) else (made,)
 
-    # the output is that of every tangent: a transform cannot tell that it is the same
-    outputs, products = vmap(one, randomness="same", chunk_size=chunk_size)(*tangents)
-    same = tuple(y[0] for y in outputs) if isinstance(outputs, tuple) else outputs[0]
-    return same, products
+    ts = tangents if block else [t.unsqueeze(0) for t in tangents]
+    # torch's second derivatives are not all differentiable: that of layer_norm has a wrong derivative in torch 2.13
+    made = None if _tracked(xs) else _by_double_vjp(ys, pulled, ts, chunk_size)
+    if made is None:
+        made = [_by_rows(y, j, ys, pulled, ts, chunk_size) for j, y in enumerate(ys)]
+    made = tuple(made if block else [m.squeeze(0) for m in made])
+    return result, made if tupled else made[0]
+
+
+def _tracked(xs) -> bool:
+    """Whether some transform that runs will differentiate."""
+    for x in xs:
+        while _wrapped(x):
+            if torch._C._functorch.is_gradtrackingtensor(x):
+                return True
+            x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def _by_double_vjp(ys, pulled, ts, chunk_size: int | None) -> list[Tensor] | None:
+    """Tangents pulled through a pull, which is linear; None where its derivative is not what that says."""
+
+    def one(*tangents):
+        # cotangents like the tangents: some ops write into memory that is made like these
+        extra = sum(t.flatten()[:1].sum() * 0 for t in tangents)
+        zeros = [torch.zeros_like(y) + extra.to(y.dtype) for y in ys]
+        return torch.func.vjp(pulled, *zeros)[1](tuple(tangents))
+
+    try:
+        made = _over(one, ts, chunk_size)
+        cs = [arbitrary(y.shape, y, 1.754878) for y in ys]
+        left = [m[0] * c for m, c in zip(made, cs, strict=True)]
+        right = [g * t[0] for g, t in zip(pulled(*cs), ts, strict=True)]
+    except UNUSUAL:
+        return None
+    size = sum(p.detach().abs().sum() for p in (*left, *right))
+    gap = (sum(p.detach().sum() for p in left) - sum(p.detach().sum() for p in right)).abs()
+    return made if shown((gap <= loose(gap.dtype) * size) | size.isnan()) else None
+
+
+def _by_rows(y, j: int, ys, pulled, ts, chunk_size: int | None) -> Tensor:
+    """The tangents of one of the outputs by the rows of its Jacobian."""
+    n = y.numel()
+
+    def row(c):
+        return pulled(*_cotangents(c, j, ys))
+
+    units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
+    made = 0
+    for g, t in zip(_over(row, [units], chunk_size), ts, strict=True):
+        made = made + t.reshape(t.shape[0], -1) @ g.reshape(n, -1).mT
+    return made.reshape(ts[0].shape[0], *y.shape)
+
+
+def _over(function, blocks, chunk_size: int | None) -> list[Tensor]:
+    """A linear function of several tensors over the first axis of blocks of them."""
+    sizes = [b[0].numel() for b in blocks]
+    flat = torch.cat([b.reshape(b.shape[0], -1) for b in blocks], 1)
+
+    def one_row(row):
+        parts = zip(row.split(sizes), blocks, strict=True)
+        return tuple(function(*(p.reshape(b.shape[1:]).to(b.dtype) for p, b in parts)))
+
+    product = Vmapped(one_row, "a function inside of a transform")
+    made = [product(part) for part in flat.split(chunk_size or max(flat.shape[0], 1))]
+    return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
 
 def vjp(func, xs, tupled: bool, ready, chunk_size: int | None):
@@ -98,9 +269,10 @@ def vjp(func, xs, tupled: bool, ready, chunk_size: int | None):
     cotangents, block = ready(result if tupled_out else (result,))
 
     def one(*cs):
-        return pull(cs if tupled_out else cs[0])
+        made = pull(cs if tupled_out else cs[0])
+        return made if isinstance(made, tuple) else (made,)
 
-    made = vmap(one, chunk_size=chunk_size)(*cotangents) if block else one(*cotangents)
+    made = tuple(_over(one, cotangents, chunk_size)) if block else one(*cotangents)
     return result, made if tupled else made[0]
 
 
@@ -110,5 +282,7 @@ def diagonal(func, x, check, chunk_size: int | None):
     check(result, x)
     n = x.numel()
     rows = torch.eye(n, dtype=result.dtype, device=result.device).view(n, *result.shape)
-    made = vmap(lambda row: (pull(row)[0] * row).sum(), chunk_size=chunk_size)(rows)
-    return result, made.reshape(x.shape)
+    product = Vmapped(pull, "a function inside of a transform")
+    parts = rows.split(chunk_size or max(n, 1))
+    made = [(product(part)[0] * part).flatten(1).sum(1) for part in parts]
+    return result, torch.cat(made).reshape(x.shape)

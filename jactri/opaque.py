@@ -18,6 +18,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from . import backends
 from .classes import plain
@@ -185,15 +186,22 @@ class Vmapped:
                     gap = (_combined(own, got) - want).abs()
                     finite = finite & size.isfinite()
                     fits = fits & (gap <= loose(got.dtype) * size).all()
-            if bool(finite & fits):
+            if shown(finite & fits):
                 return True
-            if not bool(finite):
+            if not shown(finite):
                 return None
         self._log("its vmap rule gives another result than the op itself")
         return False
 
     def _log(self, why: str) -> None:
         logger.info("fallback: %s is not vmapped (%s); one row at a time", self.name, why)
+
+
+def shown(holds) -> bool:
+    """Whether something holds, for all samples where vmap is around."""
+    while isinstance(holds, Tensor) and is_functorch_wrapped_tensor(holds):
+        holds = get_unwrapped(holds)
+    return bool(holds.all()) if isinstance(holds, Tensor) else holds
 
 
 def _combined(weights: Tensor, block: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _inside(func, x: Tensor, estimate: int | None, lower: bool):
     """In a torch.func transform, which composes."""
     if estimate is not None:
         raise RuntimeError("estimate is not available inside of a torch.func transform")
-    from torch.func import jacrev, vmap
+    from torch.func import vmap
 
     batch = points.batched(x)
 
@@ -166,7 +166,7 @@ def _inside(func, x: Tensor, estimate: int | None, lower: bool):
             y = func(v.unsqueeze(0)).squeeze(0) if batch else func(v)
             return y, y
 
-        entries, y = jacrev(single, has_aux=True)(point)
+        entries, y = handover.jacrev(single, has_aux=True)(point)
         points.check_same(y, point, "divergence")
         trace = entries.reshape(point.numel(), -1).diagonal().sum()
         return (y, trace) if lower else trace

@@ -351,20 +351,20 @@ def by_gradient(y: Tensor, x: Tensor, a, asked: Options) -> tuple[Tensor, Tensor
 
 def _inside(func, x: Tensor, a: Tensor | None, lower: bool):
     """In a torch.func transform, which composes: the trace of its own Hessian."""
-    from torch.func import hessian, jacrev, vmap
+    from torch.func import vmap
 
     def one(point: Tensor, form: Tensor | None):
         def single(v: Tensor) -> Tensor:
             return func(v.unsqueeze(0)).squeeze(0) if points.batched(x) else func(v)
 
         n = point.numel()
-        second = hessian(single)(point)
+        second = handover.jacrev(handover.jacrev(handover.differentiable_twice(single)))(point)
         second = second.reshape(*second.shape[: second.dim() - 2 * point.dim()], n, n)
         if form is None:
             lap = second.diagonal(0, -2, -1).sum(-1)
         else:
             lap = (second * form).sum((-2, -1))
-        return (single(point), jacrev(single)(point), lap) if lower else lap
+        return (single(point), handover.jacrev(single)(point), lap) if lower else lap
 
     if not points.batched(x):
         return one(x, a)
