@@ -24,6 +24,7 @@ from .arguments import (
 )
 from .behind import reached
 from .classes import dressed, plain
+from .elsewhere import FSDP, is_distributed
 from .entries import Banded, Entries, check_pattern, nothing
 from .executor import run
 from .folding import fold
@@ -195,6 +196,7 @@ def jacobian_of(
                 f"inputs[{i}] of shape {tuple(xs[i].shape)} is not in the graph of outputs, which are independent of "
                 "it; pass the very tensor that they were computed from (a view or a copy of it, as x[0], is another). "
                 "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
+                + (f". It is a DTensor: {FSDP}" if is_distributed(xs[i]) else "")
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,

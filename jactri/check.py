@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from .api import jacobian
 from .arguments import as_tuple
 from .classes import plain
+from .elsewhere import check_here
 from .finite_difference import Differences
 from .report import explain
 from .running import public
@@ -97,6 +98,7 @@ def _double(value):
     if value is torch.float32 or value is torch.float16 or value is torch.bfloat16:
         return torch.float64
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        check_here(value)
         return value.double()
     return value
 

@@ -7,7 +7,7 @@ it. Whoever reads them in between reads no memory at all.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,3 +95,14 @@ def is_distributed(t: Tensor) -> bool:
     """Whether a tensor is a DTensor, a part of whose numbers each process has."""
     known = sys.modules.get("torch.distributed.tensor")
     return known is not None and isinstance(t, known.DTensor)
+
+
+def check_local(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
+    """Raise for an end of a Jacobian that is distributed: its rows and columns would be, too."""
+    for name, ends in (("outputs", ys), ("inputs", xs)):
+        for i, t in enumerate(ends):
+            if is_distributed(t):
+                raise RuntimeError(
+                    f"{name}[{i}] of shape {tuple(t.shape)} is a DTensor, so a process has a part of its numbers only; "
+                    "make it a plain tensor by full_tensor() or to_local()"
+                )

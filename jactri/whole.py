@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .arguments import ASSUME, block_shape
+from .elsewhere import check_local
 from .graph import UnsupportedGraph
 from .memory import free_bytes, parse_bytes
 from .opaque import Vmapped, why_not
@@ -23,6 +24,7 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: Unsupporte
     """
     from .api import zero_block
 
+    check_local(ys, xs)
     if per_sample and not reason.linear:
         raise RuntimeError(
             f"per_sample=True, but the function holds {reason}, and what it gives for the gradients of several samples "

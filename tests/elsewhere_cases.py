@@ -186,6 +186,39 @@ def backward_after(m):
     return last({name: p.grad for name, p in m.named_parameters()})
 
 
+def ends(mesh):
+    """Inputs and outputs that are DTensors."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    def spread(x):
+        return DTensor.from_local(x, mesh, [Replicate()]).sin()
+
+    given = distribute_tensor(X, mesh, [Replicate()])
+    calls = {
+        "jacobian": lambda f, x: jactri.jacobian(f, x),
+        "per_sample": lambda f, x: jactri.jacobian(f, x, per_sample=True),
+        "laplacian": lambda f, x: jactri.laplacian(f, x),
+        "diagonal": lambda f, x: jactri.diagonal(f, x),
+        "jjt": lambda f, x: jactri.jjt(f, x),
+        "jacrev": lambda f, x: jactri.func.jacrev(f)(x),
+    }
+    for name, call in calls.items():
+        want = call(torch.sin, X)
+        told(f"a DTensor in/{name}", want, call, torch.sin, given)
+        told(f"a DTensor out/{name}", want, call, spread, X)
+        told(f"a DTensor inside/{name}", want, call, lambda x: spread(x).to_local(), X)
+
+
+def outside(make):
+    """Parameters of FSDP that are not what the output was computed from, and weights that were freed since."""
+    m, nothing = make(), torch.zeros(())
+    y = m(X)
+    told(
+        "FSDP that frees/jacobian_of", nothing, lambda: jactri.jacobian_of(y, tuple(m.parameters()))
+    )
+    told("FSDP that frees/check", nothing, lambda: jactri.check(m, X))
+
+
 U = torch.ones(5, 3)
 OF_INPUTS = {
     "jacobian": lambda m: jactri.jacobian(m, X),
@@ -227,7 +260,11 @@ def distributed():
         try:
             torch.manual_seed(0)
             net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-            for way, make in wrapped(net, init_device_mesh("cpu", (1,))).items():
+            mesh = init_device_mesh("cpu", (1,))
+            ways = wrapped(net, mesh)
+            ends(mesh)
+            outside(ways["FSDP that frees"])
+            for way, make in ways.items():
                 for name, call in {**OF_INPUTS, **OF_PARAMETERS}.items():
                     want = call(copy.deepcopy(net))
                     told(f"{way}/{name}", want, lambda make=make, call=call: call(make()))

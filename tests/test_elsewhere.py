@@ -49,10 +49,12 @@ PARAMETERS = {
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_distributed_weights():
     found = ran("distributed")
-    assert len(found) == 8 * 23
+    assert len(found) == 8 * 23 + 18 + 2
     for name, outcome in found.items():
         way, call = name.split("/")
-        if way in KEEP:
+        if way in ("a DTensor in", "a DTensor out"):
+            assert "is a DTensor, so" in outcome, f"{name}: {outcome}"
+        elif way in KEEP:
             assert outcome == "right", f"{name}: {outcome}"
         elif way in FREE:
             assert outcome.startswith("RuntimeError: "), f"{name}: {outcome}"
@@ -62,7 +64,7 @@ def test_distributed_weights():
                 "use fully_shard" if way == "flat FSDP" else "tensor parallel weights, use a module"
             )
             assert said in outcome, f"{name}: {outcome}"
-        elif way == "tensor parallel" and call in ("laplacian", "hessian"):
+        elif way in ("tensor parallel", "a DTensor inside") and call in ("laplacian", "hessian"):
             assert "no second derivative" in outcome, f"{name}: {outcome}"
         else:
             assert outcome == "right", f"{name}: {outcome}"

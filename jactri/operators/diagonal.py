@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import backends, handover
 from ..arguments import as_tuple, check_options
 from ..classes import dressed
+from ..elsewhere import check_local
 from ..entries import factors_of
 from ..executor import chunks
 from ..graph import Graph, UnsupportedGraph, Value, read
@@ -367,6 +368,7 @@ def _plain(graph: Graph, ways: list[Way]) -> Tensor:
 
 def _by_rows(y: Tensor, x: Tensor, count: int) -> Tensor:
     """By autograd, some rows at a time."""
+    check_local((y,), (x,))
     n = x.numel()
     parts = []
     for start in range(0, n, count):
