@@ -493,6 +493,31 @@ def test_wrong_push_and_kept():
         circulant(kept=(0, 1)), jactri.JacobianMismatch, r"axes \(1, 1\) are not kept", **options
     )
     raises(circulant(kept=(2,)), ValueError, "axis 2", **options)
+
+    class Carry(Function):
+        """Mixes the first two samples only."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return carried(x, 1, 0)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return carried(grad, 0, 1)
+
+    def carried(t, to, source):
+        t = t.clone()
+        t[..., to, :] += t[..., source, :]
+        return t
+
+    raises(
+        lambda node: node.linear(
+            lambda t: carried(t, 1, 0), lambda c: carried(c, 0, 1), kept=[0, 1]
+        ),
+        jactri.JacobianMismatch,
+        r"axes \(0, 0\) are not kept",
+        target=Carry,
+    )
     raises(circulant(kept=((0, 0), (0, 0))), ValueError, "twice", **options)
     raises(
         circulant(turn=lambda t, k, back: t.sum(0)),
