@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .intervals import for_good
 from .linear_map import LinearMap, keep_all_but
 from .maps import HALF, wide
 
@@ -138,6 +139,12 @@ class Softmax(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         return 4.0
 
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        """What has the probability 0 (a mask) neither sees nor is seen."""
+        if values and for_good(p := self.p()):
+            t = t.masked_fill(p == 0, 0)
+        return super().reach(t, in_shape, out_shape, reverse, values)
+
     def narrow(self, source, target, in_shape, out_shape):
         p = self.p
         return type(self)(lambda: source.of(p(), len(in_shape)), self.axis)
@@ -158,6 +165,9 @@ class LogSoftmax(Softmax):
 
     __slots__ = ()
     name = "log_softmax"
+
+    def reach(self, t, in_shape, out_shape, reverse, values):
+        return LinearMap.reach(self, t, in_shape, out_shape, reverse, values)
 
     def row_map(self, ndim, reverse):
         return ("log_pull" if reverse else "log_push", self.p, 1) if self.axis == ndim - 1 else None

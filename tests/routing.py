@@ -93,6 +93,17 @@ def block_attention(x, i):
     return (scores.softmax(-1) @ t).reshape(x.shape)
 
 
+def packed_attention(x, i, added):
+    """The same by the fused op, with a mask of booleans or one that is added."""
+    t = x.reshape(1, 1, -1, 3)
+    owner = torch.arange(N).repeat_interleave(2)
+    mask = owner[:, None] == owner
+    if added:
+        mask = torch.zeros(len(owner), len(owner), dtype=x.dtype).masked_fill(~mask, -torch.inf)
+    made = F.scaled_dot_product_attention(t.sin(), t.cos(), t, attn_mask=mask)
+    return made.reshape(x.shape)
+
+
 ROUTED = {
     "rows and back": lambda x, i: torch.zeros_like(x).index_add(0, i, (x[i] @ W6).sin()),
     "rows by inverse": lambda x, i: (x[i] @ W6).sin()[inverse(i)],
@@ -140,6 +151,8 @@ ROUTED = {
     "the two best experts": top_two,
     "dispatch by products": one_hot,
     "attention in blocks": block_attention,
+    "packed attention": lambda x, i: packed_attention(x, i, False),
+    "packed attention, added": lambda x, i: packed_attention(x, i, True),
     "written row by row": lambda x, i: torch.stack([x[k].exp() for k in i.tolist()])[inverse(i)],
     "windows by strides": lambda x, i: x[i].as_strided((N, 2, 4), (D, 1, 1)).sin()[inverse(i)],
     "written by strides": lambda x, i: (lambda y: (

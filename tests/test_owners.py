@@ -184,7 +184,7 @@ def second_order(func, x):
     return lap.detach()
 
 
-OPAQUE = {"attention in blocks", "index_reduce"}
+OPAQUE = {"attention in blocks", "packed attention", "packed attention, added", "index_reduce"}
 """Whose second derivatives are shown to be apart by a probe only."""
 
 
