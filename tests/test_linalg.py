@@ -198,12 +198,13 @@ CURVED = {
     "solve_right_side": lambda x: la.solve(P[:3, :3] + 2 * EYE, right(x)),
     "solve_vector": lambda x: la.solve(matrix(x), right(x)[..., 0]),
     "lu_solve": lambda x: la.lu_solve(*la.lu_factor(P[:3, :3] + 2 * EYE), right(x)),
+    "lu_factor": lambda x: la.lu_factor(matrix(x)).LU,
     "gaussian": gaussian,
 }
 CURVED |= {
     name: lambda x, f=f: f(matrix(x), right(x))
     for name, f in EQUATIONS.items()
-    if not name.startswith(("lu", "old"))
+    if not name.startswith(("lu_solve", "old"))
 }
 
 

@@ -156,6 +156,70 @@ def cholesky_solve(r):
     return {v: CholeskySolveBend(first[1], rhs, edge, left[2].partner, right[2].partner)}
 
 
+class LuBend(_Batched):
+    """``A = P L U``, of ``M_k = L^-1 P' dA_k U^-1``: as the first derivative, of ``-2 tril(M, -1) triu(M)``."""
+
+    __slots__ = ()
+
+    def term(self, t):
+        low, up = self.saved
+        (m,) = _together(t, *self.sources)
+        n = summed_product(t.seeds, m.tril(-1), m.triu()) * -2
+        return torch.bmm(low, n.tril(-1)) + torch.bmm(n.triu(), up)
+
+
+@curve("LinalgLuFactorEx")
+def lu_factor(r):
+    if not r.edges(Solve):
+        return None
+    _, left, right = r.edges(MatMul)
+    m = next(s for v, s, _ in r.edges(Diagonal) if v == left[1])
+    return {max(left[0], right[0]) + 1: LuBend((m,), left[2].partner, right[2].partner)}
+
+
+class LuSolveBend(SolveBend):
+    """``P L U X = B``: ``D2X = -2 A^-1 (dA dX + P dL dU X)``, ``dA = P (dL U + L dU)``; or of the transpose."""
+
+    __slots__ = ("saved", "turned")
+
+    def __init__(self, f: int, rhs: int, edge: Solve, turned: bool, *saved: Tensor):
+        """``saved``: P, L, U, X."""
+        super().__init__(f, rhs, edge)
+        self.turned, self.saved = turned, saved
+
+    def narrow(self, cut, ndim):
+        base = super().narrow(cut, ndim)
+        if base is None:
+            return None
+        saved = (cut.of(m, ndim) for m in self.saved)
+        return LuSolveBend(*self.sources, base.edge, self.turned, *saved)
+
+    def term(self, t):
+        swaps, low, up, x = self.saved
+        df, rhs = _together(t, *self.sources)
+        dl, du = df.tril(-1), df.triu()
+        da = swaps @ (dl @ up + low @ du)
+        bend = swaps @ summed_product(t.seeds, dl, du)
+        if self.turned:
+            da, bend = da.mT, bend.mT
+        total = summed_product(t.seeds, da, self.solve(rhs)) + torch.bmm(bend, x)
+        return self.solve(total.unsqueeze(0) * -2)[0]
+
+
+@curve("LinalgLuSolve")
+def lu_solve(r):
+    ((v, rhs, edge),), masked = r.edges(Solve), r.edges(Diagonal)
+    if not masked:
+        return {}
+    packed, pivots = edge.factors
+    swaps, low, up = torch.lu_unpack(packed, pivots)
+    left = r.saved("left")
+    x = r.tensor("result")
+    x = (x if left else x.mT).reshape(r.values[v].shape)
+    turned = r.saved("adjoint") == left
+    return {v: LuSolveBend(masked[0][1], rhs, edge, turned, swaps, low, up, x)}
+
+
 class ExponentialBend(_Batched):
     """Twice the corner of the exponential of three blocks."""
 
