@@ -71,9 +71,9 @@ def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
                 grads = _gradients(y, inputs, weight, graph)
             else:
                 only = [weight if k == j else None for k in range(len(outputs))]
-                with torch.set_grad_enabled(graph):
-                    found = pull_outputs(through, only, through.inputs[-len(inputs) :])
-                grads = [g for g in found.values() if g.numel()]
+                # in the mode that the maps will be used in: they keep what they compute
+                found = pull_outputs(through, only, through.inputs[-len(inputs) :])
+                grads = [g if graph else g.detach() for g in found.values() if g.numel()]
             sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
             within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
             far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]

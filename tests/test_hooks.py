@@ -388,6 +388,45 @@ def test_a_probe_does_not_call_hooks():
     assert seen == [True, True]  # the comparison, in which no sample is left out
 
 
+class Apart(torch.autograd.Function):
+    """``y_n = x_n^2``, by a sum over all samples: only a probe tells that they do not mix."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.flip(0).square().flip(0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Squared(nn.Module):
+    def __init__(self, square):
+        super().__init__()
+        self.layers, self.square = layers(), square
+
+    def forward(self, x):
+        return self.square(self.layers(x).tanh().t()).t().tanh()
+
+
+def test_what_a_probe_computes_can_be_differentiated():
+    """Maps keep what they compute, which is not to be cut from the graph."""
+    x = points().requires_grad_()
+    found = []
+    for square in (Apart.apply, torch.square):
+        net = make(lambda s=square: Squared(s))
+        for p in net.parameters():
+            p.grad = None
+        jac = jactri.parameter_jacobian(net, x, create_graph=True).gram()
+        laplacian = jactri.laplacian(net, x, create_graph=True)
+        total = jac.square().sum() + laplacian.square().sum()
+        total = total + jactri.jacobian(net, x, per_sample=True, create_graph=True).square().sum()
+        found.append(torch.autograd.grad(total, [x, *net.parameters()]))
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
 @pytest.mark.filterwarnings("ignore:a hook on gradients")
 def test_compiled():
     factor = [1.0]

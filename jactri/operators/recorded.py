@@ -236,8 +236,8 @@ class Recorded:
         data = [s for s in graph.inputs[count:] if s is not None]
         whole = [t for t in leaves if not t.requires_grad]
         picked = looked_up(graph, self.n, whole) if whole and not real else []
-        with torch.no_grad():
-            self.structure = self._structure(graph, seed, starts, data, picked, real)
+        # in the mode of what comes: the graph's maps keep what they compute
+        self.structure = self._structure(graph, seed, starts, data, picked, real)
         if self.by_autograd:
             self.graph = self.structure = None
 
