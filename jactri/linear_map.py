@@ -19,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .entrywise import aligned, times
 from .intervals import for_good, joined, regrouped
 from .kernels.support import Factor
 from .layout import (
@@ -338,20 +339,6 @@ class Diagonal(Elementwise):
         if d.shape != layout.shape:
             d, own = d.expand(layout.shape), False
         return d.unsqueeze(0), own and not torch.is_grad_enabled()
-
-
-def times(t: Tensor, d: Tensor, own: bool) -> Tensor:
-    return t.mul_(d) if own and t.dtype == d.dtype else t * d
-
-
-def aligned(d: Tensor, t: Tensor) -> Tensor:
-    """``d`` in the memory format of a block: a product of two formats is ten times slower.
-
-    Blocks of convolutions may be in channels-last memory.
-    """
-    if t.dim() == d.dim() + 1 and t.stride(2) == 1 and d.stride(1) > 1 < d.shape[1]:
-        return d.movedim(1, -1).contiguous().movedim(-1, 1)
-    return d
 
 
 class Structural(LinearMap):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .linear_map import Diagonal, aligned
+from .entrywise import aligned, selected
+from .linear_map import Diagonal
 
 
 class Mask(Diagonal):
@@ -69,11 +69,3 @@ class Mask(Diagonal):
         if self._keep is not None:
             c, own = self.push(c, own)
         return selected(c, self._aligned(c), own), True
-
-
-def selected(c: Tensor, keep: Tensor, own: bool) -> Tensor:
-    """``c`` where ``keep`` is 1, and 0 where it is 0: in one pass, as fast as a product (a boolean mask is not)."""
-    keep = keep.to(c.dtype)
-    if own and not torch.is_grad_enabled():
-        return torch.ops.aten.threshold_backward.grad_input(c, keep, 0, grad_input=c)
-    return torch.ops.aten.threshold_backward(c, keep, 0)

@@ -318,3 +318,52 @@ def test_selections_that_are_mixed(name):
         got = run(func, x).reshape(want.shape)
         clear = want.isfinite()
         torch.testing.assert_close(got[clear], want[clear], msg=lambda m, n=call: f"{n}: {m}")
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 3).double()
+
+    def forward(self, x):
+        return self.linear(x).relu().sqrt()
+
+
+def test_parameters_behind_a_selection():
+    net = Layer()
+    x = torch.randn(5, 2, dtype=F64)
+    params = dict(net.named_parameters())
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(y, params.values(), retain_graph=True)])
+        for y in net(x).flatten()
+    ]
+    want = torch.stack(rows)
+    assert want.isfinite().all()
+    assert (want == 0).all(1).any()  # some outputs are selected away
+    jac = jactri.parameter_jacobian(net, x)
+    got = torch.cat([j.reshape(15, -1) for j in jac.dense().values()], 1)
+    torch.testing.assert_close(got, want)
+    v = {name: torch.randn_like(p) for name, p in params.items()}
+    flat = torch.cat([t.flatten() for t in v.values()])
+    torch.testing.assert_close((jac @ v).flatten(), want @ flat)
+    u = torch.randn(5, 3, dtype=F64)
+    got = torch.cat([t.flatten() for t in (jac.T @ u).values()])
+    torch.testing.assert_close(got, u.flatten() @ want)
+    kernel = jactri.empirical_ntk(net, x, x)
+    want = (want @ want.T).reshape(5, 3, 5, 3).transpose(1, 2)
+    torch.testing.assert_close(kernel, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_narrow_dtypes_and_few_samples(dtype, n):
+    def func(x):
+        return x.relu().sqrt().mT
+
+    x = torch.tensor([[-1.0, 4.0], [-2.0, -3.0], [1.0, 2.0]], dtype=dtype)[:n].mT.contiguous().mT
+    for strategy in ("auto", "forward-mode", "reverse-mode"):
+        got = jactri.jacobian(func, x, strategy=strategy)
+        assert got.dtype == dtype
+        assert got.shape == (2, n, n, 2)
+        slope = torch.where(x > 0, 0.5 / x.clamp(min=1).sqrt(), 0)
+        torch.testing.assert_close(got.sum((2, 3)).mT, slope)

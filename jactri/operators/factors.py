@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..entrywise import selected
 from ..executor import blocks_of
 from ..graph import Graph
 from ..layout import Selection, convert, one
-from ..mask import selected
 from .labels import Labels, aligned, contract, multiply, settled
 from .uses import Role, Structure, Use
 

@@ -13,6 +13,7 @@ from .. import whole
 from ..arguments import check_options
 from ..layout import Selection
 from ..memory import si
+from ..poles import suspects
 from ..running import public
 from .factors import Piece, pieces_of, write
 from .inner import SECOND, Entries, Link, Total, accumulate, with_bias
@@ -230,15 +231,9 @@ class ParameterJacobian:
             return NotImplemented
         self._check_names(v, "v")
         k = self._block(v)
-        lead = () if k is None else (k,)
         with run.computing():
             if run.structure is None:
-                total = run.y.new_zeros((*lead, *run.y.shape))
-                for name, j in self.dense().items() if run.by_autograd and k != 0 else ():
-                    t = flat(v[name].to(j.dtype), k or 1)
-                    made = t @ flat(j, run.y.numel()).t()
-                    total = total + made.reshape(total.shape).to(total.dtype)
-                return total
+                return self._by_rows(v, k, run.by_autograd)
             run.check_unchanged()
             blocks = {
                 value: v[name].to(run.params[name].dtype).reshape(k or 1, *run.params[name].shape)
@@ -246,7 +241,18 @@ class ParameterJacobian:
                 if value is not None
             }
             made = push(run.graph, blocks, run.graph.outputs[0]).to(run.y.dtype)
+            if suspects(run.graph) and not bool(made.isfinite().all()):
+                return self._by_rows(v, k)  # behind a selection, they are autograd's
             return made[0] if k is None else made
+
+    def _by_rows(self, v: dict[str, Tensor], k: int | None, depends: bool = True) -> Tensor:
+        """``J v`` by the whole Jacobian."""
+        y = self._run.y
+        total = y.new_zeros(y.shape if k is None else (k, *y.shape))
+        for name, j in self.dense().items() if depends and k != 0 else ():
+            made = flat(v[name].to(j.dtype), k or 1) @ flat(j, y.numel()).t()
+            total = total + made.reshape(total.shape).to(total.dtype)
+        return total
 
     def _block(self, v: dict[str, Tensor]) -> int | None:
         """The length of the leading axis of a block of tangents, or None."""
