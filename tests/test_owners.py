@@ -293,3 +293,22 @@ def test_experts_by_grouped_products(no_probe):
             lap = jactri.laplacian(func, x.float())
         torch.testing.assert_close(got.double(), own_blocks(func, x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lap.double(), jactri.laplacian(func, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiled_call_proves_anew(static):
+    def func(x):
+        i, j = x[:, 0].argsort(), x[:, 1].argsort()
+        return torch.zeros_like(x).index_add(0, j, (x[i] @ W6).sin())
+
+    x = torch.arange(N * D).reshape(N, D).flip(0).to(F64) / 10
+    compiled = jactri.compile(func, x, per_sample=True, static=static)
+    moved = x.roll(1, 0)
+    torch.testing.assert_close(compiled(moved), own_blocks(func, moved))
+    assert "replays" in str(compiled)
+    mixing = x.clone()
+    mixing[-1, 1] = 100
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="samples mix"):
+            compiled(mixing)
+    torch.testing.assert_close(compiled(x), own_blocks(func, x))
