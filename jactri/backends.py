@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .kernels import support
+from .tracing import tracing
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -53,8 +54,8 @@ def kernels_on(device: torch.device) -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether ops go into a CUDA graph, where no value can be read."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether ops go into a CUDA graph or a trace, where no value can be read."""
+    return tracing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def kernels_for(t: Tensor) -> bool:

@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .tracing import tracing
+
 KEPT = 1 << 26
 """Bytes of `fixed` tensors that are kept; of what is larger, nothing."""
 
@@ -18,10 +20,13 @@ _ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def one(like: Tensor) -> Tensor:
     """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
     key = (like.dtype, like.device)
-    if key not in _ONES:
+    found = None if tracing() else _ONES.get(key)
+    if found is None:
         with torch.inference_mode(False), torch.no_grad():
-            _ONES[key] = torch.ones((), dtype=like.dtype, device=like.device)
-    return _ONES[key]
+            found = torch.ones((), dtype=like.dtype, device=like.device)
+        if not tracing():
+            _ONES[key] = found
+    return found
 
 
 def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
@@ -32,6 +37,8 @@ def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
 
 def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Tensors that ``key`` determines: those of the last time, or made now."""
+    if tracing():
+        return make()
     found = _fixed.pop(key, None)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():

@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from .tracing import aside
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -68,4 +70,5 @@ def hold(amount: float, device: torch.device) -> None:
     amount = int(min(amount, _MOST))
     if device.type == "cpu" and amount > _held:
         _held = amount
-        torch.empty(amount, dtype=torch.uint8)
+        with aside():
+            torch.empty(amount, dtype=torch.uint8)

@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 import torch
 
+from . import backends
 from .contraction import MatMul, Sum
 from .convolution import Conv, ConvWeight
 from .graph import Graph
@@ -79,7 +80,7 @@ def met(graph: Graph, edges: tuple[Edge, ...]) -> bool:
     """Whether one of these edges has a derivative that is not finite at this point."""
     if not edges:
         return False
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if backends.capturing(graph.values[edges[0][0]].device):
         return True  # nothing can be looked at
     flags = []
     for v, e in edges:

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from . import backends
+from .tracing import aside
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def measured(device: torch.device) -> Rates:
     if device.type not in ROUGH:
         return guess
     n, megabytes = (512, 8) if device.type == "cpu" else (4096, 256)
-    with torch.inference_mode(False), torch.no_grad():
+    with aside(), torch.inference_mode(False), torch.no_grad():
         a = torch.ones(n, n, device=device)
         source = torch.ones(megabytes << 18, device=device)
         target = torch.empty_like(source)

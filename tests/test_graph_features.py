@@ -437,3 +437,30 @@ def test_module_backward_hooks_with_several_tensors_and_none():
     with jactri.fallback("error"):
         got = jactri.jacobian(f, x)
     assert_same_tree(got, torch.autograd.functional.jacobian(f, x), F64)
+
+
+@pytest.mark.parametrize(
+    "view", [((2, 3), (3, 1)), ((2, 3), (1, 4), 2), ((2, 2), (6, 2), 1), ((2, 3), (2, 1))]
+)
+def test_writes_to_views_by_strides(view):
+    """Against the same write by index: torch's own backward of as_strided_scatter (2.13) is not its derivative."""
+    x, s = torch.randn(12, dtype=F64), torch.randn(view[0], dtype=F64)
+    at = torch.arange(12).as_strided(*view)
+
+    def func(x, s):
+        return x.sin().as_strided_scatter(s.square(), *view).exp()
+
+    def twin(x, s):
+        y = x.sin()
+        for place, entry in zip(at.flatten().tolist(), s.square().flatten(), strict=True):
+            y = torch.cat([y[:place], entry[None], y[place + 1 :]])
+        return y.exp()
+
+    assert torch.equal(func(x, s), twin(x, s))
+    truth = torch.autograd.functional.jacobian(twin, (x, s))
+    for mode in MODES:
+        for ours, theirs in zip(jactri.jacobian(func, (x, s), strategy=mode), truth, strict=True):
+            assert_close(ours, theirs, F64, what=mode)
+    second = torch.autograd.functional.hessian(lambda x: twin(x, s).sum(), x)
+    lap = jactri.laplacian(lambda x: func(x, s).sum(), x)
+    assert_close(lap, second.trace(), F64, scale=second.abs().max().item())

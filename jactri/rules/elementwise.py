@@ -15,6 +15,7 @@ from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
 from ..tape import number
+from ..tracing import constant, tracing
 from . import node_names, rule
 from .squares import squared
 
@@ -312,9 +313,9 @@ def neg(g):
 
 def _number(t: Tensor):
     """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
-    if t.dim() == 0 and not t.requires_grad and t.device.type == "cpu":
-        return number(t)
-    return None
+    if t.dim() > 0 or t.requires_grad or t.device.type != "cpu":
+        return None
+    return None if tracing() and not constant(t) else number(t)
 
 
 @rule("Mul")

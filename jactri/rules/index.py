@@ -10,6 +10,7 @@ from torch import Tensor
 from ..linear_map import Cut, Kept, LinearMap, Shape
 from ..maps import Transpose
 from ..selection import Gather, Take
+from ..tracing import tracing
 from . import normal_index, rule
 from .elementwise import Partials
 from .shape import piece
@@ -91,8 +92,11 @@ class Put(Pick):
 
 
 def unmoved(index: Tensor, in_shape: Shape, out_shape: Shape) -> Kept:
-    """The (input, output) axis pairs with the same position on both, at every entry of a flat ``index``."""
-    if index.numel() == 0:
+    """The (input, output) axis pairs with the same position on both, at every entry of a flat ``index``.
+
+    A trace is for other indices, too.
+    """
+    if index.numel() == 0 or tracing():
         return ()
     grid, pairs, taken = index.reshape(out_shape), [], set()
     stride = prod(in_shape)
@@ -293,6 +297,32 @@ def put_(g):
         at = places(g.shape, g.meta[0].device).take(g.tensor("index"))
         new = put(g, g.view(new, tuple(at.shape)), at)
     return _written(g, bool(g.saved("accumulate")), new)
+
+
+@rule("AsStridedScatter")
+def as_strided_scatter(g):
+    """A write to a view by strides. Torch's own backward (2.13) is not its derivative: it passes on the places that
+    were written to, and not the others. Of entries that share a place, the one that torch writes last counts.
+    """
+    (old, new), m, shape = g.src, g.meta[0], g.shape
+    view = g.saved("size"), g.saved("stride"), g.saved("storage_offset") or 0
+    at = places(shape, m.device).as_strided(*view)
+    terms = []
+    if old is not None:
+
+        def kept() -> Tensor:
+            ones = torch.ones(shape, dtype=m.dtype, device=m.device)
+            ones.as_strided(*view).fill_(0)
+            return ones
+
+        terms.append(g.mask(old, kept))
+    if new is not None:
+        order = places(at.shape, m.device)
+        written = torch.empty(prod(shape), dtype=order.dtype, device=m.device)
+        written.as_strided(*view).copy_(order)
+        last = (written[at] == order).to(m.dtype)
+        terms.append(put(g, g.mask(new, lambda: last), at))
+    return g.plus(terms)
 
 
 @rule("MaskedScatter")

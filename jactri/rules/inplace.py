@@ -13,6 +13,7 @@ from math import nan, prod
 import torch
 from torch import Tensor
 
+from ..tracing import aside, tracing, valued
 from . import rule
 from .index import pick, put
 from .shape import piece, place
@@ -25,30 +26,37 @@ _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 def copy_slices(g):
     shape, meta = g.shape, g.meta[0]
     n = prod(shape)
-    if n >= _EXACT.get(meta.dtype, 0) or n == 0:
+    if n >= _EXACT.get(meta.dtype, 0) or n == 0 or not valued():
         return None
+    traced = tracing()
     ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
     weights = _pulled(g, ones)
     with torch.no_grad():
+        poisoned = _pulled(g, ones * nan)[0]
+        keep = None if poisoned is None else poisoned.isnan().to(meta.dtype)
+    with torch.no_grad(), aside():
         number, scramble = _numbers(shape, meta)
-        places, confirm, poisoned = (_pulled(g, c) for c in (number, scramble, ones * nan))
+        places, confirm = (_pulled(g, c) for c in (number, scramble))
+        factors = _pulled(g, torch.ones_like(number)) if traced else weights
         terms = []
         for edge, s in enumerate(g.src):
             if s is None:
                 continue
-            w, place, seen = weights[edge], places[edge], confirm[edge]
+            w, factor, place, seen = weights[edge], factors[edge], places[edge], confirm[edge]
             if w is None:
                 continue
             if edge == 0:  # what was there before, scaled where it was not replaced
-                if w.shape != ones.shape or not torch.equal(seen, w * scramble):
+                if w.shape != shape or not torch.equal(seen, factor * scramble):
                     return None
-                keep = poisoned[edge].isnan().to(w.dtype)
-                terms.append(lambda s=s, w=w, keep=keep: g.mask(s, w, lambda: keep))
+                terms.append(lambda s=s, w=w: g.mask(s, w, lambda: keep))
                 continue
-            term = _written(g, s, w, place, seen, scramble)
-            if term is None:
+            found = _where(factor, place, seen, scramble)
+            if found is None:
                 return None
-            terms.append(term)
+            # where it went is the same for other values, the factor need not be
+            alike = not traced and not w.requires_grad and bool((w == w.reshape(-1)[0]).all())
+            scale = w.reshape(-1)[0].item() if alike else w
+            terms.append(lambda s=s, w=w, a=scale, at=found: _written(g, s, tuple(w.shape), a, *at))
     return g.plus([emit() for emit in terms])
 
 
@@ -72,6 +80,26 @@ def as_strided(g):
     old = g.values[s].shape
     if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype, 0) or prod(shape) == 0:
         return None
+    with aside():
+        found = _read(g, old)
+    if found is None or (found[1] is None and not valued()):
+        return None
+    index, slices = found
+    if slices is None:
+        return pick(g, s, index)
+    value = s
+    for axis, (_, start, length, step) in enumerate(slices):
+        value = piece(g, value, axis, start, length, step)
+    order = [a for a, *_ in slices if a is not None]
+    if order != sorted(order):
+        value = g.view(value, tuple(shape[a] for a in order))
+        value = g.permute(value, tuple(sorted(range(len(order)), key=order.__getitem__)))
+    return g.view(value, shape)
+
+
+def _read(g, old: tuple[int, ...]):
+    """Which entries of a value of shape ``old`` a view has: (flat places, these as `regular` slices or None)."""
+    shape, meta = g.shape, g.meta[0]
     with torch.enable_grad():  # the transpose of the transpose says where an entry comes from
         u = torch.zeros(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
         (back,) = _pulled(g, u)
@@ -92,39 +120,29 @@ def as_strided(g):
             and torch.equal(_pulled(g, cotangent)[0], spread.view(old))
         ):
             return None
-        slices = regular(index, old)
-    if slices is None:
-        return pick(g, s, index)
-    value = s
-    for axis, (_, start, length, step) in enumerate(slices):
-        value = piece(g, value, axis, start, length, step)
-    order = [a for a, *_ in slices if a is not None]
-    if order != sorted(order):
-        value = g.view(value, tuple(shape[a] for a in order))
-        value = g.permute(value, tuple(sorted(range(len(order)), key=order.__getitem__)))
-    return g.view(value, shape)
+        return index, regular(index, old)
 
 
-def _written(g, source: int, w: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
-    """What emits a source where it went, scaled by ``w``, or None if it is not seen to have gone there."""
-    if not bool((w != 0).all()):
+def _where(factor: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
+    """Where a source went that was scaled by ``factor``: (flat places, these as `regular` slices or None).
+
+    None if it is not seen to have gone there.
+    """
+    if not bool((factor != 0).all()):
         return None
-    index = (place / w).round().long() - 1
+    index = (place / factor).round().long() - 1
     if bool((index < 0).any()) or bool((index >= scramble.numel()).any()):
         return None
-    if not torch.equal(scramble.reshape(-1)[index] * w, seen):
+    if not torch.equal(scramble.reshape(-1)[index] * factor, seen):
         return None
-    slices = regular(index, tuple(scramble.shape))
-    sizes = tuple(w.shape)
+    return index, regular(index, tuple(scramble.shape))
 
-    def emit() -> int:
-        value = g.expand(source, sizes)
-        factor = w.reshape(-1)[0].item()
-        alike = not w.requires_grad and bool((w == factor).all())
-        value = g.scale(value, factor) if alike else g.diagonal(value, w)
-        return put(g, value, index) if slices is None else _placed(g, value, sizes, slices)
 
-    return emit
+def _written(g, source: int, sizes, factor, index: Tensor, slices) -> int:
+    """A source where it went, scaled by a number or a tensor."""
+    value = g.expand(source, sizes)
+    value = g.diagonal(value, factor) if isinstance(factor, Tensor) else g.scale(value, factor)
+    return put(g, value, index) if slices is None else _placed(g, value, sizes, slices)
 
 
 def regular(index: Tensor, shape: tuple[int, ...]):

@@ -1,0 +1,43 @@
+"""While ``make_fx`` traces a call: it writes down the ops on tensors, for other values than those at hand.
+
+So nothing may be decided by a value that could be another one, and no tensor of the trace may be kept for later calls.
+What follows from structure alone is found `aside`, outside of the trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+
+_PROXY, _FAKE = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
+
+
+def tracing() -> bool:
+    """Whether ops are traced, or tensors have no values."""
+    if not _len_torch_dispatch_stack():
+        return False
+    return _get_dispatch_mode(_PROXY) is not None or _get_dispatch_mode(_FAKE) is not None
+
+
+def aside():
+    """A context whose ops are not part of a trace; that of a recording of jactri's own is not left."""
+    return _disable_current_modes() if tracing() else contextlib.nullcontext()
+
+
+def valued() -> bool:
+    """Whether there are values: not where a trace is of fake tensors."""
+    return not _len_torch_dispatch_stack() or _get_dispatch_mode(_FAKE) is None
+
+
+def constant(t: Tensor) -> bool:
+    """Whether a tensor has its value whatever the inputs of a trace are: no op of the trace, nor an input, made it."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    if isinstance(t, FakeTensor):
+        return False
+    mode = _get_dispatch_mode(_PROXY)
+    return mode is None or get_proxy_slot(t, mode.tracer, None) is None
