@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,6 @@ class Verification:
         self.g, self.new, self.ids, self.where = g, new, ids, where
         shapes = {e: g.values[s].shape for e, s in enumerate(g.src) if s is not None}
         self.sources = list(dict.fromkeys(s for s in g.src if s is not None))
-        # other numbers than those of cotangents: <t, A t> cannot tell A from its transpose
-        self.tangents = {s: self._arbitrary(s, 1.754878) for s in self.sources}
         self.call = OpaqueCall(g.node, g.meta, shapes)
 
     def key(self) -> tuple:
@@ -31,6 +31,11 @@ class Verification:
         maps = [m.key for v in self.new for _, m in g.values[v].sources]
         metas = [(tuple(m.shape), m.dtype) for m in g.meta]
         return (g.node.__class__, *sources, *metas, *maps, torch.is_grad_enabled())
+
+    @cached_property
+    def tangents(self) -> dict[int, Tensor]:
+        """By source; other numbers than those of cotangents: <t, A t> cannot tell A from its transpose."""
+        return {s: self._arbitrary(s, 1.754878) for s in self.sources}
 
     # -- through what the rule emitted -------------------------------------------------------------
 
