@@ -59,6 +59,10 @@ class Replay:
             elif places := [*saved.get(key(t), ()), *bases.get(key(t), ())]:
                 bound += [unchanged(place, t) for place in bases.get(key(t), ())]
                 bound.append(f"x{i} = {places[0]}")
+                if t.numel():
+                    bound.append(
+                        f"if not x{i}.untyped_storage().size(): raise Stale('freed memory')"
+                    )
                 bound += [alike(places[0], other) for other in places[1:]]
             else:
                 raise Unrecordable(

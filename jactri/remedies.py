@@ -14,9 +14,10 @@ _KEYWORDS = {
     "jactri.func.jacrev(func, argnums), which has torch.func's arguments",
     "has_aux": "call jactri.func.jacrev(func, has_aux=True), or return the aux as a detached output",
     "randomness": "func runs once, so one draw serves all rows; jactri.func.jacfwd takes randomness",
+    "v": "jvp takes tangents, and vjp cotangents, in the same place",
     "in_dims": "a batch on the first axis is what per_sample=True is for",
 }
-"""Arguments of torch.func's and JAX's calls, and what stands for them here."""
+"""Arguments of torch's and JAX's calls, and what stands for them here."""
 
 
 def instead_of(value: Any, name: str, nested: bool) -> str:

@@ -124,6 +124,9 @@ def freed():
                 f = Freed(op, trained)
                 kind = "trained" if trained else "frozen"
                 told(f"{op}/{kind}/{name}", nothing, call, f)
+    for trained in (False, True):
+        for static in (False, True):
+            freed_later(trained, static)
     products = {
         "dense": lambda p: p.dense(),
         "J v": lambda p: p @ {n: torch.ones_like(t) for n, t in m.named_parameters()},
@@ -135,6 +138,23 @@ def freed():
         jac = jactri.parameter_jacobian(m, X)
         m.first.weight.untyped_storage().resize_(0)
         told(f"parameters/{name}", nothing, call, jac)
+
+
+def freed_later(trained, static):
+    """A compiled call whose function starts to free its weight when it was planned."""
+    f = Freed("scaling", trained)
+    frees = []
+
+    def func(x):
+        weight = torch.rand(f.shape, generator=torch.Generator().manual_seed(1))
+        y = f.op(x, weight.requires_grad_(trained)).tanh()
+        if frees:
+            weight.untyped_storage().resize_(0)
+        return y
+
+    run = jactri.compile(func, X, static=static)
+    frees.append(True)
+    told(f"compiled/{trained}, {static}", torch.zeros(()), run, X)
 
 
 # -- distributed weights ---------------------------------------------------------------------------
