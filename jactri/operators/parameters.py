@@ -241,9 +241,10 @@ class ParameterJacobian:
                 if value is not None
             }
             made = push(run.graph, blocks, run.graph.outputs[0]).to(run.y.dtype)
-            if suspects(run.graph) and not bool(made.isfinite().all()):
-                return self._by_rows(v, k)  # behind a selection, they are autograd's
-            return made[0] if k is None else made
+            made = made[0] if k is None else made
+            if suspects(run.graph) and not bool(made.isfinite().all()):  # rows are autograd's
+                made = torch.where(made.isfinite(), made, self._by_rows(v, k))
+            return made
 
     def _by_rows(self, v: dict[str, Tensor], k: int | None, depends: bool = True) -> Tensor:
         """``J v`` by the whole Jacobian."""

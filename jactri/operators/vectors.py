@@ -301,7 +301,9 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
                 made = store.block()
                 total[k] = made if total[k] is None else total[k] + made
         if not reverse and suspects(graph) and not all(_finite(t) for t in total):
-            total = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
+            rows = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
+            pairs = zip(total, rows, strict=True)
+            total = [t if t is None else torch.where(t.isfinite(), t, r) for t, r in pairs]
         return [
             e.new_zeros(columns, *e.shape) if t is None else t
             for t, e in zip(total, ends, strict=True)
