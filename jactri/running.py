@@ -7,12 +7,11 @@ size). Products run outside of autocast: they belong to the graph, whose dtypes 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,18 +44,32 @@ def public(call: Callable) -> Callable:
     return called
 
 
-@contextlib.contextmanager
-def computing(create_graph: bool, backend: str | None = None) -> Iterator[None]:
+class computing:
     """The context of jactri's own products: with a graph if one is asked for, and never in autocast's precision.
 
     ``backend``: that of the call; None leaves it as it is.
     """
-    with torch.set_grad_enabled(create_graph), contextlib.ExitStack() as stack:
+
+    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad")
+
+    def __init__(self, create_graph: bool, backend: str | None = None):
+        self._create_graph, self._autocast = create_graph, None
+        self._backend = None if backend is None else backends.use(backend)
+
+    def __enter__(self) -> None:
+        if self._backend is not None:
+            self._backend.__enter__()
+        self._grad = torch.set_grad_enabled(self._create_graph)
         if torch._C._is_any_autocast_enabled():
-            stack.enter_context(torch._C._DisableAutocast())
-        if backend is not None:
-            stack.enter_context(backends.use(backend))
-        yield
+            self._autocast = torch._C._DisableAutocast()
+            self._autocast.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(*error)
+        self._grad.__exit__(*error)
+        if self._backend is not None:
+            self._backend.__exit__(*error)
 
 
 # -- the caller's function ------------------------------------------------------------------------
