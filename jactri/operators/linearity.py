@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..graph import Reader
+from ..opaque import builtin
 
 
 def linear(r: Reader, ids) -> bool:
     """Whether the current node of a reader is linear in all that depends on the input, taken together.
 
-    ``ids`` are the values of its outputs. Only torch's own ops are judged: a Function's backward may compute outside of
-    autograd.
+    ``ids`` are the values of its outputs. Only torch's own ops are judged: the backward of others may compute outside
+    of autograd.
 
     Its backward is a function of the cotangent and of what was saved: whether it is recorded as one of an operand that
     depends on the input, or of a result, is seen from its graph. A saved index is neither: piecewise linear ops bend
     nowhere but at kinks.
     """
     node, m = r.node, r.meta
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not builtin(node):
         return False
     behind = node.next_functions
     ends = {p for p, _ in behind} | {node}
