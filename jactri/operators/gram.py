@@ -303,6 +303,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
     ys, rows = handover.jacobian(
         as_tuples, xs, True, "auto", False, per_sample, True, chunk_size, None
     )
+    _check_real(kind, ys, xs)
     ends = (ys, xs) if kind == "jtj" else (xs, ys)
     forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)
     asked = Asked(kind, forms, per_sample, chunk_size, None)
