@@ -13,6 +13,7 @@ class Reason:
         False  # torch has 0 * NaN = NaN in entries for which jactri has their own derivative
     )
     cancels: float = 0.0  # the size of the terms that cancel in an entry
+    keeps: bool = False  # jactri has NaN in entries that torch's second backward selects away
     differences: bool = False  # finite differences judge, not torch
 
 
@@ -30,6 +31,10 @@ JACOBIAN = {
     "__rpow__": RPOW,
     "_batch_norm_with_update": NORMALISED,
     "_native_batch_norm_legit": NORMALISED,
+    "as_strided_scatter": Reason(
+        "torch 2.13 gives the gradient of an overwritten entry to the one that it overwrites, and none to those that stay",
+        differences=True,
+    ),
     "corrcoef": cancelling("two observations, whose correlation is always 1"),
     "native_batch_norm": NORMALISED,
     "native_group_norm": Reason(
@@ -47,5 +52,9 @@ JACOBIAN = {
 # beside the size of what is differentiated, which all second derivatives are measured by
 SECOND = {
     "__rpow__": RPOW,
+    "masked.logaddexp": Reason(
+        "logaddexp(-inf, -inf) has a curvature of NaN, which is multiplied with the zero tangent of a masked entry",
+        keeps=True,
+    ),
     "nn.functional.normalize": cancelling("one entry, which is always normalised to 1", 1e3),
 }
