@@ -13,7 +13,10 @@ class Reason:
         False  # torch has 0 * NaN = NaN in entries for which jactri has their own derivative
     )
     cancels: float = 0.0  # the size of the terms that cancel in an entry
-    keeps: bool = False  # jactri has NaN in entries that torch's second backward selects away
+    keeps: bool = (
+        False  # jactri has NaN or inf in entries that torch's second backward selects away
+    )
+    refused: str = ""  # what the message of jactri's RuntimeError says
     differences: bool = False  # finite differences judge, not torch
 
 
@@ -27,12 +30,16 @@ RPOW = Reason(
 )
 NORMALISED = cancelling("few entries a mean, which the normalisation nearly fixes")
 
+CHUNKED = Reason(
+    "its backward writes to out=, which autograd cannot record", refused="has no second derivative"
+)
+
 JACOBIAN = {
     "__rpow__": RPOW,
     "_batch_norm_with_update": NORMALISED,
     "_native_batch_norm_legit": NORMALISED,
     "as_strided_scatter": Reason(
-        "torch 2.13 gives the gradient of an overwritten entry to the one that it overwrites, and none to those that stay",
+        "torch 2.13 gives gradients to the entries that are overwritten, and none to those that stay",
         differences=True,
     ),
     "corrcoef": cancelling("two observations, whose correlation is always 1"),
@@ -56,5 +63,7 @@ SECOND = {
         "logaddexp(-inf, -inf) has a curvature of NaN, which is multiplied with the zero tangent of a masked entry",
         keeps=True,
     ),
+    "nn.functional.linear_cross_entropy.chunked": CHUNKED,
+    "nn.functional.linear_cross_entropy.chunked_none": CHUNKED,
     "nn.functional.normalize": cancelling("one entry, which is always normalised to 1", 1e3),
 }

@@ -54,6 +54,15 @@ def test_jacobian(name):
 def test_second_derivatives(name):
     """Of a weighted sum of the outputs: func.hessian, laplacian, and the gradient of a Jacobian."""
     needed = Needed(name, SECOND)
+    if needed.reason.refused:
+        with pytest.raises(RuntimeError, match=needed.reason.refused):
+            check_second_derivatives(name, needed)
+        return
+    check_second_derivatives(name, needed)
+    needed.check()
+
+
+def check_second_derivatives(name, needed):
     for k, func in functions(OPS[name], most=2, entries=2500).items():
         if func.most is not None or any(x.dtype != F64 for x in func.inputs):
             continue
@@ -90,7 +99,6 @@ def test_second_derivatives(name):
             for j in many:
                 true = torch.tensordot(w.reshape(-1), truth[i][j], 1)
                 needed.compare(ours[j], true, f"sample {k}, gradient of J[{i}] in {j}", scale=size)
-    needed.check()
 
 
 def scale_of(truth):
@@ -133,7 +141,7 @@ class Needed:
         if self.reason.spreads:
             truth = torch.where(truth.isnan(), ours, truth)
         if self.reason.keeps:
-            ours = torch.where(ours.isnan(), truth, ours)
+            ours = torch.where(ours.isfinite(), ours, truth)
         if self.reason.cancels:
             options["scale"] = self.reason.cancels
         if self.reason.differences:
