@@ -16,7 +16,7 @@ class Reason:
     keeps: bool = (
         False  # jactri has NaN or inf in entries that torch's second backward selects away
     )
-    refused: str = ""  # what the message of jactri's RuntimeError says
+    refused: str = ""  # what jactri's RuntimeError or warning says
     differences: bool = False  # finite differences judge, not torch
 
 
@@ -31,7 +31,7 @@ RPOW = Reason(
 NORMALISED = cancelling("few entries a mean, which the normalisation nearly fixes")
 
 CHUNKED = Reason(
-    "its backward writes to out=, which autograd cannot record", refused="has no second derivative"
+    "its backward writes to out=, which autograd cannot record", refused="second derivative"
 )
 
 JACOBIAN = {
@@ -60,8 +60,10 @@ JACOBIAN = {
 SECOND = {
     "__rpow__": RPOW,
     "masked.logaddexp": Reason(
-        "logaddexp(-inf, -inf) has a curvature of NaN, which is multiplied with the zero tangent of a masked entry",
+        "logaddexp(-inf, -inf) has a curvature of NaN, which is multiplied with the zero tangent or cotangent of a "
+        "masked entry, by torch and by jactri in different entries",
         keeps=True,
+        spreads=True,
     ),
     "nn.functional.linear_cross_entropy.chunked": CHUNKED,
     "nn.functional.linear_cross_entropy.chunked_none": CHUNKED,

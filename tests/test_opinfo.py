@@ -55,7 +55,7 @@ def test_second_derivatives(name):
     """Of a weighted sum of the outputs: func.hessian, laplacian, and the gradient of a Jacobian."""
     needed = Needed(name, SECOND)
     if needed.reason.refused:
-        with pytest.raises(RuntimeError, match=needed.reason.refused):
+        with pytest.raises((RuntimeError, UserWarning), match=needed.reason.refused):
             check_second_derivatives(name, needed)
         return
     check_second_derivatives(name, needed)
