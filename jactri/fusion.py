@@ -155,7 +155,7 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
 def _selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
     """Whether a step must select, where kernels multiply: what comes to it may be infinite."""
     selects = sweep.reverse and isinstance(edge_of(graph, step), Mask)
-    return selects and bool(suspects(graph))
+    return selects and bool(suspects(graph, masks=True))
 
 
 def _around(graph: Graph, sweep: Sweep, step: Step) -> str:

@@ -2,8 +2,10 @@
 
 Autograd's rows go from the output to the input, and what an op selects away there is 0, whatever it was: ``relu(x)``
 makes 0 of the infinity that ``sqrt`` of its zeros gives. Forward mode meets both the other way round, and 0 times
-infinity is NaN; so does a product of partial Jacobians. Everything that is finite is the same in any order. So what may
-be infinite is known from the graph (`suspects`), and looked at where another order than reverse is wanted (`met`).
+infinity is NaN; so does a product of partial Jacobians. Entries that are put among constants (a pad, a ``cat``, a write
+into zeros) are such a selection, too: the gradient of the constants is left out, whatever it was. Everything that is
+finite is the same in any order. So what may be infinite is known from the graph (`suspects`), and looked at where
+another order than reverse is wanted (`met`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .maps import Fixed, Sample, Transpose
 from .mask import Mask
 from .rules import node_names
 from .rules.elementwise import Zero
-from .rules.index import Pick
+from .rules.index import Pick, Put
 from .selection import Gather, Picked, Place, Scatter, Select, Slice, Take
 
 Edge = tuple[int, int]
@@ -32,6 +34,9 @@ FINITE = (
     Scatter, Select, Slice, Sum, Take, Transpose, View, Zero,
 )  # fmt: skip
 """Maps that hold weights, indices or values of the computation, none of which a derivative makes infinite."""
+
+PLACING = Fixed, Functional, Place, Put, Scatter, Transpose
+"""Maps that may leave places of their result to other operands or to constants."""
 
 BOUNDED = frozenset(
     full
@@ -46,26 +51,35 @@ NativeBatchNorm NativeGroupNorm NativeLayerNorm PreluKernel RreluWithNoise.0-1 S
 _known: dict[object, tuple[Edge, ...]] = {}
 
 
-def suspects(graph: Graph, bent: Collection[int] = ()) -> tuple[Edge, ...]:
-    """The edges behind a selection that may not be finite, remembered. ``bent``: values that have a curvature."""
-    key = graph.key if not bent else (graph.key, *bent)
+def suspects(graph: Graph, bent: Collection[int] = (), masks: bool = False) -> tuple[Edge, ...]:
+    """The edges behind a selection that may not be finite, remembered.
+
+    ``bent``: values that have a curvature. ``masks``: only those that are behind a `Mask`.
+    """
+    key = graph.key, masks, *bent
     if key not in _known:
         if len(_known) >= 256:
             _known.pop(next(iter(_known)), None)
-        _known[key] = _suspects(graph, frozenset(bent))
+        _known[key] = _suspects(graph, frozenset(bent), masks)
     return _known[key]
 
 
-def _suspects(graph: Graph, bent: frozenset[int]) -> tuple[Edge, ...]:
+def _suspects(graph: Graph, bent: frozenset[int], masks: bool) -> tuple[Edge, ...]:
     behind: set[int] = set()
     found = []
     for v, value in enumerate(graph.values):
         for e, (s, edge) in enumerate(value.sources):
             if s in behind and (v in bent or not _finite(value.op, edge)):
                 found.append((v, e))
-            if s in behind or isinstance(edge, Mask):
+            if s in behind or isinstance(edge, Mask) or (not masks and _places(edge)):
                 behind.add(v)
     return tuple(found)
+
+
+def _places(edge) -> bool:
+    if isinstance(edge, Conv) and edge.geometry.transposed:
+        return True  # by strides longer than its kernel
+    return isinstance(edge.base if isinstance(edge, Picked) else edge, PLACING)
 
 
 def _finite(op: str, edge) -> bool:

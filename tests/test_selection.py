@@ -285,8 +285,51 @@ MIXING = {
         torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(3)),
     ),
 }
+
+
+def into(write, *shape):
+    """Zeros of this shape, with the argument written among them."""
+
+    def call(x):
+        y = x.new_zeros(shape)
+        write(y, x)
+        return y
+
+    return call
+
+
+COLUMNS = torch.tensor([0, 2, 3])
+PLACED = {
+    # name: function of a (2, 3) matrix that puts it among zeros
+    "pad": lambda x: F.pad(x, (1, 1)),
+    "cat": lambda x: torch.cat([x, O[:4].reshape(2, 2)], 1),
+    "stack": lambda x: torch.stack([x, O[:6].reshape(2, 3)]),
+    "write to a slice": into(lambda y, x: y[:, 1:4].copy_(x), 2, 5),
+    "write by index": into(lambda y, x: y.__setitem__((slice(None), COLUMNS), x), 2, 5),
+    "scatter": lambda x: x.new_zeros(2, 5).scatter(1, COLUMNS.expand(2, 3), x),
+    "scatter_add": lambda x: x.new_zeros(2, 5).scatter_add(1, COLUMNS.expand(2, 3), x),
+    "index_add": lambda x: x.new_zeros(2, 5).index_add(1, COLUMNS, x),
+    "index_copy": lambda x: x.new_zeros(2, 5).index_copy(1, COLUMNS, x),
+    "select_scatter": lambda x: x.new_zeros(2, 3, 2).select_scatter(x, 2, 1),
+    "diag_embed": torch.diag_embed,
+    "block_diag": lambda x: torch.block_diag(x[:1], x[1:]),
+    "masked_scatter": lambda x: x.new_zeros(4, 2).masked_scatter(torch.arange(8).view(4, 2) > 1, x),
+    "unfold": lambda x: F.unfold(x[None, None], (2, 2), padding=1),
+    "strides of a transposed convolution": lambda x: F.conv_transpose1d(x[:, None], ONE, stride=2),
+    "max with a constant": lambda x: torch.stack([x - 0.5, x.new_zeros(2, 3)]).max(0).values,
+}
+ONE = torch.ones(1, 1, 1, dtype=F64)
+MIXING |= {
+    f"{name}, {pole}": (
+        lambda x, p=POLES[pole], f=f: p(f(x)),
+        torch.arange(1.0, 7, dtype=F64).view(2, 3) / 7,
+    )
+    for name, f in PLACED.items()
+    for pole in ("sqrt", "log")
+}
 WHOLE = {
     "auto": jactri.jacobian,
+    "mixed": lambda f, x: jactri.jacobian(f, x, strategy="mixed"),
     "forward": lambda f, x: jactri.jacobian(f, x, strategy="forward-mode"),
     "reverse": lambda f, x: jactri.jacobian(f, x, strategy="reverse-mode"),
     "create_graph": lambda f, x: jactri.jacobian(f, x, create_graph=True).detach(),
