@@ -283,14 +283,15 @@ class OpaqueCall:
             self._key = key and (key, *self.present, *self.shapes.items())
         return self._key and (self._key, *more)
 
-    def cotangents(self, nr: int, c: Tensor) -> tuple:
-        """The node's arguments: ``c`` for output ``nr``, zeros (Python nodes) or None for the others."""
+    def cotangents(self, given: dict[int, Tensor]) -> tuple:
+        """The node's arguments: what is given by output, zeros (Python nodes) or None for the others."""
         if not self.python:
-            return tuple(c if i == nr else None for i in range(len(self.meta)))
-        # Python code may write to it, or view it: contiguous memory of its own, and of no class of the caller's
-        c = plain(c).clone(memory_format=torch.contiguous_format)
+            return tuple(given.get(i) for i in range(len(self.meta)))
+        # Python code may write to them, or view them: contiguous memory of their own, and of no class of the caller's
         return tuple(
-            c if i == nr else torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device)
+            plain(given[i]).clone(memory_format=torch.contiguous_format)
+            if i in given
+            else torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device)
             for i, m in enumerate(self.meta)
         )
 
@@ -316,7 +317,7 @@ class OpaqueCall:
         shapes, present = self.shapes, []
 
         def one_row(row):
-            grads = self.edges(self.cotangents(nr, row))
+            grads = self.edges(self.cotangents({nr: row}))
             grads = [
                 _reduce(g, shapes[i]) if g is not None and i in shapes else None
                 for i, g in enumerate(grads)
@@ -359,11 +360,11 @@ def _reduce(g: Tensor, shape) -> Tensor:
 class Opaque(LinearMap):
     """One edge of a node that is called instead of understood; ``kept`` are the axes that it is known to keep."""
 
-    __slots__ = ("_edge", "_kept", "_matrix", "_pushable", "call", "nr", "value")
+    __slots__ = ("_kept", "_matrix", "_pushable", "call", "edge", "nr", "value")
     structure = "opaque"
 
     def __init__(self, call: OpaqueCall, nr: int, edge: int, value, kept=()):
-        self.call, self.nr, self._edge, self.value, self._kept = call, nr, edge, value, kept
+        self.call, self.nr, self.edge, self.value, self._kept = call, nr, edge, value, kept
         self._matrix: Tensor | None = None
         self._pushable: bool | None = None
 
@@ -373,7 +374,7 @@ class Opaque(LinearMap):
 
     @property
     def key(self):
-        return Opaque, self.nr, self._edge, self.call.python, self._kept
+        return Opaque, self.nr, self.edge, self.call.python, self._kept
 
     def kept(self, in_shape, out_shape):
         return self._kept
@@ -389,7 +390,7 @@ class Opaque(LinearMap):
 
     def pull(self, c, own):
         grads = self.call.pull(self.nr, c)
-        g = grads[self._edge]
+        g = grads[self.edge]
         if g is None:
             return c.new_zeros(c.shape[0], *self.value.shape, dtype=self.value.dtype), True
         return g.to(self.value.dtype), False
@@ -410,7 +411,7 @@ class Opaque(LinearMap):
 
     def _double_vjp(self, t: Tensor) -> Tensor | None:
         """Tangents through the node, or None where its backward has no (right) derivative."""
-        key, known = self.call.key("push", self.nr, self._edge, t.dtype), self._pushable
+        key, known = self.call.key("push", self.nr, self.edge, t.dtype), self._pushable
         if key is not None:
             known = _pushable.get(key)
         if known is False or (known is None and backends.capturing(t.device)):
@@ -437,7 +438,7 @@ class Opaque(LinearMap):
         m = self.call.meta[self.nr]
         with torch.enable_grad():
             u = torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device, requires_grad=True)
-            g = self.call.edges(self.call.cotangents(self.nr, u))[self._edge]
+            g = self.call.edges(self.call.cotangents({self.nr: u}))[self.edge]
             if g is None:
                 return t.new_zeros(t.shape[0], *m.shape, dtype=m.dtype)
             if not g.requires_grad:
@@ -449,7 +450,7 @@ class Opaque(LinearMap):
                 g, u, row, retain_graph=True, create_graph=create_graph, materialize_grads=True
             )
 
-        key = self.call.key("push", self.nr, self._edge)
+        key = self.call.key("push", self.nr, self.edge)
         return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
 
     def _push_agrees(self, t: Tensor) -> bool:

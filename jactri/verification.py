@@ -146,7 +146,7 @@ class Verification:
                 continue
             c = self._arbitrary(i)
             with torch.enable_grad():
-                grads = self.call.edges(self.call.cotangents(nr, c[0]))
+                grads = self.call.edges(self.call.cotangents({nr: c[0]}))
                 grads = [
                     x if s is None or x is None else x.sum_to_size(g.values[s].shape)
                     for x, s in zip(grads, g.src, strict=True)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from common import F64, MODES, make
+from common import F64, MODES, make, seeded
 from tolerances import assert_close
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 
@@ -476,3 +477,23 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for p in net.parameters())
     handle = y.grad_fn.register_hook(lambda *_: None)
     assert len(handle.hooks_dict_ref()) == 1
+
+
+def test_torchs_tracker_of_modules_only_looks():
+    """Its hooks stand in every graph under FlopCounterMode, where torch.autograd.grad raises."""
+    net, x = seeded(3, 4, 2), torch.randn(2, 3, dtype=F64)
+    truth = jactri.jacobian(net, x)
+    with FlopCounterMode(display=False):
+        J = jactri.jacobian(net, x)
+        a = x.clone().requires_grad_()
+        assert_close(jactri.jacobian_of(net(a), a), truth, F64)
+    assert_close(J, truth, F64)
+
+
+def test_what_cancels_to_rounding_is_no_hook():
+    """Second derivatives of a normalisation's sum are noise, which no two orders of sums give alike."""
+    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    y = nn.functional.group_norm(x, 1)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    x.register_hook(lambda grad: None)
+    jactri.jacobian_of(g, x)

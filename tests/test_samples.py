@@ -45,6 +45,8 @@ def test_cut_graphs_give_the_blocks_of_their_samples(case, strategy, monkeypatch
         part = None if where is None else narrow(graph, where, 0, 1)
         if part is None:
             return  # some op is opaque: a memory limit must be refused, not answered wrongly
+        # jacobian_of refuses what no output depends on
+        xs = tuple(x for x, v in zip(xs, graph.inputs, strict=True) if v is not None)
         whole = jactri.jacobian_of(ys, xs, per_sample=True, strategy=strategy)
         cuts = []
 
