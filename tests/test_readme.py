@@ -6,6 +6,7 @@ import re
 import runpy
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -25,6 +26,7 @@ def test_python_blocks_run(capsys, tmp_path, monkeypatch):
     assert scope["file"].shape == (64, 8, 32) and scope["file"].any()
     assert scope["J"].shape == (65536, 65536) and scope["band"].values.shape[-1] == 49
     assert scope["mask"]._nnz() == scope["J"].values().numel() < 3.3e6
+    assert scope["lap"].allclose(torch.full((100,), 6.0))
     assert "fallbacks: none" in capsys.readouterr().out
 
 

@@ -13,7 +13,8 @@ from ..arguments import check_options
 from ..layout import Selection
 from ..running import public
 from .inner import SECOND, Link
-from .parameters import ParameterJacobian, _same, _second, check_real, entries, flat
+from .pairs import check_real, flat
+from .parameters import ParameterJacobian, _same, _second, entries
 from .recorded import Recorded
 
 

@@ -18,6 +18,7 @@ from ..running import public
 from .factors import Piece, pieces_of, write
 from .inner import SECOND, Entries, Link, Total, accumulate, with_bias
 from .labels import Labels
+from .pairs import check_real, flat
 from .recorded import Recorded
 from .through import pull, push
 
@@ -377,18 +378,6 @@ class Transposed:
 
     def __matmul__(self, u: Tensor) -> dict[str, Tensor]:
         return self._base._transposed(u)
-
-
-def flat(t: Tensor, rows: int) -> Tensor:
-    """``(rows, entries)``: sums go over the real and the imaginary part of a complex entry, as two."""
-    t = t.reshape(rows, -1)
-    return torch.view_as_real(t.resolve_conj()).flatten(1) if t.is_complex() else t
-
-
-def check_real(name: str, t: Tensor, of: str, like: Tensor) -> None:
-    """Raise for a complex operand where the Jacobian has a real end."""
-    if t.is_complex() and not like.is_complex():
-        raise RuntimeError(f"{name} is complex ({t.dtype}), but {of} is {like.dtype}")
 
 
 def _same(labels) -> tuple[tuple[int, int], ...]:
