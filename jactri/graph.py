@@ -36,11 +36,12 @@ class UnsupportedGraph(Exception):
     """The graph holds what blocks cannot represent (complex, sparse, nested values), or hooks that change gradients.
 
     ``graph`` is what can be read of it nevertheless; ``linear``: whether gradients are linear in cotangents; ``why``:
-    why they must not be differentiated, or None.
+    why they must not be differentiated, or None; ``twice``: whether their dependence on cotangents is recorded.
     """
 
     graph: Graph | None = None
     linear = True
+    twice = True
     why: str | None = None
 
 
@@ -157,8 +158,10 @@ class Reader:
         return found * ndim if len(found) == 1 else found
 
     def unsupported(self, what: str) -> NoReturn:
-        """The node holds what blocks cannot follow."""
-        raise UnsupportedGraph(f"{what} ({self.name})")
+        """The node holds what blocks cannot follow, nor autograd through its backward."""
+        reason = UnsupportedGraph(f"{what} ({self.name})")
+        reason.twice = False
+        raise reason
 
     def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
         """The node applied to ones: for an elementwise op or a reduction, its local derivative."""

@@ -154,7 +154,7 @@ class Guard:
         if isinstance(value, Tensor):
             self._tensor(value, f"{name}.{attribute}")
         elif isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            many = f"s{len(self.places)}"
+            many = f"l{len(self.places)}"  # not the name of its first tensor
             self.lines.append(f"{many} = {name}.{attribute}")
             self._check(f"len({many}) != {len(value)}", "a saved list")
             for k, v in enumerate(value):

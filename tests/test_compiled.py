@@ -224,6 +224,24 @@ def test_an_index_may_hold_other_values(index):
         agree(compiled, func, x)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "rows, columns", [([[0, 1, 2], [1, 0, 2]], [3, 2, 1]), ([2], [1])], ids=["wider", "one"]
+)
+def test_a_list_of_indices_is_not_taken_for_its_first(rows, columns, static):
+    i, j = torch.tensor(rows), torch.tensor(columns)
+
+    def func(x):
+        return x[i, j] ** 2
+
+    compiled = jactri.compile(func, torch.randn(3, 4, dtype=F64), static=static)
+    assert "replays" in repr(compiled)
+    for _ in range(2):
+        x = torch.randn(3, 4, dtype=F64)
+        truth = torch.autograd.functional.jacobian(func, x)
+        assert_same_tree(compiled(x), truth, F64, length=64)
+
+
 def test_python_numbers_of_the_function_may_change():
     class Scaled(nn.Module):
         def __init__(self):

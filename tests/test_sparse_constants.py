@@ -213,3 +213,21 @@ def test_sparse_tensors_made_of_the_input():
         torch.diag(-x.sin().flatten()),
         F64,
     )
+
+
+def test_jvp_through_ops_whose_backward_has_no_derivative():
+    """The double product fails for these with errors of torch's own."""
+    x, eye = torch.randn(2, 2, dtype=F64), torch.eye(2, dtype=F64)
+
+    def masked(x):
+        return x.sin().sparse_mask(eye.to_sparse()).to_dense()
+
+    def sampled(x):
+        return torch.sparse.sampled_addmm(eye.to_sparse_csr(), x, x.sin()).to_dense()
+
+    for func, dense in (
+        (masked, lambda x: x.sin() * eye),
+        (sampled, lambda x: x @ x.sin() * eye + eye),
+    ):
+        truth = torch.autograd.functional.jacobian(dense, x)
+        assert_close(jactri.jvp(func, x, x)[1], (truth * x).sum((-2, -1)), F64)

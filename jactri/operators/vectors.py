@@ -380,7 +380,8 @@ def _pulled(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tens
 
 def _pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
     """`push` by autograd: the derivative of ``c J`` in c, in which it is linear."""
-    if reason.graph is not None or why_not(ys) is not None:  # a hook need not be recorded
+    # what hooks, and backwards of sparse tensors, make of a cotangent need not be recorded
+    if reason.graph is not None or not reason.twice or why_not(ys) is not None:
         return [_by_rows(y, xs, blocks, columns, reason) for y in ys]
     with torch.enable_grad():
         cs = [torch.zeros_like(y, requires_grad=True) for y in ys]
