@@ -49,7 +49,10 @@ def _add(found: dict[int, Tensor], v: int, t: Tensor) -> None:
 def _through(
     graph: Graph, edge: LinearMap, t: Tensor, s: int, v: int, reverse: bool, values: bool
 ) -> Tensor:
-    """One edge; a map by index acts on one entry of axes that it keeps and along which nothing varies."""
+    """One edge; a map by index acts on one entry of axes that it keeps and along which nothing varies.
+
+    Its indices must not vary either: it is its own piece there.
+    """
     before, after = graph.values[s].shape, graph.values[v].shape
     to = before if reverse else after
     if edge.structure == "gather":
@@ -58,7 +61,8 @@ def _through(
             if t.shape[at] == 1 or t.stride(at):
                 continue
             cuts = Cut(a, 0, 1), Cut(b, 0, 1)
-            edge = edge.narrow(*cuts, before, after)
+            if edge.narrow(*cuts, before, after) is not edge:
+                continue
             before, after, t = cuts[0].shape(before), cuts[1].shape(after), t.narrow(at, 0, 1)
     return edge.reach(t, before, after, reverse, values).expand(2, *to)
 

@@ -143,6 +143,33 @@ def test_every_call_proves_anew(name):
                 call(lambda x: func(x, ORDER, other), x)
 
 
+AWAY = torch.tensor([[0, 2, 1], [1, 1, 2], [2, 0, 0]])
+"""Rows that the first column leaves in place, and the others do not."""
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda x: x.gather(0, AWAY),
+        lambda x: torch.zeros_like(x).scatter_add(0, AWAY, x.sin()),
+        lambda x: x.square().take(3 * AWAY + torch.arange(3)),
+        lambda x: x.flatten()[3 * AWAY + torch.arange(3)],
+        lambda x: x.scatter(0, AWAY, x.square()),
+        lambda x: torch.zeros_like(x).index_put((AWAY, torch.arange(3)), x, accumulate=True),
+    ],
+    ids=["gather", "scatter_add", "take", "index", "scatter", "index_put"],
+)
+def test_rows_that_move_in_some_columns_only(func):
+    x = torch.randn(3, 3, dtype=F64)
+    for call in (
+        lambda: jactri.jacobian(func, x, per_sample=True),
+        lambda: jactri.laplacian(func, x),
+        lambda: jactri.divergence(func, x),
+    ):
+        with pytest.raises(RuntimeError, match="samples mix"):
+            call()
+
+
 def test_zero_here_and_not_beside():
     """Apart to first order where the second is not: what differentiates once more refuses."""
     x = torch.zeros(N, 2, dtype=F64)
