@@ -18,7 +18,7 @@ from .classes import plain
 from .elsewhere import check_here
 from .finite_difference import Differences
 from .report import explain
-from .running import public
+from .running import eagerly, public
 from .samples import probe_mixing
 
 _TIMED_SECONDS = 0.5
@@ -139,6 +139,7 @@ def check(
     Cost: torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
     """
     tupled, xs = as_tuple(inputs, "inputs", "check")
+    func = eagerly(func)
     devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
 
     def same_random(call):

@@ -148,6 +148,8 @@ class _Transform:
     def wrapper(self):
         @functools.wraps(self.func, updated=())
         def wrapper_fn(*args, **kwargs):
+            if torch.compiler.is_dynamo_compiling():  # as in running.public
+                return torch.compiler.disable(self)(args, kwargs)
             return self(args, kwargs)
 
         return wrapper_fn

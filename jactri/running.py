@@ -28,7 +28,8 @@ from .remedies import no_such
 def public(call: Callable) -> Callable:
     """A public call: outside of inference mode, in which autograd records nothing.
 
-    For a keyword that it does not have, it says what to write instead.
+    For a keyword that it does not have, it says what to write instead. Within a function of torch.compile it runs as
+    it is.
     """
     known = frozenset(inspect.signature(call).parameters)
 
@@ -36,6 +37,8 @@ def public(call: Callable) -> Callable:
     def called(*args, **options):
         if not known.issuperset(options):
             raise no_such(next(o for o in options if o not in known), call, known)
+        if torch.compiler.is_dynamo_compiling():  # what is traced of a call leaves its modes behind
+            return torch.compiler.disable(call)(*args, **options)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return call(*args, **options)

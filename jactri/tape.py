@@ -66,7 +66,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = op(*args, **kwargs)
+        with (
+            torch._C.DisableTorchFunctionSubclass()
+        ):  # a node's saved values are of the caller's class
+            out = op(*args, **kwargs)
         tags = op.tags
         if torch.Tag.dynamic_output_shape in tags and not _indexed_by_numbers(op, args):
             self.reason = self.reason or f"{op} cannot be replayed: {_BY_VALUES}"

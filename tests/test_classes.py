@@ -63,6 +63,25 @@ def test_the_operators_of_a_subclass_are_not_called(name):
     same(got, want)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "func",
+    [
+        func,
+        lambda x: torch.atan2(x, torch.exp(x)),
+        lambda x: torch.pow(torch.exp(x), x),
+        lambda x: torch.prod(x, 1),
+    ],
+)
+def test_compiled_calls(func, static):
+    """What is recorded is torch's ops on plain tensors, too."""
+    call = jactri.compile(func, points().as_subclass(Hostile), static=static)
+    Hostile.called.clear()
+    for x in (points(), points() + 0.5):
+        same(call(x.as_subclass(Hostile)), torch.autograd.functional.jacobian(func, x))
+    assert not Hostile.called
+
+
 def test_hessians():
     def total(x):
         return torch.sum(func(x))

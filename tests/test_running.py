@@ -207,13 +207,22 @@ def test_a_stance_of_the_caller_is_put_back():
             torch.compile(lambda x: x + 1, backend="eager")(points())
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_inside_of_a_compiled_function():
+@pytest.mark.parametrize("name", ["jacobian", "jacrev", "jvp", "laplacian", "jtj"])
+def test_inside_of_a_compiled_function(name):
     func, eager = compiled_parts()["helper"]
-    step = torch.compile(lambda x: jactri.jacobian(func, x * 1.0) * 2, backend="aot_eager")
+    step = torch.compile(lambda x: CALLS[name](func, x * 1.0) * 2, backend="aot_eager")
     for n in (2, 4, 3):
         x = torch.randn(n, 6, dtype=F64)
-        assert_close(step(x), 2 * torch.autograd.functional.jacobian(eager, x), F64)
+        got = step(x)
+        assert torch.is_grad_enabled()
+        assert_close(got, 2 * CALLS[name](eager, x), F64)
+
+
+@pytest.mark.parametrize("name", ["submodule", "in place", "helper", "method", "whole"])
+def test_check_of_what_is_compiled(name):
+    func, _ = compiled_parts()[name]
+    for n in (2, 5):
+        assert jactri.check(func, torch.randn(n, 6, dtype=F64)).ok
 
 
 def test_dynamo_is_not_imported():
