@@ -207,6 +207,7 @@ def test_a_stance_of_the_caller_is_put_back():
             torch.compile(lambda x: x + 1, backend="eager")(points())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's, of what has a graph
 @pytest.mark.parametrize("name", ["jacobian", "jacrev", "jvp", "laplacian", "jtj"])
 def test_inside_of_a_compiled_function(name):
     func, eager = compiled_parts()["helper"]
