@@ -151,15 +151,20 @@ def own_hessian(func, x):
     return own(torch.autograd.functional.hessian(lambda v: func(v).sum(), x))
 
 
-@pytest.mark.parametrize("p", [1.5, 2.0, 3.0])
-def test_other_norms(p):
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("p", [1.0, 1.5, 3.0, float("inf")])
+def test_other_norms(p, square):
     def func(x):
-        return torch.exp(-torch.cdist(x, POINTS, p=p)).sum(1)
+        d = torch.cdist(x, POINTS, p=p)
+        return torch.exp(-(d**2 if square else d)).sum(1)
 
     torch.testing.assert_close(
         jactri.jacobian(func, AT), torch.autograd.functional.jacobian(func, AT)
     )
-    assert jactri.laplacian(func, AT)[:2].isnan().all()
+    for create_graph in (False, True):
+        got = jactri.laplacian(func, AT, create_graph=create_graph)
+        assert got[:2].isnan().all()
+        assert got[2].isfinite()
 
 
 @pytest.mark.parametrize("n", [5, 30])  # torch's own way, and by a product of matrices

@@ -21,17 +21,17 @@ def direction(difference: Tensor, distance: Tensor, p: float, own: Tensor | None
     """
     if p == 0:
         return torch.zeros_like(difference)
-    if p == 1:
-        return difference.sign()
     distance = distance.unsqueeze(-1)
-    if p == inf:
-        return difference.sign() * (difference.abs() == distance)
     met = distance == 0
-    distance = distance.masked_fill(met, inf)
-    if p == 2:
+    if p == 1:
+        slope = difference.sign()
+    elif p == inf:
+        slope = difference.sign() * (difference.abs() == distance)
+    elif p == 2:
+        distance = distance.masked_fill(met, inf)
         slope = difference / distance
     else:
-        size = difference.abs()
+        distance, size = distance.masked_fill(met, inf), difference.abs()
         slope = difference.sign() * (size / distance) ** (p - 1)
         slope = slope.masked_fill(size == 0, 0) if p < 1 else slope
     if not (torch.is_grad_enabled() and difference.requires_grad):
