@@ -349,7 +349,7 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
             if not _dead_end(found):
                 shapes = [(*y.shape, *x.shape) for x in leaves]
                 return [
-                    x.new_zeros(s) if g is None else g.reshape(s)
+                    x.new_zeros(s) if g is None else g.to_dense().reshape(s)
                     for g, x, s in zip(found, leaves, shapes, strict=True)
                 ]
     asked = Request("auto", True, False, False, None, None, False, "auto", True, None)

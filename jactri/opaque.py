@@ -353,7 +353,12 @@ def why_not(ys) -> str | None:
 
 
 def _reduce(g: Tensor, shape) -> Tensor:
-    """What the engine does between nodes: sum a broadcast gradient to the shape of its input."""
+    """What the engine does between nodes: sum a broadcast gradient to the shape of its input.
+
+    Blocks are dense: a sparse gradient (``sparse=True`` of an embedding) is a layout, not another derivative.
+    """
+    if g.layout is not torch.strided:
+        g = g.to_dense()
     return g if g.shape == torch.Size(shape) else g.sum_to_size(shape)
 
 

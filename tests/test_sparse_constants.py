@@ -231,3 +231,42 @@ def test_jvp_through_ops_whose_backward_has_no_derivative():
     ):
         truth = torch.autograd.functional.jacobian(dense, x)
         assert_close(jactri.jvp(func, x, x)[1], (truth * x).sum((-2, -1)), F64)
+
+
+def test_sparse_gradients_are_a_layout_alone():
+    """``sparse=True`` of an embedding: its gradients are sparse for autograd, blocks are dense."""
+    i, w = torch.tensor([0, 2, 0]), torch.randn(3, 2, dtype=F64)
+
+    def bag(w):
+        return F.embedding_bag(i[None], w, sparse=True, mode="mean").exp()
+
+    at = i[:, None].expand(3, 2)
+    for func, dense in (
+        (lambda w: F.embedding(i, w, sparse=True) ** 2, lambda w: w[i] ** 2),
+        (lambda w: torch.gather(w, 0, at, sparse_grad=True) ** 2, lambda w: w[i] ** 2),
+        (bag, lambda w: w[i].mean(0, keepdim=True).exp()),
+    ):
+        truth = torch.autograd.functional.jacobian(dense, w)
+        for mode in MODES:
+            assert_close(jactri.jacobian(func, w, strategy=mode), truth, F64, what=mode)
+        assert_close(jactri.jvp(func, w, w)[1], (truth * w).sum((-2, -1)), F64)
+        hessian = torch.autograd.functional.hessian(lambda w, f=dense: f(w).sin().sum(), w)
+        assert_close(jactri.func.hessian(lambda w, f=func: f(w).sin().sum())(w), hessian, F64)
+    table = nn.Embedding(3, 2, sparse=True, dtype=F64)
+    truth = torch.autograd.functional.jacobian(lambda w: w[i], table.weight.detach())
+    assert_close(jactri.parameter_jacobian(table, i).dense()["weight"], truth, F64)
+
+
+def test_parameters_of_a_module_with_a_sparse_buffer():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("a", torch.eye(3, dtype=F64).to_sparse())
+            self.w = nn.Parameter(torch.randn(2, 2, dtype=F64))
+
+        def forward(self, x):
+            return torch.sparse.mm(self.a, x @ self.w).tanh()
+
+    net, x = Layer(), torch.randn(3, 2, dtype=F64)
+    truth = torch.autograd.functional.jacobian(lambda w: (x @ w).tanh(), net.w.detach())
+    assert_close(jactri.parameter_jacobian(net, x).dense()["w"], truth, F64)

@@ -104,8 +104,9 @@ def _buffers_kept(module):
     finally:
         with torch.no_grad():
             for m, name, b, copy, version in saved:
-                # native ops write to statistics without telling
-                if b._version != version or not torch.equal(b, copy):
+                # native ops write to statistics without telling; those are dense
+                strided = b.layout is torch.strided
+                if b._version != version or (strided and not torch.equal(b, copy)):
                     b.copy_(copy)
                 m._buffers[name] = b
 

@@ -182,8 +182,6 @@ def pack_padded_sequence(g):
 
 @rule("Gather")
 def gather(g):
-    if g.saved("sparse_grad"):
-        return None
     return along(g, g.tensor("index"))
 
 
@@ -228,8 +226,6 @@ def masked_select(g):
 def embedding(g):
     """Rows of the weight; autograd gives the padding row no gradient, and may average over repeats."""
     (s,) = g.src
-    if g.saved("sparse"):
-        return None
     rows, dim = g.values[s].shape
     i, m = g.tensor("indices"), g.meta[0]
     padding, averaged = normal_index(g.saved("padding_idx")), g.saved("scale_grad_by_freq")
