@@ -49,7 +49,7 @@ def check_saved(node, saved_by: Callable[[Any, str], Any] = _saved_by) -> None:
     """Raise for a node that saved what is gone by now."""
     kind = node.__class__
     if issubclass(kind, BackwardCFunction):
-        _check(node.saved_tensors)
+        check_value(node.saved_tensors)
         return
     names = _names.get(kind)
     if names is None:
@@ -57,7 +57,7 @@ def check_saved(node, saved_by: Callable[[Any, str], Any] = _saved_by) -> None:
         names = tuple([n for n in saved if _may_be_tensors(saved_by(node, n))])
         _names[kind] = names
     for name in names:
-        _check(saved_by(node, name))
+        check_value(saved_by(node, name))
 
 
 def check_graph(ys: Iterable[Tensor]) -> None:
@@ -83,12 +83,13 @@ def _may_be_tensors(value: Any) -> bool:
     return value is None or isinstance(value, Tensor)
 
 
-def _check(value: Any) -> None:
+def check_value(value: Any) -> None:
+    """Raise for a saved value whose memory is gone."""
     if isinstance(value, Tensor):
         check_here(value, "a tensor")
     elif isinstance(value, (tuple, list)):
         for v in value:
-            _check(v)
+            check_value(v)
 
 
 def is_distributed(t: Tensor) -> bool:

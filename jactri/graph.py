@@ -17,7 +17,14 @@ from . import layers
 from .behind import handles_of
 from .classes import plain
 from .contraction import Expand, Sum
-from .elsewhere import DISTRIBUTED, check_graph, check_here, check_saved, is_distributed
+from .elsewhere import (
+    DISTRIBUTED,
+    check_graph,
+    check_here,
+    check_saved,
+    check_value,
+    is_distributed,
+)
 from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .mask import Mask
@@ -83,6 +90,8 @@ class Reader:
     """A node, and what was read of it."""
     hooks = True
     """Whether hooks on gradients are looked for."""
+    constants = False
+    """Whether the node has an operand without a graph, whose memory may be gone (see elsewhere.py)."""
 
     def __init__(self):
         self.values: list[Value] = []
@@ -125,8 +134,15 @@ class Reader:
             self._known = node, {}
         known = self._known[1]
         if name not in known:
-            known[name] = plain(getattr(node, "_saved_" + name))
+            known[name] = value = plain(getattr(node, "_saved_" + name))
+            if self.constants:
+                check_value(value)
         return known[name]
+
+    def check_memory(self) -> None:
+        """Raise if what the node saved is gone: for rules that call the node."""
+        if self.constants:
+            check_saved(self.node, self.saved_by)
 
     def has(self, name: str) -> bool:
         return hasattr(self.node, "_saved_" + name)
@@ -165,6 +181,7 @@ class Reader:
 
     def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
         """The node applied to ones: for an elementwise op or a reduction, its local derivative."""
+        self.check_memory()
         m = self.meta[0]
         ones = torch.ones((), dtype=m.dtype, device=m.device).expand(tuple(m.shape))
         out = self.node(ones)
@@ -317,6 +334,7 @@ class Reader:
         """As `opaque`, whatever the mode of the fallback."""
         if getattr(self.node, "_forward_cls", None) is Unrecorded:
             raise RuntimeError(self.node.why)
+        self.check_memory()
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
         call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
         ids = []
@@ -462,8 +480,7 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
                 active = active or ids[nr] is not None
         if not active and node.__class__ is ERROR:
             raise RuntimeError(MARKED)
-        if active and constants:
-            check_saved(node, reader.saved_by)
+        reader.constants = constants
         ids = reader.visit(node, src) if active else None
         if active and (0 in reader.shape or len(ids) > 1):  # what is empty carries no derivative
             values = reader.values

@@ -186,6 +186,7 @@ class Partials:
 
     def __init__(self, g, whole: bool = True, output: int = 0):
         """``whole``: every operand has the shape of the output; ``output``: which of them."""
+        g.check_memory()
         self.node, self.count, self.output = g.node, len(g.meta), output
         self.meta, self.whole, self._all = g.meta[output], whole, None
 

@@ -83,6 +83,7 @@ def gradient(g):
 @rule("NllLossBackward", "NllLoss2DBackward")
 def class_gradient(g):
     """The gradient of the loss of each sample (and pixel), or of all, times what the node makes of each class."""
+    g.check_memory()
     (s, *rest), shape, node, m = g.src, g.shape, g.node, g.meta[0]
     terms = [g.single(r, Zero()) for r in rest if r is not None]  # linear in the logarithms too
     if s is not None:

@@ -24,6 +24,7 @@ def weigh(g, s: int, output: int = 0, edge: int = 0, selects: bool = False) -> i
 
     ``selects``: the node's backward may set entries to zero whatever the gradient is.
     """
+    g.check_memory()
     node, meta, shape = g.node, g.meta, g.values[s].shape
     m = meta[output]
 
