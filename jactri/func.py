@@ -346,10 +346,11 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
                 found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
             else:
                 found = (None,) * len(leaves)
-            if not _dead_end(found):
+            dense = all(g is None or g.layout is torch.strided for g in found)
+            if dense and not _dead_end(found):
                 shapes = [(*y.shape, *x.shape) for x in leaves]
                 return [
-                    x.new_zeros(s) if g is None else g.to_dense().reshape(s)
+                    x.new_zeros(s) if g is None else g.reshape(s)
                     for g, x, s in zip(found, leaves, shapes, strict=True)
                 ]
     asked = Request("auto", True, False, False, None, None, False, "auto", True, None)

@@ -250,6 +250,9 @@ def test_sparse_gradients_are_a_layout_alone():
         for mode in MODES:
             assert_close(jactri.jacobian(func, w, strategy=mode), truth, F64, what=mode)
         assert_close(jactri.jvp(func, w, w)[1], (truth * w).sum((-2, -1)), F64)
+    hessian = torch.autograd.functional.hessian(lambda w: w[i].sin().sum(), w)
+    made = jactri.func.hessian(lambda w: F.embedding(i, w, sparse=True).sin().sum())(w)
+    assert_close(made, hessian, F64)
     table = nn.Embedding(3, 2, sparse=True, dtype=F64)
     truth = torch.autograd.functional.jacobian(lambda w: w[i], table.weight.detach())
     assert_close(jactri.parameter_jacobian(table, i).dense()["weight"], truth, F64)
