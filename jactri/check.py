@@ -214,7 +214,8 @@ def _mixes(func, xs) -> bool:
     with torch.enable_grad():
         ys = func(*leaves)
     ys = ys if isinstance(ys, tuple) else (ys,)
-    return ys[0].numel() > 0 and probe_mixing(ys, leaves) is not None
+    with torch.no_grad():  # nothing of it is differentiated
+        return ys[0].numel() > 0 and probe_mixing(ys, leaves) is not None
 
 
 def _blocks(nested, single_input: bool) -> list[tuple[int, int, Tensor]]:

@@ -56,7 +56,14 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor], handles: int
     with torch.no_grad():
         reader = _Nodes()
         nodes = read(ys, xs, reader)
-        given = _by_autograd(ys, xs, first)
+        try:
+            given = _by_autograd(ys, xs, first)
+        except (
+            RuntimeError
+        ) as error:  # of an op that has no backward: there is nothing to compare with
+            if "not implemented" not in str(error):
+                raise
+            return
         pulled = _pulled(nodes, first)
         plain, noise = [pulled.get(v) for v in nodes.inputs], _noise(pulled)
         # what acts on positive gradients only does so on one of these

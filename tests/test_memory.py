@@ -223,11 +223,12 @@ def test_functions_computed_as_a_whole_run_in_chunks_of_rows(monkeypatch):
 
     blocks = []
 
-    def counted(one_row, block, name, real=whole.batched):
-        blocks.append(block.shape[0])
-        return real(one_row, block, name)
+    class Counted(whole.Vmapped):
+        def __call__(self, block):
+            blocks.append(block.shape[0])
+            return super().__call__(block)
 
-    monkeypatch.setattr(whole, "batched", counted)
+    monkeypatch.setattr(whole, "Vmapped", Counted)
     x = torch.randn(32, dtype=torch.float64)
 
     def spectrum(x):

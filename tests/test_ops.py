@@ -431,6 +431,10 @@ ELSEWHERE = {
     "ScaledDotProductEfficientAttentionBackward0",
     "ScaledDotProductFlashAttentionBackward0",
     "ScaledDotProductFusedAttentionOverrideableBackward0",
+    # in test_elsewhere.py, in a process of its own
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group::RegisterPostBackwardFunction",
+    "torch.distributed.tensor._api::_FromTorchTensor", "torch.distributed.tensor._api::_ToTorchTensor",
+    "torch.nn.parallel.distributed::_DDPSink",
     # in test_graph_features.py: torch's own is not its derivative
     "AsStridedScatterBackward0",
     # in test_sparse_constants.py
