@@ -78,6 +78,7 @@ class Compiled:
 
     kernel: str
     seconds: float
+    warps: int
     resources: Resources
 
 
@@ -114,5 +115,6 @@ def compiled(name: str, call) -> list[Compiled]:
             found = read_nvidia(files["cubin"], own, metadata["shared"])
         else:
             found = read_amd(files["amdgcn"], metadata["shared"])
-        out.append(Compiled(re.sub(r"^_", "", metadata["name"]), seconds / len(seen), found))
+        kernel = re.sub(r"^_", "", metadata["name"])
+        out.append(Compiled(kernel, seconds / len(seen), metadata["num_warps"], found))
     return out

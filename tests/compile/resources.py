@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
+from sass import Loop, loops
 
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -21,6 +22,8 @@ class Resources:
     matrix: dict[str, int] = field(default_factory=dict)
     widest_load: int = 0
     serialised: bool = False
+    loops: list[Loop] = field(default_factory=list)
+    """Of sm_90's code: see `sass`."""
 
 
 def read_nvidia(cubin: str, log: str, shared: int) -> Resources:
@@ -35,8 +38,9 @@ def read_nvidia(cubin: str, log: str, shared: int) -> Resources:
     loads = [int(n) for o in ops if o.startswith("LDG") for n in re.findall(r"\.(32|64|128)\b", o)]
     loads += [32 for o in ops if o.startswith("LDG")]
     return Resources(
-        int(usage[1]), int(spill[1]), shared, dict(matrix), max(loads, default=0), "wgmma" in log
-    )
+        int(usage[1]), int(spill[1]), shared, dict(matrix), max(loads, default=0), "wgmma" in log,
+        loops(sass),
+    )  # fmt: skip
 
 
 def read_amd(assembly: str, shared: int) -> Resources:

@@ -1,4 +1,6 @@
-"""``python tests/compile/table.py [PATTERN] [--write]``: what the kernels use, for their authors.
+"""``python tests/compile/table.py [PATTERN] [--write] [--loops]``: what the kernels use, for their authors.
+
+``--loops`` prints what each loop costs a multiprocessor of sm_90 (see `sass`), the code outside of them first.
 
 ``--write`` keeps the larger of each figure and the one that is there in budgets.json: run it with each version of
 triton, after removing what no longer exists.
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 from pool import run
+from sass import Loop, described
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 FIGURES = ("registers", "spilled", "shared")
@@ -17,7 +20,7 @@ FIGURES = ("registers", "spilled", "shared")
 def main():
     from cases import jobs
 
-    arguments = [a for a in sys.argv[1:] if a != "--write"]
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
     chosen = [j for j in jobs() if not arguments or arguments[0] in " ".join(j)]
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     found = run(chosen)
@@ -32,6 +35,9 @@ def main():
             f"load {used['widest_load']:3} {one['seconds']:5.1f} s {'SERIALISED ' if used['serialised'] else ''}"
             f"{used['matrix']}"
         )
+        if "--loops" in sys.argv:
+            for loop in used["loops"]:
+                print(described(Loop(**loop), one["warps"]))
         old = budgets.get(key, [0, 0, 0])
         budgets[key] = [max(used[f], o) for f, o in zip(FIGURES, old, strict=True)]
     if "--write" in sys.argv:
