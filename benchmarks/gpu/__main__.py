@@ -5,6 +5,7 @@
     python -m benchmarks.gpu bench      # the card's rates; jactri and its peers at equal precision
     python -m benchmarks.gpu profile    # kernels by time, launches a call
     python -m benchmarks.gpu limits     # what bounds each kernel, by Nsight Compute's counters
+    python -m benchmarks.gpu prepare    # without a GPU: compile all kernels for one; see prepare --help
 
 Each ends inside its budget (7 minutes) and writes benchmarks/results/gpu-<device>-<command>.json after every step; the
 exit code is 1 if anything failed, 2 if there is no device. ``--device cpu --shrink 1000`` tries the command itself
@@ -21,7 +22,7 @@ import torch
 
 from ..machine import ROOT
 from ..record import Record
-from . import bench, check, counters, profile
+from . import bench, cache, check, counters, prepare, profile
 from .device import Cpu, Cuda, versions
 from .sizes import sized
 
@@ -59,6 +60,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["prepare"]:
+        return prepare.main(arguments[1:])
+    cache.begin()
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
