@@ -148,7 +148,7 @@ def unpack(
         manifest = json.load(pack.extractfile(first))
         check(manifest, target)
         shutil.rmtree(folder, ignore_errors=True)
-        for member in pack:
+        while (member := pack.next()) is not None:
             where, _, name = member.name.partition("/")
             if not member.isfile() or not name or "/" in name or ".." in (where, name):
                 raise Mismatch(f"{archive} holds {member.name!r}, which is no file of a cache")
