@@ -2,8 +2,8 @@
 
 A convolution and the batch norm after it (in eval) are one convolution with a scaled weight; two convolutions with
 nothing between, or two matrices, are one where that costs fewer flops a seed. What is formed is kept for as long as the
-weights are equal to what they were (see `kept`). On CUDA nothing is folded: kernels scale in registers, and comparing
-weights would wait for the device.
+weights are equal to what they were (see `kept`). On a GPU, where nothing made of weights is kept, nothing is folded:
+kernels scale in registers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fold(graph: Graph) -> Graph:
             continue
         (middle, after) = value.sources[0]
         before = values[middle]
-        if len(before.sources) != 1 or before.device.type == "cuda" or before.dtype != value.dtype:
+        if len(before.sources) != 1 or before.device.type != "cpu" or before.dtype != value.dtype:
             continue
         start, first = before.sources[0]
         if first.__class__ not in (Conv, MatMul):

@@ -1,7 +1,11 @@
-"""What is made of weights alone: kept with a weight for as long as it lives, and until it changes.
+"""What is made of weights alone: on a CPU it is kept with a weight for as long as it lives, and until it changes.
 
-A copy of the weight tells whether it has changed, also where it was written to behind autograd's back
-(``weight.data``, numpy), which no version counter sees.
+A copy of the weight tells whether it has changed, also where it was written to behind autograd's back, which no
+version counter sees: by ``weight.data``, numpy or DLPack, by an optimizer with ``fused=True`` (seen with torch 2.13),
+by a replay of a CUDA graph, by collectives, by FSDP.
+
+Comparing on a GPU would wait for it, and of what it costs to make anew there a version could save little. So there
+nothing outlives the call that made it.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import backends
+from .tracing import tracing
 
 MOST_BYTES = 1 << 28
 """Copies of weights are made up to this many bytes; what is kept with them takes about as much."""
@@ -51,13 +55,13 @@ def kept(
 ) -> T:
     """``make()``, or what it returned for an equal ``weight``, ``key`` and other tensors ``given``.
 
-    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of. In a CUDA
-    graph it is made at every replay, which cannot compare.
+    ``tensors`` are those that it holds. A weight that is a view is kept with the leaf that it is a view of. Nothing is
+    kept of weights that do not lie on the CPU.
     """
     leaf, view = weight, None
     if not weight.is_leaf and weight._base is not None:
         leaf, view = weight._base, (weight.shape, weight.stride(), weight.storage_offset())
-    if torch.is_grad_enabled() or not leaf.is_leaf or backends.capturing(leaf.device):
+    if torch.is_grad_enabled() or not leaf.is_leaf or leaf.device.type != "cpu" or tracing():
         return make()
     entry = _entries.get(leaf, {}).get(view)
     if entry is None or not entry.holds(weight):

@@ -213,6 +213,8 @@ class Run:
         self.image = images(self.shape)
         self._padded: dict[tuple, tuple[Tensor, Pair, Tensor | None]] = {}
         self._alike: dict[int, Block] = {}
+        self._matrices: dict[tuple[int, Window], Tensor] = {}
+        """By the id of an edge, which the graph holds, and the window that it is given."""
         self.writable = not torch.is_grad_enabled()
 
     def chunks(self):
@@ -320,7 +322,10 @@ class Run:
         lead, channels = data.shape[:4], data.shape[-1]
         if _way(edge, at, to, channels, outs, reverse)[0]:
             rows = data.reshape(prod(lead), -1)
-            out = backends.product(rows, _matrix(edge, at, reverse), False)
+            matrix = self._matrices.get((id(edge), at))
+            if matrix is None:
+                matrix = self._matrices[id(edge), at] = _matrix(edge, at, reverse)
+            out = backends.product(rows, matrix, False)
         else:
             patches = data.reshape(-1, *at.size, channels).permute(0, 3, 1, 2)
             out = _small(edge, patches, reverse).permute(0, 2, 3, 1)

@@ -6,8 +6,8 @@ differ from sample to sample. With ``tr(A B) = sum(A * B')``:
     one diagonal:   tr(W2 D1 W1) = d1' diag(W1 W2)
     two diagonals:  tr(W3 D2 W2 D1 W1) = d2' [W2 * (W1 W3)'] d1
 
-What is in brackets holds weights only, and is kept with them (see `kept`). A sum of such terms (a residual connection
-is one of them, with trace n) is summed.
+What is in brackets holds weights only, and is kept with them on a CPU (see `kept`). A sum of such terms (a residual
+connection is one of them, with trace n) is summed.
 """
 
 from __future__ import annotations
