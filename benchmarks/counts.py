@@ -85,9 +85,9 @@ class Counter(TorchDispatchMode):
             return
         if name.startswith("new_") or name.endswith("_like"):
             given = []  # only their shape is looked at
-        unread = {_region(t) for t in lost}
-        read = {_region(t): _extent(t) for t in given if _region(t) not in unread}
-        wrote = {_region(t): _extent(t) for t in (*made, *changed)}
+        unread = {region(t) for t in lost}
+        read = {region(t): extent(t) for t in given if region(t) not in unread}
+        wrote = {region(t): extent(t) for t in (*made, *changed)}
         counts["ops"] += 1
         counts["bytes_moved"] += sum(read.values()) + sum(wrote.values())
 
@@ -102,11 +102,11 @@ def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tenso
     for i, a in enumerate(func._schema.arguments):
         found = _tensors(args[i] if i < len(args) else kwargs.get(a.name))
         if a.alias_info is None or not a.alias_info.is_write:
-            operands.update(map(_region, found))
+            operands.update(map(region, found))
             continue
         changed += found
         if a.is_out:  # it may be an operand too, and follows them
-            lost += [t for t in found if _region(t) not in operands]
+            lost += [t for t in found if region(t) not in operands]
         elif func.overloadpacket in OVERWRITES:
             lost += found
     return changed, lost
@@ -116,12 +116,12 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def _region(t: Tensor) -> tuple:
+def region(t: Tensor) -> tuple:
     """What makes two tensors the same entries of the same memory."""
     return _storage(t), t.storage_offset(), t.shape, t.stride()
 
 
-def _extent(t: Tensor) -> int:
+def extent(t: Tensor) -> int:
     """Bytes of the different entries behind a tensor: expanded axes and overlapping windows count once."""
     if not t.numel():
         return 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from .graph import Reader, read
 from .linear_map import Identity
@@ -147,7 +148,7 @@ class Rule:
 
     def _verify(self, g: Reader, new: range, ids, where: str, curves: Curves | None = None) -> None:
         """Once for nodes that are alike; all of them in `check`."""
-        if torch._C._len_torch_dispatch_stack() or not g.meta:
+        if _len_torch_dispatch_stack() or not g.meta:
             return  # traced: there are no values
         verification = Verification(g, new, ids, where)
         key = (verification.key(), curves is not None)

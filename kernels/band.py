@@ -110,6 +110,6 @@ def dense(
     with on_device(values), fitting():
         _dense[grid](
             values, colour, *tables, target, S, rows, columns, *sizes, values.stride(), *strides, target.stride(),
-            turned, blocks, BR, BC, wide(values, target), num_warps=4,
+            turned, blocks, BR, BC, wide(values, target), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

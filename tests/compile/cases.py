@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from driver import TARGETS
 
+from benchmarks.gpu.driver import TARGETS
 from jactri.kernels import (
     band,
     conv,

@@ -12,64 +12,11 @@ import re
 import time
 from dataclasses import dataclass
 
-import torch
 from resources import Resources, read_amd, read_nvidia
 from triton import knobs, runtime
-from triton.backends.compiler import GPUTarget
 
 import jactri.kernels
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes of shared memory that one program may use."""
-
-
-class _Utils:
-    def __init__(self, name, target):
-        self.name, self.target = name, target
-
-    def get_device_properties(self, device):
-        return {
-            "max_shared_mem": SHARED[self.name], "multiprocessor_count": 132, "max_num_regs": 65536,
-            "warpSize": self.target.warp_size, "sm_clock_rate": 0, "mem_clock_rate": 0, "mem_bus_width": 0,
-        }  # fmt: skip
-
-    def load_binary(self, *args):
-        return None, None, 0, 0, 1024
-
-
-class Driver:
-    """What triton 3.6 and 3.9 ask of a driver on the way to a launch."""
-
-    def __init__(self, name):
-        self.target = TARGETS[name]
-        self.utils = _Utils(name, self.target)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def set_current_device(self, device):
-        pass
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty):
-        return ty
-
-    def launcher_cls(self, src, metadata):
-        return lambda *args, **options: None
+from benchmarks.gpu.driver import Driver
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ PROCESSES = 2
 
 
 def _start():
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("worker.py"))],

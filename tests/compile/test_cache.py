@@ -12,7 +12,7 @@ import torch
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton import runtime
-from driver import Driver
+from benchmarks.gpu.driver import Driver
 
 found = {}
 
