@@ -66,7 +66,10 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
         samples = item.layout.shape[0]
         if shared and samples > 1 and not around[0]:
             return "torch", "once for all samples"
-        names = tuple("" if not s else s[0].formula if len(s) == 1 else "ready" for s in around)
+        names = tuple(
+            "" if not s else s[0].formula(n) if len(s) == 1 else "ready"
+            for s, n in zip(around, _uses(edge, seeds), strict=True)
+        )
         shape = Shape.of(edge, not sweep.reverse, *(s[2:] for s in sizes))
         return chooser.described(ConvKind.of(seeds, samples, shape, names, dtype, device))
     if item.kind != "chain":
@@ -80,7 +83,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
             widths.append(step.layout.shape[-1])
             names.append("")
         elif edge.name == "diagonal":
-            names[-1] = "ready" if names[-1] else edge.formula
+            names[-1] = "ready" if names[-1] else edge.formula(seeds)
     rows = prod(sweep.layouts[first].shape[:-1])
     return chooser.described(
         chooser.Kind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
@@ -107,7 +110,7 @@ def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | No
     problem = chooser.Chain(
         _rows(t, 1),
         tuple(matrices),
-        tuple(_factor(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)),
+        tuple(_factor(s, shape, 1, K) for s, shape in zip(scalings, shapes, strict=True)),
         lambda: [_diagonal(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)],
     )
     into = _into(out, 1)
@@ -132,12 +135,15 @@ def _into(out: Tensor | None, axes: int) -> Tensor | None:
         return None
 
 
-def _factor(scalings: list[Diagonal], shape, axes: int) -> Factor | None:
-    """The scalings of a value of ``shape`` as one factor (rows, features); a lone activation is left to the kernel."""
+def _factor(scalings: list[Diagonal], shape, axes: int, uses: int = 1) -> Factor | None:
+    """The scalings of a value of ``shape`` as one factor (rows, features); a lone activation is left to the kernel.
+
+    ``uses``: see `Diagonal.factor`.
+    """
     if not scalings:
         return None
     if len(scalings) == 1:
-        f = scalings[0].factor()
+        f = scalings[0].factor(uses)
         return Factor(_features(f.values, shape, axes), f.name, f.constants)
     return Factor(_diagonal(scalings, shape, axes))
 
@@ -179,8 +185,9 @@ def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
     if not around[0] and t.shape[1] > 1 and t.stride(1) == 0:
         return None  # torch convolves it once for all samples
     both = list(zip(around, shapes, strict=True))
+    uses = _uses(edge, t.shape[0])
     problem = Convolution(
-        t, edge, not reverse, tuple(shapes[1][2:]), tuple(_on_image(*b) for b in both),
+        t, edge, not reverse, tuple(shapes[1][2:]), tuple(map(_on_image, around, shapes, uses)),
         lambda: tuple(_product(*b) for b in both),
     )  # fmt: skip
     return chooser.run(problem, out)
@@ -237,12 +244,17 @@ def _pooled(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | N
         return None
 
 
-def _on_image(scalings: list[Diagonal], shape) -> Factor | None:
-    """The scalings of a value of ``shape`` as one factor of that shape."""
+def _uses(edge, seeds: int) -> tuple[int, int]:
+    """How often a convolution takes each element of a factor before and behind it."""
+    return seeds * prod(edge.weight.shape[2:]), seeds
+
+
+def _on_image(scalings: list[Diagonal], shape, uses: int = 1) -> Factor | None:
+    """The scalings of a value of ``shape`` as one factor of that shape; ``uses``: see `Diagonal.factor`."""
     if len(scalings) != 1:
         d = _product(scalings, shape)
         return None if d is None else Factor(d)
-    f = scalings[0].factor()
+    f = scalings[0].factor(uses)
     return Factor(f.values.expand(shape), f.name, f.constants)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .entrywise import aligned, times
 from .intervals import for_good, joined, regrouped
-from .kernels.support import Factor
+from .kernels.support import Factor, formed_once
 from .layout import (
     Layout,
     Selection,
@@ -286,16 +286,21 @@ class Diagonal(Elementwise):
     def key(self):
         return Diagonal if self.along is None else (Diagonal, self.along)
 
-    def factor(self) -> Factor:
-        """The derivative for a kernel: what it computes it from, or the derivative."""
-        found = None if self._activation is None else self._activation()
-        return Factor(self.d) if found is None else found
+    def factor(self, uses: int = 1) -> Factor:
+        """The derivative for a kernel: what it computes it from, or the derivative.
 
-    @property
-    def formula(self) -> str:
+        ``uses``: how often a product takes each of its elements, for `formed_once`.
+        """
+        return self._formed(uses) or Factor(self.d)
+
+    def formula(self, uses: int = 1) -> str:
         """The name of the derivative that a kernel would compute; "ready" where it takes ours."""
-        found = None if self._activation is None else self._activation()
+        found = self._formed(uses)
         return "ready" if found is None else found.name
+
+    def _formed(self, uses: int) -> Factor | None:
+        found = None if self._activation is None else self._activation()
+        return None if found is None or formed_once(found, uses) else found
 
     @property
     def d(self) -> Tensor:
