@@ -4,7 +4,7 @@ Tensor cores multiply tf32 or bf16 and add in float32. A float32 product of floa
 products, of parts that add up to the operand (Henry, Tang, Heinecke 2019, arXiv:1904.06376):
 
 - "tf32x3": two parts each (11 + 11 bits), three products; low * low is left out.
-- "bf16x6": three parts each (8 + 8 + 8 bits), six products; those below 2^-24 are left out.
+- "bf16x6": three parts each (8 + 8 + 8 bits), six products; those below 2^-22 are left out.
 
 The parts of a block's tile are made in registers. Those of a matrix are the same for every tile, and tensor cores
 of the Hopper kind read them from shared memory: `prepare` writes them once, so that a tile's parts are copied
@@ -104,6 +104,27 @@ def high(x, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _cut(x):
+    """float32 values with the 8 leading bits of their significands, and zeros behind."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def three(t):
+    """float32 values as a sum of three bf16 parts, 8 bits of the 24 each: exactly, above bfloat16's least, 2^-133.
+
+    Cut, not rounded: one logical instruction, where a conversion takes the unit of the special functions, and nothing
+    overflows. The parts are up to twice as large as rounded ones, and then have the sign of t, while those of a matrix,
+    which `prepare` rounds, have either: what is left out stays below 2^-22, and has no bias. A NaN whose bits are cut
+    to infinity leaves a NaN behind.
+    """
+    t0 = _cut(t)
+    rest = t - t0
+    t1 = _cut(rest)
+    return t0.to(tl.bfloat16), t1.to(tl.bfloat16), (rest - t1).to(tl.bfloat16)
+
+
+@triton.jit
 def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr = False):
     """``acc + t @ m`` for a tile of a block and the tile at ``M`` of a prepared matrix, its parts ``size`` apart.
 
@@ -114,10 +135,7 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexp
     if PRECISION == "bf16x6":
         m1 = tl.load(M + size, mask=mask, other=0.0)
         m2 = tl.load(M + 2 * size, mask=mask, other=0.0)
-        t0 = high(t, 3)
-        rest = t - t0.to(tl.float32)
-        t1 = high(rest, 3)
-        t2 = high(rest - t1.to(tl.float32), 3)
+        t0, t1, t2 = three(t)
         s = tl.dot(t2, m, input_precision="ieee")
         s = tl.dot(t1, m1, s, input_precision="ieee")
         s = tl.dot(t0, m2, s, input_precision="ieee")
