@@ -153,7 +153,8 @@ def pack(
     """Compile kernels, (name, `fake.Variant`) each, in this order, and pack them; the manifest, and ``bytes`` written.
 
     What ``folder`` holds from before, of the same sources, is not compiled again. ``deadline``, of
-    `time.monotonic`: nothing is begun after it. What did not compile is under ``failed`` with the reason.
+    `time.monotonic`: nothing is begun after it. What did not compile is under ``failed`` with the reason. Raises
+    Mismatch if kernels/ was edited meanwhile.
     """
     import torch
 
@@ -194,6 +195,7 @@ def pack(
             del os.environ["TRITON_CACHE_DIR"]
         else:
             os.environ["TRITON_CACHE_DIR"] = before
+    check(about)  # the sources may have been edited meanwhile
     manifest = about | {
         "asked": len(found), "packed": names.total(), "variants": dict(names), "failed": failed, "launchers": launchers,
     }  # fmt: skip
