@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Replace a file by the data; whoever is killed in between leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, path)
+
+
 class Record:
     """The JSON file of one run (None: no file), its failures, and its time."""
 
-    def __init__(
-        self,
-        path: Path | None,
-        command: str,
-        about: dict[str, Any],
-        budget: float,
-        kind: str = "gpu",
-    ):
+    def __init__(self, path: Path | None, budget: float, **about: Any):
         self.path, self.budget, self.start = path, budget, time.monotonic()
-        self.data: dict[str, Any] = {
-            "kind": kind, "command": command, "machine": about, "results": [], "failures": [], "not_run": [],
-        }  # fmt: skip
+        self.data: dict[str, Any] = {**about, "results": [], "failures": [], "not_run": []}
         self.write()
 
     @property
@@ -57,8 +57,7 @@ class Record:
     def write(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.start, 1)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+            write_json(self.path, self.data)
 
     def close(self) -> int:
         """Say how it ended; the exit code."""

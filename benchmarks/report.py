@@ -2,7 +2,7 @@
 
 Without files, all in benchmarks/results/. The tables of the README are this program's output, word for word; a test
 compares them. ``--plots`` draws scaling.png (time against batch size, width and depth) and roofline.png; ``--plot``
-one picture of all times.
+one picture of all times. ``--gpu FILE`` prints what README may say of a card, by a file of ``benchmarks.gpu lease``.
 """
 
 import argparse
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare, benchmarks.scaling or ``benchmarks.gpu bench``."""
+    """The table of one file of benchmarks.compare, benchmarks.scaling or ``benchmarks.gpu lease``."""
     return {"gpu": _gpu, "scaling": _scaling}.get(measured.get("kind"), _cpu)(measured)
 
 
@@ -96,26 +96,112 @@ def _scaling(measured: dict) -> str:
     return "\n".join(lines)
 
 
+def contests(measured: dict) -> list[dict]:
+    """The timed rows of a lease, one a workload and precision; best of all peers, also of those under torch.compile."""
+    found: dict[tuple, dict] = {}
+    for kind in ("bench", "compiled"):
+        for item in measured.get("items", []):
+            if item["name"].startswith(kind + ":"):
+                for row in item.get("results", []):
+                    key = row["workload"], row["setting"]
+                    known = found.setdefault(key, row)
+                    if known is not row:
+                        found[key] = _joined(known, row)
+    return list(found.values())
+
+
+def _joined(row: dict, more: dict) -> dict:
+    """A row with the contenders of another; each ratio is of two that were timed side by side."""
+    both = [r["best"] for r in (row, more) if "best" in r]
+    best = {"best": min(both, key=lambda b: b["ratio"])} if both else {}
+    return row | {"contenders": more["contenders"] | row["contenders"]} | best
+
+
+CALL, COMPILE = "jactri auto", "jactri compile"
+TESTED = {
+    "smoke": "a few tests of each kernel", "kernels": "kernel tests", "suite": "suite",
+    "memcheck": "those few under compute-sanitizer's memcheck", "racecheck": "under its racecheck",
+}  # fmt: skip
+
+
 def _gpu(measured: dict) -> str:
-    """One row a workload and precision: the fastest peer, jactri, and its share of the card's lower bound."""
-    m = measured["machine"]
-    versions = f"torch {m['torch']}, triton {m['triton']}"
+    """What a lease found: one row a workload and precision, then what was proven, what failed, and what was not run."""
+    m, card = measured["machine"], measured["card"]
+    rates = ", ".join(
+        f"{name} {card[f'{name}_flops_per_s'] / 1e12:.3g}" for name in ("ieee", "tf32", "bf16")
+    )
     lines = [
-        f"GPU: {m['device']}, {versions}, {m['date']}, commit {(m['commit'] or 'unknown')[:9]}; medians of "
-        "interleaved calls with a cold L2 cache; the bound is the larger of flops and bytes at the card's measured "
-        "rates.",
+        f"GPU: {m['device']}, torch {m['torch']}, triton {m['triton']}, {m['date']}, commit {_commits(measured)}. "
+        f"It copies {card['copy_bytes_per_s'] / 1e12:.3g} TB/s (read and written) and multiplies, in TFLOP/s, "
+        f"{rates}; the bound is the larger of least flops and least bytes at these rates (at ieee a sixth of bf16's, "
+        "at most 130, where that is more). Medians of interleaved calls with a cold L2 cache, in milliseconds; "
+        "kernels: the sum of their times in one call; ratio: the best peer to jactri's plain call, timed side by side.",
         "",
-        "| workload | answer | float32 products | jactri ms | of the bound | best peer ms | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| workload | answer | float32 products | bound | kernels (of the bound) | call | `compile` | CUDA graph "
+        "| best torch peer | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in measured["results"]:
-        if "best" in row:
-            b = row["best"]
-            lines.append(
-                f"| {row['title']} | {_shape(row)} | {row['setting']} | {_ms(1e-3 * b['own_ms'])} | {b['share']:.0%} "
-                f"| {_ms(1e-3 * b['peer_ms'])} ({b['peer']}) | {_ratio(b['ratio'])} |"
-            )
-    return "\n".join(lines)
+    for row in contests(measured):
+        lines.append(
+            f"| {row['title']} | {_shape(row)} | {row['setting']} | {' | '.join(_figures(row))} |"
+        )
+    return "\n".join([*lines, "", *_proven(measured)])
+
+
+def _commits(measured: dict) -> str:
+    """Of all items that ran, those of an earlier lease too."""
+    found = dict.fromkeys(i.get("commit") for i in measured["items"] if i["state"] != "not run")
+    named = [c[:9] for c in found if c]
+    changed = " with changes" if measured["machine"].get("uncommitted_changes") else ""
+    return (" and ".join(named) or "unknown") + changed
+
+
+def _figures(row: dict) -> list[str]:
+    """The cells of a row from the bound on; "-" for what was not measured."""
+    own, made = (row["contenders"].get(n, {}) for n in (CALL, COMPILE))
+    cells = [_ms(1e-3 * row["least_ms"]), "-"]
+    if own.get("kernel_ms"):
+        cells[1] = f"{_ms(1e-3 * own['kernel_ms'])} ({row['least_ms'] / own['kernel_ms']:.0%})"
+    medians = (
+        f.get("median") for f in (own.get("ms", {}), made.get("ms", {}), own.get("graph", {}))
+    )
+    cells += ["-" if ms is None else _ms(1e-3 * ms) for ms in medians]
+    best = row.get("best")
+    peer = f"{_ms(1e-3 * best['peer_ms'])} ({best['peer']})" if best else "-"
+    return [*cells, peer, _ratio(best["ratio"]) if best else "-"]
+
+
+def _proven(measured: dict) -> list[str]:
+    """Sentences on tests, accuracy and captures, and on what failed or was not run."""
+    kinds: dict[str, list[dict]] = {}
+    for item in measured["items"]:
+        kinds.setdefault(item["name"].partition(":")[0], []).append(item)
+    rows = contests(measured)
+    compiled = [r for r in rows if any(f["kind"] == "compiled" for f in r["contenders"].values())]
+    lines = [f"- a peer under torch.compile was run in {len(compiled)} of the {len(rows)} rows"]
+    for kind, title in TESTED.items():
+        counts = [r for i in kinds.get(kind, []) for r in i.get("results", []) if "passed" in r]
+        if counts:
+            passed, failed = (sum(r[k] for r in counts) for k in ("passed", "failed"))
+            lines.append(f"- {title}: {passed} passed, {failed} failed")
+    if "accuracy" in kinds:
+        done = [i["name"].partition(":")[2] for i in kinds["accuracy"] if i["state"] == "done"]
+        lines.append(f"- as accurate as torch.func at full size: {', '.join(done) or 'none'}")
+    for call, title in (("auto", "the plain call"), ("compiled", "`compile`")):
+        rows = [
+            (i, r)
+            for i in kinds.get("capture", [])
+            for r in i.get("results", [])
+            if r["call"] == call
+        ]
+        if rows:
+            taken = [i["name"].partition(":")[2] for i, r in rows if r["captured"]]
+            lines.append(f"- {title} runs as a CUDA graph: {len(taken)} of {len(rows)} workloads")
+    for state, title in (("failed", "failed"), ("timeout", "cut off"), ("not run", "not run")):
+        names = [i["name"] for i in measured["items"] if i["state"] == state]
+        if names:
+            lines.append(f"- {title}: {', '.join(names)}")
+    return lines
 
 
 def _shape(row: dict) -> str:
@@ -206,6 +292,8 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path}: not JSON") from None
     if not isinstance(measured, dict):
         raise ValueError(f"{path}: not a file of benchmarks")
+    if measured.get("kind") == "gpu":
+        measured["results"] = contests(measured)
     return measured
 
 
@@ -219,9 +307,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="draw time against size, and a roofline"
     )
+    parser.add_argument(
+        "--gpu", type=Path, metavar="FILE", help="print the section of a card, and no more"
+    )
     options = parser.parse_args(argv)
     try:
-        files = [load(p) for p in options.files or sorted(RESULTS.glob("*.json"))]
+        paths = [options.gpu] if options.gpu else options.files or sorted(RESULTS.glob("*.json"))
+        files = [load(p) for p in paths]
         if options.plots:
             options.plots.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -229,7 +321,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     files = [f for f in files if "results" in f]  # counts.json holds no times
-    files = [f for f in files if f.get("kind") != "gpu" or f.get("command") == "bench"]
     print("\n\n".join(map(table, files)))
     if options.plot:
         plot(files, options.plot)

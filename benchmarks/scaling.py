@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 if jactri was wrong or failed."""
     options = parse(arguments)
     axes = [options.axis] if options.axis else list(AXES)
-    record = Record(options.json, "scaling", compare.start(options), options.budget, "scaling")
+    about = {"kind": "scaling", "command": "scaling", "machine": compare.start(options)}
+    record = Record(options.json, options.budget, **about)
     record.data |= {"base": BASE, "axes": {a: AXES[a] for a in axes}}
     todo = points(axes)
     for k, point in enumerate(todo):

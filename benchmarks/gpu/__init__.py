@@ -1,1 +1,1 @@
-"""One command that proves and measures jactri on a GPU: ``python -m benchmarks.gpu check|bench|profile``."""
+"""One command that proves and measures jactri on a GPU: ``python -m benchmarks.gpu lease``."""

@@ -1,4 +1,4 @@
-"""``bench``: jactri and its peers at equal precision, each checked against float64 before it is timed."""
+"""jactri and its peers at equal precision, each checked against float64 before it is timed; kernels by time."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import jactri
 from jactri import chooser
 
-from ..peers import BY_OPERATOR, JACTRI_COMPILE, TORCH, Peer, compiled
+from ..peers import BY_OPERATOR, JACTRI_COMPILE, OWN, TORCH, Peer, compiled
 from ..record import Record
 from ..timing import Spread
 from ..workloads import Workload
-from .device import SETTINGS, Device, precision, rates
+from .device import SETTINGS, Device, precision
 from .sizes import Sized, bound_ms, distance, problem, truth
 
 ALLOWED = {"ieee": 1e-5, "tf32": 1e-2}
 """Relative error of a result that may be timed; its own error is in the record."""
 
-ROUNDS = 12
+ROUNDS, SECONDS = 12, 1.5
+"""Rounds of timing, fewer (three at least) where the calls have taken so many seconds."""
 LAUNCH_BOUND_MS = 1.0
-"""Below this a call is bound by the host's launches: its CUDA graph is timed too."""
+"""Below this a call is bound by the host's launches: a peer's CUDA graph is timed too."""
+PROFILED = 3
+"""Calls of which the kernels are added up."""
 
 
 def own(backend: str) -> Peer:
@@ -38,37 +42,67 @@ def own(backend: str) -> Peer:
     return Peer(f"jactri {backend}", "jactri", make)
 
 
-def run(
-    device: Device, record: Record, workloads: list[Sized], shrink: int, compile_too: bool
+AUTO = own("auto")
+
+
+def rivals(w: Workload) -> list[Peer]:
+    """The best-known peers: of torch.func, for Jacobians those with the fewer seeds (both, where about equal)."""
+    if w.operator is not None:
+        return [p for p in BY_OPERATOR[w.operator] if p.func][:3]
+    forward = w.columns <= 2 * w.rows, "forward"
+    reverse = w.rows <= 2 * w.columns, "reverse"
+    modes = [mode for fits, mode in (forward, reverse) if fits]
+    return [p for p in TORCH if p.func and p.mode in modes and not p.left_out(w)]
+
+
+def run(device: Device, record: Record, size: Sized, card: dict[str, float]) -> None:
+    """At each precision: the plain call, `compile`, the peers, CUDA graphs, kernels. What is compiled by torch is not
+    among them, see `against_compiled`."""
+    w = size.workload
+    mine = JACTRI_COMPILE if w.operator is None else OWN[1]
+    _each(device, record, size, card, lambda setting: [AUTO, mine, *rivals(w)])
+
+
+def against_compiled(
+    device: Device, record: Record, size: Sized, card: dict[str, float], rows: list[dict[str, Any]]
 ) -> None:
-    """Fill the record: first everything that needs no compilation by torch, then the best of it compiled."""
-    card = rates(device, (4 << 30) // shrink, 8192 // shrink)
-    record.data["card"] = card
-    print(", ".join(f"{k} {v:.3g}" for k, v in card.items()), flush=True)
-    later = []
-    for size in workloads:
-        for setting in SETTINGS:
-            if record.has_time(f"{size.name} {setting}", 10):
-                with precision(setting):
-                    result = _contend(device, record, size, setting, card)
-                record.add(result)
-                later.append((size, setting, result))
-                print(_line(result), flush=True)
-                device.release()
-    for size, setting, result in later if compile_too else ():
-        if record.has_time(f"{size.name} {setting} compiled", 60):
-            with precision(setting):
-                _compile_best(device, record, size, setting, result)
-            record.write()
-            print(_line(result), flush=True)
-            device.release()
+    """The plain call beside the best peer under torch.compile: the fastest in ``rows`` of `run`, else the first."""
+    able = {p.name: p for p in rivals(size.workload)}
+    times = {
+        r["setting"]: {n: f["ms"]["median"] for n, f in r["contenders"].items() if n in able and "ms" in f}
+        for r in rows
+    }  # fmt: skip
+
+    def peers(setting: str) -> list[Peer]:
+        known = times.get(setting)
+        return [
+            AUTO,
+            compiled(able[min(known, key=known.get)] if known else next(iter(able.values()))),
+        ]
+
+    _each(device, record, size, card, peers)
+
+
+def _each(device: Device, record: Record, size: Sized, card, peers) -> None:
+    for setting in SETTINGS:
+        if not record.has_time(setting, 3):
+            continue
+        with precision(setting):
+            contest = Contest(device, record, size, setting, bound_ms(size.workload, card, setting))
+            for peer in peers(setting):
+                contest.add(peer)
+            contest.time()
+        record.add(contest.summary())
+        record.data["line"] = "; ".join(map(_line, record.data["results"]))
+        device.release()
 
 
 class Contest:
     """The contenders of one workload at one setting: those that are right, and what is known of all."""
 
-    def __init__(self, device: Device, record: Record, size: Sized, setting: str):
-        self.device, self.record, self.w, self.setting = device, record, size.workload, setting
+    def __init__(self, device: Device, record: Record, size: Sized, setting: str, least: float):
+        self.device, self.record, self.size, self.setting = device, record, size, setting
+        self.w, self.least = size.workload, least
         self.net, self.x = problem(self.w, device.device)
         self.want = truth(self.w, self.net, self.x, min(self.w.samples, 8))
         self.calls: dict[str, Callable[[], Any]] = {}
@@ -77,10 +111,6 @@ class Contest:
     def add(self, peer: Peer) -> None:
         """Run a contender once and hold the result against float64."""
         fact = self.facts[peer.name] = {"kind": peer.kind}
-        reason = peer.left_out(self.w)
-        if reason:
-            fact["left_out"] = reason
-            return
         try:
             call = peer.make(self.w, self.net)
             fact["error"] = distance(call(self.x), self.want, self.w.operator)
@@ -90,60 +120,61 @@ class Contest:
                 )
             self.calls[peer.name] = lambda: call(self.x)
         except Exception as error:  # any contender may fail in any way: the others go on
-            fact["failed"] = f"{type(error).__name__}: {error}"[:500]
-            self.record.failed(f"{self.w.name} {self.setting} {peer.name}", error)
+            self._failed(peer.name, "failed", error)
+            self.record.failed(f"{self.setting} {peer.name}", error)
         finally:
             self.device.release()
 
-    def time(self, least: float, seconds: float) -> None:
-        """Milliseconds of all, in shuffled rounds."""
-        for name, samples in _interleave(self.device, self.calls, seconds).items():
-            spread = Spread.of(samples)
-            self.facts[name] |= {"ms": asdict(spread), "share_of_bound": least / spread.median}
-            if spread.median < LAUNCH_BOUND_MS:
-                self.facts[name]["graph"] = _graph(self.device, self.calls[name])
+    def time(self) -> None:
+        """Milliseconds of all, in shuffled rounds; then their kernels; then CUDA graphs, as far as they go."""
+        for name, samples in _interleave(self.device, self.calls).items():
+            self.facts[name]["ms"] = asdict(Spread.of(samples))
+        for name, call in self.calls.items():
+            fact = self.facts[name]
+            try:
+                kernels = kernels_of(self.device, call)
+            except (
+                Exception
+            ) as error:  # a profiler that does not work here costs its own figures only
+                self._failed(name, "kernels_failed", error)
+                continue
+            fact["kernel_ms"] = sum(k["us"] for k in kernels) / 1e3
+            fact["launches"] = sum(k["count"] for k in kernels)
+            fact["kernels"] = kernels[:8]
+        for name, call in self.calls.items():
+            if name == AUTO.name or self.facts[name]["ms"]["median"] < LAUNCH_BOUND_MS:
+                self.facts[name]["graph"] = _graph(self.device, call)
+
+    def _failed(self, name: str, key: str, error: Exception) -> None:
+        self.facts[name][key] = f"{type(error).__name__}: {error}"[:500]
+
+    def summary(self) -> dict[str, Any]:
+        """The contest as plain data: for a file."""
+        w, goal = self.w, {"share": self.size.share, "ratio": self.size.ratio[self.setting]}
+        timed = {n: f["ms"]["median"] for n, f in self.facts.items() if "ms" in f}
+        peers = {n: ms for n, ms in timed.items() if self.facts[n]["kind"] != "jactri"}
+        found: dict[str, Any] = {
+            "workload": self.size.name, "title": w.title, "shape": w.shape, "setting": self.setting,
+            "least_ms": self.least, "least_flops": w.flops, "least_bytes": w.bytes,
+            "contenders": self.facts, "goal": goal, "ways": chooser.chosen(),
+        }  # fmt: skip
+        if AUTO.name in timed and peers:
+            peer, mine = min(peers, key=peers.get), timed[AUTO.name]
+            found["best"] = {
+                "own_ms": mine, "peer": peer, "peer_ms": peers[peer],
+                "ratio": peers[peer] / mine, "share": self.least / mine,
+            }  # fmt: skip
+        return found
 
 
-def _contend(device, record: Record, size: Sized, setting: str, card) -> dict[str, Any]:
-    contest = Contest(device, record, size, setting)
-    for peer in (*map(own, device.backends), *_others(size.workload)):
-        contest.add(peer)
-    least = bound_ms(size.workload, card, setting)
-    contest.time(least, record.left / 16)
-    return _summary(size, setting, least, contest.facts)
-
-
-def _others(w: Workload) -> list[Peer]:
-    """The contenders beside `own`."""
-    if w.operator is None:
-        return [JACTRI_COMPILE, *TORCH]
-    same = ("jactri static", "jactri static out=")  # a CUDA graph is static
-    found = [p for p in BY_OPERATOR[w.operator] if p.name not in ("jactri", *same)]
-    return [p for p in found if p.kind != "expert"]
-
-
-def _compile_best(device, record: Record, size: Sized, setting: str, result) -> None:
-    """Add the fastest peer that torch.compile takes whole, compiled, timed beside jactri again."""
-    facts = result["contenders"]
-    able = [p for p in _others(size.workload) if p.func and "ms" in facts.get(p.name, {})]
-    if not able:
-        return
-    contest = Contest(device, record, size, setting)
-    contest.add(own("auto"))
-    contest.add(compiled(min(able, key=lambda p: facts[p.name]["ms"]["median"])))
-    contest.time(result["least_ms"], record.left / 16)
-    facts |= contest.facts
-    result |= _summary(size, setting, result["least_ms"], facts)
-
-
-def _interleave(device: Device, calls, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call over shuffled rounds, for about so many seconds."""
+def _interleave(device: Device, calls) -> dict[str, list[float]]:
+    """Milliseconds of each call over shuffled rounds."""
     times: dict[str, list[float]] = {n: [] for n in calls}
     order, spent = random.Random(0), 0.0
     for call in calls.values():
         call()
     for r in range(ROUNDS):
-        if r >= 3 and spent > 1e3 * seconds:
+        if r >= 3 and spent > 1e3 * SECONDS:
             break
         names = list(calls)
         order.shuffle(names)
@@ -163,31 +194,33 @@ def _graph(device: Device, call) -> dict[str, Any]:
     return asdict(Spread.of([device.milliseconds(replay) for _ in range(ROUNDS)]))
 
 
-def _summary(size: Sized, setting: str, least: float, facts) -> dict[str, Any]:
-    timed = {n: f["ms"]["median"] for n, f in facts.items() if "ms" in f}
-    own = {n: ms for n, ms in timed.items() if n.startswith("jactri")}
-    peers = {n: ms for n, ms in timed.items() if n not in own}
-    found: dict[str, Any] = {
-        "workload": size.name, "title": size.workload.title, "shape": size.workload.shape, "setting": setting,
-        "least_ms": least, "least_flops": size.workload.flops, "least_bytes": size.workload.bytes,
-        "contenders": facts, "goal": {"share": size.share, "ratio": size.ratio[setting]},
-        "ways": chooser.chosen(),
-    }  # fmt: skip
-    if "jactri auto" in own and peers:
-        peer = min(peers, key=peers.get)
-        found["best"] = {
-            "own_ms": own["jactri auto"], "peer": peer, "peer_ms": peers[peer],
-            "ratio": peers[peer] / own["jactri auto"], "share": least / own["jactri auto"],
-        }  # fmt: skip
-    return found
+def kernels_of(device: Device, call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The kernels of a call by the profiler, the longest first: name, microseconds and launches a call."""
+    on_device = device.name == "cuda"
+    activities = [ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]
+    device.synchronize()
+    with profile(activities=activities) as taken:
+        for _ in range(PROFILED):
+            call()
+        device.synchronize()
+    found = []
+    for event in taken.key_averages():
+        us = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if us > 0 and (not on_device or str(event.device_type).endswith("CUDA")):
+            found.append(
+                {"name": event.key[:120], "us": us / PROFILED, "count": event.count / PROFILED}
+            )
+    return sorted(found, key=lambda k: -k["us"])
 
 
 def _line(r: dict[str, Any]) -> str:
-    head = f"{r['workload']:8} {r['setting']:5} bound {r['least_ms']:8.3f} ms"
+    own = r["contenders"].get(AUTO.name, {})
+    text = f"{r['setting']} bound {r['least_ms']:.3g} ms"
+    if "kernel_ms" in own:
+        text += f", kernels {own['kernel_ms']:.3g} ({r['least_ms'] / own['kernel_ms']:.0%})"
     if "best" not in r:
-        return f"{head}  nothing to compare"
+        return text + ", nothing to compare"
     b = r["best"]
     return (
-        f"{head}  jactri {b['own_ms']:8.3f} ms ({b['share']:.0%} of the bound, goal {r['goal']['share']:.0%})  "
-        f"{b['peer']} {b['peer_ms']:8.3f} ms, ratio {b['ratio']:.2f} (goal {r['goal']['ratio']})"
+        text + f", call {b['own_ms']:.3g}, {b['peer']} {b['peer_ms']:.3g}: {b['ratio']:.2g} times"
     )

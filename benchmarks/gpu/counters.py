@@ -1,6 +1,6 @@
-"""``limits``: what bounds each kernel of a call, by the hardware's counters (Nsight Compute).
+"""What bounds each kernel of a call, by the hardware's counters (Nsight Compute).
 
-Each workload runs in a process of its own under ``ncu``, which repeats every kernel until all counters are read; the
+The workload runs in a process of its own under ``ncu``, which repeats every kernel until all counters are read; the
 clocks are left as they are. A kernel is said to be bound by what is used most: memory, tensor pipe, L2, or issue
 slots; where none is used by half, by its occupancy, or by latency where that is high.
 """
@@ -18,7 +18,7 @@ import torch
 
 from ..machine import ROOT
 from ..record import Record
-from .device import SETTINGS, Device, precision
+from .device import precision
 from .sizes import Sized, problem
 
 METRICS = {
@@ -37,34 +37,17 @@ MOST = 200
 WARM_UP = 3
 
 
-def run(device: Device, record: Record, workloads: list[Sized], shrink: int) -> None:
-    """Fill the record: for each workload at each precision, its kernels by time with what bounds them."""
-    ncu = shutil.which("ncu")
-    if ncu is None or device.name != "cuda":
-        record.failed(
-            "limits", "ncu (Nsight Compute) is not on the PATH, or there is no CUDA device"
-        )
-        return
-    for size in workloads:
-        for setting in SETTINGS:
-            what = f"limits {size.name} {setting}"
-            if not record.has_time(what, 20):
-                continue
-            try:
-                kernels = _profiled(ncu, size.name, setting, shrink, record.left)
-            except (subprocess.SubprocessError, ValueError) as error:
-                record.failed(what, error)
-                continue
-            record.add({"workload": size.name, "setting": setting, "kernels": kernels})
-            print(f"{size.name} {setting}", flush=True)
-            for k in kernels[:6]:
-                print(f"  {line(k)}", flush=True)
+def run(record: Record, size: Sized, shrink: int, setting: str = "ieee") -> None:
+    """A workload's kernels by time, with what bounds them."""
+    found = _profiled(shutil.which("ncu") or "ncu", size.name, setting, shrink, record.left)
+    record.data["line"] = "; ".join(map(line, found[:2]))
+    record.add({"workload": size.name, "setting": setting, "kernels": found})
 
 
 def line(k: dict[str, Any]) -> str:
     """A kernel in a line of text."""
     uses = ", ".join(f"{u} {k[u]:.0f}%" for u in (*USES, "occupancy") if k.get(u) is not None)
-    return f"{k['us']:9.1f} us {k['count']:4} x  bound by {k['bound by']:<12} ({uses})  {k['name'][:60]}"
+    return f"{k['name'][:40]} {k['us']:.1f} us, {k['count']} x, bound by {k['bound by']} ({uses})"
 
 
 def _profiled(

@@ -59,6 +59,21 @@ def versions() -> dict[str, Any]:
     }
 
 
+def there() -> bool:
+    """Whether torch sees a CUDA device; none is begun to be used."""
+    return torch.cuda.is_available()
+
+
+def asked(field: str) -> str | None:
+    """What nvidia-smi says of the first card, which nobody needs to use for it; None where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.splitlines() or [None])[0]
+
+
 class Cuda:
     """A CUDA device."""
 
@@ -72,14 +87,9 @@ class Cuda:
     def describe(self) -> dict[str, Any]:
         """Name, capability, memory and driver."""
         p = torch.cuda.get_device_properties(0)
-        driver = None
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
-            driver = done.stdout.split()[0]
         return {
             "device": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1),
-            "multiprocessors": p.multi_processor_count, "driver": driver,
+            "multiprocessors": p.multi_processor_count, "driver": asked("driver_version"),
         }  # fmt: skip
 
     def synchronize(self) -> None:
