@@ -1,10 +1,12 @@
 """The workloads that ask for something else than a Jacobian, at tiny sizes: every contender is right. No times."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import checks, operators, peers, peers_jax, workloads
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.items import main
 from benchmarks.gpu.sizes import distance, problem, sized, truth
 
 NAMES = list(workloads.OPERATORS_OF)
@@ -68,20 +70,12 @@ def test_truth_on_a_gpu_is_of_the_first_samples(name):
     assert distance(w.operator.jactri(net, x), want, w.operator) < 1e-5
 
 
-def test_the_gpu_command_takes_them(tmp_path):
-    names = [n for n in NAMES if n != "W8-wide"]
-    options = [
-        "--device",
-        "cpu",
-        "--shrink",
-        "4000",
-        "--no-compile",
-        "--json",
-        str(tmp_path / "r"),
-    ]
-    assert main(["bench", *names, *options]) == 0
-    assert main(["check", *names, "--parts", "accuracy", *options]) == 0
-    assert main(["profile", *names, *options]) == 0
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "W8-wide"])
+def test_the_gpu_command_takes_them(name, tmp_path):
+    file = tmp_path / "r.json"
+    for kind in ("bench", "accuracy", "capture"):
+        words = [f"{kind}:{name}", "--device", "cpu", "--shrink", "4000", "--json", str(file)]
+        assert main(words) == 0 and json.loads(file.read_text())["results"]
 
 
 @pytest.mark.skipif(not peers_jax.installed(), reason="needs jax")

@@ -1,148 +1,452 @@
 """``python -m benchmarks.gpu`` and its report, tried on the CPU: the same code, with another clock."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import record as records
-from benchmarks import report
-from benchmarks.gpu import bench, check, counters
+from benchmarks import plots, report
+from benchmarks.gpu import bench, cache, check, counters, items, suite
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.device import Cpu, precision
 from benchmarks.gpu.sizes import GOALS, bound_ms, distance, problem, sized, truth
 from benchmarks.peers import Peer
+from benchmarks.record import Record
 
-TINY = ["--device", "cpu", "--shrink", "2000", "--no-compile"]
+ROOT = Path(__file__).resolve().parent.parent
+CARD = {
+    "tf32_flops_per_s": 400e12, "ieee_flops_per_s": 50e12, "bf16_flops_per_s": 800e12, "copy_bytes_per_s": 3e12
+}  # fmt: skip
+
+
+class Graphs(Cpu):
+    """A device that has graphs: a replay is the call again, into what the capture gave."""
+
+    def graph(self, call):
+        call()
+        return call
+
+
+def one(name, shrink=2000):
+    return next(s for s in sized([name], shrink) if s.name == name)
 
 
 @pytest.fixture
-def run(tmp_path):
-    path = tmp_path / "results" / "run.json"
+def found(tmp_path):
+    """What an item's function found, by its record."""
 
-    def call(*arguments):
-        code = main([*arguments, *TINY, "--json", str(path)])
-        return code, json.loads(path.read_text())
+    def call(function, *arguments, seconds=600.0):
+        record = Record(tmp_path / "results" / "item.json", seconds, line="")
+        function(*(record if a is Record else a for a in arguments))
+        code = record.close()
+        return code, json.loads(record.path.read_text())
 
     return call
 
 
+# ---- the command
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_no_device_is_an_error(capsys):
-    assert main(["bench"]) == 2
+    assert main(["lease"]) == 2
     assert "--device cpu" in capsys.readouterr().err
 
 
-def test_an_unknown_workload_is_an_error(capsys):
-    assert main(["bench", "W99", *TINY]) == 2
-    assert "W1-tanh" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["bench:W99", "bench:W", "W1", "ben"])
+def test_an_unknown_item_is_an_error(name, capsys, tmp_path):
+    assert (
+        main(["lease", "--device", "cpu", "--only", name, "--json", str(tmp_path / "x.json")]) == 2
+    )
+    error = capsys.readouterr().err
+    assert repr(name) in error and "W1-tanh" in error and "capture" in error
+    assert not list(tmp_path.iterdir())
 
 
-def test_bench(run, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "LAUNCH_BOUND_MS", float("inf"))  # however slow this machine is now
-    code, found = run("bench", "W1-tanh", "W2")
-    assert code == 0 and not found["failures"] and not found["not_run"]
-    assert {r["workload"] for r in found["results"]} == {"W1-tanh", "W2"}
-    for row in found["results"]:
-        assert row["setting"] in ("ieee", "tf32")
-        assert row["contenders"]["jactri auto"]["error"] < 1e-5
-        assert row["best"]["ratio"] == row["best"]["peer_ms"] / row["best"]["own_ms"]
-        assert "no CUDA graphs" in row["contenders"]["jactri auto"]["graph"]["failed"]
-        assert "left_out" in row["contenders"]["vmap(jacfwd)"] or row["workload"] != "W2"
-    assert found["card"]["copy_bytes_per_s"] > 0
-    assert {"device", "torch", "triton", "commit", "date"} <= set(found["machine"])
-    assert "ratio" in capsys.readouterr().out
-    text = report.table(found)
-    assert text.count("\n| dynamics MLP") == 2 and "| ieee |" in text
-    report.plot([found], tmp_path / "plot.png")
+def test_a_file_to_go_on_from_that_is_not_there_is_an_error(capsys, tmp_path):
+    assert main(["lease", "--device", "cpu", "--skip-done", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_a_lease_for_real(tmp_path, capsys, monkeypatch):
+    """Two processes at tiny sizes; then once more, where one of them is done."""
+    monkeypatch.setattr(cache, "ARCHIVE", tmp_path / "no package")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    tiny = [
+        "lease",
+        "--device",
+        "cpu",
+        "--shrink",
+        "4000",
+        "--only",
+        "bench:W2",
+        "--seconds",
+        "400",
+    ]
+    assert main([*tiny, "--json", str(first)]) == 0
+    data = json.loads(first.read_text())
+    assert [(i["name"], i["state"]) for i in data["items"]] == [
+        ("card", "done"),
+        ("bench:W2", "done"),
+    ]
+    assert {"device", "torch", "triton", "commit", "date"} <= set(data["machine"])
+    assert data["card"]["copy_bytes_per_s"] > 0 and data["kernels"] == cache.kernels_hash()
+    out = capsys.readouterr().out
+    assert "ieee bound" in out and out.rstrip().splitlines()[-1].endswith(" s")
+    assert {f.name for f in tmp_path.iterdir()} == {"first.json", "first.log"}
+    assert main([*tiny, "--json", str(second), "--skip-done", str(first)]) == 0
+    again = json.loads(second.read_text())["items"][1]
+    assert again == data["items"][1] | {"earlier": True}
+    assert report.main(["--gpu", str(second), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert capsys.readouterr().out.count("\n| classifier MLP") == 2
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_profile(run, tmp_path):
-    code, found = run("profile", "W2", "--traces", str(tmp_path / "traces"))
-    assert code == 0 and found["results"][0]["kernels"][0]["us"] > 0
-    assert (tmp_path / "traces" / "W2.trace.json").exists()
+# ---- the list
 
 
-def test_check_accuracy(run):
-    code, found = run("check", "W2", "W7", "--parts", "accuracy")
-    assert code == 0
-    assert {(r["workload"], r["setting"]) for r in found["results"]} == {
-        (w, s) for w in ("W2", "W7") for s in ("ieee", "tf32", "bf16")
-    }
-    assert all(
-        r["auto"] <= 2 * r["torch.func"] + check.SLACK[r["setting"]] for r in found["results"]
+def listed(monkeypatch, tools=(), **more):
+    monkeypatch.setattr(
+        items.shutil, "which", lambda name: f"/bin/{name}" if name in tools else None
     )
+    return items.listed("cuda", 1, Path("lease.json"), **more)
 
 
-def test_a_wrong_result_is_a_failure_and_is_not_timed(run, monkeypatch):
-    right = bench.TORCH[4]
+def test_the_most_valuable_comes_first(monkeypatch):
+    kinds = list(dict.fromkeys(i.kind for i in listed(monkeypatch, archive=Path("pack"))))
+    assert kinds == [
+        "card", "cache", "smoke", "capture", "accuracy", "bench", "limits", "kernels", "suite", "memcheck",
+        "racecheck", "compiled",
+    ]  # fmt: skip
+    assert set(kinds) == set(items.KINDS)
+    assert "cache" not in {i.kind for i in listed(monkeypatch)}
 
+
+def test_every_item_can_be_run_and_has_a_limit(monkeypatch):
+    found = listed(monkeypatch, ("ncu", "compute-sanitizer"))
+    assert len({i.name for i in found}) == len(found)
+    for i in found:
+        at = i.command.index("benchmarks.gpu.items")
+        assert i.command[at + 1] == i.name and not i.lacks
+        assert 0 < i.seconds <= 180 and i.environment["TRITON_CACHE_DIR"]
+    watched = [i for i in found if i.kind in ("memcheck", "racecheck")]
+    assert all(i.command[:3] == ["/bin/compute-sanitizer", "--tool", i.kind] for i in watched)
+    assert all(i.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for i in watched)
+    assert sum(len(suite.SMOKE) for i in watched) and len(watched) == 2 * items.SANITIZED
+
+
+def test_tools_that_are_not_there_are_named(monkeypatch):
+    lacking = {i.kind: i.lacks for i in listed(monkeypatch) if i.lacks}
+    assert set(lacking) == {"limits", "memcheck", "racecheck"}
+    assert "ncu" in lacking["limits"] and "compute-sanitizer" in lacking["racecheck"]
+
+
+def test_some_items_can_be_asked_for(monkeypatch):
+    every = listed(monkeypatch)
+    names = [
+        i.name for i in items.chosen(every, ["bench:W1", "bench:W6", "kernels:3of14", "limits"])
+    ]
+    assert names == [
+        "card", "bench:W1-tanh", "bench:W1-silu", "bench:W6", "limits:W1-tanh", "limits:W5", "limits:W6",
+        "kernels:3of14",
+    ]  # fmt: skip
+    assert items.chosen(every, []) == every
+
+
+def test_an_item_that_raises_says_so_in_its_file(tmp_path):
+    file = tmp_path / "item.json"
+    assert items.main(["capture:none", "--device", "cpu", "--json", str(file)]) == 1
+    (failure,) = json.loads(file.read_text())["failures"]
+    assert failure["what"] == "capture" and "none" in failure["error"]
+
+
+def test_a_cache_that_does_not_fit_is_a_failure_that_names_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path)
+
+    def unpack(archive, folder, target):
+        raise cache.Mismatch("packed for other kernels")
+
+    monkeypatch.setattr(cache, "unpack", unpack)
+    file = tmp_path / "item.json"
+    assert items.main(["cache", "--device", "cpu", "--json", str(file), "--cache", "pack"]) == 1
+    assert "other kernels" in json.loads(file.read_text())["failures"][0]["error"]
+
+
+def test_a_cache_is_unpacked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path)
+    calls = []
+
+    def unpack(archive, folder, target):
+        calls.append((archive, folder, target))
+        folder.mkdir()
+        (folder / cache.MANIFEST).write_text(json.dumps(cache.here()))
+        return cache.here() | {"notes": ["no launchers"]}
+
+    monkeypatch.setattr(cache, "unpack", unpack)
+    (tmp_path / "lease.json").write_text(json.dumps({"machine": {"capability": "9.0"}}))
+    file = tmp_path / "item.json"
+    words = ["cache", "--device", "cpu", "--json", str(file), "--cache", "pack"]
+    assert items.main([*words, "--lease", str(tmp_path / "lease.json")]) == 0
+    assert calls == [(Path("pack"), tmp_path / "kernels", "sm_90")]
+    assert json.loads(file.read_text())["line"] == "unpacked; no launchers"
+    assert items.main(words) == 0 and len(calls) == 1
+    assert json.loads(file.read_text())["line"] == "unpacked already"
+
+
+# ---- times
+
+
+@pytest.mark.parametrize("name", ["W1-tanh", "W2", "W8-divergence"])
+def test_bench(name, found):
+    code, data = found(bench.run, Graphs(), Record, one(name), CARD)
+    assert code == 0 and not data["failures"] and not data["not_run"]
+    assert [r["setting"] for r in data["results"]] == ["ieee", "tf32"]
+    for row in data["results"]:
+        own = row["contenders"]["jactri auto"]
+        assert own["error"] < 1e-5 and own["ms"]["median"] > 0 and own["graph"]["median"] > 0
+        assert own["kernel_ms"] == pytest.approx(
+            sum(k["us"] for k in own["kernels"]) / 1e3, rel=0.9
+        )
+        assert own["launches"] >= len(own["kernels"]) / 2
+        assert row["contenders"]["jactri compile"]["ms"]["median"] > 0
+        assert row["best"]["ratio"] == row["best"]["peer_ms"] / row["best"]["own_ms"]
+        assert 3 <= len(row["contenders"]) <= 6
+    assert "ieee bound" in data["line"] and "times" in data["line"]
+
+
+def test_peers_are_the_best_known_ones():
+    names = {n: [p.name for p in bench.rivals(one(n).workload)] for n in ("W1-tanh", "W2", "W3")}
+    forward, reverse = ["vmap(jacfwd)", "jacfwd of f(x+e)"], ["vmap(jacrev)", "jacrev of sum"]
+    assert set(names["W1-tanh"]) == {*forward, *reverse}
+    assert names["W2"] == reverse and names["W3"] == forward
+    assert all(2 <= len(bench.rivals(s.workload)) <= 4 or "W9" in s.name for s in sized([], 4000))
+
+
+def test_the_fastest_peer_is_compiled(found, monkeypatch):
+    asked = []
+
+    def compiled(peer):
+        asked.append(peer.name)
+        return Peer(f"compile {peer.name}", "compiled", peer.make)
+
+    monkeypatch.setattr(bench, "compiled", compiled)
+    times = {"vmap(jacrev)": 2.0, "jacrev of sum": 1.0, "jactri auto": 0.1}
+    contenders = {n: {"ms": {"median": t}} for n, t in times.items()}
+    rows = [{"setting": "ieee", "contenders": contenders}]
+    code, data = found(bench.against_compiled, Cpu(), Record, one("W2"), CARD, rows)
+    assert code == 0 and asked == ["jacrev of sum", "vmap(jacrev)"]
+    assert set(data["results"][0]["contenders"]) == {"jactri auto", "compile jacrev of sum"}
+
+
+def planted(make):
+    return lambda w: [Peer("planted", "torch", make), bench.TORCH[4]]
+
+
+def test_a_wrong_result_is_a_failure_and_is_not_timed(found, monkeypatch):
     def wrong(w, net):
-        jacobian = right.make(w, net)
+        jacobian = bench.TORCH[4].make(w, net)
         return lambda x: jacobian(x) * 1.001
 
-    monkeypatch.setattr(bench, "TORCH", (Peer("planted", "torch", wrong),))
-    code, found = run("bench", "W2")
+    monkeypatch.setattr(bench, "rivals", planted(wrong))
+    code, data = found(bench.run, Cpu(), Record, one("W2"), CARD)
     assert code == 1
-    assert [f["what"] for f in found["failures"]] == ["W2 ieee planted"]
-    fact = found["results"][0]["contenders"]["planted"]
+    assert [f["what"] for f in data["failures"]] == ["ieee planted"]
+    fact = data["results"][0]["contenders"]["planted"]
     assert "off by" in fact["failed"] and "ms" not in fact
-    assert "best" not in found["results"][0]
+    assert data["results"][0]["best"]["peer"] == "vmap(jacrev)"
 
 
-def test_a_wrong_jacobian_fails_the_check(run, monkeypatch):
-    plain = check.jactri.jacobian
-    monkeypatch.setattr(check.jactri, "jacobian", lambda *a, **k: plain(*a, **k) * 1.1)
-    code, found = run("check", "W2", "--parts", "accuracy")
-    assert code == 1 and "off by 1.0e-01" in found["failures"][0]["error"]
-
-
-def test_an_exception_in_a_peer_is_recorded_and_the_run_goes_on(run, monkeypatch):
+def test_an_exception_in_a_peer_is_recorded_and_the_run_goes_on(found, monkeypatch):
     def broken(w, net):
         raise MemoryError("too large")
 
-    monkeypatch.setattr(bench, "TORCH", (Peer("broken", "torch", broken), bench.TORCH[4]))
-    code, found = run("bench", "W2")
-    assert code == 1 and found["failures"][0]["type"] == "MemoryError"
-    assert found["results"][0]["best"]["peer"] == "vmap(jacrev)"
+    monkeypatch.setattr(bench, "rivals", planted(broken))
+    code, data = found(bench.run, Cpu(), Record, one("W2"), CARD)
+    assert code == 1 and data["failures"][0]["type"] == "MemoryError"
+    assert data["results"][1]["best"]["peer"] == "vmap(jacrev)"
 
 
-def test_what_time_does_not_suffice_for_is_noted(run):
-    code, found = run("bench", "W1", "W2", "--budget", "1")
-    assert code == 0 and not found["results"]
-    assert found["not_run"] == [
-        f"{w} {s}" for w in ("W1-tanh", "W2", "W1-silu") for s in ("ieee", "tf32")
-    ]
+def test_a_profiler_that_fails_costs_its_own_figures_only(found, monkeypatch):
+    def broken(device, call):
+        raise RuntimeError("CUPTI")
+
+    monkeypatch.setattr(bench, "kernels_of", broken)
+    code, data = found(bench.run, Cpu(), Record, one("W2"), CARD)
+    fact = data["results"][0]["contenders"]["jactri auto"]
+    assert code == 0 and "CUPTI" in fact["kernels_failed"] and fact["ms"]["median"] > 0
+    assert "no CUDA graphs" in fact["graph"]["failed"]
 
 
-def test_tests_are_run_in_processes_and_their_failures_listed(tmp_path, monkeypatch):
-    (tmp_path / "test_planted.py").write_text(
-        "def test_good(): pass\ndef test_bad(): assert 1 == 2\n"
+def test_what_time_does_not_suffice_for_is_noted(found):
+    code, data = found(bench.run, Cpu(), Record, one("W2"), CARD, seconds=0.0)
+    assert code == 0 and not data["results"] and data["not_run"] == ["ieee", "tf32"]
+
+
+# ---- accuracy and captures
+
+
+@pytest.mark.parametrize("name", ["W2", "W7"])
+def test_accuracy(name, found):
+    code, data = found(check.accuracy, Cpu(), Record, one(name))
+    assert code == 0
+    assert [r["setting"] for r in data["results"]] == ["ieee", "tf32", "bf16"]
+    assert all(
+        r["auto"] <= 2 * r["torch.func"] + check.SLACK[r["setting"]] for r in data["results"]
     )
-    record = records.Record(tmp_path / "r.json", "check", {}, 60)
-    check._finish(record, *check._pytest("planted", [str(tmp_path / "test_planted.py")], {}))
-    (found,) = record.data["results"]
-    assert (found["tests"], found["failed"], found["code"]) == (2, 1, 1)
-    assert "test_bad" in record.data["failures"][0]["what"]
-    assert record.close() == 1
+    assert "compiled" in data["results"][0] and data["line"].startswith("off by ieee")
+
+
+def test_a_wrong_jacobian_fails_the_check(found, monkeypatch):
+    plain = check.jactri.jacobian
+    monkeypatch.setattr(check.jactri, "jacobian", lambda *a, **k: plain(*a, **k) * 1.1)
+    code, data = found(check.accuracy, Cpu(), Record, one("W2"))
+    assert code == 1 and "off by 1.0e-01" in data["failures"][0]["error"]
+
+
+@pytest.mark.parametrize("name", ["W2", "W9-parameters", "W8-laplacian"])
+def test_captures(name, found):
+    code, data = found(check.capture, Graphs(), Record, one(name))
+    auto, made = data["results"]
+    assert code == 0 and auto["captured"] and not made["captured"] and auto["error"] < 1e-5
+    assert "auto captured; compiled not captured: jactri.compile" in data["line"]
+    code, data = found(check.capture, Cpu(), Record, one(name))
+    assert code == 0 and "no CUDA graphs" in data["results"][0]["how"]
+
+
+def test_a_graph_that_does_not_read_its_input_is_found(found):
+    class Stale(Cpu):
+        def graph(self, call):
+            call()
+            return lambda: None
+
+    code, data = found(check.capture, Stale(), Record, one("W2"))
+    assert code == 1 and "when replayed" in data["failures"][0]["error"]
+
+
+# ---- tests inside of an item
+
+RUN = """
+import json, sys
+from pathlib import Path
+from benchmarks.gpu import suite
+from benchmarks.record import Record
+record = Record(Path(sys.argv[1]), float(sys.argv[2]), line="")
+suite.run(record, [sys.argv[5]], int(sys.argv[3]), int(sys.argv[4]))
+sys.exit(record.close())
+"""
+
+
+def in_an_item(tmp_path, text, shard=1, of=1, seconds=60.0):
+    """(exit code, data) of pytest in an item, on a file with this text."""
+    (tmp_path / "test_planted.py").write_text(text)
+    file = tmp_path / "item.json"
+    words = [str(w) for w in (file, seconds, shard, of, tmp_path / "test_planted.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert file.exists(), done.stderr
+    return done.returncode, json.loads(file.read_text())
+
+
+PLANTED = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip
+def test_left_out(): pass
+@pytest.fixture
+def broken(): raise OSError("no such thing")
+def test_cannot_begin(broken): pass
+@pytest.mark.parametrize("k", range(5))
+def test_many(k): pass
+"""
+
+
+def test_tests_that_fail_are_listed(tmp_path):
+    code, data = in_an_item(tmp_path, PLANTED)
+    assert code == 1 and data["results"] == [{"passed": 6, "failed": 2, "skipped": 1}]
+    bad, broken = data["failures"]
+    assert "test_bad" in bad["what"] and "assert 1 == 2" in bad["error"]
+    assert "test_cannot_begin" in broken["what"] and "no such thing" in broken["error"]
+    assert data["line"] == "6 passed, 2 failed, 1 skipped"
+
+
+def test_shards_are_all_tests_and_those_that_need_memory_are_in_the_first(tmp_path):
+    text = "import pytest\n@pytest.mark.parametrize('k', range(7))\ndef test_many(k): pass\n"
+    text += "\n".join(f"@pytest.mark.clean_memory\ndef test_large{k}(): pass" for k in range(3))
+    counts = [in_an_item(tmp_path, text, k, 3)[1]["results"][0]["passed"] for k in (1, 2, 3)]
+    assert counts == [3 + 3, 2, 2]
+
+
+def test_a_cuda_error_ends_its_shard(tmp_path):
+    text = PLANTED.replace("assert 1 == 2", "raise RuntimeError('CUDA error: an illegal access')")
+    code, data = in_an_item(tmp_path, text)
+    assert code == 1 and len(data["failures"]) == 1
+    assert data["not_run"] == ["a CUDA error kept from 8 tests"]
+
+
+def test_tests_end_when_their_time_does(tmp_path):
+    code, data = in_an_item(tmp_path, PLANTED, seconds=-1.0)
+    assert code == 0 and data["results"][0]["passed"] == 1
+    assert data["not_run"] == ["there was no time for 8 tests"]
 
 
 def test_a_pytest_that_does_not_start_is_a_failure(tmp_path):
-    record = records.Record(tmp_path / "r.json", "check", {}, 60)
-    check._finish(record, *check._pytest("nothing", [str(tmp_path / "no_such_file.py")], {}))
-    assert record.data["failures"]
+    code, data = in_an_item(tmp_path, "import no_such_module\n")
+    assert code == 1 and any("no_such_module" in f["error"] for f in data["failures"])
 
 
 def test_files_that_need_what_is_missing_are_left_out(monkeypatch):
-    files, left_out = check.suite_files()
-    assert {f.name for f in files} >= {"test_ops.py", "test_parity.py"}
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
-    files, left_out = check.suite_files()
+    arguments, left_out = suite.whole("cuda")
+    assert arguments[0] == "--device=cuda" and "tests/test_ops.py" in arguments
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
+    arguments, left_out = suite.whole("cuda")
     assert left_out["test_layout.py"] == "needs hypothesis"
-    assert "test_ops.py" in {f.name for f in files}
+    assert "tests/test_ops.py" in arguments
+
+
+COLLECT = """
+import json, pytest
+from benchmarks.gpu import suite
+
+class Count:
+    def pytest_collection_finish(self, session):
+        self.found = [i.nodeid for i in session.items]
+
+counts = {}
+for kernel in suite.SMOKE:
+    count = Count()
+    pytest.main(["--collect-only", "-qq", *suite.smoke(kernel)], plugins=[count])
+    counts[kernel] = count.found
+print("\\n" + json.dumps(counts))
+"""
+
+
+def test_every_kernel_has_a_few_tests_in_every_precision():
+    launching = {
+        f.stem for f in (ROOT / "kernels").glob("*.py") if "fitting():" in f.read_text() and f.stem != "support"
+    }  # fmt: skip
+    assert launching | {"activations"} == set(suite.SMOKE)
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(2 <= len(ids) <= 30 for ids in found.values()), {k: len(v) for k, v in found.items()}
+    for kernel in ("linear", "chain", "conv", "laplacian"):
+        text = " ".join(found[kernel])
+        assert all(way in text for way in ("bf16x6", "tf32")) and (
+            "dtype" in text or "float16" in text
+        )
+    assert "chain-shape8" in " ".join(found["chain"]) and "pair" in " ".join(found["chain"])
+
+
+# ---- sizes, devices
 
 
 def test_sizes_are_those_of_the_goals():
@@ -152,11 +456,8 @@ def test_sizes_are_those_of_the_goals():
     assert w1.samples == 16384 and w1.shape == (16384, 32, 32)
     # W1 moves 69 MB of J, and multiplies 77 GFLOP beside its forward pass
     assert w1.answer_bytes == 67_108_864
-    rates = {
-        "tf32_flops_per_s": 400e12, "ieee_flops_per_s": 50e12, "bf16_flops_per_s": 800e12, "copy_bytes_per_s": 3e12
-    }  # fmt: skip
-    assert bound_ms(w1, rates, "ieee") == pytest.approx(0.615, rel=0.03)
-    assert bound_ms(w1, rates, "tf32") == pytest.approx(0.20, rel=0.03)
+    assert bound_ms(w1, CARD, "ieee") == pytest.approx(0.615, rel=0.03)
+    assert bound_ms(w1, CARD, "tf32") == pytest.approx(0.20, rel=0.03)
 
 
 def test_truth_is_float64_of_the_first_samples():
@@ -178,15 +479,13 @@ def test_precision_is_set_and_restored():
 
 
 def test_importing_the_command_needs_no_plotting():
-    code = "import benchmarks.gpu.__main__, benchmarks.report, sys; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=check.ROOT).returncode == 0
+    code = (
+        "import benchmarks.gpu.items, benchmarks.report, sys; sys.exit('matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=ROOT).returncode == 0
 
 
-def test_the_report_takes_all_files_by_default(capsys, tmp_path):
-    assert report.main(["--plot", str(tmp_path / "all.png")]) == 0
-    assert "| workload | answer | jactri | `compile` | `static=True` |" in capsys.readouterr().out
-    assert (tmp_path / "all.png").exists()
-
+# ---- counters
 
 RAW = """==PROF== Connected to process 1
 "ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed",\
@@ -221,7 +520,7 @@ def test_counters_are_added_up_by_kernel(tmp_path):
     assert step["memory"] == pytest.approx((2 * 80.5 + 6 * 60.5) / 8)
     assert [k["bound by"] for k in found] == ["memory", "occupancy", "latency"]
     assert "occupancy" not in wait and "tensor pipe" not in step
-    assert counters.line(copy).startswith("      1.0 us    1 x  bound by occupancy    (memory 5%")
+    assert counters.line(copy).startswith("copy 1.0 us, 1 x, bound by occupancy (memory 5%")
 
 
 def test_a_failing_profiler_is_a_failure(tmp_path):
@@ -233,31 +532,120 @@ def test_a_failing_profiler_is_a_failure(tmp_path):
         counters._profiled(ncu, "W2", "ieee", 1, 60)
 
 
-def test_limits_without_the_tool_fails(run, monkeypatch):
-    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
-    code, found = run("limits", "W2")
-    assert code == 1 and "ncu" in found["failures"][0]["error"]
+def test_limits(found, tmp_path, monkeypatch):
+    ncu = fake(tmp_path, "ncu", f"print({RAW!r})")
+    monkeypatch.setattr(counters.shutil, "which", lambda name: ncu)
+    code, data = found(counters.run, Record, one("W2"), 1)
+    assert code == 0 and data["results"][0]["kernels"][0]["name"] == "_step"
+    assert data["line"].startswith("_step 8.0 us, 2 x, bound by memory (memory 66%")
 
 
-def test_the_sanitizer_runs_the_kernel_tests(tmp_path, monkeypatch):
-    log = tmp_path / "calls"
-    code = (
-        f"open({str(log)!r}, 'a').write(' '.join(sys.argv) + '\\n')\n"
-        f"sys.exit('racecheck' in sys.argv and {check.FOUND})"
+# ---- the report
+
+
+def test_the_report_takes_all_files_by_default(capsys, tmp_path):
+    assert report.main(["--plot", str(tmp_path / "all.png")]) == 0
+    assert "| workload | answer | jactri | `compile` | `static=True` |" in capsys.readouterr().out
+    assert (tmp_path / "all.png").exists()
+
+
+MACHINE = {
+    "device": "A Card", "torch": "2.1", "triton": "3.1", "date": "2030-01-02", "commit": "c0ffee0123456",
+    "uncommitted_changes": False,
+}  # fmt: skip
+
+
+def row(setting, best, **contenders):
+    return {
+        "workload": "W1", "title": "a network", "shape": [2, 3], "setting": setting, "least_ms": 1.0, "least_flops": 10,
+        "least_bytes": 5, "contenders": contenders, "best": best,
+    }  # fmt: skip
+
+
+def best(own, peer, ms):
+    return {"own_ms": own, "peer": peer, "peer_ms": ms, "ratio": ms / own, "share": 1 / own}
+
+
+def ms(value, kind="jactri", **more):
+    return {"kind": kind, "ms": {"median": value}, **more}
+
+
+def leased():
+    own = {
+        "jactri auto": ms(2.0, kernel_ms=1.25, graph={"median": 1.5}), "jactri compile": ms(1.75),
+        "vmap(jacrev)": ms(8.0, "torch"),
+    }  # fmt: skip
+    slow = {"jactri auto": ms(2.0, graph={"failed": "no"}), "vmap(jacrev)": ms(6.0, "torch")}
+    made = {"jactri auto": ms(2.5), "compile vmap(jacrev)": ms(5.0, "compiled")}
+    counts = {"passed": 5, "failed": 0, "skipped": 1}
+    items = [
+        {"name": "card", "state": "done"},
+        {"name": "smoke:chain", "state": "done", "results": [counts]},
+        {"name": "smoke:conv", "state": "failed", "results": [{"passed": 1, "failed": 2, "skipped": 0}]},
+        {"name": "accuracy:W1", "state": "done", "results": []},
+        {"name": "accuracy:W2", "state": "timeout", "results": []},
+        {"name": "capture:W1", "state": "done", "results": [{"call": "auto", "captured": True, "how": ""}]},
+        {"name": "bench:W1", "state": "done", "results": [
+            row("ieee", best(2.0, "vmap(jacrev)", 8.0), **own), row("tf32", best(2.0, "vmap(jacrev)", 6.0), **slow)
+        ]},
+        {"name": "suite:1of2", "state": "not run", "line": "no time"},
+        {"name": "compiled:W1", "state": "done", "results": [
+            row("ieee", best(2.5, "compile vmap(jacrev)", 5.0), **made)
+        ]},
+    ]  # fmt: skip
+    items = [{"commit": "c0ffee0123456", "line": "", "seconds": 1.0} | i for i in items]
+    return {
+        "kind": "gpu",
+        "kernels": "k",
+        "seconds": 9.0,
+        "machine": MACHINE,
+        "card": CARD,
+        "items": items,
+    }
+
+
+def test_the_section_of_a_card_comes_from_its_file(tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(leased()))
+    assert report.main(["--gpu", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "GPU: A Card, torch 2.1, triton 3.1, 2030-01-02, commit c0ffee012. It copies 3 TB/s"
     )
-    tool = fake(tmp_path, "compute-sanitizer", code)
-    monkeypatch.setattr(check.shutil, "which", lambda name: tool)
-    record = records.Record(tmp_path / "r.json", "check", {}, 60)
-    check._sanitize(record)
-    memory, race = record.data["results"]
-    assert (memory["code"], race["code"]) == (0, check.FOUND)
-    assert [f["what"] for f in record.data["failures"]] == ["kernel tests, racecheck"]
-    first = log.read_text().splitlines()[0]
-    assert "--tool memcheck" in first and "-m pytest" in first and "tests/kernels" in first
+    assert "ieee 50, tf32 400, bf16 800" in lines[0]
+    # the ratio is the smaller of two, each of what was timed side by side
+    assert (
+        "| a network | 2 x 3 | ieee | 1 | 1.25 (80%) | 2 | 1.75 | 1.5 | 5 (compile vmap(jacrev)) | 2 |"
+        in lines
+    )
+    assert "| a network | 2 x 3 | tf32 | 1 | - | 2 | - | - | 6 (vmap(jacrev)) | 3 |" in lines
+    assert lines[-8:] == [
+        "",
+        "- a peer under torch.compile was run in 1 of the 2 rows",
+        "- a few tests of each kernel: 6 passed, 2 failed",
+        "- as accurate as torch.func at full size: W1",
+        "- the plain call runs as a CUDA graph: 1 of 1 workloads",
+        "- failed: smoke:conv",
+        "- cut off: accuracy:W2",
+        "- not run: suite:1of2",
+    ]
 
 
-def test_without_a_sanitizer_that_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(check.shutil, "which", lambda name: None)
-    record = records.Record(tmp_path / "r.json", "check", {}, 60)
-    check._sanitize(record)
-    assert record.data["not_run"] == ["sanitizer: compute-sanitizer is not on the PATH"]
+def test_a_section_names_all_commits_and_uncommitted_changes():
+    data = leased()
+    data["items"][-1]["commit"] = "beef" * 10
+    data["machine"] = MACHINE | {"uncommitted_changes": True}
+    assert "commit c0ffee012 and beefbeefb with changes." in report.table(data)
+
+
+def test_a_lease_that_found_nothing_has_a_section():
+    data = leased() | {"items": []}
+    assert "in 0 of the 0 rows" in report.table(data) and "commit unknown." in report.table(data)
+
+
+def test_a_lease_has_a_roof_for_each_precision(tmp_path):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(leased()))
+    ieee, tf32 = plots.rooflines(report.load(file))
+    assert (ieee.flops, tf32.flops, ieee.copied) == (50e12, 400e12, 3e12)
+    assert ieee.points[0][2:] == (1e3 * 10 / 2.5, 1e3 * 10 / 5)

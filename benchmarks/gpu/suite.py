@@ -21,7 +21,7 @@ SMOKE = {
     "rows": ("rows", "between_diagonals and None"),
     "conv": ("conv", "(conv-3x3 and arguments) or precisions or (half and conv)"),
     "direct": ("conv", "direct and (depthwise or groups) and (arguments or half)"),
-    "first": ("first", "values or half"),
+    "first": ("first", "(values and (3x3 or stride or groups)) or half"),
     "pool": ("pool", "between_diagonals"),
     "band": ("band", "written_once or dtypes"),
     "laplacian": ("laplacian", "(shapes_and_precisions and shape0) or half or last_layer"),
