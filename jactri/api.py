@@ -315,7 +315,8 @@ def _rows(ys, xs, asked: Request, dests):
         ]
     if journal is not None:
         journal.planned([(span, p.signature) for span, _, p in pieces], limit)
-    with _watching(pieces, asked.progress, journal) as watch:
+    watched = asked.progress or journal is not None
+    with _watching(pieces, asked.progress, journal) if watched else _UNWATCHED as watch:
         for span, part, part_plan in pieces:
             answers = _run(part, part_plan, span, ys, xs, asked, dests, watch)
             if span is not None:
@@ -338,12 +339,12 @@ def _rows(ys, xs, asked: Request, dests):
         ]
 
 
+_UNWATCHED = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _watching(pieces, progress: bool, journal: Journal | None):
-    """What is told of every chunk, or None."""
-    if not progress and journal is None:
-        yield None
-        return
+    """What is told of every chunk."""
     with contextlib.ExitStack() as stack:
         advance = None
         if progress:

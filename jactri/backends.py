@@ -22,7 +22,8 @@ from .tracing import tracing
 
 BACKENDS = ("auto", "torch", "triton")
 
-_asked: ContextVar[str] = ContextVar("backend", default="auto")
+asked: ContextVar[str] = ContextVar("backend", default="auto")
+"""The backend of the call that runs."""
 
 
 class use:
@@ -34,21 +35,21 @@ class use:
         self._backend = backend
 
     def __enter__(self) -> None:
-        self._token = _asked.set(self._backend)
+        self._token = asked.set(self._backend)
 
     def __exit__(self, *error) -> None:
-        _asked.reset(self._token)
+        asked.reset(self._token)
 
 
 def forced() -> bool:
     """Whether kernels are asked for by name, also where torch is faster."""
-    return _asked.get() == "triton"
+    return asked.get() == "triton"
 
 
 def kernels_on(device: torch.device) -> bool:
     """Whether Triton kernels run for tensors on a device: they have no derivative, so only without grad mode."""
-    asked = _asked.get()
-    if asked == "torch" or not (device.type == "cuda" or asked == "triton"):
+    backend = asked.get()
+    if backend == "torch" or not (device.type == "cuda" or backend == "triton"):
         return False
     return not torch.is_grad_enabled() and support.missing() is None
 
@@ -181,7 +182,8 @@ def onednn_line(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
 
 def product(t: Tensor, p: Tensor, transposed: bool) -> Tensor:
     """``t @ p`` (``t @ p.t()`` if ``transposed``) for a block ``t`` and a 2-D ``p``, by what measured faster."""
-    if not torch.is_grad_enabled() and onednn_for(t, t.numel() * p.shape[0 if transposed else 1]):
+    work = t.numel() * p.shape[0 if transposed else 1]
+    if work >= _SMALL and not torch.is_grad_enabled() and onednn_for(t, work):
         out = _onednn(t.reshape(-1, t.shape[-1]), p if transposed else p.t())
     else:
         out = torch.mm(t.reshape(-1, t.shape[-1]), p.t() if transposed else p)

@@ -87,7 +87,10 @@ def _place(x: Tensor):
 
 def handles_of(inputs: Sequence[Tensor]) -> int:
     """How many hooks a function registered when it was called with these."""
-    return max([getattr(x, "_jactri_handles", 0) for x in inputs], default=0)
+    count = 0
+    for x in inputs:
+        count = max(count, getattr(x, "_jactri_handles", 0))
+    return count
 
 
 def nodes_behind(ys: Sequence[Tensor]) -> set:

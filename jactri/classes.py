@@ -18,16 +18,19 @@ from torch.nn import Parameter
 
 from .remedies import check_differentiable
 
+PLAIN = frozenset((Tensor, Parameter))
+"""The classes whose operators are torch's."""
+
 
 def is_plain(x: Tensor) -> bool:
     """Whether torch's operators are those of a tensor's class, or the tensor is a wrapper of others."""
     kind = x.__class__
-    return kind is Tensor or kind is Parameter or kind.__torch_dispatch__ is not _none
+    return kind in PLAIN or kind.__torch_dispatch__ is not _none
 
 
 def plain(x: Any) -> Any:
     """A tensor as one of the plain class, with the same memory and graph; what is no tensor as it is."""
-    if x.__class__ is Tensor or x.__class__ is Parameter:
+    if x.__class__ in PLAIN:
         return x
     if isinstance(x, Tensor):
         if is_plain(x):
@@ -78,7 +81,7 @@ def as_given(x: Tensor, like: Tensor) -> Tensor:
 
 def dressed(answer: Any, ends: Sequence[Tensor]) -> Any:
     """An answer of plain tensors, in tuples, as ``torch.autograd.grad`` between ``ends`` would have given it."""
-    if all(map(is_plain, ends)):
+    if PLAIN.issuperset(map(type, ends)) or all(map(is_plain, ends)):
         return answer
 
     @functools.wraps(torch.autograd.grad)

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from .tracing import tracing
 
@@ -20,7 +21,7 @@ _ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def one(like: Tensor) -> Tensor:
     """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
     key = (like.dtype, like.device)
-    found = None if tracing() else _ONES.get(key)
+    found = None if _len_torch_dispatch_stack() and tracing() else _ONES.get(key)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = torch.ones((), dtype=like.dtype, device=like.device)

@@ -120,11 +120,11 @@ class MatMul(LinearMap):
     partner's rows scaled (or the partner itself, under an identity seed).
     """
 
-    __slots__ = ("partner", "side")
+    __slots__ = ("key", "partner", "side")
     name = "matmul"
 
     def __init__(self, partner: Tensor, side: str = "right"):
-        self.partner, self.side = partner, side
+        self.partner, self.side, self.key = partner, side, (MatMul, side, partner.dim())
 
     @property
     def uniform(self):
@@ -133,10 +133,6 @@ class MatMul(LinearMap):
     @property
     def structure(self):
         return "shared matrix" if self.partner.dim() == 2 else "batched matrix"
-
-    @property
-    def key(self):
-        return MatMul, self.side, self.partner.dim()
 
     def kept(self, in_shape, out_shape):
         n = len(in_shape)

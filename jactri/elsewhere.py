@@ -30,7 +30,7 @@ DISTRIBUTED = "distributed tensors (DTensor)"
 
 def check_here(t: Tensor, what: str = "a weight") -> None:
     """Raise for a tensor whose memory is gone."""
-    if _has_storage(t) and not t.untyped_storage().size() and t.numel():
+    if _has_storage(t) and not t.untyped_storage().nbytes() and t.numel():
         raise RuntimeError(
             f"{what} of shape {tuple(t.shape)} was freed after the forward pass (its storage is empty), so nothing can "
             f"be computed from it; keep it until the call has ended: {FSDP}"
@@ -41,23 +41,23 @@ _names: dict[type, tuple[str, ...]] = {}
 """By the class of a node: its saved values that may be tensors."""
 
 
-def _saved_by(node, name: str) -> Any:
-    return getattr(node, "_saved_" + name)
+def check_saved(node, saved: Callable[[str], Any] | None = None) -> None:
+    """Raise for a node that saved what is gone by now; ``saved`` reads what it saved, by name."""
+    if saved is None:
 
+        def saved(name: str) -> Any:
+            return getattr(node, "_saved_" + name)
 
-def check_saved(node, saved_by: Callable[[Any, str], Any] = _saved_by) -> None:
-    """Raise for a node that saved what is gone by now."""
     kind = node.__class__
     if issubclass(kind, BackwardCFunction):
         check_value(node.saved_tensors)
         return
     names = _names.get(kind)
     if names is None:
-        saved = [n.removeprefix("_saved_") for n in dir(kind) if n.startswith("_saved_")]
-        names = tuple([n for n in saved if _may_be_tensors(saved_by(node, n))])
-        _names[kind] = names
+        known = [n.removeprefix("_saved_") for n in dir(kind) if n.startswith("_saved_")]
+        names = _names[kind] = tuple([n for n in known if _may_be_tensors(saved(n))])
     for name in names:
-        check_value(saved_by(node, name))
+        check_value(saved(name))
 
 
 def check_graph(ys: Iterable[Tensor]) -> None:

@@ -149,8 +149,8 @@ def _sweep(
     skip = None if watch is None else lambda sel: watch.skip(_parts(ends, sel))
     for sel, blocks in chunks(graph, sweep, ends, marks, given, skip):
         for v, answer in ends:
-            mine = _own(sweep.layouts[v], sel)
-            if any(start for f, (start, _) in sel.items() if f not in mine):
+            mine = _own(sweep.layouts[v], sel) if sel else sel
+            if sel and any(start for f, (start, _) in sel.items() if f not in mine):
                 continue  # a block in which the cut factor is tied is whole: it is written once
             answer.put(*blocks[v], mine)
         del blocks

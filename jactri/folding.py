@@ -20,6 +20,10 @@ from .graph import Graph, Value
 from .kept import kept
 from .linear_map import Diagonal, LinearMap
 
+_EARLIER = frozenset((Conv, MatMul))
+_LATER = _EARLIER | {Diagonal}
+"""Maps of which two may be one."""
+
 
 def fold(graph: Graph) -> Graph:
     """The graph with such pairs as one value; as it is where there are none, or a graph of the result is built."""
@@ -28,14 +32,17 @@ def fold(graph: Graph) -> Graph:
     uses: Counter | None = None
     values, pairs = graph.values, []
     for v, value in enumerate(graph.values):
-        if len(value.sources) != 1 or not _follows(value.sources[0][1]):
+        sources = value.sources
+        if len(sources) != 1 or sources[0][1].__class__ not in _LATER:
             continue
-        (middle, after) = value.sources[0]
+        middle, after = sources[0]
         before = values[middle]
-        if len(before.sources) != 1 or before.device.type != "cpu" or before.dtype != value.dtype:
+        if len(before.sources) != 1 or before.sources[0][1].__class__ not in _EARLIER:
             continue
         start, first = before.sources[0]
-        if first.__class__ not in (Conv, MatMul):
+        if after.__class__ is Diagonal and after.along != 1:
+            continue
+        if before.device.type != "cpu" or before.dtype != value.dtype:
             continue
         if uses is None:
             uses = Counter(s for u in graph.values for s, _ in u.sources)
@@ -62,13 +69,6 @@ def fold(graph: Graph) -> Graph:
     found = Graph(values, graph.inputs, graph.outputs, (graph.key, tuple(pairs)), layers)
     found.recorded = graph
     return found
-
-
-def _follows(edge: LinearMap) -> bool:
-    """Whether a map may be folded into the one before."""
-    if edge.__class__ is Diagonal:
-        return edge.along == 1
-    return edge.__class__ in (Conv, MatMul)
 
 
 def _seeds(graph: Graph) -> float:

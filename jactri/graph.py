@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import layers
 from .behind import handles_of
-from .classes import plain
+from .classes import PLAIN, plain
 from .contraction import Expand, Sum
 from .elsewhere import (
     DISTRIBUTED,
@@ -29,12 +29,13 @@ from .kernels.support import Factor
 from .linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from .mask import Mask
 from .opaque import Opaque, OpaqueCall, refuse_or_log
-from .rules import normal_axis, record_of
+from .rules import REGISTRY, Record, normal_axis, of_function
 from .rules.axes import kept_by
 from .unrecorded import ERROR, MARKED, Unrecorded
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
 
 Source = tuple[int, LinearMap]
 
@@ -58,13 +59,8 @@ class Value:
     __slots__ = ("device", "dtype", "op", "shape", "sources")
 
     def __init__(self, op: str, shape: Shape, dtype, device, sources: tuple[Source, ...]):
-        self.op, self.shape, self.dtype, self.device, self.sources = (
-            op,
-            shape,
-            dtype,
-            device,
-            sources,
-        )
+        self.op, self.shape, self.sources = op, shape, sources
+        self.dtype, self.device = dtype, device
 
 
 class Graph:
@@ -86,8 +82,8 @@ class Graph:
 class Reader:
     """Builds a `Graph`. Rules see it with the node that is being read: its saved values, sources and shape."""
 
-    _known: tuple[object, dict[str, object]] = (None, {})
-    """A node, and what was read of it."""
+    record: Record | None
+    """That of the current node."""
     hooks = True
     """Whether hooks on gradients are looked for."""
     constants = False
@@ -102,17 +98,22 @@ class Reader:
         self.outputs: Sequence[Tensor] = ()
 
     def _turn_to(self, node, src: list[int | None]) -> None:
-        """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first."""
-        self.node, self.src = node, src
+        """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first.
+
+        What is asked of a node is asked once: attributes of autograd's nodes are made anew at every look.
+        """
+        self.node, self.src, self.name = node, src, node.name()
+        self._known: dict[str, object] = {}  # what was read of it
         self.meta = meta = node._input_metadata
         first = meta[0]
         self.shape: Shape = tuple(first.shape)
         self.dtype, self.device = first.dtype, first.device
-        for m in meta:
-            if m.is_nested_tensor:
-                raise UnsupportedGraph(f"a nested tensor from {node.name()}")
-            if m.dtype.is_complex:
-                raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {node.name()}")
+        if len(meta) > 1 or self.dtype.is_complex or first.is_nested_tensor:
+            for m in meta:
+                if m.is_nested_tensor:
+                    raise UnsupportedGraph(f"a nested tensor from {self.name}")
+                if m.dtype.is_complex:
+                    raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {self.name}")
 
     def refuse(self, what: str) -> NoReturn:
         """For rules: autograd computes a function whose graph holds this."""
@@ -120,29 +121,29 @@ class Reader:
 
     # -- the current node -------------------------------------------------------------------------
 
-    @property
-    def name(self) -> str:
-        return self.node.name()
-
     def saved(self, name: str):
-        """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed."""
-        return self.saved_by(self.node, name)
+        """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed.
 
-    def saved_by(self, node, name: str):
-        """The same of the node that is about to be read. Each value is read once: hooks may compute it anew."""
-        if node is not self._known[0]:
-            self._known = node, {}
-        known = self._known[1]
-        if name not in known:
-            known[name] = value = plain(getattr(node, "_saved_" + name))
+        Each is read once: hooks may compute it anew.
+        """
+        if name in self._known:
+            return self._known[name]
+        value = getattr(self.node, "_saved_" + name)
+        kind = value.__class__
+        if kind in PLAIN:
+            if self.constants:
+                check_here(value, "a tensor")
+        elif kind not in _NUMBERS:
+            value = plain(value)
             if self.constants:
                 check_value(value)
-        return known[name]
+        self._known[name] = value
+        return value
 
     def check_memory(self) -> None:
         """Raise if what the node saved is gone: for rules that call the node."""
         if self.constants:
-            check_saved(self.node, self.saved_by)
+            check_saved(self.node, self.saved)
 
     def has(self, name: str) -> bool:
         return hasattr(self.node, "_saved_" + name)
@@ -179,18 +180,10 @@ class Reader:
         reason.twice = False
         raise reason
 
-    def vjp_of_ones(self) -> tuple[Tensor | None, ...]:
-        """The node applied to ones: for an elementwise op or a reduction, its local derivative."""
-        self.check_memory()
-        m = self.meta[0]
-        ones = torch.ones((), dtype=m.dtype, device=m.device).expand(tuple(m.shape))
-        out = self.node(ones)
-        return out if isinstance(out, tuple) else (out,)
-
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
         """The values of a node's outputs, by its rule or by calling it."""
         self._turn_to(node, src)
-        record = record_of(node)
+        self.record = record = REGISTRY.get(self.name) or of_function(node)
         if record is not None and record.read is not None:
             mark = len(self.values)
             try:
@@ -208,9 +201,7 @@ class Reader:
         self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None
     ) -> int:
         """Add a value; ``dtype`` defaults to the node's. Returns its index."""
-        return self._add(
-            op or self.node.name(), shape, dtype or self.dtype, self.device, tuple(sources)
-        )
+        return self._add(op or self.name, shape, dtype or self.dtype, self.device, tuple(sources))
 
     def _add(self, op, shape, dtype, device, sources) -> int:
         values = self.values
@@ -224,14 +215,12 @@ class Reader:
 
     def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
         """A value with one source; shape and dtype are the source's unless given."""
-        v = self.values[source]
-        return self._add(
-            self.node.name(),
-            v.shape if shape is None else shape,
-            v.dtype,
-            v.device,
-            ((source, linear_map),),
-        )
+        values, op = self.values, self.name
+        v = values[source]
+        shape, dtype = v.shape if shape is None else shape, v.dtype
+        self._key.append((op, shape, dtype, source, linear_map.key))  # as `_add` does
+        values.append(Value(op, shape, dtype, v.device, ((source, linear_map),)))
+        return len(values) - 1
 
     def view(self, source: int, shape: Shape) -> int:
         old = self.values[source].shape
@@ -258,11 +247,9 @@ class Reader:
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
         if axes:
             source = self.single(source, Sum(tuple(axes), shape), kept)
-        return (
-            source
-            if keepdim
-            else self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
-        )
+        if keepdim:
+            return source
+        return self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
 
     def diagonal(
         self,
@@ -287,8 +274,8 @@ class Reader:
 
     def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
         """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""
-        node = self.node
-        return lambda: function(node.name(), lambda key: plain(getattr(node, "_saved_" + key)))
+        node, name = self.node, self.name
+        return lambda: function(name, lambda key: plain(getattr(node, "_saved_" + key)))
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))
@@ -404,9 +391,8 @@ def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | 
         reader = Reader() if log is None else _NamingReader(log)
     reader.outputs = [y for y in outputs if y.requires_grad]
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
-    wanted: dict[
-        object, dict[int, int | None]
-    ] = {}  # node of an input that is not -> output -> value
+    # node of an input that is not -> output -> value
+    wanted: dict[object, dict[int, int | None]] = {}
     for x in inputs:
         _refuse(x)
         if x.grad_fn is not None:

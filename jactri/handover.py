@@ -22,7 +22,7 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 def transforming(xs) -> bool:
     """Whether a torch.func transform is running, or a tensor belongs to one."""
-    return _level() is not None or any(_wrapped(x) for x in xs)
+    return _level() is not None or any(map(_wrapped, xs))
 
 
 def refuse(**given: bool) -> None:

@@ -268,7 +268,7 @@ class Diagonal(Elementwise):
     or None where they do not. ``along``: the one axis along which it varies, if it is made of weights alone.
     """
 
-    __slots__ = ("_activation", "_derivative", "_fresh", "_value", "along")
+    __slots__ = ("_activation", "_derivative", "_fresh", "_value", "along", "key")
     name, structure = "diagonal", "diagonal"
 
     def __init__(
@@ -279,12 +279,8 @@ class Diagonal(Elementwise):
         along: int | None = None,
     ):
         self._derivative, self._fresh, self._activation = derivative, fresh, activation
-        self.along = along
+        self.along, self.key = along, Diagonal if along is None else (Diagonal, along)
         self._value = derivative if isinstance(derivative, Tensor) else None
-
-    @property
-    def key(self):
-        return Diagonal if self.along is None else (Diagonal, self.along)
 
     def factor(self, uses: int = 1) -> Factor:
         """The derivative for a kernel: what it computes it from, or the derivative.

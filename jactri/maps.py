@@ -208,7 +208,7 @@ class Batched(MatMul):
     __slots__ = ("_make",)
 
     def __init__(self, make: Callable[[], Tensor], side: str):
-        self._make, self.side = make, side
+        self._make, self.side, self.key = make, side, (MatMul, side, 3)
 
     @property
     def partner(self) -> Tensor:
@@ -219,10 +219,6 @@ class Batched(MatMul):
     @property
     def structure(self):
         return "batched matrix"
-
-    @property
-    def key(self):
-        return MatMul, self.side, 3
 
     def narrow(self, source, target, in_shape, out_shape):
         make = self._make

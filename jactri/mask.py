@@ -21,11 +21,7 @@ class Mask(Diagonal):
 
     def __init__(self, derivative, fresh=False, activation=None, keep=None):
         super().__init__(derivative, fresh, activation)
-        self._keep, self._kept = keep, None
-
-    @property
-    def key(self):
-        return Mask, self.unit
+        self._keep, self._kept, self.key = keep, None, (Mask, keep is None)
 
     @property
     def unit(self) -> bool:

@@ -8,8 +8,9 @@ seeds run at once. The executor runs exactly what is planned here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import ceil, prod
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from . import mixed, patches, poles
 from . import sweep as sweeping
@@ -71,7 +72,7 @@ class Plan:
     def bytes(self) -> float:
         return sum(s.bytes for s in (*self.parts, *self.sweeps))
 
-    @property
+    @cached_property
     def peak(self) -> float:
         return max((s.peak for s in (*self.parts, *self.sweeps)), default=0.0)
 
@@ -165,8 +166,7 @@ def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | No
     return footprint(graph, sweep, chunks, answer) + SLACK * peak_bytes(graph, sweep, chunks)
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
 
     per_sample: bool

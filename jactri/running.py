@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import backends, ranges
 from .arguments import as_tuple
-from .classes import leaf_and_given, plain
+from .classes import PLAIN, leaf_and_given, plain
 from .layers import watching
 from .remedies import no_such
 
@@ -53,16 +53,15 @@ class computing:
     ``backend``: that of the call; None leaves it as it is.
     """
 
-    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad")
+    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad", "_token")
 
     def __init__(self, create_graph: bool, backend: str | None = None):
-        self._create_graph, self._autocast = create_graph, None
-        self._backend = None if backend is None else backends.use(backend)
+        self._create_graph, self._backend, self._autocast = create_graph, backend, None
 
     def __enter__(self) -> None:
-        if self._backend is not None:
-            self._backend.__enter__()
-        self._grad = torch.set_grad_enabled(self._create_graph)
+        self._token = None if self._backend is None else backends.asked.set(self._backend)
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._create_graph)
         if torch._C._is_any_autocast_enabled():
             self._autocast = torch._C._DisableAutocast()
             self._autocast.__enter__()
@@ -70,9 +69,9 @@ class computing:
     def __exit__(self, *error) -> None:
         if self._autocast is not None:
             self._autocast.__exit__(*error)
-        self._grad.__exit__(*error)
-        if self._backend is not None:
-            self._backend.__exit__(*error)
+        torch._C._set_grad_enabled(self._grad)
+        if self._token is not None:
+            backends.asked.reset(self._token)
 
 
 # -- the caller's function ------------------------------------------------------------------------
@@ -85,7 +84,9 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
     """
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
-    with torch.enable_grad():
+    grad = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(True)
+    try:
         leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
         if watching():
             result, handles = ranges.call(record, func, given)
@@ -95,7 +96,10 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
             for leaf in leaves:
                 leaf._jactri_handles = handles  # see graph.read
         tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
-        ys = tuple([plain(y) for y in ys])
+        if not PLAIN.issuperset(map(type, ys)):
+            ys = tuple(map(plain, ys))
+    finally:
+        torch._C._set_grad_enabled(grad)
     return ys, leaves, tupled_out, result
 
 

@@ -55,7 +55,7 @@ class Node:
     __slots__ = ("_where", "ctx", "inputs", "name", "outputs")
 
     def __init__(self, g: Reader, where: str):
-        self.ctx, self.name, self._where = g.node, g.node.name(), where
+        self.ctx, self.name, self._where = g.node, g.name, where
         values = [None if s is None else g.values[s] for s in g.src]
         self.inputs = tuple(
             None if v is None else Place(v.shape, v.dtype, v.device) for v in values
@@ -175,6 +175,7 @@ class Output(Reader):
 
     def __init__(self, base: Reader, nr: int):
         self.values, self._key, self.node, self.src = base.values, base._key, base.node, base.src
+        self.name = base.name
         self.meta, self.now = base.meta, base.meta[nr]
         m = self.now
         self.shape, self.dtype, self.device = tuple(m.shape), m.dtype, m.device

@@ -19,7 +19,7 @@ from ..layout import one
 from ..linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
 from ..low_rank import LogSoftmax, Project, Softmax
 from ..maps import Fixed, Once, Sample, Transpose
-from ..rules import REGISTRY, Record, node_names, record_of
+from ..rules import REGISTRY, Record, node_names
 from ..rules.elementwise import BINARY, UNARY, Zero
 from ..rules.norm import BATCH_NORMS, statistics
 from ..selection import Gather, Picked, Place, Scatter, Select, Slice, Take
@@ -81,7 +81,7 @@ class CurveReader(Reader):
         self.new = range(mark, len(self.values))
         if not self.smooth.isdisjoint(self.new):
             raise UnknownCurvature(node.name())
-        record = record_of(node)
+        record = self.record
         found = (default if record is None or record.curve is None else record.curve)(self)
         if found is None:
             raise UnknownCurvature(node.name())

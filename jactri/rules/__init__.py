@@ -24,12 +24,12 @@ REGISTRY: dict[str | type, Record] = {}
 ``module::name`` where that is not to be imported."""
 
 
-def record_of(node) -> Record | None:
-    """The record of an autograd node."""
-    found = REGISTRY.get(node.name())
-    if found is None and (kind := getattr(node, "_forward_cls", None)) is not None:
-        found = REGISTRY.get(kind) or REGISTRY.get(f"{kind.__module__}::{kind.__qualname__}")
-    return found
+def of_function(node) -> Record | None:
+    """The record of the node of an ``autograd.Function``."""
+    kind = getattr(node, "_forward_cls", None)
+    if kind is None:
+        return None
+    return REGISTRY.get(kind) or REGISTRY.get(f"{kind.__module__}::{kind.__qualname__}")
 
 
 def node_names(name: str) -> list[str]:

@@ -140,22 +140,23 @@ for _node, (_name, _derivative) in FORMULAS.items():
 
 @rule(*UNARY)
 def unary(g):
-    node, meta = g.node, g.meta
-    m = meta[0]
+    node, (m, *rest) = g.node, g.meta
+    rest = [None] * len(rest)
 
     def derivative(c: Tensor | None = None) -> Tensor:
         c = one(m) if c is None else c
         c = c if m.device.type == "cpu" else c.expand(tuple(m.shape))
-        return _first(node(c, *[None] * (len(meta) - 1)))
+        out = node(c, *rest)
+        return out[0] if out.__class__ is tuple else out
 
-    s, kernel = g.match(g.src[0]), g.later(_kernel)
-    if g.name in SELECTS:
+    s, name, kernel = g.match(g.src[0]), g.name, g.later(_kernel)
+    if name in SELECTS:
         value = g.mask(s, derivative, None, True, kernel)
-    elif g.name in SCALES:
+    elif name in SCALES:
         value = g.mask(s, derivative, lambda: passing(derivative, m), True, kernel)
     else:
         value = g.diagonal(s, derivative, True, kernel)
-    return value if len(meta) == 1 else (value, *[None] * (len(meta) - 1))
+    return (value, *rest) if rest else value
 
 
 def passing(pull, meta) -> Tensor:
@@ -173,10 +174,6 @@ def unary_full(g):
     return g.diagonal(
         g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=g.later(_kernel)
     )
-
-
-def _first(out) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
 
 
 class Partials:

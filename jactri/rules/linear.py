@@ -12,14 +12,14 @@ from . import rule
 
 def product(g, a, b, left: str, right: str, shape) -> list[int]:
     """``a @ b`` for 2-D or 3-D operands; ``left`` and ``right`` name them among what autograd saved."""
-    edges = []
-    if a is not None:
-        edges.append((a, matmul(g.tensor(right), "right")))
-    if b is not None:
-        edges.append((b, matmul(g.tensor(left), "left")))
-    if len(edges) > 1 and any(isinstance(edge, SparseMatMul) for _, edge in edges):
-        g.unsupported("a sparse tensor that depends on the input")
-    return [g.single(s, edge, shape) for s, edge in edges]
+    terms = []
+    for s, other, name, side in ((a, b, right, "right"), (b, a, left, "left")):
+        if s is not None:
+            edge = matmul(g.tensor(name), side)
+            if other is not None and edge.__class__ is SparseMatMul:
+                g.unsupported("a sparse tensor that depends on the input")
+            terms.append(g.single(s, edge, shape))
+    return terms
 
 
 def _accumulated(g, terms: list[int]) -> int:
