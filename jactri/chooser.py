@@ -1,10 +1,11 @@
-"""Which kernels run a chain of products or a convolution: predicted, measured where that pays, and remembered.
+"""Which kernels run a part of a sweep, if any: predicted, measured where that pays, and remembered.
 
-A chain can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by torch; for
-convolutions see `convolving`. On a GPU the few ways that cover a shape are timed once for each device, dtype,
-precision, sizes, seeds and power of two of rows, if the problem has at least `WORTH` flops; a way may only win if its
-result, on the data at hand, is at most twice as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the
-way with the fewest launches is taken. Under ``backend="triton"`` torch only gets what no kernel fits. A kernel that a
+A chain of products can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by
+torch; for convolutions see `convolving`, for what takes one pass over memory `passes`, for Laplacians
+`operators.fused`. On a GPU the few ways that cover a shape are timed once for each device, dtype, precision, sizes,
+seeds and power of two of rows, if the problem is predicted to take `WORTH` seconds; a way may only win if its result,
+on the data at hand, is at most twice as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the way
+with the fewest launches is taken. Under ``backend="triton"`` torch only gets what no kernel fits. A kernel that a
 device cannot run is not tried again.
 """
 
@@ -24,13 +25,17 @@ from torch import Tensor
 from . import backends
 from .kernels import support
 from .kernels.support import Factor, Unfit
+from .rates import rough
 
-WORTH = 2e8
-"""Flops from which ways are timed: below, a chain takes microseconds, and launches cost more than any kernel."""
+WORTH = 4e-6
+"""Predicted seconds from which ways are timed: below, launches cost more than any kernel."""
 
-_CHECKED_ROWS = 64
+CHECKED_ROWS = 64
+"""Rows of a chain that are computed in float64, to check a way's result."""
+
 _CYCLES = 2e9
 """Of a device a second, at most."""
+
 TIMED_ENTRIES = 1 << 24
 """Timing takes no more entries a block than this: rows are left out."""
 
@@ -38,8 +43,30 @@ _SLACK = {"fp32": 2.0**-22, "tf32": 1e-3}
 """What a way may be off by beside twice torch's own error: small problems may come out exact by chance."""
 
 
+class Kind(Protocol):
+    """What a choice depends on: hashable."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    """See `_SLACK`; "" where nothing is multiplied by anything but derivatives."""
+
+    @property
+    def flops(self) -> float: ...
+
+    @property
+    def bytes(self) -> float:
+        """Read and written by a way that keeps on chip what it can."""
+
+    def offers(self) -> list[Offer]:
+        """The predicted best first."""
+
+    def plain(self) -> dict[str, object]:
+        """As plain data, for reports."""
+
+
 class Problem(Protocol):
-    """What can be computed in several ways: a `Chain`, or a `convolving.Convolution`."""
+    """What can be computed in several ways."""
 
     def kind(self) -> Kind:
         """What the choice depends on."""
@@ -48,10 +75,10 @@ class Problem(Protocol):
         """A part that is large enough to be timed."""
 
     def few(self) -> Problem:
-        """A part of `timed` that is small enough for float64; its result is the first part along both leading axes."""
+        """A part of `timed` that is small enough for float64; its result is the first part of that along all axes."""
 
     def torch(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The result by torch's own products and scalings."""
+        """The result as a sweep without kernels computes it."""
 
     def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
         """The result by kernels, in ``out`` if given."""
@@ -73,11 +100,11 @@ class Chain:
     def widths(self) -> tuple[int, ...]:
         return (self.t.shape[2], *(m.shape[1] for m in self.matrices))
 
-    def kind(self) -> Kind:
+    def kind(self) -> ChainKind:
         K, R, _ = self.t.shape
         names = tuple("" if f is None else f.name for f in self.factors)
         shared = R > 1 and self.t.stride(1) == 0
-        return Kind.of(K, R, self.widths, names, shared, self.t.dtype, self.t.device)
+        return ChainKind.of(K, R, self.widths, names, shared, self.t.dtype, self.t.device)
 
     def first(self, rows: int) -> Chain:
         """The same chain for the first rows only."""
@@ -92,10 +119,10 @@ class Chain:
 
     def timed(self) -> Chain:
         K, R, _ = self.t.shape
-        return self.first(max(_CHECKED_ROWS, min(R, TIMED_ENTRIES // (K * max(self.widths)))))
+        return self.first(max(CHECKED_ROWS, min(R, TIMED_ENTRIES // (K * max(self.widths)))))
 
     def few(self) -> Chain:
-        return self.first(_CHECKED_ROWS)
+        return self.first(CHECKED_ROWS)
 
     def torch(self, dtype: torch.dtype | None = None) -> Tensor:
         t, own = self.t if dtype is None else self.t.to(dtype), False
@@ -137,8 +164,8 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a choice depends on; ``rows`` is the power of two at or above the number of rows."""
+class ChainKind:
+    """What a chain's choice depends on; ``rows`` is the power of two at or above the number of rows."""
 
     seeds: int
     rows: int
@@ -150,7 +177,7 @@ class Kind:
     device: torch.device
 
     @classmethod
-    def of(cls, seeds, rows, widths, factors, shared, dtype, device) -> Kind:
+    def of(cls, seeds, rows, widths, factors, shared, dtype, device) -> ChainKind:
         size = support.power_of_two(rows)
         return cls(
             seeds, size, tuple(widths), factors, shared, dtype, support.precision(dtype), device
@@ -159,6 +186,11 @@ class Kind:
     @property
     def flops(self) -> float:
         return 2.0 * self.seeds * self.rows * sum(a * b for a, b in pairwise(self.widths))
+
+    @property
+    def bytes(self) -> float:
+        ends = self.widths[-1] + (0 if self.shared else self.widths[0])
+        return float(self.seeds * self.rows * ends * self.dtype.itemsize)
 
     def offers(self) -> list[Offer]:
         """Fewest launches first."""
@@ -249,18 +281,18 @@ def dots(precision: str) -> tuple[str, ...]:
     return ("bf16x6",) if torch.version.hip else ("bf16x6", "tf32x3")
 
 
-def run(problem: Problem, out: Tensor | None = None) -> Tensor:
-    """The problem's result, in ``out`` if given, by the way that was chosen for its kind."""
+def run(problem: Problem, out: Tensor | None = None) -> Tensor | None:
+    """The result, in ``out`` if given, by the kernels that were chosen for its kind of problem; None: by torch."""
     choice = _choice(problem)
-    while True:
-        way = choice.asked()
+    while (way := choice.asked()) is not TORCH:
         try:
-            return _run(way, problem, out)
+            return problem.launch(way, out)
         except Unfit as error:
             kind = problem.kind()
             _refused[kind, way] = str(error)
             backends.unfit(str(way), error)
             choice = _choices[kind] = _predicted(kind)
+    return None
 
 
 def forget() -> None:
@@ -303,7 +335,7 @@ def _choice(problem: Problem) -> Choice:
 def _tunable(kind: Kind) -> bool:
     return (
         kind.device.type == "cuda"
-        and kind.flops >= WORTH
+        and rough(kind.device.type).seconds(kind.flops, kind.bytes) >= WORTH
         and os.environ.get("JACTRI_TUNE", "1") != "0"
     )
 
@@ -330,10 +362,10 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
     """Time every way on the problem's own data; None if these are no measure (not finite)."""
     problem = problem.timed()
     few = problem.few()
-    truth = few.torch(torch.float64)
+    truth = few.torch(torch.promote_types(kind.dtype, torch.float64))
     if not torch.isfinite(truth).all():
         return None
-    checked = tuple(slice(0, n) for n in truth.shape[:2])
+    checked = tuple(slice(0, n) for n in truth.shape)
     slack = _SLACK.get(kind.precision, 2 * torch.finfo(kind.dtype).eps)
     bound = 2 * _distance(few.torch(), truth) + slack
     tried: dict[str, float | str] = {"torch": _milliseconds(lambda: problem.torch())}
@@ -345,11 +377,11 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
             for dot in better if len(multiply) > 1 and better else multiply:
                 way = Way(composition, dot, config)
                 try:
-                    off = _distance(_run(way, problem)[checked], truth)
+                    off = _distance(problem.launch(way)[checked], truth)
                     if not off <= bound:
                         tried[str(way)] = f"off by {off:.1e}, {bound:.1e} allowed"
                         continue
-                    times[dot] = _milliseconds(lambda way=way: _run(way, problem))
+                    times[dot] = _milliseconds(lambda way=way: problem.launch(way))
                 except Unfit as error:
                     _refused[kind, way] = tried[str(way)] = str(error)
                     continue
@@ -366,16 +398,9 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
     return Choice(best, f"{fastest:.3g} ms measured, torch {tried['torch']:.3g} ms", tried)
 
 
-def _run(way: Way, problem: Problem, out: Tensor | None = None) -> Tensor:
-    if way is TORCH:
-        made = problem.torch()
-        return made if out is None else out.copy_(made)
-    return problem.launch(way, out)
-
-
 def _distance(got: Tensor, truth: Tensor) -> float:
     """Relative, in the Frobenius norm."""
-    off = torch.linalg.vector_norm(got.double() - truth)
+    off = torch.linalg.vector_norm(got.to(truth.dtype) - truth)
     return (off / torch.linalg.vector_norm(truth).clamp_min(1e-300)).item()
 
 

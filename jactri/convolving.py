@@ -82,6 +82,12 @@ class ConvKind:
     def flops(self) -> float:
         return self.seeds * self.samples * self.shape.work
 
+    @property
+    def bytes(self) -> float:
+        s = self.shape
+        ends = s.channels_in * prod(s.size_in) + s.channels * prod(s.size)
+        return float(self.seeds * self.samples * ends * self.dtype.itemsize)
+
     def offers(self) -> list[Offer]:
         """The predicted best first: tensor cores, unless most of what they compute is padding."""
         from .kernels import conv, direct

@@ -15,12 +15,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, chooser
 from .answers import Answer, Store
 from .constants import fixed
 from .graph import Graph
-from .kernels.support import Unfit
-from .layout import Selection, scatter
+from .layout import Layout, Selection, scatter
+from .passes import Pass, PassKind
 from .patches import Window, images
 from .pattern import Pattern, Trace, pattern_of
 from .sweep import Sweep, factors_of
@@ -95,6 +95,30 @@ def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
     return block.reshape(layout.columns(sel), *sizes).expand(-1, *layout.shape)
 
 
+def blocks(sweep: Sweep, layout: Layout, out, into, pattern: Pattern) -> tuple[int, Pattern]:
+    """How many blocks of entries there are, one a sample, and the pattern of one; 0 for one of all samples."""
+    n = (out[:1] or (0,))[0]
+    each = pattern.sample(n) if n and into[:1] == out[:1] else None
+    if each is not None and (n == 1 or layout.axes[0] == sweep.layout.axes[0]):
+        return n, each
+    return 0, pattern
+
+
+def band(
+    pattern: Pattern, many: int, both: bool, seeds: int, reverse: bool, dtype, device
+) -> PassKind | None:
+    """What the choice depends on of how ``many`` blocks of a pattern are written out; None where no kernel does.
+
+    ``both``: with the samples on both sides.
+    """
+    if pattern.bands is None:
+        return None
+    rows, columns = pattern.shape
+    how = (rows, columns, pattern.bands, reverse, both)
+    read, written = seeds * rows, rows * columns * (many if both else 1)
+    return PassKind.of("band", 1, many, read, written, how, dtype, device)
+
+
 class Entries(Answer):
     """A Jacobian of which the entries of ``pattern`` are known. ``form``: "dense", "coo", "csr" or "banded".
 
@@ -104,13 +128,8 @@ class Entries(Answer):
     def __init__(self, *answer, pattern: Pattern, form: str, patch: Window | None = None):
         super().__init__(*answer)
         self.patch = patch
-        sweep, layout, n = self.sweep, self.layout, (self.out[:1] or (0,))[0]
-        self.final, self.form, self.pattern = layout, form, pattern
-        each = pattern.sample(n) if n and self.into[:1] == self.out[:1] else None
-        self.samples = 0
-        """How many blocks there are: one a sample, or 0 for one of all."""
-        if each is not None and (n == 1 or layout.axes[0] == sweep.layout.axes[0]):
-            self.samples, self.pattern = n, each
+        self.final, self.form = self.layout, form
+        self.samples, self.pattern = blocks(self.sweep, self.layout, self.out, self.into, pattern)
 
     def window(self, sel):
         return None
@@ -199,9 +218,11 @@ class Entries(Answer):
         """``(samples or 1, entries)``."""
         if self.patch is not None:
             return self.store.reshape(len(self.store), -1).index_select(1, place)
-        block = self.block()
-        block = block.transpose(0, 1) if self.samples else block.unsqueeze(0)
+        block = self._of_samples(self.block())
         return block.reshape(block.shape[0], -1).index_select(1, place)
+
+    def _of_samples(self, block: Tensor) -> Tensor:
+        return block.transpose(0, 1) if self.samples else block.unsqueeze(0)
 
     def finish(self):
         if self.form == "dense" and (made := self._written_out()) is not None:
@@ -211,80 +232,98 @@ class Entries(Answer):
         if values.dtype != self.like.dtype or values.device != self.like.device:
             values = values.to(device=self.like.device, dtype=self.like.dtype)
         if self.form == "dense":
-            return self._dense(values, *where)
+            made = self._dense(values, self.dest, *where)
+            return self._given(made, made is self.dest)
         shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
         return {"coo": self._coo, "csr": self._csr, "banded": self._banded}[self.form](
             values, shape, *where
         )
 
     def _written_out(self) -> Tensor | None:
-        """The dense answer, written from the block by a kernel in one pass; None where kernels do not run or fit."""
-        ties, like, reverse = self.pattern.bands, self.like, self.sweep.reverse
-        if ties is None or self.patch is not None or not backends.kernels_on(like.device):
+        """The dense answer, written from the block by a kernel in one pass; None where that is torch's."""
+        like, reverse, samples = self.like, self.sweep.reverse, self.samples
+        if self.patch is not None or not backends.kernels_on(like.device):
             return None
         block = self.block()
         if (block.dtype, block.device) != (like.dtype, like.device):
             return None
-        from .kernels import band
+        many = max(samples, 1)
+        both = not self.per_sample and many > 1
+        kind = band(self.pattern, many, both, len(block), reverse, like.dtype, like.device)
+        if kind is None:
+            return None
+        from .kernels.band import dense
 
         def make() -> tuple[Tensor, ...]:
             seeds = numpy.arange(self.pattern.shape[not reverse])
             colour = torch.from_numpy(self._colour(seeds)).to(like.device, torch.int32)
-            supports = [torch.from_numpy(self.pattern.supports[t]).to(like.device) for t in ties]
+            found = (self.pattern.supports[t] for t in self.pattern.bands)
+            supports = (torch.from_numpy(t.T if reverse else t).to(like.device) for t in found)
             return (colour, *(t.to(torch.uint8) for t in supports))
 
-        key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, self.samples
-        colour, *supports = fixed((*key, like.device), make)
-        (rows, columns), many = self.pattern.shape, max(self.samples, 1)
-        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
-        out = self.dest
-        same = out is not None and (out.dtype, out.device) == (like.dtype, like.device)
-        if not same or not out.is_contiguous():
-            out = block.new_empty(shape)
-        both = () if self.per_sample or many == 1 else (many,)
-        target = out.view(many, rows, *both, columns)
-        if reverse:
-            target, supports = target.transpose(1, -1), [t.t() for t in supports]
-        block = block.transpose(0, 1) if self.samples else block.unsqueeze(0)
-        values = block.reshape(many, len(self.block()), -1)
-        try:
-            band.dense(values, colour, tuple(supports), out=target)
-        except Unfit as error:
-            backends.unfit("band", error)
-            return None
-        return out if self.dest is None or out is self.dest else self.dest.copy_(out)
-
-    def _dense(self, values: Tensor, target: Tensor, start: Tensor) -> Tensor:
-        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
         rows, columns = self.pattern.shape
-        width = columns * (1 if self.per_sample else max(self.samples, 1))
+
+        def kernel(n: int, out: Tensor | None) -> Tensor:
+            key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, samples
+            colour, *supports = fixed((*key, like.device), make)
+            shape = (n, rows, n, columns) if both else (n, rows, columns)
+            out = block.new_empty(shape) if out is None else out.view(shape)
+            values = self._of_samples(block)[:n]
+            target = out.transpose(1, -1) if reverse else out
+            dense(values.reshape(n, len(block), -1), colour, tuple(supports), out=target)
+            return out
+
+        def steps(n: int, dtype: torch.dtype | None) -> Tensor:
+            place, target, start = self._index()
+            if both and n < many:  # fewer columns
+                target = target // (many * columns) * (n * columns) + target % columns
+            values = self._values(place)[:n].to(dtype or block.dtype)
+            made = self._dense(values, None, target, start)
+            return made.view((n, rows, n, columns) if both else (n, rows, columns))
+
+        out = self.dest
+        if out is not None and not (out.dtype == like.dtype and out.device == like.device):
+            out = None
+        if out is not None and not out.is_contiguous():
+            out = None
+        entries = max(rows * columns * (many if both else 1), block.numel() // many)
+        made = chooser.run(Pass(kind, many, entries, kernel, steps), out)
+        return None if made is None else self._given(made, out is not None)
+
+    def _given(self, dense: Tensor, written: bool) -> Tensor:
+        """A dense answer in the caller's tensor, if there is one; ``written``: it is there."""
+        if written:
+            return self.dest
+        dense = dense.view(*self.out, *(self.into[1:] if self.per_sample else self.into))
+        return dense if self.dest is None else self.dest.copy_(dense)
+
+    def _dense(self, values: Tensor, dest: Tensor | None, target: Tensor, start: Tensor) -> Tensor:
+        """Zeros around the ``values`` of some samples, in ``dest`` if it is contiguous."""
+        rows, columns = self.pattern.shape
+        many = len(values)
+        width = columns * (1 if self.per_sample else many)
         step = rows * width + (0 if self.per_sample else columns)
         if torch.is_grad_enabled():
-            flat = values.new_zeros(prod(shape))
-            for i, own in enumerate(values):
-                flat = flat.index_copy(0, target + i * step, own)
-            dense = flat.view(shape)
-            return dense if self.dest is None else self.dest.copy_(dense)
-        dense = self.dest
-        if dense is None or not dense.is_contiguous() or dense.device != values.device:
-            dense = values.new_empty(shape)
-        flat, each = dense.view(-1), max(rows, 1)
-        if dense.device.type == "cpu":
+            at = target + step * torch.arange(many, device=target.device)[:, None]
+            flat = values.new_zeros(many * rows * width)
+            return flat.index_copy(0, at.reshape(-1), values.reshape(-1))
+        if dest is None or not dest.is_contiguous() or dest.device != values.device:
+            dest = values.new_empty(many * rows * width)
+        flat, each = dest.view(-1), max(rows, 1)
+        if dest.device.type == "cpu":
             each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
         if each >= rows:
-            flat.zero_()
-            for i, own in enumerate(values):
-                flat[i * step :].index_copy_(0, target, own)
-        else:
-            ends = [*range(0, rows, each), rows]
-            places = start[ends].tolist()
-            for i, own in enumerate(values):
-                for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
-                    flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
-                    flat[i * step :].index_copy_(0, target[a:b], own[a:b])
-        if self.dest is not None and dense is not self.dest:
-            dense = self.dest.copy_(dense)
-        return dense
+            # from its first row to its last, no sample reaches into another
+            span = max(0, (rows - 1) * width + columns)
+            flat.zero_().as_strided((many, span), (step, 1)).index_copy_(1, target, values)
+            return dest
+        ends = [*range(0, rows, each), rows]
+        places = start[ends].tolist()
+        for i, own in enumerate(values):
+            for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        return dest
 
     def _blocks(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, row, column) of every entry, row by row, of all samples."""

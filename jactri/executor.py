@@ -298,7 +298,13 @@ def _fused(
     for v, answer in ends:
         if v == item.value and direct is None:
             direct = answer.window(sel or {})
-    made = launch.run(graph, sweep, item, data, sel, direct)
+
+    def torchs(given: list[Tensor]) -> Tensor:
+        local = {v: (block, False) for v, block in zip(item.reads, given, strict=True)}
+        _steps(graph, sweep, list(item.steps), local, sel, writable, frozenset(item.reads))
+        return local[item.value][0]
+
+    made = launch.run(graph, sweep, item, data, sel, direct, torchs)
     if made is not None:
         once = all(s for n, s in zip(made.shape, made.stride(), strict=True) if n > 1)
         blocks[item.value] = (made, made is not direct and once)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
+import torch
 from torch import Tensor
 
 from . import backends, chooser
+from .convolution import Conv
 from .convolving import ConvKind, Convolution, Shape
+from .entries import seed_block
 from .fusion import Fused, edge_of
 from .graph import Graph
 from .kernels import support
 from .kernels.support import Factor, Unfit
-from .layout import Selection
+from .layout import Selection, unfolded
 from .linear_map import Diagonal
+from .passes import Pass, PassKind, over
 from .sweep import Sweep, factors_of
 
 
@@ -24,30 +29,30 @@ def run(
     data: list[Tensor | None],
     sel: Selection | None,
     out: Tensor | None,
+    steps: Callable[[list[Tensor]], Tensor],
 ) -> Tensor | None:
-    """The block of a fused item, or None where no kernel covers these blocks (dtypes, devices, identity seeds).
+    """The block of a fused item, or None where no kernel covers these blocks (dtypes, devices, identity seeds), or
+    torch is better.
 
     ``data``: the blocks of ``item.reads``. ``sel``: the chunk. ``out``: where to write the result if that can be done,
-    ``(K, *value)``. Returns ``out`` itself if it was written.
+    ``(K, *value)``. Returns ``out`` itself if it was written. ``steps``: the item's steps by torch, from such blocks.
     """
-    t, reverse = data[0], sweep.reverse
     if item.kind == "first":
         return _first(graph, sweep, item, sel or {}, out)
+    t = data[0]
     if any(b is None or not backends.kernels_for(b) for b in data):
         return None
     if any(b.dtype != t.dtype or b.device != t.device for b in data):
         return None
     if out is not None and (out.dtype != t.dtype or out.device != t.device):
         out = None
-    if item.kind == "sum":
-        return _scaled_sum(graph, item, data, item.layout.columns(sel), out)
+    if item.kind == "chain":
+        return _chain(graph, item, t, sweep.reverse, out)
     if item.kind == "conv":
-        return _convolution(graph, item, t, reverse, out)
-    if item.kind == "pool":
-        return _pooled(graph, item, t, reverse, out)
-    if item.kind == "rows":
-        return _mapped_rows(graph, item, t, reverse, out)
-    return _chain(graph, item, t, reverse, out)
+        return _convolution(graph, item, t, sweep.reverse, out)
+    kind = _passing(graph, sweep, item, item.layout.columns(sel), t.dtype, t.device)
+    pass_ = {"sum": _scaled_sum, "pool": _pooled, "rows": _mapped_rows}[item.kind]
+    return pass_(graph, item, kind, data, sweep.reverse, steps, out)
 
 
 def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
@@ -59,23 +64,16 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
     # the block of the first layer under an identity seed is its weight, the same for all rows
     shared = any(s.value == first and s.shares for s in sweep.steps)
     seeds = item.layout.columns((sweep.selections() or [None])[0])
-    if item.kind == "first":
-        return "triton", "from the weight alone, no seeds are read"
     if item.kind == "conv":
         edge, around, sizes = _parts(graph, item, sweep.layouts[first].shape)
         samples = item.layout.shape[0]
         if shared and samples > 1 and not around[0]:
             return "torch", "once for all samples"
-        names = tuple(
-            "" if not s else s[0].formula(n) if len(s) == 1 else "ready"
-            for s, n in zip(around, _uses(edge, seeds), strict=True)
-        )
+        names = _names(around, _uses(edge, seeds))
         shape = Shape.of(edge, not sweep.reverse, *(s[2:] for s in sizes))
         return chooser.described(ConvKind.of(seeds, samples, shape, names, dtype, device))
     if item.kind != "chain":
-        return "triton", {
-            "rows": "one pass over rows", "sum": "two blocks added in one pass", "pool": "by the indices of its choice",
-        }[item.kind]  # fmt: skip
+        return chooser.described(_passing(graph, sweep, item, seeds, dtype, device))
     widths, names = [sweep.layouts[first].shape[-1]], [""]
     for step in item.steps:
         edge = edge_of(graph, step)
@@ -86,7 +84,46 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
             names[-1] = "ready" if names[-1] else edge.formula(seeds)
     rows = prod(sweep.layouts[first].shape[:-1])
     return chooser.described(
-        chooser.Kind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
+        chooser.ChainKind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
+    )
+
+
+def _passing(graph: Graph, sweep: Sweep, item: Fused, seeds: int, dtype, device) -> PassKind:
+    """What the choice for an item that takes one pass depends on."""
+    shape, reverse = item.layout.shape, sweep.reverse
+    if item.kind == "sum":
+        inner = {s.value: s for s in item.steps[:-1]}
+        scaled = [inner.get(t.other) for t in item.steps[-1].terms]
+        names = _names([[] if s is None else [edge_of(graph, s)] for s in scaled])
+        rows, entries = shape[0] if shape else 1, prod(shape[1:])
+        how = (*names, tuple(shape[1:]))
+        return PassKind.of("scaled_sum", seeds, rows, 2 * entries, entries, how, dtype, device)
+    given = sweep.layouts[item.reads[0]].shape
+    edge, around, (_, out) = _parts(graph, item, given)
+    names = _names(around)
+    if item.kind == "rows":
+        name, _, axes = edge.row_map(len(shape), reverse)
+        rows, n = prod(shape[:-axes]), prod(shape[-axes:])
+        return PassKind.of("rows", seeds, rows, n, n, (name, *names), dtype, device)
+    if item.kind == "pool":
+        name = edge.pool_map(out, reverse)
+        how = (name, *names, tuple(given[1:]), tuple(out[1:]), edge.options)
+        return PassKind.of(
+            "pool", seeds, out[0], prod(given[1:]), prod(out[1:]), how, dtype, device
+        )
+    colours = tuple(sorted(sweep.colours.items()))
+    how = (names[1], *map(tuple, (given[1:], out[1:], edge.shape)), edge.geometry.key, colours)
+    return PassKind.of("first", seeds, out[0], 0, prod(out[1:]), how, dtype, device)
+
+
+def _names(around: list[list[Diagonal]], uses: tuple[int, int] = (1, 1)) -> tuple[str, ...]:
+    """What kernels compute scalings from: a derivative's name, "ready", or "" where there is none.
+
+    ``uses``: see `Diagonal.factor`.
+    """
+    return tuple(
+        "" if not s else s[0].formula(n) if len(s) == 1 else "ready"
+        for s, n in zip(around, uses, strict=True)
     )
 
 
@@ -115,6 +152,8 @@ def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | No
     )
     into = _into(out, 1)
     made = chooser.run(problem, into)
+    if made is None:
+        return None
     return out if into is not None else made.view(K, *item.layout.shape)
 
 
@@ -184,13 +223,17 @@ def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         return None
     if not around[0] and t.shape[1] > 1 and t.stride(1) == 0:
         return None  # torch convolves it once for all samples
+    return chooser.run(_around(edge, not reverse, t, around, shapes), out)
+
+
+def _around(edge: Conv, push: bool, t: Tensor, around: list[list[Diagonal]], shapes) -> Convolution:
+    """The push or pull of a convolution between scalings, as a problem."""
     both = list(zip(around, shapes, strict=True))
-    uses = _uses(edge, t.shape[0])
-    problem = Convolution(
-        t, edge, not reverse, tuple(shapes[1][2:]), tuple(map(_on_image, around, shapes, uses)),
+    return Convolution(
+        t, edge, push, tuple(shapes[1][2:]),
+        tuple(map(_on_image, around, shapes, _uses(edge, t.shape[0]))),
         lambda: tuple(_product(*b) for b in both),
     )  # fmt: skip
-    return chooser.run(problem, out)
 
 
 def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor | None):
@@ -198,7 +241,7 @@ def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor 
     from .kernels.windows import Window
 
     seed = graph.values[sweep.seed]
-    edge, (_, scalings), (given, shape) = _parts(graph, item, seed.shape)
+    edge, around, (given, shape) = _parts(graph, item, seed.shape)
     weight, g = edge.weight, edge.geometry
     if not backends.kernels_for(seed) or (weight.dtype, weight.device) != (seed.dtype, seed.device):
         return None
@@ -206,9 +249,8 @@ def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor 
     for _, f in factors_of(sweep)[1:]:
         period = 1 if f is None else sweep.layout.seed[f]
         colours.append((period, *sel.get(f, (0, period))))
-    after = _on_image(scalings, shape)
     # without a scaling, it is the same for all samples
-    samples = shape[0] if scalings else min(shape[0], 1)
+    samples = shape[0] if around[1] else min(shape[0], 1)
     if out is not None and (
         samples != shape[0] or (out.dtype, out.device) != (seed.dtype, seed.device)
     ):
@@ -217,31 +259,51 @@ def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor 
         tuple(shape[2:]), tuple(g.stride), tuple(g.padding), tuple(g.dilation), g.groups,
         g.transposed != sweep.reverse,
     )  # fmt: skip
-    try:
-        made = first(weight, window, given[2:], tuple(colours), samples, after, out=out)
-    except Unfit as error:
-        backends.unfit("first", error)
+
+    def kernel(n: int, out: Tensor | None) -> Tensor:
+        after = _on_image(around[1], shape)
+        if after is not None:
+            after = Factor(after.values[:n], after.name, after.constants)
+        return first(weight, window, given[2:], tuple(colours), n, after, out=out)
+
+    def steps(n: int, dtype: torch.dtype | None) -> Tensor:
+        block, at = seed_block(sweep, sel, seed), sweep.layouts[sweep.seed]
+        mid = item.steps[0].terms[0].route.mid
+        if mid is not at:
+            block, _ = unfolded(block, at, mid, sel, seed)
+        problem = _around(edge, not sweep.reverse, block, around, (given, shape))
+        return problem.first(len(block), n).torch(dtype)
+
+    seeds = item.layout.columns(sel)
+    kind = _passing(graph, sweep, item, seeds, seed.dtype, seed.device)
+    entries = seeds * max(prod(given[1:]), prod(shape[1:]))
+    made = chooser.run(Pass(kind, samples, entries, kernel, steps), out)
+    if made is None:
         return None
     return made if samples == shape[0] else made.expand(-1, *shape)
 
 
-def _pooled(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+def _pooled(
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+) -> Tensor | None:
     from .kernels import pool
     from .kernels.windows import Window
 
+    t = data[0]
     edge, around, shapes = _parts(graph, item, t.shape[1:])
-    before, after = (_on_image(*b) for b in zip(around, shapes, strict=True))
-    gathers = edge.pool_map(shapes[1], reverse) == "gather"
+    gathers = kind.how[0] == "gather"
     picked = shapes[1] if gathers else shapes[0]
-    index = edge.base.index.expand(*picked[:2], -1).unflatten(-1, picked[2:])
-    try:
+
+    def kernel(blocks: list[Tensor], out: Tensor | None) -> Tensor:
+        before, after = (_on_image(*b) for b in zip(around, shapes, strict=True))
+        index = edge.base.index.expand(*picked[:2], -1).unflatten(-1, picked[2:])
         if gathers:
-            return pool.gather(t, index, before, after, out=out)
+            return pool.gather(*blocks, index, before, after, out=out)
         taps, *rest = zip(*edge.options, strict=True)
-        return pool.scatter(t, index, Window(shapes[1][2:], *rest), taps, before, after, out=out)
-    except Unfit as error:
-        backends.unfit("pool", error)
-        return None
+        window = Window(shapes[1][2:], *rest)
+        return pool.scatter(*blocks, index, window, taps, before, after, out=out)
+
+    return chooser.run(over(kind, data, max(map(prod, shapes)), kernel, steps), out)
 
 
 def _uses(edge, seeds: int) -> tuple[int, int]:
@@ -268,38 +330,45 @@ def _product(scalings: list[Diagonal], shape) -> Tensor | None:
     return whole.expand(shape)
 
 
-def _mapped_rows(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+def _mapped_rows(
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+) -> Tensor | None:
     from .kernels.rows import rows
 
     shape = item.layout.shape
     edge, around, _ = _parts(graph, item, shape)
     name, saved, axes = edge.row_map(len(shape), reverse)
-    before, after = (_factor(s, shape, axes) for s in around)
-    into = _into(out, axes)
-    try:
-        made = rows(_rows(t, axes), _features(saved(), shape, axes), name, before, after, out=into)
-    except Unfit as error:
-        backends.unfit("rows", error)
-        return None
-    return out if into is not None else made.view(t.shape[0], *shape)
+
+    def kernel(blocks: list[Tensor], out: Tensor | None) -> Tensor:
+        (t,), into = blocks, _into(out, axes)
+        before, after = (_factor(s, shape, axes) for s in around)
+        p = _features(saved(), shape, axes)
+        made = rows(_rows(t, axes), p, name, before, after, out=into)
+        return out if into is not None else made.view(len(t), *shape)
+
+    return chooser.run(over(kind, data, prod(shape), kernel, steps), out)
 
 
-def _scaled_sum(graph: Graph, item: Fused, data: list[Tensor], columns: int, out: Tensor | None):
+def _scaled_sum(
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+) -> Tensor | None:
     from .kernels.elementwise import scaled_sum
 
     *scalings, last = item.steps
     inner = {s.value: s for s in scalings}
     shape = item.layout.shape
-    terms = []
-    for term, block in zip(last.terms, data, strict=True):
-        step = inner.get(term.other)
-        f = None
-        if step is not None:
-            f = edge_of(graph, step).factor()
-            f = Factor(f.values.expand(shape), f.name, f.constants)
-        terms.append((block, f))
-    try:
-        return scaled_sum(terms, (columns, *shape), out=out)
-    except Unfit as error:
-        backends.unfit("scaled_sum", error)
-        return None
+
+    def kernel(blocks: list[Tensor], out: Tensor | None) -> Tensor:
+        terms = []
+        for term, block in zip(last.terms, blocks, strict=True):
+            step = inner.get(term.other)
+            f = None if step is None else edge_of(graph, step).factor()
+            if f is not None:
+                f = Factor(f.values.expand(shape), f.name, f.constants)
+            terms.append((block, f))
+        made = scaled_sum(terms, (max(map(len, blocks)), *shape), out=out)
+        if made is None:
+            raise Unfit("blocks that lie in memory along too many axes")
+        return made
+
+    return chooser.run(over(kind, data, prod(shape), kernel, steps), out)

@@ -267,7 +267,7 @@ def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> fl
 
 def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
     """Predicted seconds of some steps: blocks are read and written, one operation after the other."""
-    return flops / rates.flops + 2 * written / rates.bandwidth + rates.step * steps
+    return rates.seconds(flops, 2 * written, steps)
 
 
 @dataclass(frozen=True)

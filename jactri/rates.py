@@ -21,6 +21,10 @@ class Rates:
     bandwidth: float
     step: float
 
+    def seconds(self, flops: float, moved: float, steps: int = 0) -> float:
+        """Predicted time of so many flops and bytes, read or written, in so many steps one after the other."""
+        return flops / self.flops + moved / self.bandwidth + self.step * steps
+
 
 ROUGH = {"cpu": Rates(1e11, 1e10, 4e-6), "cuda": Rates(5e13, 2e12, 8e-6)}
 """Orders of magnitude by device type: enough where one plan is far better than the others."""

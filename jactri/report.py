@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, launch
+from . import backends, chooser, launch
 from .arguments import ASSUME, as_tuple, check_batch
+from .entries import band, blocks
 from .folding import fold
 from .fusion import Fused, fuse
 from .graph import Graph, UnsupportedGraph, read
@@ -186,21 +187,27 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         answer_bytes(ys, xs, per_sample),
         naive,
         tuple(sorted({op for sweep in sweeps for s in sweep.steps for op in opaque_of(graph, s)})),
-        "; ".join(dict.fromkeys(_colours(graph, s) for s in plan.sweeps if s.colours)),
+        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.colours)),
     )
 
 
-def _colours(graph: Graph, sweep: Sweep) -> str:
-    """How many seeds run as one."""
+def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
+    """How many seeds run as one, and what writes the answer out."""
     sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
     columns = max(sweep.layouts[t].columns() for t in sweep.targets if t is not None)
     seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
     found = f"{columns} colours for {seeds} seeds that never meet in one entry"
     if sweep.why:
         found += ", " + sweep.why
-    on = backends.kernels_on(graph.values[sweep.seed].device)
-    if on and not sweep.windows and all(p.bands for p in sweep.patterns.values()):
-        found += ", written out by the kernel band"
+    seed = graph.values[sweep.seed]
+    if backends.kernels_on(seed.device) and not sweep.windows:
+        for t, pattern in sweep.patterns.items():
+            ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
+            samples, each = blocks(sweep, sweep.layouts[t], *ends, pattern)
+            both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns()
+            kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
+            if kind is not None:
+                found += ", written out by {} ({})".format(*chooser.described(kind))
     return found
 
 

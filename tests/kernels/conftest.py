@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jactri import chooser
 from jactri.kernels import support
 
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default torch allows convolutions tf32
@@ -37,3 +38,20 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cpu" if support.interpreted() else "cuda")
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """All ways are timed, by a table: what is not in it takes a second."""
+    table = {}
+
+    def milliseconds(call):
+        call()
+        way = call.__defaults__[0] if call.__defaults__ else chooser.TORCH
+        return table.get(str(way).split(" (")[0], 1000.0)
+
+    chooser.forget()
+    monkeypatch.setattr(chooser, "_tunable", lambda kind: True)
+    monkeypatch.setattr(chooser, "_milliseconds", milliseconds)
+    yield table
+    chooser.forget()

@@ -200,25 +200,14 @@ def test_flops_are_those_of_the_convolution():
 
 
 @pytest.fixture
-def timed(monkeypatch):
-    """Ways are timed by a table here: what is not in it takes a second."""
-    table = {}
-
-    def milliseconds(call):
-        call()
-        way = call.__defaults__[0] if call.__defaults__ else chooser.TORCH
-        return table.get(str(way).split(" (")[0], 1000.0)
-
-    monkeypatch.setattr(chooser, "_tunable", lambda kind: True)
-    monkeypatch.setattr(chooser, "_milliseconds", milliseconds)
+def one_tile(monkeypatch):
     for module in (conv, direct):
         monkeypatch.setattr(module, "CONFIGS", module.CONFIGS[:1])
-    return table
 
 
 @pytest.mark.parametrize("best", ["conv", "direct", "torch"])
 def test_the_fastest_way_wins_unless_kernels_are_asked_for(
-    best, timed, device, launched, monkeypatch
+    best, timed, one_tile, device, launched, monkeypatch
 ):
     timed |= {"conv": 3.0, "direct": 2.0, "torch": 4.0, best: 1.0}
     f = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Conv2d(4, 6, 3, padding=1), nn.Tanh()).to(
@@ -241,7 +230,7 @@ def test_the_fastest_way_wins_unless_kernels_are_asked_for(
     assert bool(launched) == (best != "torch")
 
 
-def test_a_wrong_result_cannot_win(timed, device, monkeypatch):
+def test_a_wrong_result_cannot_win(timed, one_tile, device, monkeypatch):
     timed |= {"direct": 1.0, "conv": 2.0}
     plain = direct.direct
     monkeypatch.setattr(direct, "direct", lambda *a, **k: plain(*a, **k).mul_(1.0001))

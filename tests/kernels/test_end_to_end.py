@@ -269,7 +269,7 @@ def test_explain_names_kernels_and_reasons(device):
     )
     text = str(jactri.explain(f, x, per_sample=True, backend="triton"))
     assert "pair (bf16x6, tile 128x64x32, 8 warps): 1 launch" in text
-    assert "one pass over rows" in text and "in the step below" in text
+    assert "triton (rows: 1 launch)" in text and "in the step below" in text
     assert "triton" not in str(jactri.explain(f, x, per_sample=True, backend="torch"))
 
 
@@ -278,7 +278,7 @@ def test_explain_names_kernels_and_reasons(device):
 
 def kind(widths, rows=16, dtype=torch.float32):
     names = ("",) * len(widths)
-    return chooser.Kind.of(4, rows, widths, names, False, dtype, torch.device("cpu"))
+    return chooser.ChainKind.of(4, rows, widths, names, False, dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -340,21 +340,6 @@ def test_other_kernels_that_do_not_fit(module, name, device, monkeypatch):
     f = nn.Sequential(Gated(), nn.Tanh(), nn.Softmax(-1)).to(device)
     with pytest.warns(RuntimeWarning, match="no registers left"):
         check(f, torch.randn(5, 6, device=device), per_sample=True, strategy="forward-mode")
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Ways are timed by a table here: what is not in it takes a second."""
-    table = {}
-
-    def milliseconds(call):
-        call()
-        way = call.__defaults__[0] if call.__defaults__ else chooser.TORCH
-        return table.get(str(way).split(" (")[0], 1000.0)
-
-    monkeypatch.setattr(chooser, "_tunable", lambda kind: True)
-    monkeypatch.setattr(chooser, "_milliseconds", milliseconds)
-    return table
 
 
 @pytest.mark.parametrize("best", ["chain", "pair", "2 steps", "torch"])
