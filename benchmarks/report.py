@@ -131,7 +131,8 @@ def _gpu(measured: dict) -> str:
         f"{name} {card[f'{name}_flops_per_s'] / 1e12:.3g}" for name in ("ieee", "tf32", "bf16")
     )
     lines = [
-        f"GPU: {m['device']}, torch {m['torch']}, triton {m['triton']}, {m['date']}, commit {_commits(measured)}. "
+        f"GPU: {m['device']}, torch {m['torch']}, triton {m['triton']}, {m['date']}, commit {_commits(measured)}, "
+        f"kernels {measured['kernels']}. "
         f"It copies {card['copy_bytes_per_s'] / 1e12:.3g} TB/s (read and written) and multiplies, in TFLOP/s, "
         f"{rates}; the bound is the larger of least flops and least bytes at these rates (at ieee a sixth of bf16's, "
         "at most 130, where that is more). Medians of interleaved calls with a cold L2 cache, in milliseconds; "

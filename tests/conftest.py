@@ -23,6 +23,7 @@ CPU_ONLY = {
     "test_examples.py": "programs for the CPU",
     "test_packaging.py": "wheels and imports",
     "test_gpu_command.py": "starts this suite itself",
+    "test_lease.py": "processes, and no tensors",
     "test_layout.py": "index arithmetic alone",
     "test_counts.py": "figures of the CPU's plans and ops",
     "test_planner.py": "plans, which hold no tensor",

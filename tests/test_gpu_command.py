@@ -610,7 +610,7 @@ def test_the_section_of_a_card_comes_from_its_file(tmp_path, capsys):
     assert report.main(["--gpu", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "GPU: A Card, torch 2.1, triton 3.1, 2030-01-02, commit c0ffee012. It copies 3 TB/s"
+        "GPU: A Card, torch 2.1, triton 3.1, 2030-01-02, commit c0ffee012, kernels k. It copies 3 TB/s"
     )
     assert "ieee 50, tf32 400, bf16 800" in lines[0]
     # the ratio is the smaller of two, each of what was timed side by side
@@ -635,12 +635,12 @@ def test_a_section_names_all_commits_and_uncommitted_changes():
     data = leased()
     data["items"][-1]["commit"] = "beef" * 10
     data["machine"] = MACHINE | {"uncommitted_changes": True}
-    assert "commit c0ffee012 and beefbeefb with changes." in report.table(data)
+    assert "commit c0ffee012 and beefbeefb with changes," in report.table(data)
 
 
 def test_a_lease_that_found_nothing_has_a_section():
     data = leased() | {"items": []}
-    assert "in 0 of the 0 rows" in report.table(data) and "commit unknown." in report.table(data)
+    assert "in 0 of the 0 rows" in report.table(data) and "commit unknown," in report.table(data)
 
 
 def test_a_lease_has_a_roof_for_each_precision(tmp_path):

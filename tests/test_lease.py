@@ -292,13 +292,20 @@ def test_environment_and_group(item, run):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+CACHE = {"hits": 3, "misses": 1, "compile_seconds": 1.5}
+
+
 def test_the_table_is_short(capsys):
     data = {"seconds": 1.0, "items": [
         *({"name": f"kernels:{k}", "state": "failed", "error": "e" * 5000} for k in range(60)),
-        *({"name": f"bench:{k}", "state": "done", "line": "f" * 5000, "seconds": 2.5} for k in range(12)),
+        *(
+            {"name": f"bench:{k}", "state": "done", "line": "f" * 5000, "seconds": 2.5, "cache": CACHE}
+            for k in range(12)
+        ),
     ]}  # fmt: skip
     text = table(data)
     assert len(text) < 9000 and "... and 40 more" in text
+    assert "kernel cache: 36 hits, 12 misses, compiled in 18 s" in text
     assert "kernels           -       60" in text and text.splitlines()[2].split() == [
         "bench",
         "12",

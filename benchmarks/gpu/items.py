@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jactri.kernels import support
+
 from ..record import Record
 from . import bench, cache, check, counters, suite
 from .device import Cpu, Cuda, Device, rates, versions
@@ -77,7 +79,7 @@ def listed(device: str, shrink: int, lease: Path, archive: Path | None = None) -
         *(item(f"capture:{n}", 60, 6) for n in NAMES),
         *(item(f"accuracy:{n}", 90, 4) for n in NAMES),
         *(item(f"bench:{n}", 45) for n in NAMES),
-        *(item(f"limits:{n}", 45, lacks=no_ncu) for n in COUNTED),
+        *(item(f"limits:{n}", 60, lacks=no_ncu) for n in COUNTED),
         *shards("kernels", KERNELS, 180, environment=tests),
         *shards("suite", SUITE, 150, environment=fixed),
         *sanitized("memcheck"),
@@ -229,9 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     task = Task(parser.parse_args(arguments))
     warnings.simplefilter("ignore")
     record = task.record
-    if task.kind != "cache":
-        cache.begin()
     try:
+        if task.kind != "cache" and support.missing() is None:
+            cache.begin()
         KINDS[task.kind](task)
     except Exception as error:  # whatever it is, it is this item's
         record.failed(task.kind, error)

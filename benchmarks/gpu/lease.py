@@ -256,6 +256,12 @@ def table(data: dict[str, Any], figures: Sequence[str] = ("bench", "compiled")) 
         lines.append(f"{kind:10}{counts}  {seconds[kind]:7.1f}")
     measured = [i for i in data["items"] if i["name"].startswith(tuple(figures)) and i.get("line")]
     lines += [f"{i['name']:20} {i['line']}"[:220] for i in measured if i["state"] != "not run"]
+    answered = [i["cache"] for i in data["items"] if i.get("cache")]
+    if answered:
+        hits, misses, took = (
+            sum(c[k] for c in answered) for k in ("hits", "misses", "compile_seconds")
+        )
+        lines.append(f"kernel cache: {hits} hits, {misses} misses, compiled in {took:.0f} s")
     bad = [i for i in data["items"] if i["state"] in ("failed", "timeout")]
     lines += [row(i) for i in bad[:20]]
     if len(bad) > 20:
