@@ -16,8 +16,9 @@ that alone, ``--device cpu --shrink 1000`` tries it all on a machine without a G
 table; the exit code is 1 if anything failed or was cut off, 2 if there is no device. Without ``--json`` the file is
 benchmarks/results/gpu-<device>.json, of which ``python -m benchmarks.report --gpu FILE`` makes README's section.
 
-``python -m benchmarks.gpu prepare`` compiles the kernels beforehand, on any machine, and packs them; a lease unpacks
-them where the package lies, or from ``--cache PACKAGE``.
+``python -m benchmarks.gpu prepare`` compiles the kernels beforehand, on any machine, into build/gpu/kernels.tar.xz,
+which git ignores: a lease unpacks it if it lies there, or what ``--cache PACKAGE`` names. Without it, or where it is of
+other kernels, each kernel is compiled when it is first asked for.
 
 Needs torch, triton, numpy and pytest.
 """

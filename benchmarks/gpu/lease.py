@@ -236,7 +236,7 @@ def row(entry: dict[str, Any], width: int = 200) -> str:
         what = f"{bad[0]} ({len(bad)} failures)"
     if "error" in entry:
         first, *rest = entry["error"].splitlines() or [""]
-        what = f"{first[:60]} ... {rest[-1]}" if rest else first
+        what = "; ".join(filter(None, [f"{first[:60]} ... {rest[-1]}" if rest else first, what]))
     state = entry["state"] + (", earlier" if entry.get("earlier") else "")
     text = f"{state:8} {entry['name']:20} {entry.get('seconds', 0):6.1f} s  "
     return (text + " ".join(what.split()))[:width].rstrip()
