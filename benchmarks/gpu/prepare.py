@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu prepare [WORKLOAD ...] [--out FILE] [--jobs N] [--seconds S]
 
-The workloads run at their GPU sizes on a device that is not there (`fake`), in every precision and by every backend;
-wherever the chooser would time several ways, all of them are launched. What these launches would compile is compiled
-for the target, the most valuable first, by the Triton that the GPU machine has: its wheel goes into a folder of its
-own. A call that is ended goes on where it stopped when it is called again. `cache` unpacks and uses the result.
+The smoke tests of a lease, and the workloads at their GPU sizes, in every precision and by every backend, run on a
+device that is not there (`fake`); wherever the chooser would time several ways, all of them are launched. What these
+launches would compile is compiled for the target, the most valuable first, by the Triton that the GPU machine has: its
+wheel goes into a folder of its own. A call that is ended goes on where it stopped when it is called again. `cache`
+unpacks and uses the result.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="W1, ...; default: all")
+    parser.add_argument(
+        "workloads", nargs="*", metavar="WORKLOAD", help="W1, ...; default: all, and smoke tests"
+    )
     parser.add_argument(
         "--out", type=Path, default=ARCHIVE, help=f"default: {ARCHIVE.relative_to(ROOT)}"
     )
@@ -69,6 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one a core"
     )
     parser.add_argument("--seconds", type=float, help="compile no longer, and pack what there is")
+    parser.add_argument("--tests", action="store_true", help="those of all kernel tests too")
     parser.add_argument("--triton", default=TRITON, help=f"the GPU machine's; default: {TRITON}")
     parser.add_argument("--python", default=PYTHON, help=f"the GPU machine's; default: {PYTHON}")
     parser.add_argument(
@@ -95,7 +99,7 @@ def main(arguments: list[str]) -> int:
     from .variants import asked
 
     began = time.monotonic()
-    found = asked(options.workloads)
+    found = asked(options.workloads, options.tests)
     print(f"{len(found)} kernels are asked for ({time.monotonic() - began:.0f} s)", flush=True)
     deadline = None if options.seconds is None else began + options.seconds
     report = pack(

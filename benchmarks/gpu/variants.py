@@ -1,30 +1,41 @@
-"""Which kernels a session on a GPU asks for: every launch of the workloads, and of every way that may be timed."""
+"""Which kernels a session on a GPU asks for: every launch of the workloads, of every way that may win, and of tests."""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from jactri import chooser
+from jactri.kernels.support import Unfit
 
 from . import fake
 from .bench import own
+from .cache import ROOT
 from .device import SETTINGS, Cuda, precision
 from .sizes import Sized, sized
+from .suite import SMOKE, smoke
+
+Asked = list[tuple[str, fake.Variant]]
 
 
-def asked(names: list[str], shrink: int = 1) -> list[tuple[str, fake.Variant]]:
+def asked(names: list[str], tests: bool = False) -> Asked:
     """(name, variant) of all kernels of the workloads, the most valuable first. Patches the process, see `fake`.
 
-    First what the benchmark of the default backend runs, a workload after the other, then the other backends, then
-    bfloat16, of which only the accuracy is looked at.
+    First those of the smoke tests, if no workload is named; then what the benchmark of the default backend runs, a
+    workload after the other; then the other backends, then bfloat16, of which only the accuracy is looked at; last,
+    if asked for, ``tests``: all of tests/kernels.
     """
     device = fake.install()
-    sizes = sized(names, shrink)
+    sizes = sized(names)
     first, *others = (b for b in Cuda.backends if b != "torch")
     with device, _all_ways():
         for setting, backend, size in (
@@ -34,6 +45,19 @@ def asked(names: list[str], shrink: int = 1) -> list[tuple[str, fake.Variant]]:
         ):
             if setting != "bf16" or size.workload.operator is None:
                 _call(device, size, setting, backend)
+    found = _noted(device)
+    if not names:
+        for kernel in SMOKE:
+            _tested(device, smoke(kernel))
+        found = _noted(device)[len(found) :] + found
+    if tests:
+        count = len(found)
+        _tested(device, ["tests/kernels"])
+        found += _noted(device)[count:]
+    return found
+
+
+def _noted(device: fake.Device) -> Asked:
     return [(name, variant) for (name, _), variant in device.variants.items()]
 
 
@@ -53,16 +77,58 @@ def _all_ways() -> Iterator[None]:
     """Whatever is run in a way that was chosen is run in all ways that there are, at the sizes of timing and whole."""
     plain: Callable = chooser.run
 
-    def run(problem: chooser.Problem, out: torch.Tensor | None = None) -> Any:
+    def run(problem: chooser.Problem, out: Tensor | None = None) -> Any:
         for composition, configs, dots in problem.kind().offers():
             for config, dot in product(configs, dots):
                 way = chooser.Way(composition, dot, config)
                 for part, into in ((problem, out), (problem.timed(), None)):
-                    part.launch(way, into)
+                    with contextlib.suppress(Unfit):
+                        part.launch(way, into)
         return plain(problem, out)
 
-    chooser.run = run
-    try:
+    with mock.patch.object(chooser, "run", run):
         yield
-    finally:
-        chooser.run = plain
+
+
+def _tested(device: fake.Device, arguments: list[str]) -> None:
+    """Run tests of tests/kernels for what they launch.
+
+    There are no values to hold against others, so comparisons are taken away; what a test launches after a line that
+    fails all the same, or by values that it draws, is not asked for: how many do is printed.
+    """
+    import pytest
+
+    counts: Counter[str] = Counter()
+
+    class OnDevice:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_call(self, item):
+            with device:
+                return (yield)
+
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call":
+                counts[report.outcome] += 1
+
+    def gradients(outputs: Any, inputs: Any, *given: Any, **options: Any) -> tuple[Tensor, ...]:
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        return tuple(torch.empty_like(i).requires_grad_(i.is_floating_point()) for i in inputs)
+
+    here = str(ROOT / "tests" / "kernels")
+    with mock.patch.object(sys, "path", [here, *sys.path]), contextlib.ExitStack() as patches:
+        import guard
+        import precision as limits
+
+        for owner, name, made in (
+            (torch.cuda, "is_available", lambda: True),
+            (torch.autograd, "grad", gradients),  # the engine asks the device for its streams
+            (torch.testing, "assert_close", lambda *given, **options: None),
+            (guard.Canvas, "check", lambda canvas: None),
+            (limits, "distance", lambda got, truth: 0.0),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, made))
+        patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        quiet = ["-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
+        pytest.main([*quiet, "--rootdir", str(ROOT), *arguments], plugins=[OnDevice()])
+    if counts["failed"]:
+        print(f"{counts['failed']} of {counts.total()} tests end early here: {' '.join(arguments)}")

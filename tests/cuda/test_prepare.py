@@ -13,7 +13,7 @@ from triton import knobs
 from triton.runtime import build
 from triton.runtime import cache as triton_cache
 
-from benchmarks.gpu import cache, prepare, variants
+from benchmarks.gpu import cache, fake, prepare, suite, variants
 from benchmarks.gpu.bench import own
 from benchmarks.gpu.device import SETTINGS, precision
 from benchmarks.gpu.sizes import sized
@@ -27,16 +27,15 @@ OWN = sysconfig.get_python_version()
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """(archive, manifest, kernels) of one workload under backend="triton"."""
-    from conftest import DEVICE
-
     folder = tmp_path_factory.mktemp("packed")
     (size,) = sized([WORKLOAD])
-    DEVICE.clear()
+    device = fake.install()
+    device.clear()
     for setting in SETTINGS:
-        with DEVICE, precision(setting):
-            net, x = DEVICE.problem(size.workload)
+        with device, precision(setting):
+            net, x = device.problem(size.workload)
             own("triton").make(size.workload, net)(x)
-    found = {(n.kernel, n.key): DEVICE.variants[n.kernel, n.key] for n in DEVICE.launches}
+    found = {(n.kernel, n.key): device.variants[n.kernel, n.key] for n in device.launches}
     kernels = [(name, v) for (name, _), v in found.items()]
     out = folder / "kernels.tar.xz"
     about = prepare.pack(kernels, out, folder=folder / "made", jobs=2, python=OWN)
@@ -178,3 +177,10 @@ def test_every_way_that_may_win_is_asked_for(device):
     dots = chooser.dots("fp32")
     assert len(dots) == 2
     assert asked == {(c.rows, d, c.warps) for c, d in product(linear.CONFIGS, dots)}
+
+
+def test_kernels_of_smoke_tests_are_asked_for(device):
+    device.clear()
+    variants._tested(device, suite.smoke("elementwise"))
+    assert {n.kernel for n in device.launches} == {"_scaled_sum"}
+    assert torch.cuda.is_available.__name__ != "<lambda>"
