@@ -72,9 +72,8 @@ def test_a_file_to_go_on_from_that_is_not_there_is_an_error(capsys, tmp_path):
     assert "none.json" in capsys.readouterr().err
 
 
-def test_a_lease_for_real(tmp_path, capsys, monkeypatch):
+def test_a_lease_for_real(tmp_path, capsys):
     """Two processes at tiny sizes; then once more, where one of them is done."""
-    monkeypatch.setattr(cache, "ARCHIVE", tmp_path / "no package")
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     tiny = [
         "lease",
@@ -335,16 +334,17 @@ from pathlib import Path
 from benchmarks.gpu import suite
 from benchmarks.record import Record
 record = Record(Path(sys.argv[1]), float(sys.argv[2]), line="")
-suite.run(record, [sys.argv[5]], int(sys.argv[3]), int(sys.argv[4]))
+for _ in range(int(sys.argv[6])):
+    suite.run(record, [sys.argv[5]], int(sys.argv[3]), int(sys.argv[4]))
 sys.exit(record.close())
 """
 
 
-def in_an_item(tmp_path, text, shard=1, of=1, seconds=60.0):
+def in_an_item(tmp_path, text, shard=1, of=1, seconds=60.0, runs=1):
     """(exit code, data) of pytest in an item, on a file with this text."""
     (tmp_path / "test_planted.py").write_text(text)
     file = tmp_path / "item.json"
-    words = [str(w) for w in (file, seconds, shard, of, tmp_path / "test_planted.py")]
+    words = [str(w) for w in (file, seconds, shard, of, tmp_path / "test_planted.py", runs)]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -382,11 +382,17 @@ def test_shards_are_all_tests_and_those_that_need_memory_are_in_the_first(tmp_pa
     assert counts == [3 + 3, 2, 2]
 
 
+def test_several_runs_in_an_item_add_up(tmp_path):
+    code, data = in_an_item(tmp_path, "def test_good(): pass\n", runs=2)
+    assert code == 0 and [r["passed"] for r in data["results"]] == [1, 1]
+    assert data["line"] == "2 passed, 0 failed, 0 skipped"
+
+
 def test_a_cuda_error_ends_its_shard(tmp_path):
     text = PLANTED.replace("assert 1 == 2", "raise RuntimeError('CUDA error: an illegal access')")
     code, data = in_an_item(tmp_path, text)
     assert code == 1 and len(data["failures"]) == 1
-    assert data["not_run"] == ["a CUDA error kept from 8 tests"]
+    assert data["not_run"] == ["a CUDA error kept from 7 tests"]
 
 
 def test_tests_end_when_their_time_does(tmp_path):

@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None, started: float | None = None) -> in
     name = device.asked("name") or "cuda" if options.device == "cuda" else "cpu"
     slug = re.sub(r"\W+", "-", name.lower()).strip("-")
     path = options.json or ROOT / "benchmarks/results" / f"gpu-{slug}.json"
-    archive = options.cache or (cache.ARCHIVE if cache.ARCHIVE.exists() else None)
+    archive = options.cache
+    if archive is None and options.device == "cuda" and cache.ARCHIVE.exists():
+        archive = cache.ARCHIVE
     try:
         every = items.listed(options.device, options.shrink, path.resolve(), archive)
         todo = items.chosen(every, options.only)

@@ -35,6 +35,7 @@ NEEDS = ("hypothesis", "sklearn", "matplotlib", "rich", "ruff", "expecttest")
 ENDS = (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED, pytest.ExitCode.NO_TESTS_COLLECTED)
 """pytest's codes that say nothing beside what was noted; interrupted: by the item's own limit."""
 
+COUNTED = ("passed", "failed", "skipped")
 MOST = 20
 """Failures that are noted in full."""
 
@@ -58,8 +59,9 @@ class Noted:
     def __init__(self, record: Record, shard: int, of: int):
         self.record, self.shard, self.of = record, shard, of
         self.counts: Counter[str] = Counter()
-        self._session = None
-        self._left = self._written = 0.0
+        self._result = dict.fromkeys(COUNTED, 0)
+        record.data["results"].append(self._result)
+        self._session, self._left, self._written = None, 0, record.left
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, session, items) -> None:
@@ -83,30 +85,28 @@ class Noted:
         if report.when == "teardown":
             self._left -= 1
             if self._left and self.record.left < 0:
-                self._stop("there was no time for")
-        if self._written - self.record.left > 1 or not self._written:
+                self._stop("there was no time for", self._left)
+        if self._written - self.record.left > 1:  # a second later
             self.write()
 
     def _failed(self, name: str, message: str) -> None:
         self.counts["failed"] += 1
         if self.counts["failed"] <= MOST:
             self.record.failed(name, message)
-        if (
-            self._left and "CUDA error" in message
-        ):  # it stays with the process: all after it would fail too
-            self._stop("a CUDA error kept from")
+        if self._left > 1 and "CUDA error" in message:  # it stays with the process
+            self._stop("a CUDA error kept from", self._left - 1)
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str, tests: int) -> None:
         if not self._session.shouldstop:
             self._session.shouldstop = why
-            self.record.data["not_run"].append(f"{why} {self._left} tests")
+            self.record.data["not_run"].append(f"{why} {tests} tests")
 
     def write(self) -> None:
         """The counts so far."""
         self._written = self.record.left
-        counts = {k: self.counts[k] for k in ("passed", "failed", "skipped")}
-        self.record.data["results"] = [counts]
-        self.record.data["line"] = ", ".join(f"{n} {k}" for k, n in counts.items())
+        self._result |= {k: self.counts[k] for k in COUNTED}
+        results = self.record.data["results"]
+        self.record.data["line"] = ", ".join(f"{sum(r[k] for r in results)} {k}" for k in COUNTED)
         self.record.write()
 
 
