@@ -25,6 +25,9 @@ BACKENDS = ("auto", "torch", "triton")
 asked: ContextVar[str] = ContextVar("backend", default="auto")
 """The backend of the call that runs."""
 
+ready: ContextVar[support.Ready | None] = ContextVar("ready", default=None)
+"""What the call that runs now has made of its matrices for kernels, which its chunks and sweeps share."""
+
 
 class use:
     """A context in which blocks are computed by this backend."""

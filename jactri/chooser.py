@@ -4,9 +4,9 @@ A chain of products can be run in one launch (`kernels.chain`), step by step (`k
 torch; for convolutions see `convolving`, for what takes one pass over memory `passes`, for Laplacians
 `operators.fused`. On a GPU the few ways that cover a shape are timed once for each device, dtype, precision, sizes,
 seeds and power of two of rows, if the problem is predicted to take `WORTH` seconds; a way may only win if its result,
-on the data at hand, is at most twice as far from float64 as torch's. Below that, or with ``JACTRI_TUNE=0``, the way
-with the fewest launches is taken. Under ``backend="triton"`` torch only gets what no kernel fits. A kernel that a
-device cannot run is not tried again.
+on the data at hand, is at most twice as far from float64 as torch's. What it makes of matrices counts in its time, as
+in the first chunk of a call. Below that, or with ``JACTRI_TUNE=0``, the way with the fewest launches is taken. Under
+``backend="triton"`` torch only gets what no kernel fits. A kernel that a device cannot run is not tried again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import backends
 from .kernels import support
-from .kernels.support import Factor, Unfit
+from .kernels.support import Factor, Ready, Unfit
 from .rates import rough
 
 WORTH = 4e-6
@@ -88,13 +88,15 @@ class Problem(Protocol):
 class Chain:
     """One chain to run: ``t`` (K, R, w_0), matrices (w_l, w_(l+1)), a factor (R, w_l) or None for each width.
 
-    ``diagonals`` gives the factors' derivatives as tensors, for torch.
+    ``diagonals`` gives the factors' derivatives as tensors, for torch. ``ready``: what the call has made of
+    its matrices so far.
     """
 
     t: Tensor
     matrices: tuple[Tensor, ...]
     factors: tuple[Factor | None, ...]
     diagonals: Callable[[], list[Tensor | None]]
+    ready: Ready | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -143,6 +145,7 @@ class Chain:
         from .kernels import linear
 
         t, at = self.t, 0
+        ready = made_ready(self.matrices, way, self.ready)
         for i, (name, count) in enumerate(way.kernels):
             end = at + count
             into = out if i == len(way.kernels) - 1 else None
@@ -151,6 +154,7 @@ class Chain:
             last = i == len(way.kernels) - 1 or name == way.kernels[-1][0]
             options = {
                 "precision": way.dot,
+                "ready": ready,
                 "out": into,
                 "config": way.config if last else None,
             }
@@ -246,6 +250,16 @@ class Way:
             else:
                 out.append((name, 1))
         return out
+
+
+def made_ready(matrices: Sequence[Tensor], way: Way, ready: Ready | None) -> Ready | None:
+    """Where the kernels of a way find matrices ready: those of several kernels are made by one launch."""
+    from .kernels.operands import prepare
+
+    if len(way.kernels) > 1:
+        ready = Ready() if ready is None else ready
+        prepare(matrices, way.dot, ready)
+    return ready
 
 
 TORCH = Way((("torch", 0),))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .chooser import TIMED_ENTRIES, Offer, Way, dots
 from .convolution import Conv
 from .kernels import support
-from .kernels.support import Factor
+from .kernels.support import Factor, Ready
 
 CHECKED_ENTRIES = 1 << 22
 """Entries of a block that are computed in float64, to check a way's result."""
@@ -119,6 +119,7 @@ class Convolution:
     """One to run: the push or pull of ``edge`` on ``t`` (K, N, C, *image), to images of ``size``.
 
     ``factors``: before and after, (N, C, *image) each, or None; ``diagonals`` gives their derivatives as tensors.
+    ``ready``: what the call has made of its weights.
     """
 
     t: Tensor
@@ -127,6 +128,7 @@ class Convolution:
     size: tuple[int, ...]
     factors: tuple[Factor | None, Factor | None]
     diagonals: Callable[[], tuple[Tensor | None, Tensor | None]]
+    ready: Ready | None = None
 
     @property
     def shape(self) -> Shape:
@@ -185,4 +187,6 @@ class Convolution:
         ((name, _),) = way.kernels
         if name == "direct":
             return direct.direct(*given, out=out, config=way.config)
-        return conv.convolve(*given, precision=way.dot, out=out, config=way.config)
+        return conv.convolve(
+            *given, precision=way.dot, ready=self.ready, out=out, config=way.config
+        )

@@ -149,6 +149,7 @@ def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | No
         tuple(matrices),
         tuple(_factor(s, shape, 1, K) for s, shape in zip(scalings, shapes, strict=True)),
         lambda: [_diagonal(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)],
+        backends.ready.get(),
     )
     into = _into(out, 1)
     made = chooser.run(problem, into)
@@ -232,7 +233,7 @@ def _around(edge: Conv, push: bool, t: Tensor, around: list[list[Diagonal]], sha
     return Convolution(
         t, edge, push, tuple(shapes[1][2:]),
         tuple(map(_on_image, around, shapes, _uses(edge, t.shape[0]))),
-        lambda: tuple(_product(*b) for b in both),
+        lambda: tuple(_product(*b) for b in both), backends.ready.get(),
     )  # fmt: skip
 
 

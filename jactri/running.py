@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from . import backends, ranges
 from .arguments import as_tuple
 from .classes import PLAIN, leaf_and_given, plain
+from .kernels.support import Ready
 from .layers import watching
 from .remedies import no_such
 
@@ -50,16 +51,18 @@ def public(call: Callable) -> Callable:
 class computing:
     """The context of jactri's own products: with a graph if one is asked for, and never in autocast's precision.
 
-    ``backend``: that of the call; None leaves it as it is.
+    They share what they make of matrices for kernels, and forget it with the context. ``backend``: that of the call;
+    None leaves it as it is.
     """
 
-    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad", "_token")
+    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad", "_ready", "_token")
 
     def __init__(self, create_graph: bool, backend: str | None = None):
         self._create_graph, self._backend, self._autocast = create_graph, backend, None
 
     def __enter__(self) -> None:
         self._token = None if self._backend is None else backends.asked.set(self._backend)
+        self._ready = backends.ready.set(Ready())
         self._grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(self._create_graph)
         if torch._C._is_any_autocast_enabled():
@@ -70,6 +73,7 @@ class computing:
         if self._autocast is not None:
             self._autocast.__exit__(*error)
         torch._C._set_grad_enabled(self._grad)
+        backends.ready.reset(self._ready)
         if self._token is not None:
             backends.asked.reset(self._token)
 

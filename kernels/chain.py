@@ -23,7 +23,7 @@ from torch import Tensor
 from .activations import SOURCE
 from .linear import Config, scaled
 from .operands import multiply, prepare
-from .support import Factor, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
 
 WIDEST, WIDEST_BEFORE_HOPPER = 128, 64
 """The widest layer of a `chain`. Wider, its tile, the next one's and their parts overflow the registers: at 256 on
@@ -152,14 +152,15 @@ def chain(
     factors: Sequence[Factor | None],
     *,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """``D_L M_L ... D_1 M_1 D_0 t`` for each row, tangents held on chip.
 
-    t: (K, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each or None; ``precision``
-    and ``out`` as in `linear.step`. See `chain_configs` for widths. Raises Unfit where the device cannot run it.
-    Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
+    t: (K, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each or None; ``precision``,
+    ``ready`` and ``out`` as in `linear.step`. See `chain_configs` for widths. Raises Unfit where the device cannot run
+    it. Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
     """
     K, R, _ = t.shape
     widths = (t.shape[2], *(m.shape[1] for m in matrices))
@@ -170,7 +171,7 @@ def chain(
     c = config or CHAIN_CONFIGS[0]
     parts = [factor(f) for f in factors]
     values = tuple(p[0] for p in parts)
-    operands = prepare(matrices, precision)
+    operands = prepare(matrices, precision, ready)
     far = wide(t, out, *values, *matrices) or K * R >= 1 << 31
     with on_device(t), fitting():
         _chain[(triton.cdiv(K * R, c.rows),)](
@@ -189,6 +190,7 @@ def pair(
     factors: Sequence[Factor | None],
     *,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -202,7 +204,7 @@ def pair(
         return out
     c = config or PAIR_CONFIGS[0]
     (z0, s0, d0, p0), (z1, s1, d1, p1), (z2, s2, d2, p2) = map(factor, factors)
-    a, b = prepare(matrices, precision)
+    a, b = prepare(matrices, precision, ready)
     far = wide(t, out, z0, z1, z2, first, second) or K * R >= 1 << 31
     with on_device(t), fitting():
         _pair[(triton.cdiv(K * R, c.rows),)](

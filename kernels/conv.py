@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .linear import Config, scaled
 from .operands import multiply, prepare
-from .support import Factor, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
 from .windows import Window, block_offsets, grouped, image, offsets, pixel, taps_of
 
 CONFIGS = (
@@ -115,8 +115,14 @@ def _conv(
     tl.store(OUT + block_offsets(k, n, c, y, x, o_s, ROWS), acc.to(OUT.dtype.element_ty), mask=mask)
 
 
-def matrix_of(weight: Tensor, window: Window, flat: bool, precision: str):
+def matrix_of(
+    weight: Tensor, window: Window, flat: bool, precision: str, ready: Ready | None = None
+):
     """The weight for `multiply`, the rows up to which it may be read, and its strides (part, group, tap, in, out)."""
+    how = precision, flat, window.groups, window.transposed
+    found = None if ready is None else ready.find(weight, how)
+    if found is not None:
+        return found
     w = grouped(weight, window)
     G, taps, I, O = w.shape
     if flat:
@@ -125,7 +131,10 @@ def matrix_of(weight: Tensor, window: Window, flat: bool, precision: str):
     else:
         (m,) = prepare((w.permute(2, 0, 1, 3).reshape(I, G * taps * O),), precision)
         strides = m.parts, taps * O * m.columns, O * m.columns, m.rows, m.columns
-    return m.values, m.padded, strides
+    made = m.values, m.padded, strides
+    if ready is not None:
+        ready.keep([(weight, made)], how, m.values.untyped_storage().nbytes())
+    return made
 
 
 def diagonal(f: Factor | None, axes: int):
@@ -154,6 +163,7 @@ def convolve(
     after: Factor | None = None,
     *,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -161,10 +171,10 @@ def convolve(
 
     t: (K, N, C, *image), images of one or two axes; weight: ``(out, in / groups, *taps)``, or ``(in, out / groups,
     *taps)`` for the transpose; factors: (N, C, *image) of their side; all of one dtype, any strides. ``precision`` as
-    in `linear.step`. ``out``: (K, N, channels out, *window.size) of any strides. Returns ``out``. Raises Unfit where
-    the device cannot run the kernel, and for images of three axes. Costs ``2 K N C_out H W C_in / groups`` flops a tap
-    (in the transpose, of the taps that reach an output); reads t once for each tap and ``config.out`` channels, mostly
-    from the cache; writes out once, and the weight once for each of its parts.
+    in `linear.step`. ``ready``: see `support.Ready`. ``out``: (K, N, channels out, *window.size) of any strides.
+    Returns ``out``. Raises Unfit where the device cannot run the kernel, and for images of three axes. Costs ``2 K N
+    C_out H W C_in / groups`` flops a tap (in the transpose, of the taps that reach an output); reads t once for each
+    tap and ``config.out`` channels, mostly from the cache; writes out once, and the weight once for each of its parts.
     """
     axes = len(window.size)
     window = window.flat()
@@ -181,7 +191,7 @@ def convolve(
     flat = w.shape[1] > 1 and triton.cdiv(I, inner) * inner > WASTE * I
     if flat:
         inner = min(c.inner, power_of_two(I * w.shape[1], 16))
-    m, padded, sm = matrix_of(weight, window, flat, precision)
+    m, padded, sm = matrix_of(weight, window, flat, precision, ready)
     rows = t.shape[0] * t.shape[1] * window.places[0] * window.places[1]
     grid = (
         triton.cdiv(rows, c.rows) * triton.cdiv(O, c.out),

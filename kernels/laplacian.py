@@ -26,7 +26,7 @@ from .activations import DERIVATIVES, SOURCE
 from .chain import _zeros
 from .linear import Config
 from .operands import multiply, prepare
-from .support import Factor, Unfit, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, Unfit, factor, fitting, on_device, power_of_two, wide
 
 MOST_LAST = 4
 """The most features of a last layer that is summed in the epilogue."""
@@ -303,6 +303,7 @@ def step(
     last: Tensor | None = None,
     weights: Tensor | None = None,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -311,9 +312,9 @@ def step(
     t: (K + 1, R, I), tangents and Laplacian; matrix: (I, O); after: (R, O), the activation behind the layer, from its
     saved value or with both derivatives ready. ``before``: (R, I), for `seeds` in t: the first activation, applied to
     them. ``last``: (O, C), C up to `MOST_LAST`: the result is multiplied by it and not stored. ``weights``: (K,) or
-    (R, K). All of one dtype (weights of any), any strides; ``precision`` as in `linear.step`. ``out``: (K + 1, R, O or
-    C) of any strides. Returns ``out``. Raises Unfit where the device cannot run the kernel or ``last`` has more
-    features. Costs ``2 (K + 1) R I O`` flops; reads t once for each ``config.out`` features, writes out once.
+    (R, K). All of one dtype (weights of any), any strides; ``precision`` and ``ready`` as in `linear.step`. ``out``:
+    (K + 1, R, O or C) of any strides. Returns ``out``. Raises Unfit where the device cannot run the kernel or ``last``
+    has more features. Costs ``2 (K + 1) R I O`` flops; reads t once for each ``config.out`` features, writes out once.
     """
     K, R, I = t.shape[0] - 1, t.shape[1], t.shape[2]
     O, count = matrix.shape[1], _check(last)
@@ -335,7 +336,7 @@ def step(
     into = out[None]
     if last is not None and tiles > 1:
         into = torch.empty((tiles, *shape), dtype=torch.float32, device=t.device)
-    (m,) = prepare((matrix,), precision)
+    (m,) = prepare((matrix,), precision, ready)
     w = None if weights is None else weights.expand(R, K)
     far = wide(t, zb, yb, za, ya, matrix, w, into) or (K + 1) * R >= 1 << 31
     with on_device(t), fitting():
@@ -365,6 +366,7 @@ def chain(
     last: Tensor | None = None,
     weights: Tensor | None = None,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -389,7 +391,7 @@ def chain(
     zs, ss, ys, ts, ds, dds, ps = (
         tuple(p) for p in zip(*(_activation(f) for f in factors), strict=True)
     )
-    operands = prepare(matrices, precision)
+    operands = prepare(matrices, precision, ready)
     w = None if weights is None else weights.expand(R, K)
     far = wide(t, out, w, *zs, *ys, *matrices) or (K + 1) * R >= 1 << 31
     with on_device(t), fitting():

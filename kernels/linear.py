@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .operands import multiply, prepare
-from .support import Factor, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def step(
     after: Factor | None = None,
     *,
     precision: str,
+    ready: Ready | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -101,8 +102,9 @@ def step(
 
     t: (K, R, I); matrix: (I, O); factors: (R, I) and (R, O); all of one dtype, any strides. ``precision`` is "ieee",
     "tf32", "tf32x3" or "bf16x6" for float32, "half" for float16 and bfloat16, which accumulate in float32 (see
-    `operands`). ``out``: (K, R, O) of any strides. Returns ``out``. Raises Unfit where the device cannot run the
-    kernel. Costs ``2 K R I O`` flops; reads t once for each ``config.out`` features, writes out once.
+    `operands`). ``ready``: see `support.Ready`. ``out``: (K, R, O) of any strides. Returns ``out``. Raises Unfit where
+    the device cannot run the kernel. Costs ``2 K R I O`` flops; reads t once for each ``config.out`` features, writes
+    out once.
     """
     K, R, I = t.shape
     O = matrix.shape[1]
@@ -114,7 +116,7 @@ def step(
     zb, sb, db, pb = factor(before)
     za, sa, da, pa = factor(after)
     grid = (triton.cdiv(K * R, c.rows) * triton.cdiv(O, c.out),)
-    (m,) = prepare((matrix,), precision)
+    (m,) = prepare((matrix,), precision, ready)
     far = wide(t, zb, matrix, za, out) or K * R >= 1 << 31
     with on_device(t), fitting():
         _step[grid](

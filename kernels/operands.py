@@ -1,4 +1,4 @@
-"""Matrices made ready for the tensor cores, once a call, and the product of a tile of a block with them.
+"""Matrices made ready for the tensor cores, and the product of a tile of a block with them.
 
 Tensor cores multiply tf32 or bf16 and add in float32. A float32 product of float32's own accuracy is a sum of such
 products, of parts that add up to the operand (Henry, Tang, Heinecke 2019, arXiv:1904.06376):
@@ -9,7 +9,7 @@ products, of parts that add up to the operand (Henry, Tang, Heinecke 2019, arXiv
 The parts of a block's tile are made in registers. Those of a matrix are the same for every tile, and tensor cores
 of the Hopper kind read them from shared memory: `prepare` writes them once, so that a tile's parts are copied
 there without passing through registers, with the contracted axis contiguous, as these cores want tf32, and padded to
-aligned rows. An infinite entry becomes NaN, for inf - inf is.
+aligned rows: once a call (see `support.Ready`). An infinite entry becomes NaN, for inf - inf is.
 
 Tensor cores round their sums towards zero, which over a long contraction costs more than the parts win (Ootomo, Yokota
 2022, arXiv:2203.03341): `multiply` adds the parts of one tile, small ones first, and the sums of tiles are added by the
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .support import HALF, fitting, on_device, wide
+from .support import HALF, Ready, fitting, on_device, wide
 
 PARTS = {"ieee": 1, "tf32": 1, "half": 1, "tf32x3": 2, "bf16x6": 3}
 """Precisions of a product, and the parts that a matrix is split into."""
@@ -156,14 +156,31 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexp
         return tl.dot(t.to(m.dtype), m, acc, input_precision="ieee")
 
 
-def prepare(matrices: Sequence[Tensor], precision: str) -> list[Operand]:
+def prepare(
+    matrices: Sequence[Tensor], precision: str, ready: Ready | None = None
+) -> list[Operand]:
     """The matrices (I, O) as `multiply` wants them for ``precision``: by one launch for all, or as they are.
 
-    Writes ``PARTS[precision]`` times their size.
+    Writes ``PARTS[precision]`` times their size, but for those that are in ``ready``; the others are put there.
     """
-    parts = PARTS[precision]
-    if parts == 1 and all(_ready(m) for m in matrices):
+    if PARTS[precision] == 1 and all(_as_it_is(m) for m in matrices):
         return [Operand(m, 0, *m.stride(), m.shape[0]) for m in matrices]
+    if ready is None:
+        return _prepared(matrices, precision)
+    found = [ready.find(m, precision) for m in matrices]
+    new = [m for m, operand in zip(matrices, found, strict=True) if operand is None]
+    if new:
+        made = _prepared(new, precision)
+        ready.keep(
+            list(zip(new, made, strict=True)), precision, made[0].values.untyped_storage().nbytes()
+        )
+        rest = iter(made)
+        found = [next(rest) if operand is None else operand for operand in found]
+    return found
+
+
+def _prepared(matrices: Sequence[Tensor], precision: str) -> list[Operand]:
+    parts = PARTS[precision]
     pitches = [triton.cdiv(m.shape[0], ALIGNED) * ALIGNED for m in matrices]
     sizes = [p * m.shape[1] for p, m in zip(pitches, matrices, strict=True)]
     starts = [parts * sum(sizes[:l]) for l in range(len(sizes))]
@@ -179,7 +196,7 @@ def prepare(matrices: Sequence[Tensor], precision: str) -> list[Operand]:
     return [Operand(out[s:], n, 1, p, p) for s, n, p in zip(starts, sizes, pitches, strict=True)]
 
 
-def _ready(m: Tensor) -> bool:
+def _as_it_is(m: Tensor) -> bool:
     """Whether a kernel may read a matrix of one part where it lies."""
     rows, columns = m.stride()
     if m.data_ptr() % 16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,33 @@ a use; to form an element once takes 2.7 ps of memory, and a launch. Kernels bou
 def formed_once(f: Factor, uses: int) -> bool:
     """Whether a derivative, of which products use each element so often, is to be formed ahead of them."""
     return uses >= FORMED_FROM and f.name in COSTLY and uses * f.values.numel() >= FORMED_WORK
+
+
+MOST_READY = 1 << 26
+"""Bytes of prepared matrices that a call keeps for further uses of them; the last ones in any case."""
+
+
+class Ready(dict):
+    """What one call has made of its matrices so far: chunks and sweeps after the first find it here.
+
+    By where a matrix lies, its look, and how it was made. An entry holds the matrix, so that no other tensor comes to
+    lie at its address.
+    """
+
+    def find(self, m: Tensor, how: Hashable):
+        """What was made of a matrix that way, or None."""
+        found = self.get(_place(m, how))
+        return None if found is None else found[0]
+
+    def keep(self, made: Sequence[tuple[Tensor, object]], how: Hashable, size: int) -> None:
+        """Note what was made of matrices, in one tensor of ``size`` bytes; the oldest go where they are too many."""
+        while self and size + sum(n for *_, n in self.values()) > MOST_READY:
+            del self[next(iter(self))]
+        self.update({_place(m, how): (what, m, size / len(made)) for m, what in made})
+
+
+def _place(m: Tensor, how: Hashable) -> tuple:
+    return m.data_ptr(), m.shape, m.stride(), m.dtype, how
 
 
 def factor(f: Factor | None):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import chooser
+from .. import backends, chooser
 from ..chooser import CHECKED_ROWS, TIMED_ENTRIES, Offer, Way, dots
 from ..graph import Graph
 from ..kernels import support
-from ..kernels.support import Factor
+from ..kernels.support import Factor, Ready
 from ..linear_map import LinearMap
 from ..rules.elementwise import KERNELS
 from ..sweep import Step
@@ -89,7 +89,7 @@ def launch(run: Run, steps: Sequence[Step]) -> Tensor | None:
     layers = _layers(run, steps)
     if any(l.matrix.dtype != block.dtype or l.matrix.device != block.device for l in layers):
         return None
-    out = chooser.run(Layers(block, layers, run.seeds))
+    out = chooser.run(Layers(block, layers, run.seeds, backends.ready.get()))
     return None if out is None else out.view(len(block), *run.values[steps[-1].value].shape)
 
 
@@ -173,11 +173,15 @@ class LayersKind:
 
 @dataclass
 class Layers:
-    """One run: ``t`` (K + 1, rows, w_0), tangents and Laplacian, through layers."""
+    """One run: ``t`` (K + 1, rows, w_0), tangents and Laplacian, through layers.
+
+    ``ready``: what the call has made of their matrices so far.
+    """
 
     t: Tensor
     layers: list[Layer]
     seeds: Seeds
+    ready: Ready | None = None
 
     def kind(self) -> LayersKind:
         from ..kernels import laplacian
@@ -201,7 +205,7 @@ class Layers:
 
     def first(self, rows: int) -> Layers:
         """The same run for the first rows only."""
-        return replace(self, t=self.t[:, :rows], layers=[l.first(rows) for l in self.layers])
+        return Layers(self.t[:, :rows], [l.first(rows) for l in self.layers], self.seeds)
 
     def timed(self) -> Layers:
         K, rows, n = self.t.shape
@@ -243,11 +247,12 @@ class Layers:
             last["last"] = end.matrix
         matrices, factors = [l.matrix for l in layers], [l.factor for l in layers]
         if way.kernels[0][0] == "laplacian.chain":
-            return laplacian.chain(t, matrices, factors, **options, **last)
+            return laplacian.chain(t, matrices, factors, ready=self.ready, **options, **last)
         before = None
         if kind.formed:
             own = laplacian.seeds(matrices.pop(0).t(), t[:-1, 0], options.get("weights"))
             t, before = own.unsqueeze(1).expand(-1, t.shape[1], -1), factors.pop(0)
+        options["ready"] = chooser.made_ready(matrices, way, self.ready)
         for i, (m, after) in enumerate(zip(matrices, factors, strict=True)):
             given = last if i == len(matrices) - 1 else {}
             t = laplacian.step(t, m, after, before=before, **options, **given)
