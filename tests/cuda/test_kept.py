@@ -1,0 +1,103 @@
+"""Nothing made of weights outlives a call on a GPU, and a call makes it once: none waits to compare weights."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import jactri
+from benchmarks.gpu.sizes import sized
+from jactri import kept
+from jactri.kernels import operands
+
+WORKLOADS = {s.workload.name: s.workload for s in sized([])}
+
+
+def jacobian(net, x, **options):
+    return jactri.jacobian(net, x, per_sample=True, **options)
+
+
+def images():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 1, 3, padding=1),
+    )  # fmt: skip
+
+
+def matrices():
+    return nn.Sequential(
+        nn.Linear(64, 65, False), nn.Linear(65, 64, False), nn.Tanh(), nn.Linear(64, 48)
+    )
+
+
+def field():
+    return nn.Sequential(
+        nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20)
+    )
+
+
+CALLS = {
+    "images": (images, jacobian, (4, 1, 32, 32)),
+    "matrices": (matrices, jacobian, (128, 64)),
+    "divergence": (field, jactri.divergence, (128, 20)),
+    "divergence at a point": (field, jactri.divergence, (20,)),
+    "Laplacian": (lambda: nn.Sequential(field(), nn.Linear(20, 1)), jactri.laplacian, (128, 20)),
+}  # fmt: skip
+
+
+def problem(name, device):
+    if name not in CALLS:
+        w = WORKLOADS[name]
+        net, x = device.problem(w)
+        return (jacobian if w.operator is None else w.operator.jactri), net, x
+    build, call, shape = CALLS[name]
+    return call, device.net(build().eval().requires_grad_(False)), torch.empty(shape, device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("name", ["W6", "W8-divergence", *CALLS])
+def test_a_call_waits_for_nothing(name, backend, device):
+    call, net, x = problem(name, device)
+    for _ in range(2):
+        call(net, x, backend=backend)
+    device.clear()
+    before = len(kept.kept_tensors())
+    call(net, x, backend=backend)
+    assert not device.waits
+    assert len(kept.kept_tensors()) == before
+    assert not [t for t in kept.kept_tensors() if t.is_cuda]
+
+
+PARTS = {
+    "narrow": ((32, 96, 64, 24), {}, {"chunk_size": 8}),
+    "wide": ((32, 256, 192, 24), {}, {"chunk_size": 8}),
+    "little memory": ((32, 256, 192, 24), {}, {"memory_limit": 5 << 20}),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_call_in_parts_prepares_a_matrix_once(name, device, monkeypatch):
+    widths, whole, parts = PARTS[name]
+    layers = [m for i in range(3) for m in (nn.Linear(*widths[i : i + 2]), nn.Tanh())]
+    net = device.net(nn.Sequential(*layers[:-1]).requires_grad_(False))
+    x = torch.empty(512, widths[0], device="cuda")
+    shapes, plain = [], operands._prepared
+
+    def spy(given, precision):
+        shapes.extend(tuple(m.shape) for m in given)
+        return plain(given, precision)
+
+    monkeypatch.setattr(operands, "_prepared", spy)
+    launches = {}
+    for options in (whole, parts):
+        options = {"backend": "triton", "strategy": "reverse-mode", **options}
+        for _ in range(2):
+            shapes.clear()
+            device.clear()
+            jacobian(net, x, **options)
+        assert len(shapes) == len(set(shapes)), shapes
+        launches[len(options)] = Counter(l.kernel for l in device.launches)
+    few, many = launches[2], launches[3]
+    assert sum(many.values()) - many["_prepare"] > sum(few.values()) - few["_prepare"]
+    assert many["_prepare"] <= few["_prepare"] + 1
