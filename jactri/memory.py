@@ -38,11 +38,19 @@ def si(number: float) -> str:
     return f"{number:.3g} "
 
 
+_seen: dict[torch.device, int] = {}
+
+
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a device now."""
+    """Bytes that can be allocated on a device now; inside of a CUDA graph's capture, which does not let one ask, what
+    was found last."""
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _seen.get(device) or torch.cuda.get_device_properties(device).total_memory
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        _seen[device] = free
+        return free
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -15,12 +15,13 @@ without ``TRITON_INTERPRET``. It takes a torch with or without CUDA, triton 3.6 
         jactri.jacobian(net, x, per_sample=True, backend="triton")
     device.launches                                 # every launch: kernel, grid, key of its variant, bytes
     device.variants                                 # by (kernel, key): what triton would have compiled, `Variant`
-    device.waits                                    # every wait for the device: op, and which function asked
+    device.waits                                    # every wait for the device: op, and which function of jactri asked
+                                                    # ("outside": the caller's own function)
     device.queries                                  # the same for questions about its memory
 
 **Values.** An op that brings a value to the host (``item``, ``bool``, ``equal``, ``nonzero``, a copy to or from the
 CPU, what checks its own result) waits for the device: it is a `Wait`. The answer is ``device.answer``: by default that
-all is true, equal and 1, so that checks pass; None raises `Waited` instead.
+all is true, equal and 1 and that ``any`` is not, so that checks pass; None raises `Waited` instead.
 
 **Choices.** Events tell times by what was launched between them: by ``device.fastest`` a way of our own ("kernels",
 the first one that is tried) or torch's ("torch") wins when `jactri.chooser` times. The rates of the device and its
@@ -40,6 +41,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,12 +58,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import jactri
-from jactri import rates
+from jactri import chooser, rates
 from jactri.kernels import support
 
 from ..counts import extent, region
 from ..workloads import Workload
 from .driver import Driver
+from .engine import Engine
 
 aten = torch.ops.aten
 
@@ -79,7 +82,11 @@ READS = frozenset({
 INDEXED = frozenset({aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_})
 COPIES = frozenset({aten._to_copy, aten.copy_, aten.copy})
 
+_TORCH, _HERE = Path(torch.__file__).parent, Path(__file__).parent
+MODULES = str(_TORCH / "nn" / "modules")
 FOLDERS = tuple(str(Path(p).resolve()) for m in (jactri, jactri.kernels) for p in m.__path__)
+BETWEEN = (str(_TORCH), str(_HERE / "fake.py"), str(_HERE / "engine.py"))
+"""Files of jactri; files that may lie between those and an op."""
 
 
 class Waited(RuntimeError):
@@ -191,16 +198,22 @@ class Device:
             self.refused.append(found)
 
 
+def _between(file: str) -> bool:
+    return file.startswith(BETWEEN) and not file.startswith(MODULES)
+
+
 def _here(op: str) -> Wait:
-    """The call of ``op`` that is going on."""
-    frame, calls = sys._getframe(2), []
+    """The call of ``op`` that is going on: of jactri, or "outside" where the caller's own function made it."""
+    frame, calls, owner = sys._getframe(2), [], ""
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(FOLDERS):
+        ours = code.co_filename.startswith(FOLDERS)
+        if ours:
             calls.append((Path(code.co_filename).stem, code.co_name, frame.f_lineno))
+        if not owner and (ours or not _between(code.co_filename)):
+            owner = "{}.{}".format(*calls[0]) if ours else "outside"
         frame = frame.f_back
-    site = "{}.{}".format(*calls[0]) if calls else "outside"
-    return Wait(op, site, " < ".join(f"{file}:{line}" for file, _, line in calls))
+    return Wait(op, owner, " < ".join(f"{file}:{line}" for file, _, line in calls))
 
 
 class _Mode(TorchDispatchMode):
@@ -225,6 +238,8 @@ class _Mode(TorchDispatchMode):
         """Run an op by the fake."""
         if func is aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
             return args[0]  # torch hands a number that it wrapped itself over as the number
+        if func is aten.equal.default and not isinstance(args[0], FakeTensor):
+            return func(*args)  # of states of the CPU's generator
         with self.fake:
             return func(*args, **(kwargs or {}))
 
@@ -243,12 +258,19 @@ class _Fake(FakeTensorMode):
         if packet in READS and _on_cuda(first):
             answer = self.owner.waited(packet.__name__)
             if packet is aten._local_scalar_dense:
+                if getattr(first, "made_by", None) is aten.any:
+                    answer = not answer
                 return _number(first.dtype)(answer)
             if packet is aten.equal:
                 return bool(answer) and _alike(*args)
-            if packet is aten.nonzero:
-                with self:
+            with self:
+                if packet is aten.nonzero:
                     return first.new_empty(first.numel(), first.dim(), dtype=torch.int64)
+                if packet is aten._unique2:
+                    return tuple(
+                        first.new_empty(first.shape, dtype=d)
+                        for d in (None, torch.int64, torch.int64)
+                    )
         elif packet in COPIES and _crosses(packet, args, kwargs):
             self.owner.waited("copy between CPU and device")
         elif packet in INDEXED and _on_cuda(first):
@@ -257,7 +279,10 @@ class _Fake(FakeTensorMode):
                 self.owner.waited("index by a mask")
             elif any(not _on_cuda(t) and t.dim() for t in given):
                 self.owner.waited("index by a tensor on the CPU")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if packet is aten.any:
+            made.made_by = packet
+        return made
 
 
 def _on_cuda(t: Any) -> bool:
@@ -300,7 +325,10 @@ def install() -> Device:
     JITFunction._do_compile = _noting(device)
     FakeTensor.data_ptr = _data_ptr
     rates.measured = lambda _: RATES
+    chooser._milliseconds.__defaults__ = (1,)  # runs: one tells as much as seven
     _hide(device)
+    torch.autograd.Variable._execution_engine = Engine(torch.autograd.Variable._execution_engine)
+    torch.Generator = Generator
     for name, made in _functions(device).items():
         setattr(torch.cuda, name, made)
     return device
@@ -365,6 +393,13 @@ class _Kernel:
         self.device.captured += self.device.capturing
 
 
+class Generator(torch.Generator):
+    """The device's generators are the CPU's: nothing is drawn."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+
 def _functions(device: Device) -> dict[str, Any]:
     """What stands for functions and classes of torch.cuda."""
     turns = itertools.count(1)
@@ -419,6 +454,10 @@ def _functions(device: Device) -> dict[str, Any]:
     def refused(name: str) -> Callable:
         return lambda *args: device._refuse(_here(name))
 
+    def state(*args) -> Tensor:
+        device._refuse(_here("get_rng_state"))
+        return torch.random.get_rng_state()
+
     def nothing(*args):
         return contextlib.nullcontext()
 
@@ -428,7 +467,9 @@ def _functions(device: Device) -> dict[str, Any]:
         "current_stream": Stream, "current_device": lambda: 0, "device_count": lambda: 1,
         "is_current_stream_capturing": lambda: device.capturing,
         "get_device_capability": lambda *args: (9, 0),
+        "get_device_properties": lambda *args: SimpleNamespace(total_memory=TOTAL),
         "mem_get_info": query("mem_get_info", (FREE, TOTAL)),
         "memory_reserved": query("memory_reserved", 0), "memory_allocated": query("memory_allocated", 0),
         "synchronize": refused("synchronize"), "empty_cache": refused("empty_cache"), "_sleep": lambda cycles: None,
+        "get_rng_state": state,
     }  # fmt: skip
