@@ -207,7 +207,7 @@ def test_the_time_of_a_lease_ends_its_items(item, run):
 
 
 EARLIER = {
-    "kernels": "k1", "machine": MACHINE, "items": [
+    "kernels": "k1", "machine": MACHINE, "card": {"rate": 1.5}, "items": [
         {"name": "card", "state": "done", "line": "old"},
         {"name": "a", "state": "done", "line": "old", "results": [7], "commit": "01d"},
         {"name": "b", "state": "failed", "error": "old"},
@@ -218,8 +218,9 @@ EARLIER = {
 
 
 def test_what_is_done_is_not_done_again(item, run, tmp_path):
-    _, found, _ = run(card(item), *map(item, "abcd"), earlier=EARLIER)
+    _, found, data = run(card(item), *map(item, "abcd"), earlier=EARLIER)
     assert ran(tmp_path) == ["card", "b", "c", "d"]
+    assert data["card"] == EARLIER["card"]  # the bounds in what was taken over are of these rates
     assert found["a"] == EARLIER["items"][1] | {"earlier": True}
     assert all(i["state"] == "done" for i in found.values())
 
@@ -228,8 +229,8 @@ def test_what_is_done_is_not_done_again(item, run, tmp_path):
     "changed", [{"kernels": "k2"}, {"machine": MACHINE | {"triton": "4"}}, {"machine": {}}]
 )
 def test_another_card_version_or_kernel_is_begun_anew(item, run, tmp_path, changed):
-    run(card(item), item("a"), earlier=EARLIER | changed)
-    assert ran(tmp_path) == ["card", "a"]
+    _, _, data = run(card(item), item("a"), earlier=EARLIER | changed)
+    assert ran(tmp_path) == ["card", "a"] and data["card"] == {"rate": 1.0}
 
 
 def test_where_the_card_does_not_tell_nothing_is_taken_over(item, run, tmp_path):

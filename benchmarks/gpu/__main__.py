@@ -9,7 +9,7 @@ CUDA graphs, sums of kernels, peers) beside the card's lower bound, Nsight Compu
 suite, compute-sanitizer, and peers under torch.compile. FILE is written after each item, and what they print goes to a
 .log beside it. What does not fit in the time is listed as not run; another call goes on where this one ended:
 
-        python -m benchmarks.gpu lease --seconds 300 --json FILE2 --skip-done FILE
+        python -m benchmarks.gpu lease --seconds 240 --json FILE2 --skip-done FILE
 
 does what is not done in FILE, where kernels/, the card and the versions are still the same. ``--only bench:W1`` does
 that alone, ``--device cpu --shrink 1000`` tries it all on a machine without a GPU. The last thing printed is a short
@@ -31,7 +31,8 @@ import sys
 import time
 from pathlib import Path
 
-from .lease import ROOT, Lease
+from .cache import ROOT
+from .lease import Lease
 
 STARTED = time.monotonic()
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..record import write_json
+from .cache import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULT, SECONDS = "{result}", "{seconds}"
 """In an item's command: the file that it writes, and the seconds it has."""
 
@@ -197,12 +197,15 @@ class Lease:
                 self._note({"name": item.name, "state": "failed", "error": str(error)})
         return True
 
+    def _stands(self) -> bool:
+        """Whether what an earlier lease found is of these kernels, this card and these versions."""
+        earlier, own = self._earlier.get("machine", {}), self.data["machine"]
+        same = bool(own) and all(earlier.get(k) == own.get(k) for k in SAME)
+        return same and self._earlier.get("kernels") == self.data["kernels"]
+
     def _before(self, name: str) -> dict[str, Any] | None:
         """What an earlier lease found, if that still stands."""
-        earlier, own = self._earlier.get("machine", {}), self.data["machine"]
-        if self._earlier.get("kernels") != self.data["kernels"] or not own:
-            return None
-        if any(earlier.get(k) != own.get(k) for k in SAME):
+        if not self._stands():
             return None
         found = next((i for i in self._earlier.get("items", []) if i["name"] == name), None)
         return found and found | {"earlier": True}
@@ -210,6 +213,8 @@ class Lease:
     def _note(self, entry: dict[str, Any], printed: bytes = b"") -> None:
         for key in ("machine", "card"):
             self.data[key] = entry.pop(key, None) or self.data[key]
+        if self._stands():  # one bound for all rows
+            self.data["card"] = self._earlier.get("card") or self.data["card"]
         entry.setdefault("commit", self.data["machine"].get("commit"))
         self.data["items"].append(entry)
         self._write()

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from ..record import Record
-from .lease import ROOT
+from .cache import ROOT
 
 SMOKE = {
     "operands": ("linear", "prepared_parts"),
