@@ -364,8 +364,12 @@ def _predicted(kind: Kind) -> Choice:
                 if (kind, way) not in _refused:
                     launches = len(composition)
                     why = f"{launches} launch{'es' if launches > 1 else ''}"
+                    others = sum(len(c) * len(m) for _, c, m in offers) - 1
                     if _tunable(kind):
-                        why += ", to be timed against other ways at the first use"
+                        why += (
+                            f", at the first use timed against torch and up to {others} other ways: "
+                            "Triton compiles each once, in about a second, and keeps it on disk"
+                        )
                     return Choice(way, why)
     return Choice(
         TORCH, "this device runs none of the kernels" if offers else "no kernel covers it"

@@ -273,15 +273,18 @@ def _compiled(index: int, target: str) -> dict[str, Any]:
 
 
 def _headers(python: str) -> Path | None:
-    """The headers of a Python on this machine."""
-    if python == f"{sys.version_info.major}.{sys.version_info.minor}":
+    """The headers of a Python on this machine: this one, one beside it, one on the PATH."""
+    if python == sysconfig.get_python_version():
         return Path(sysconfig.get_paths(sysconfig.get_default_scheme())["include"])
+    beside = Path(sys.base_prefix).parent.glob(f"*{python}*/include/python{python}")
+    if found := max((p for p in beside if (p / "Python.h").exists()), default=None):
+        return found
     command = [f"python{python}", "-c", "import sysconfig; print(sysconfig.get_paths()['include'])"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return Path(found.stdout.strip())
+    return Path(done.stdout.strip())
 
 
 def _lacking(headers: Path | None, python: str, sources: Iterable[str]) -> str | None:
