@@ -7,6 +7,8 @@ seen on any machine. They are held against benchmarks/results/counts.json: exit 
 ``planned_...`` is what `jactri.explain` predicts. The others count the operations that torch was given in one call:
 ``ops`` that compute something, each about one kernel launch; ``bytes_moved`` by them; the ``allocations`` of new
 memory; ``flops`` of those ops that torch can count (products), left out where there are none.
+
+The second table is of the GPU workloads, counted without a GPU, see `benchmarks.gpu.traffic`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -38,6 +41,7 @@ FIGURES = (
     "ops", "bytes_moved", "allocations", "allocated_bytes", "flops",
 )  # fmt: skip
 PLANNED = FIGURES[:3]
+ON_GPU = ("ops", "bytes_moved", "launches", "launch_bytes")
 
 SAMPLES = {"square": 100}  # of 10^4: its inputs alone would take 1.2 GB to draw
 WORKLOADS = tuple(
@@ -175,6 +179,17 @@ def measure(workload: Workload) -> Counts:
         return {**dict(zip(PLANNED, map(int, planned), strict=True)), **counted(call, net)}
 
 
+def traffic(names: Iterable[str] = ()) -> dict[str, Counts]:
+    """`gpu.traffic` of workloads (default: all), in a process of its own, which it patches."""
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"{__package__}.gpu.traffic", *names],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(made.stdout)
+
+
 def version() -> str:
     """torch's version without the build: a torch for CUDA gives the CPU the same operations."""
     return torch.__version__.split("+")[0]
@@ -191,6 +206,15 @@ def changes(found: Counts, kept: Counts, figures: Iterable[str] = FIGURES) -> di
     return differ
 
 
+def moved(found: dict[str, Counts], kept: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What differs from a file in `traffic`, by row; nothing if another torch wrote it."""
+    if kept.get("torch") != version():
+        return {}
+    rows = kept.get("gpu", {})
+    differ = {n: changes(f, rows.get(n, {}), ON_GPU) for n, f in found.items()}
+    return {n: d for n, d in differ.items() if d}
+
+
 def comparable(kept: dict[str, Any]) -> tuple[str, ...]:
     """The figures that can be held against a file: another torch may run other ops for the same call."""
     return FIGURES if kept.get("torch") == version() else PLANNED
@@ -200,14 +224,14 @@ def _text(figure: int | None) -> str:
     return "-" if figure is None else f"{figure:,}"
 
 
-def table(found: dict[str, Counts], differ: dict[str, dict[str, str]]) -> str:
+def table(
+    found: dict[str, Counts], differ: dict[str, dict[str, str]], columns: Iterable[str] = FIGURES
+) -> str:
     """A row a workload, differences in brackets."""
-    rows = [("", *(f.replace("_", " ") for f in FIGURES))]
+    rows = [("", *(f.replace("_", " ") for f in columns))]
     for name, figures in found.items():
-        cells = (
-            _text(figures.get(f)) + (f" ({differ[name][f]})" if f in differ[name] else "")
-            for f in FIGURES
-        )
+        how = differ.get(name, {})
+        cells = (_text(figures.get(f)) + (f" ({how[f]})" if f in how else "") for f in columns)
         rows.append((name, *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -227,14 +251,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(found, differ))
     if against == PLANNED:
         print(f"counted with torch {version()}, {FILE.name} with {kept['torch']}: plans compared")
+    on_gpu = traffic()
+    differ_on_gpu = moved(on_gpu, kept)
+    print(f"\n{table(on_gpu, differ_on_gpu, ON_GPU)}")
     gone = [n for n in kept["workloads"] if n not in found]
+    gone += [n for n in kept.get("gpu", {}) if n not in on_gpu]
     if gone:
         print(f"in {FILE.name} only: {', '.join(gone)}")
     if options.write:
-        text = json.dumps({"torch": version(), "workloads": found}, indent=1)
+        text = json.dumps({"torch": version(), "workloads": found, "gpu": on_gpu}, indent=1)
         FILE.write_text(text + "\n")
         return 0
-    return 1 if gone or any(differ.values()) else 0
+    return 1 if gone or differ_on_gpu or any(differ.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A call does what benchmarks/results/counts.json says, op for op: a regression that no clock is needed to see."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from benchmarks import counts, report
+from benchmarks.gpu.sizes import sized
 from jactri.executor import Store
 
 # filled memory is one more setting of torch that could change which ops run
@@ -21,11 +23,35 @@ def test_a_call_does_what_the_file_says(workload):
     assert not differ, "if that is meant: python -m benchmarks.counts --write"
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels are Triton's")
+def test_traffic_on_a_gpu_is_what_the_file_says():
+    found = counts.traffic()
+    differ = counts.moved(found, KEPT)
+    assert not differ, "if that is meant: python -m benchmarks.counts --write"
+    assert list(found) == list(KEPT["gpu"])
+
+
+def test_a_pass_too_many_on_a_gpu_is_seen():
+    kept = {"W4 triton": {"ops": 8, "bytes_moved": 800, "launches": 4, "launch_bytes": 400}}
+    more = {"W4 triton": {**kept["W4 triton"], "ops": 9, "bytes_moved": 900}, "W9": {"ops": 1}}
+    file = {"torch": counts.version(), "gpu": kept}
+    assert counts.moved(kept, file) == {}
+    assert counts.moved(more, file) == {
+        "W4 triton": {"ops": "+1", "bytes_moved": "+100"},
+        "W9": {"ops": "was -"},
+    }
+    assert counts.moved(more, {**file, "torch": "0.1"}) == {}
+
+
 def test_the_file_is_whole():
     assert list(KEPT["workloads"]) == [w.name for w in counts.WORKLOADS]
     for figures in KEPT["workloads"].values():
         assert set(counts.FIGURES[:-1]) <= set(figures) <= set(counts.FIGURES)
         assert all(type(n) is int for n in figures.values())
+    names = [f"{s.name} {backend}" for s in sized([]) for backend in ("triton", "torch")]
+    assert list(KEPT["gpu"]) == names
+    for figures in KEPT["gpu"].values():
+        assert tuple(figures) == counts.ON_GPU
 
 
 def test_figures_are_the_same_at_any_number_of_threads(one_thread):
@@ -91,6 +117,7 @@ def test_the_function_itself_is_not_counted():
 def own_file(monkeypatch, tmp_path):
     monkeypatch.setattr(counts, "FILE", tmp_path / "counts.json")
     monkeypatch.setattr(counts, "WORKLOADS", (SMALL,))
+    monkeypatch.setattr(counts, "traffic", lambda: {"W4 triton": dict.fromkeys(counts.ON_GPU, 8)})
     return tmp_path / "counts.json"
 
 
@@ -104,6 +131,11 @@ def test_the_command(own_file, capsys):
     kept["workloads"][SMALL.name]["planned_bytes"] -= 1024
     own_file.write_text(json.dumps(kept))
     assert counts.main([]) == 1 and "(+1,024)" in capsys.readouterr().out
+    kept["workloads"][SMALL.name] = counts.measure(SMALL)
+    kept["gpu"]["W4 triton"]["launches"] = 7
+    own_file.write_text(json.dumps(kept))
+    assert counts.main([]) == 1 and "8 (+1)" in capsys.readouterr().out
+    kept["gpu"]["W4 triton"]["launches"] = 8
     kept["workloads"] = {SMALL.name: counts.measure(SMALL), "gone": {}}
     own_file.write_text(json.dumps(kept))
     assert counts.main([]) == 1 and "gone" in capsys.readouterr().out
