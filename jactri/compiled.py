@@ -282,8 +282,9 @@ def compile(
     every call), it runs as without ``static``; printing the callable tells, and the logger ``jactri`` why.
 
     On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
-    out. What is said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be
-    capturable: no branch on values, no transfer to the CPU.
+    out. With the same tensors as ``out=`` at every call, the graph writes to them, and nothing is copied out. What is
+    said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be capturable: no branch
+    on values, no transfer to the CPU.
 
     Other shapes, dtypes or devices give a new plan; the last 8 are kept. New plans are counted in ``replans`` and
     logged by the logger ``jactri``. What cannot be recorded (Python autograd functions, random or data-dependent ops,

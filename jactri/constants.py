@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
+from .backends import capturing
 from .tracing import tracing
 
 KEPT = 1 << 26
@@ -44,6 +45,8 @@ def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = make()
+        if found and capturing(found[0].device):
+            return found  # there are no values before the first replay
     if _bytes(found) <= KEPT:
         _fixed[key] = found  # the last used is the last
         while sum(map(_bytes, _fixed.values())) > KEPT:

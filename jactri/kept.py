@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .tracing import tracing
+from . import backends
 
 MOST_BYTES = 1 << 28
 """Copies of weights are made up to this many bytes; what is kept with them takes about as much."""
@@ -61,7 +61,8 @@ def kept(
     leaf, view = weight, None
     if not weight.is_leaf and weight._base is not None:
         leaf, view = weight._base, (weight.shape, weight.stride(), weight.storage_offset())
-    if torch.is_grad_enabled() or not leaf.is_leaf or leaf.device.type != "cpu" or tracing():
+    cpu = leaf.device.type == "cpu"
+    if torch.is_grad_enabled() or not (cpu and leaf.is_leaf) or backends.capturing(leaf.device):
         return make()
     entry = _entries.get(leaf, {}).get(view)
     if entry is None or not entry.holds(weight):

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jactri
 from jactri import backends, cudagraph
 from jactri.operators.jobs import JOBS
-from jactri.tape import Stale, Unrecordable
+from jactri.tape import Stale, Unrecordable, tensors
 
 
 class Capture(TorchDispatchMode):
@@ -57,22 +59,31 @@ def graphed(monkeypatch):
         "device": lambda d: none(), "graph": capture,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
 
     def make(func, *xs, of=jactri.jacobian, out=None, **options):
         job = JOBS[of](func, len(xs), backend="torch", **options)
+
+        class Graph:
+            def replay(self):
+                self.replays = getattr(self, "replays", 0) + 1
+                ends = job.forward(tuple(made.inputs))
+                rows = job.rows(ends, None)
+                shown = tensors(ends.result) if job.shows_output else []
+                into = made.rows or tensors(self.into)
+                with torch.no_grad():
+                    for a, b in zip((*made.shown, *into), (*shown, *rows), strict=True):
+                        a.copy_(b)
+
+        plain = cudagraph.Graphed._capture
+
+        def capturing(self, out):
+            plain(self, out)
+            self.graph.into = out
+
+        monkeypatch.setattr(cudagraph.Graphed, "_capture", capturing)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         made = cudagraph.Graphed(job, xs, out)
-
-        def replay():
-            ends = job.forward(tuple(made.inputs))
-            with torch.no_grad():
-                for a, b in zip(
-                    (*made.ends.ys, *made.rows), (*ends.ys, *job.rows(ends, None)), strict=True
-                ):
-                    a.copy_(b)
-
-        made.graph.replay = replay
         return made
 
     return make
@@ -226,11 +237,94 @@ def test_captured_into_memory(graphed):
     net, x = field(), torch.randn(3, 4, dtype=F64)
     out = torch.empty(3, 4, 4, dtype=F64)
     made = graphed(net, x, per_sample=True, out=out)
-    _, rows = made((x + 1,), [out])
+    with Written() as copies:
+        _, rows = made((x + 1,), [out])
     assert rows[0] is out
+    assert copies.of(out) == 1  # by the replay
     assert_same_tree(out, jactri.jacobian(net, x + 1, per_sample=True), F64, length=64)
     with pytest.raises(RuntimeError, match="must have shape"):
         graphed(net, x, per_sample=True, out=torch.empty(3, 4, dtype=F64))
+
+
+class Written(TorchDispatchMode):
+    """Notes where results are copied to, and clones of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        if op in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default):
+            self.found.append(made.data_ptr())
+        return made
+
+    def of(self, t):
+        return self.found.count(t.data_ptr())
+
+
+def test_captured_into_other_memory(graphed):
+    """From the first call with other tensors on the graph writes to its own memory, and those of before are left."""
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    outs = [torch.empty(3, 4, 4, dtype=F64) for _ in range(3)]
+    made = graphed(net, x, per_sample=True, out=outs[0])
+    first = made.graph
+    wants = [jactri.jacobian(net, x + i, per_sample=True) for i in range(4)]
+    made((x,), [outs[0]])
+    for i in (1, 2):
+        _, rows = made((x + i,), [outs[i]])
+        assert rows[0] is outs[i] and made.graph is not first
+    second = made.graph
+    for i in range(3):
+        assert_same_tree(outs[i], wants[i], F64, length=64)
+    made((x + 3,), [outs[0]])
+    assert made.graph is second
+    assert_same_tree(outs[0], wants[3], F64, length=64)
+
+
+def test_memory_that_is_moved_or_gone(graphed):
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    out = torch.empty(3, 4, 4, dtype=F64)
+    alive = weakref.ref(out.untyped_storage())
+    made = graphed(net, x, per_sample=True, out=out)
+    before, other = out.data, torch.zeros(3, 4, 4, dtype=F64)
+    out.data = other  # the same tensor elsewhere
+    before.fill_(7.0)
+    made((x + 1,), [out])
+    assert (before == 7.0).all()
+    assert_same_tree(other, jactri.jacobian(net, x + 1, per_sample=True), F64, length=64)
+    del before
+    gc.collect()
+    assert alive() is None, "nothing holds what was given"
+
+
+def test_memory_that_cannot_be_captured_again(graphed, monkeypatch):
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    out = torch.empty(3, 4, 4, dtype=F64)
+    made = graphed(net, x, per_sample=True, out=out)
+
+    def full(self, out):
+        raise Unrecordable("no memory")
+
+    monkeypatch.setattr(cudagraph.Graphed, "_capture", full)
+    with pytest.raises(Stale, match="other tensors for out=: no memory"):
+        made((x,), [torch.empty_like(out)])
+    _, rows = made((x + 1,), [out])
+    assert_same_tree(rows[0], jactri.jacobian(net, x + 1, per_sample=True), F64, length=64)
+
+
+def test_captured_outputs_that_are_shown(graphed):
+    net, x = field(), torch.randn(3, 4, dtype=F64)
+    made = graphed(net, x, per_sample=True, return_output=True)
+    results = [made.job.answer(*made((x + i,), []), None) for i in (1, 2)]
+    for i, (y, got) in zip((1, 2), results, strict=True):  # each call's own
+        assert not y.requires_grad
+        assert_close(y, net(x + i), F64, length=64)
+        assert_same_tree(got, jactri.jacobian(net, x + i, per_sample=True), F64, length=64)
+    both = graphed(lambda t: (net(t), t.sin()), x, return_output=True)
+    ys, rows = both.job.answer(*both((x + 1,), []), None)
+    assert_close(ys[1], (x + 1).sin(), F64)
+    assert len(ys) == len(rows) == 2
 
 
 def test_captured_weights_are_watched(graphed):
