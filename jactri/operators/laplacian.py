@@ -358,7 +358,7 @@ def _inside(func, x: Tensor, a: Tensor | None, lower: bool):
             return func(v.unsqueeze(0)).squeeze(0) if points.batched(x) else func(v)
 
         n = point.numel()
-        second = handover.jacrev(handover.jacrev(handover.differentiable_twice(single)))(point)
+        second = handover.hessian(single)(point)
         second = second.reshape(*second.shape[: second.dim() - 2 * point.dim()], n, n)
         if form is None:
             lap = second.diagonal(0, -2, -1).sum(-1)
