@@ -206,7 +206,9 @@ class ChainKind:
             configs = chain.chain_configs(self.widths, self.device)
             found.append(((("chain", products),), configs, multiply))
             pair = (*(("step", 1),) * (products - 2), ("pair", 2))
-            found.append((pair, chain.pair_configs(self.widths[-3:], self.device), multiply))
+            found.append(
+                (pair, chain.pair_configs(self.widths[-3:], self.precision, self.device), multiply)
+            )
         found.append(((("step", 1),) * products, linear.CONFIGS, multiply))
         return found
 

@@ -8,7 +8,8 @@ row by row, for blocks (K, R, width) as in `linear`. Two kernels, for two shapes
   through once: ``sum(w_l w_(l+1))`` loads for each tile of rows.
 - `pair`: two matrices, any inner widths, up to 128 features out. The inner features are taken BO at a time: as soon
   as a tile of them is complete it is multiplied by its part of the second matrix and forgotten. The first product
-  reads the block once for each tile; where the block is a weight that all rows share, that is a weight.
+  reads the block once for each tile; where the block is a weight that all rows share, that is a weight. Where it fits,
+  in one part, the block is formed once and stays in registers (``inner`` of a `Config` is 0).
 """
 
 from __future__ import annotations
@@ -42,10 +43,18 @@ CHAIN_CONFIGS = (
 PAIR_CONFIGS = (
     Config(128, 64, 32, 8, 3),
     Config(64, 64, 32, 4, 3),
-    Config(
-        128, 128, 32, 8, 2
-    ),  # forms the first block half as often; from Hopper on: it spills 1 KB on sm_80
+    # forms the first block half as often; from Hopper on, to 64 features: it spills 1 KB on sm_80, and to 128
+    Config(128, 128, 32, 8, 2),
 )
+
+RESIDENT_CONFIGS = {"tf32": Config(128, 32, 0, 8, 2), "half": Config(128, 64, 0, 8, 2)}
+"""For blocks that stay in registers. Against the last of `PAIR_CONFIGS` these issue a sixth to a third fewer
+instructions, and read the block once; fp32-grade products, whose parts do not fit, are bound by the tensor cores."""
+
+RESIDENT, RESIDENT_OUT = (128, 256), {"tf32": 64, "half": 128}
+"""Features in for which that pays: at 64 both are equal, between powers of two registers spill. And the most out: with
+more, the matrices' tiles overflow shared memory. On Hopper: Blackwell's tensor cores keep the block elsewhere, and 500
+bytes a thread spill."""
 
 
 @triton.jit
@@ -88,12 +97,20 @@ def _chain(
 
 
 @triton.jit
+def _formed(T, Z, D: tl.constexpr, P: tl.constexpr, inside, r, i, I, t_i, z_r, z_i):
+    """Features i of the block whose rows are at T, times their factor."""
+    mask = inside[:, None] & (i < I)[None, :]
+    t = tl.load(T + i[None, :] * t_i, mask=mask, other=0.0)
+    return scaled(t, Z, D, P, r[:, None] * z_r + i[None, :] * z_i, mask)
+
+
+@triton.jit
 def _pair(
     T, M1, M2, Z0, Z1, Z2, OUT, K, R, I, H, O, padded1, padded2,
     t_k, t_r, t_i, m1_p, m1_i, m1_o, m2_p, m2_i, m2_o, z0_r, z0_i, z1_r, z1_i, z2_r, z2_i, o_k, o_r, o_o,
     D0: tl.constexpr, P0: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
-    WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     i0, h0, o = tl.arange(0, BI), tl.arange(0, BH), tl.arange(0, BO)
@@ -104,46 +121,58 @@ def _pair(
     inside, outside = r < R, o < O
     t_at = T + k[:, None] * t_k + r[:, None] * t_r
     out = tl.zeros((BM, BO), tl.float32)
+    if WHOLE:
+        t = _formed(t_at, Z0, D0, P0, inside, r, i0, I, t_i, z0_r, z0_i).to(T.dtype.element_ty)
     for h_start in range(0, H, BH):
         h = h_start + h0
         acc = tl.zeros((BM, BH), tl.float32)
-        for i_start in range(0, I, BI):
-            i = i_start + i0
-            mask = inside[:, None] & (i < I)[None, :]
-            t = tl.load(t_at + i[None, :] * t_i, mask=mask, other=0.0)
-            t = scaled(t, Z0, D0, P0, r[:, None] * z0_r + i[None, :] * z0_i, mask)
-            at = M1 + i[:, None] * m1_i + h[None, :] * m1_o
-            acc = multiply(t, at, m1_p, (i < padded1)[:, None] & (h < H)[None, :], acc, PRECISION)
+        if WHOLE:
+            at = M1 + i0[:, None] * m1_i + h[None, :] * m1_o
+            acc = multiply(t, at, m1_p, (i0 < padded1)[:, None] & (h < H)[None, :], acc, PRECISION)
+        else:
+            for i_start in range(0, I, BI):
+                i = i_start + i0
+                part = _formed(t_at, Z0, D0, P0, inside, r, i, I, t_i, z0_r, z0_i)
+                at = M1 + i[:, None] * m1_i + h[None, :] * m1_o
+                within = (i < padded1)[:, None] & (h < H)[None, :]
+                acc = multiply(part, at, m1_p, within, acc, PRECISION)
         mask = inside[:, None] & (h < H)[None, :]
         acc = scaled(acc, Z1, D1, P1, r[:, None] * z1_r + h[None, :] * z1_i, mask)
         at = M2 + h[:, None] * m2_i + o[None, :] * m2_o
-        out = multiply(acc, at, m2_p, (h < padded2)[:, None] & outside[None, :], out, PRECISION)
+        within = (h < padded2)[:, None] & outside[None, :]
+        out = multiply(acc, at, m2_p, within, out, PRECISION, WHOLE)
     mask = inside[:, None] & outside[None, :]
     out = scaled(out, Z2, D2, P2, r[:, None] * z2_r + o[None, :] * z2_i, mask)
     to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
 
 
-def _hopper(device: torch.device) -> bool:
-    """Whether tensor cores read matrices from shared memory; anything that is no GPU counts as the newest."""
+def _generation(device: torch.device) -> int:
+    """The major number of a card's capability: from 9 on tensor cores read matrices from shared memory.
+
+    AMD's cards count as ones before; anything that is no GPU counts as Hopper's.
+    """
     if device.type != "cuda":
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+        return 9
+    return 8 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def chain_configs(widths: Sequence[int], device: torch.device) -> tuple[Config, ...]:
     """How `chain` can run layers of these widths, the block's first; empty where it cannot."""
     widest = max(widths)
-    if min(widths) < 1 or widest > (WIDEST if _hopper(device) else WIDEST_BEFORE_HOPPER):
+    if min(widths) < 1 or widest > (WIDEST if _generation(device) >= 9 else WIDEST_BEFORE_HOPPER):
         return ()
     return CHAIN_CONFIGS if widest <= 64 else CHAIN_CONFIGS[:1]
 
 
-def pair_configs(widths: Sequence[int], device: torch.device) -> tuple[Config, ...]:
-    """How `pair` can run (features in, between, out); empty where it cannot."""
+def pair_configs(widths: Sequence[int], precision: str, device: torch.device) -> tuple[Config, ...]:
+    """How `pair` can run (features in, between, out) at "fp32", "tf32" or "half"; empty where it cannot."""
     if len(widths) != 3 or min(widths) < 1 or widths[2] > WIDEST_OUT:
         return ()
-    return PAIR_CONFIGS if _hopper(device) else PAIR_CONFIGS[:2]
+    generation, most = _generation(device), RESIDENT_OUT.get(precision, 0)
+    if generation == 9 and widths[0] in RESIDENT and widths[2] <= most:
+        return RESIDENT_CONFIGS[precision], PAIR_CONFIGS[1]
+    return PAIR_CONFIGS if generation >= 9 and widths[2] <= 64 else PAIR_CONFIGS[:2]
 
 
 def chain(
@@ -202,7 +231,7 @@ def pair(
         out = torch.empty(K, R, O, dtype=t.dtype, device=t.device)
     if out.numel() == 0:
         return out
-    c = config or PAIR_CONFIGS[0]
+    c, features = config or PAIR_CONFIGS[0], power_of_two(I, 16)
     (z0, s0, d0, p0), (z1, s1, d1, p1), (z2, s2, d2, p2) = map(factor, factors)
     a, b = prepare(matrices, precision, ready)
     far = wide(t, out, z0, z1, z2, first, second) or K * R >= 1 << 31
@@ -211,7 +240,7 @@ def pair(
             t, a.values, b.values, z0, z1, z2, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
             *a.strides, *b.strides,
             *s0, *s1, *s2, *out.stride(), d0, p0, d1, p1, d2, p2, precision, c.rows,
-            min(c.out, power_of_two(H, 16)), min(c.inner, power_of_two(I, 16)), power_of_two(O, 16), far,
+            min(c.out, power_of_two(H, 16)), min(c.inner or features, features), power_of_two(O, 16), not c.inner, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

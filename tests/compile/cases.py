@@ -202,6 +202,14 @@ for _i, _c in enumerate(chains.PAIR_CONFIGS):
     _w1 = _whole("pair", (256, 256, 32), 32, 16384, "tanh", _c)
     _targets = MODERN if _c.out > 64 else tuple(TARGETS)
     CASES[f"pair/W1 256-256-32/{_i}"] = Case("pair", _w1, _ways(_i), _targets)
+CASES["pair/W1 256-256-32/resident"] = Case(
+    "pair",
+    lambda way: _whole("pair", (256, 256, 32), 32, 16384, "tanh", chains.RESIDENT_CONFIGS[way])(
+        way
+    ),
+    tuple(chains.RESIDENT_CONFIGS),
+    ("sm_90",),
+)
 _w8 = _whole("pair", (256, 256, 64), 64, 8192, "tanh", chains.PAIR_CONFIGS[0])
 CASES["pair/W8 256-256-64/0"] = Case("pair", _w8, MORE)
 for _i, _c in enumerate(chains.CHAIN_CONFIGS):

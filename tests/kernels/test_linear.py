@@ -163,6 +163,38 @@ def test_every_configuration(kernel, config, way, device):
     check(kernel, *operands_of(9, 20, widths, device), way, config=config)
 
 
+RESIDENT = [("tf32", torch.float32), ("half", torch.bfloat16), ("half", torch.float16)]
+
+
+@pytest.mark.parametrize("way, dtype", RESIDENT)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", [*PAIRS, (9, 31, (128, 70, 33)), (1, 1, (256, 100, 5))])
+def test_a_block_that_stays_in_registers(shape, shared, way, dtype, device):
+    given = operands_of(*shape, device, dtype, shared=shared)
+    check("pair", *given, way, dtype, config=chains.RESIDENT_CONFIGS[way])
+
+
+@pytest.mark.parametrize("which", [(), (0,), (1,), (2,)])
+@pytest.mark.parametrize("order", [None, (1, 0, 2), (2, 1, 0)])
+def test_strides_of_a_block_that_stays_in_registers(order, which, device):
+    given = operands_of(3, 5, (20, 70, 17), device, order=order, gap=2, which=which)
+    config = chains.RESIDENT_CONFIGS["tf32"]
+    check("pair", *given, "tf32", order=order, gap=2, config=config)
+
+
+def test_which_blocks_stay_in_registers(device):
+    """Those whose parts fit, in their features' own powers of two, on a card of Hopper's kind."""
+    for precision, config in chains.RESIDENT_CONFIGS.items():
+        most = chains.RESIDENT_OUT[precision]
+        for widths, stays in {
+            (256, 300, 32): True, (128, 7, most): True, (64, 256, 32): False, (200, 256, 32): False,
+            (512, 256, 32): False, (256, 256, most + 1): False,
+        }.items():  # fmt: skip
+            found = chains.pair_configs(widths, precision, torch.device("cpu"))
+            assert (config in found) == stays
+    assert chains.pair_configs((256, 256, 32), "fp32", torch.device("cpu")) == chains.PAIR_CONFIGS
+
+
 @pytest.mark.parametrize("gap", [1, 3])
 @pytest.mark.parametrize("order", [None, (1, 0, 2), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize(
