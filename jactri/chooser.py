@@ -348,12 +348,13 @@ def _choice(problem: Problem) -> Choice:
     return choice
 
 
+def worth(kind: Kind) -> bool:
+    """Whether a problem is large enough for its ways to be timed."""
+    return rough(kind.device.type).seconds(kind.flops, kind.bytes) >= WORTH
+
+
 def _tunable(kind: Kind) -> bool:
-    return (
-        kind.device.type == "cuda"
-        and rough(kind.device.type).seconds(kind.flops, kind.bytes) >= WORTH
-        and os.environ.get("JACTRI_TUNE", "1") != "0"
-    )
+    return kind.device.type == "cuda" and worth(kind) and os.environ.get("JACTRI_TUNE", "1") != "0"
 
 
 def _predicted(kind: Kind) -> Choice:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .batching import bmm
 from .intervals import for_good, thin
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
 from .linear_map import LinearMap, Route, Shape
@@ -196,9 +197,9 @@ class MatMul(LinearMap):
         k, b, m, n = t.shape
         if self.side == "right":
             rows = t.transpose(0, 1).reshape(b, k * m, n)
-            return torch.bmm(rows, p).view(b, k, m, -1).transpose(0, 1)
+            return bmm(rows, p).view(b, k, m, -1).transpose(0, 1)
         columns = t.permute(1, 2, 0, 3).reshape(b, m, k * n)
-        return torch.bmm(p, columns).view(b, -1, k, n).permute(2, 0, 1, 3)
+        return bmm(p, columns).view(b, -1, k, n).permute(2, 0, 1, 3)
 
     def apply(self, data, own, layout, route, reverse, sel, like):
         axis = route.axis

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .batching import bmm
 from .layout import Layout, Selection
 from .mixed import Product
 
@@ -62,11 +63,9 @@ def multiply(
     if _fits(out, a) and not alike and not torch.is_grad_enabled():
         target = _as_matrices(out, how, sizes, order, (many(both), m, n))
     if target is not None:
-        torch.bmm(b, a, out=target)
+        bmm(b, a, target)
         return out
-    made = (torch.mm(b[0], a[0]) if not both else torch.bmm(b, a)).reshape(
-        [sizes[c] for c in order]
-    )
+    made = (torch.mm(b[0], a[0]) if not both else bmm(b, a)).reshape([sizes[c] for c in order])
     for _ in alike:
         made = made.unsqueeze(-1)
     made = made.expand([*made.shape[: len(order)], *(sizes[c] for c in alike)])

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, chooser, launch
+from . import backends, batching, chooser, launch
 from .arguments import ASSUME, as_tuple, check_batch
 from .entries import band, blocks
 from .folding import fold
@@ -241,9 +241,13 @@ def _product(graph: Graph, join: Join, source: int) -> StepReport:
     """The product of two partial Jacobians."""
     value, layout, p = graph.values[source], join.layouts[source], join.products[source]
     at = "x".join(map(str, graph.values[join.at].shape))
+    ran = "torch.mm", "two partial Jacobians"
+    if p.groups["batch"]:
+        sizes = (prod(p.sizes[c] for c in letters) for letters in p.groups.values())
+        ran = batching.described(*sizes, value.dtype, value.device)
     return StepReport(
         "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), 2.0 * prod(p.sizes),
-        float(layout.numel() * value.dtype.itemsize), "torch.bmm", "two partial Jacobians", False,
+        float(layout.numel() * value.dtype.itemsize), *ran, False,
     )  # fmt: skip
 
 

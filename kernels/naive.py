@@ -1,4 +1,4 @@
-"""The kernels over images, and of the Laplacian, in plain torch, for tests: any dtype, no speed."""
+"""The kernels over images, of the Laplacian and of batches, in plain torch, for tests: any dtype, no speed."""
 
 from __future__ import annotations
 
@@ -104,3 +104,8 @@ def laplacian_chain(t: Tensor, matrices, factors, last=None, weights=None) -> Te
     for m, after in zip(matrices, factors, strict=True):
         t = laplacian_step(t, m, after, weights=weights)
     return t if last is None else t @ last
+
+
+def batched(left: Tensor, right: Tensor) -> Tensor:
+    """`batched.batched`."""
+    return (left[..., None] * right[:, None]).sum(2)

@@ -135,6 +135,33 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexp
     if PRECISION == "bf16x6":
         m1 = tl.load(M + size, mask=mask, other=0.0)
         m2 = tl.load(M + 2 * size, mask=mask, other=0.0)
+        return _summed(t, m, m1, m2, acc, PRECISION, FORMED)
+    elif PRECISION == "tf32x3":
+        m1 = tl.load(M + size, mask=mask, other=0.0)
+        return _summed(t, m, m1, m1, acc, PRECISION, FORMED)
+    else:
+        return _summed(t, m, m, m, acc, PRECISION, FORMED)
+
+
+@triton.jit
+def product(t, m, acc, PRECISION: tl.constexpr):
+    """``acc + t @ m`` for tiles of two blocks, neither of them prepared."""
+    if PRECISION == "bf16x6":
+        m0 = high(m, 3)
+        rest = m - m0.to(tl.float32)
+        m1 = high(rest, 3)
+        return _summed(t, m0, m1, high(rest - m1.to(tl.float32), 3), acc, PRECISION, False)
+    elif PRECISION == "tf32x3":
+        m0 = high(m, 2)
+        return _summed(t, m0, m - m0, m0, acc, PRECISION, False)
+    else:
+        return _summed(t, m, m, m, acc, PRECISION, False)
+
+
+@triton.jit
+def _summed(t, m, m1, m2, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr):
+    """``acc + t @ (m + m1 + m2)``, as many parts as the precision has."""
+    if PRECISION == "bf16x6":
         t0, t1, t2 = three(t)
         s = tl.dot(t2, m, input_precision="ieee")
         s = tl.dot(t1, m1, s, input_precision="ieee")
@@ -143,7 +170,6 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexp
         s = tl.dot(t0, m1, s, input_precision="ieee")
         return acc + tl.dot(t0, m, s, input_precision="ieee")
     elif PRECISION == "tf32x3":
-        m1 = tl.load(M + size, mask=mask, other=0.0)
         t0 = high(t, 2)
         s = tl.dot(t - t0, m, input_precision="tf32")
         s = tl.dot(t0, m1, s, input_precision="tf32")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..batching import bmm
 from ..layout import FREE, Selection, convert, one
 from ..sweep import Sweep
 
@@ -269,7 +270,7 @@ def _matrices(a: Operand, b: Operand, batch, rows, inner, columns) -> Operand:
     if not (rows or columns):
         made = (ordered(a, batch, inner) * ordered(b, batch, inner)).sum(1)
     elif batch:
-        made = torch.bmm(ordered(a, batch, rows, inner), ordered(b, batch, inner, columns))
+        made = bmm(ordered(a, batch, rows, inner), ordered(b, batch, inner, columns))
     else:
         if prod(size[c] for c in columns) > prod(size[c] for c in rows):
             a, b, rows, columns = b, a, columns, rows

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..batching import bmm
 
 Labels = tuple[int, ...]
 Operand = tuple[Tensor, Labels]
@@ -96,9 +97,9 @@ def contract(
     if dest is not None and not torch.is_grad_enabled() and p.dtype == dest.dtype:
         target = _matrices(dest, out, order, (b, m, n))
         if target is not None:
-            torch.bmm(p, q.mT, out=target)
+            bmm(p, q.mT, target)
             return dest
-    made = torch.bmm(p, q.mT) if both else backends.product(p[0], q[0], True)
+    made = bmm(p, q.mT) if both else backends.product(p[0], q[0], True)
     made = aligned(made.view([sizes[s] for s in order]), order, out)
     return made if dest is None else dest.copy_(made)
 

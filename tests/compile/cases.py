@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.driver import TARGETS
 from jactri.kernels import (
     band,
+    batched,
     conv,
     direct,
     elementwise,
@@ -107,6 +108,19 @@ def _derivative(name):
     return run
 
 
+def _batched(config):
+    """W4: two Jacobians at 32 features, 784 of either end; blocks as sweeps leave them, seeds first."""
+
+    def run(way):
+        left, right = (
+            torch.empty(32, 256, 784, dtype=DTYPES.get(way, torch.float32)).transpose(0, 1)
+            for _ in range(2)
+        )
+        batched.batched(left.mT, right, precision=way, config=config)
+
+    return run
+
+
 def _prepare(way):
     operands.prepare([torch.empty(256, 256).t(), torch.empty(32, 256).t()], way)
 
@@ -198,6 +212,8 @@ CASES: dict[str, Case] = {"prepare": Case("prepare", _prepare, MORE, products=Fa
 for _i, _c in enumerate(linear.CONFIGS):
     CASES[f"step/W2 first/{_i}"] = Case("step", _step(_c, True), _ways(_i))
     CASES[f"step/W3 last/{_i}"] = Case("step", _step(_c, False), _ways(_i))
+for _i, _c in enumerate(batched.CONFIGS):
+    CASES[f"batched/W4 784-32-784/{_i}"] = Case("batched", _batched(_c), _ways(_i))
 for _i, _c in enumerate(chains.PAIR_CONFIGS):
     _w1 = _whole("pair", (256, 256, 32), 32, 16384, "tanh", _c)
     _targets = MODERN if _c.out > 64 else tuple(TARGETS)
