@@ -104,10 +104,14 @@ def _buffers_kept(module):
     finally:
         with torch.no_grad():
             for m, name, b, copy, version in saved:
-                # native ops write to statistics without telling; those are dense
-                strided = b.layout is torch.strided
-                if b._version != version or (strided and not torch.equal(b, copy)):
+                if b._version != version:
                     b.copy_(copy)
+                elif b.layout is torch.strided and all(b.stride()):
+                    # native ops write to statistics without telling; those are dense
+                    if b.device.type != "cpu":  # to compare would wait for the device
+                        b.data.copy_(copy)
+                    elif not torch.equal(b, copy):
+                        b.copy_(copy)
                 m._buffers[name] = b
 
 

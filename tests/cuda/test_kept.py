@@ -1,5 +1,6 @@
 """Nothing made of weights outlives a call on a GPU, and a call makes it once: none waits to compare weights."""
 
+import contextlib
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import jactri
 from benchmarks.gpu.sizes import sized
-from jactri import kept
+from jactri import constants, kept
 from jactri.kernels import operands
 
 WORKLOADS = {s.workload.name: s.workload for s in sized([])}
@@ -101,3 +102,45 @@ def test_a_call_in_parts_prepares_a_matrix_once(name, device, monkeypatch):
     few, many = launches[2], launches[3]
     assert sum(many.values()) - many["_prepare"] > sum(few.values()) - few["_prepare"]
     assert many["_prepare"] <= few["_prepare"] + 1
+
+
+class Tables(nn.Module):
+    """In training mode, with buffers that it reads: one of them expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.register_buffer("scale", torch.ones(5))
+        self.register_buffer("rows", torch.ones(1).expand(5))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        return (self.linear(x) * self.scale + self.rows).tanh()
+
+
+def test_buffers_are_put_back_without_a_look(device):
+    net = device.net(Tables()).train()
+    net.rows = torch.empty(1, device="cuda").expand(5)
+    x = torch.empty(4, 6, device="cuda")
+    call = jactri.compile(net, x, of=jactri.parameter_jacobian)
+    assert "replays a CUDA graph" in repr(call) and not device.refused
+    versions = {name: b._version for name, b in net.named_buffers()}
+    device.clear()
+    jactri.parameter_jacobian(net, x).dense()
+    assert not device.waits
+    assert versions == {name: b._version for name, b in net.named_buffers()}
+
+
+def test_constants_of_a_capture_are_not_kept(device):
+    """They have no values before the first replay."""
+    made = []
+
+    def make():
+        made.append(torch.ones(3, device="cuda"))
+        return (made[-1],)
+
+    for keep in (False, True):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()) if not keep else contextlib.nullcontext():
+            constants.fixed(("a test", keep), make)
+        assert any(t is made[-1] for t in constants.constants()) == keep
+    del constants._fixed["a test", True]
