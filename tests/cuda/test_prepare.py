@@ -5,6 +5,7 @@ import os
 import sysconfig
 import tarfile
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -184,3 +185,26 @@ def test_kernels_of_smoke_tests_are_asked_for(device):
     variants._tested(device, suite.smoke("elementwise"))
     assert {n.kernel for n in device.launches} == {"_scaled_sum"}
     assert torch.cuda.is_available.__name__ != "<lambda>"
+
+
+def test_the_command_runs_under_the_triton_of_the_gpu_machine(
+    packed, tmp_path, monkeypatch, capsys
+):
+    kernels, out = packed[2], tmp_path / "kernels.tar.xz"
+    monkeypatch.setattr(variants, "asked", lambda names, tests: kernels)
+    monkeypatch.setattr(prepare, "FOLDER", packed[0].parent)
+    given = ["--out", str(out), "--jobs", "2", "--python", OWN]
+    assert prepare.main([*given, "--triton", triton.__version__]) == 0
+    assert f"{len(kernels)} of {len(kernels)} kernels" in capsys.readouterr().out
+    assert out.read_bytes() == packed[0].read_bytes()
+    ran = []
+    monkeypatch.setattr(prepare, "wheel", lambda version: tmp_path / version)
+    monkeypatch.setattr(
+        prepare.subprocess, "run", lambda *c, **o: ran.append((c, o)) or mock.Mock(returncode=7)
+    )
+    assert prepare.main([*given, "--triton", "3.7.1"]) == 7
+    (((command,), options),) = ran
+    assert command[1:] == ["-m", "benchmarks.gpu", "prepare", *given, "--triton", "3.7.1"]
+    assert options["env"]["PYTHONPATH"].startswith(str(tmp_path / "3.7.1"))
+    monkeypatch.setenv("JACTRI_PREPARING", "1")  # the wheel did not come up
+    assert prepare.main([*given, "--triton", "3.7.1"]) == 1
