@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -296,16 +297,13 @@ def _fused(
     data = [blocks[v][0] for v in item.reads]
     direct = None
     for v, answer in ends:
-        if v == item.value and direct is None:
+        if v == item.value and direct is None and not item.partial:
             direct = answer.window(sel or {})
-
-    def torchs(given: list[Tensor]) -> Tensor:
-        local = {v: (block, False) for v, block in zip(item.reads, given, strict=True)}
-        _steps(graph, sweep, list(item.steps), local, sel, writable, frozenset(item.reads))
-        return local[item.value][0]
-
-    made = launch.run(graph, sweep, item, data, sel, direct, torchs)
-    if made is not None:
+    made = launch.run(graph, sweep, item, data, sel, direct)
+    if made is not None and item.partial:
+        last, given = item.steps[-1], {item.term: made}
+        blocks[item.value] = _sum(graph, sweep, last, blocks, sel, writable, given)
+    elif made is not None:
         once = all(s for n, s in zip(made.shape, made.stride(), strict=True) if n > 1)
         blocks[item.value] = (made, made is not direct and once)
     else:
@@ -318,28 +316,36 @@ def _fused(
             del blocks[f]
 
 
-def _sum(graph, sweep, step: Step, blocks: Blocks, sel, writable: bool):
-    """The terms of a step added up; terms with more ties than the sum touch its diagonals only."""
+def _sum(
+    graph,
+    sweep,
+    step: Step,
+    blocks: Blocks,
+    sel,
+    writable: bool,
+    made: dict[int, Tensor] = MappingProxyType({}),
+):
+    """The terms of a step added up; terms with more ties than the sum touch its diagonals only.
+
+    ``made``: terms that a kernel has run.
+    """
     like = graph.values[step.value]
     total, own = None, False
     sparse: list[tuple[Tensor | None, Layout]] = []
-    for term in step.terms:
+    for i, term in enumerate(step.terms):
         edge = graph.values[term.owner].sources[term.edge][1]
-        data, _ = blocks[term.other]
         plain = term.route.out.tied == step.layout.tied
-        if own and writable and plain and data is not None and edge.places(sweep.reverse):
-            at = sweep.layouts[term.other]
-            edge.window(total).add_(convert(data, at, term.route.mid, sel, total))
-            continue
-        data, fresh = edge.apply(
-            data,
-            False,
-            sweep.layouts[term.other],
-            term.route,
-            sweep.reverse,
-            sel,
-            graph.values[term.other],
-        )
+        if i in made:
+            data, fresh = made[i], True
+        else:
+            data, _ = blocks[term.other]
+            if own and writable and plain and data is not None and edge.places(sweep.reverse):
+                at = sweep.layouts[term.other]
+                edge.window(total).add_(convert(data, at, term.route.mid, sel, total))
+                continue
+            data, fresh = edge.apply(
+                data, False, sweep.layouts[term.other], term.route, sweep.reverse, sel, graph.values[term.other],
+            )  # fmt: skip
         if not plain:
             sparse.append((data, term.route.out))
             continue

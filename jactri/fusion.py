@@ -3,7 +3,8 @@
 Five patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations), whose
 blocks in between nobody else reads; a map over *rows* (softmax, normalisation), a convolution (*conv*) or a max *pool*
 with the scalings around it; the *first* convolution of coloured seeds with the scalings after it; and a scaled *sum* of
-two blocks (a product of two values that both depend on the input). The executor runs the result where kernels run (see
+two blocks (a product of two values that both depend on the input). A map with a kernel may also be one term of a
+larger sum (reverse mode of a residual connection). The executor runs the result where kernels run (see
 `backends`), and the steps themselves elsewhere.
 """
 
@@ -26,13 +27,20 @@ class Fused:
     """Steps run as one: the block of the last one's value out of the blocks of ``reads``.
 
     ``kind`` is "chain", "rows", "conv", "pool" or "first" (each step reads the one before) or "sum" (the last step adds
-    up the two blocks of ``reads``, each scaled by the step among the others that reads it, if any).
+    up the two blocks of ``reads``, each scaled by the step among the others that reads it, if any). Where the last step
+    of another kind has several terms, its ``term`` reads the step before, and ``reads`` goes on with the others.
     """
 
     kind: str
     steps: tuple[Step, ...]
     reads: tuple[int, ...]
     frees: tuple[int, ...] = ()
+    term: int = 0
+
+    @property
+    def partial(self) -> bool:
+        """Whether kernels run one term of a sum only."""
+        return self.kind != "sum" and len(self.steps[-1].terms) > 1
 
     @property
     def value(self) -> int:
@@ -84,22 +92,29 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
             if run:
                 absorbed.update(s.value for s in run)
                 groups[run[0].value] = Fused("chain", tuple(run), (run[0].terms[0].other,))
-        elif kind := _around(graph, sweep, step):
-            run = [step]
+        elif found := _around(graph, sweep, step):
+            kind, i = found
+            run, source = [step], step.terms[i].other
             while (
-                uses[run[0].terms[0].other] == 1
-                and (before := maker.get(run[0].terms[0].other)) is not None
+                uses[source] == 1
+                and (before := maker.get(source)) is not None
                 and before.value not in absorbed
                 and _scales(graph, sweep, before)
             ):
                 run.insert(0, before)
+                source = before.terms[0].other
+            if len(step.terms) > 1:
+                rest = tuple(t.other for j, t in enumerate(step.terms) if j != i)
+                absorbed.update(s.value for s in run[:-1])
+                groups[step.value] = Fused(kind, tuple(run), (source, *rest), term=i)
+                continue
             while uses[run[-1].value] == 1:
                 after = reader.get(run[-1].value)
                 if after is None or not _scales(graph, sweep, after):
                     break
                 run.append(after)
             absorbed.update(s.value for s in run)
-            groups[run[0].value] = Fused(kind, tuple(run), (run[0].terms[0].other,))
+            groups[run[0].value] = Fused(kind, tuple(run), (source,))
         elif len(step.terms) == 2 and all(
             edge_of(graph, step, i).name == "identity" and _plain(sweep, step, i) for i in range(2)
         ):
@@ -158,19 +173,23 @@ def _selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
     return selects and bool(suspects(graph, masks=True))
 
 
-def _around(graph: Graph, sweep: Sweep, step: Step) -> str:
-    """ "rows", "conv", "pool" or "first" for a step that a kernel runs with the scalings around it; else nothing."""
+def _around(graph: Graph, sweep: Sweep, step: Step) -> tuple[str, int] | None:
+    """ "rows", "conv", "pool" or "first", and the term, for a step that a kernel runs with the scalings around it."""
     if _first(graph, sweep, step):
-        return "first"
-    if len(step.terms) != 1 or not _plain(sweep, step):
-        return ""
-    edge = edge_of(graph, step)
+        return "first", 0
+    for i in range(len(step.terms)):
+        if _plain(sweep, step, i) and (kind := _mixes(graph, sweep, step, i)):
+            return kind, i
+    return None
+
+
+def _mixes(graph: Graph, sweep: Sweep, step: Step, term: int) -> str:
+    edge, shape = edge_of(graph, step, term), step.layout.shape
     if edge.name == "convolution":
         return "conv"
-    if edge.__class__ is Picked and edge.pool_map(step.layout.shape, sweep.reverse):
+    if edge.__class__ is Picked and edge.pool_map(shape, sweep.reverse):
         return "pool"
-    mixes = edge.row_map(len(step.layout.shape), sweep.reverse) is not None
-    return "rows" if mixes else ""
+    return "rows" if edge.row_map(len(shape), sweep.reverse) is not None else ""
 
 
 def _first(graph: Graph, sweep: Sweep, step: Step) -> bool:

@@ -17,9 +17,9 @@ from .graph import Graph
 from .kernels import support
 from .kernels.support import Factor, Unfit
 from .layout import Selection, unfolded
-from .linear_map import Diagonal
+from .linear_map import Diagonal, LinearMap
 from .passes import Pass, PassKind, over
-from .sweep import Sweep, factors_of
+from .sweep import Step, Sweep, factors_of
 
 
 def run(
@@ -29,17 +29,17 @@ def run(
     data: list[Tensor | None],
     sel: Selection | None,
     out: Tensor | None,
-    steps: Callable[[list[Tensor]], Tensor],
 ) -> Tensor | None:
     """The block of a fused item, or None where no kernel covers these blocks (dtypes, devices, identity seeds), or
-    torch is better.
+    torch is better. Of an item that is partial: its term.
 
     ``data``: the blocks of ``item.reads``. ``sel``: the chunk. ``out``: where to write the result if that can be done,
-    ``(K, *value)``. Returns ``out`` itself if it was written. ``steps``: the item's steps by torch, from such blocks.
+    ``(K, *value)``. Returns ``out`` itself if it was written.
     """
     if item.kind == "first":
         return _first(graph, sweep, item, sel or {}, out)
     t = data[0]
+    data = data if item.kind == "sum" else data[:1]
     if any(b is None or not backends.kernels_for(b) for b in data):
         return None
     if any(b.dtype != t.dtype or b.device != t.device for b in data):
@@ -52,7 +52,7 @@ def run(
         return _convolution(graph, item, t, sweep.reverse, out)
     kind = _passing(graph, sweep, item, item.layout.columns(sel), t.dtype, t.device)
     pass_ = {"sum": _scaled_sum, "pool": _pooled, "rows": _mapped_rows}[item.kind]
-    return pass_(graph, item, kind, data, sweep.reverse, steps, out)
+    return pass_(graph, item, kind, data, sweep.reverse, out)
 
 
 def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
@@ -210,12 +210,17 @@ def _parts(graph: Graph, item: Fused, shape):
     around: list[list[Diagonal]] = [[], []]
     found = None
     for step in item.steps:
-        edge = edge_of(graph, step)
+        edge = _edge(graph, item, step)
         if edge.name == "diagonal":
             around[found is not None].append(edge)
         else:
             found = edge
     return found, around, (shape, item.layout.shape)
+
+
+def _edge(graph: Graph, item: Fused, step: Step) -> LinearMap:
+    """The map of an item's step: of its term, where that is a sum."""
+    return edge_of(graph, step, item.term if step is item.steps[-1] else 0)
 
 
 def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
@@ -285,7 +290,7 @@ def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor 
 
 
 def _pooled(
-    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, out
 ) -> Tensor | None:
     from .kernels import pool
     from .kernels.windows import Window
@@ -304,12 +309,26 @@ def _pooled(
         window = Window(shapes[1][2:], *rest)
         return pool.scatter(*blocks, index, window, taps, before, after, out=out)
 
+    steps = _stepwise(graph, item, reverse)
     return chooser.run(over(kind, data, max(map(prod, shapes)), kernel, steps), out)
 
 
 def _uses(edge, seeds: int) -> tuple[int, int]:
     """How often a convolution takes each element of a factor before and behind it."""
     return seeds * prod(edge.weight.shape[2:]), seeds
+
+
+def _stepwise(graph: Graph, item: Fused, reverse: bool) -> Callable[[list[Tensor]], Tensor]:
+    """The map of an item and the scalings around it by torch, one after the other."""
+
+    def steps(blocks: list[Tensor]) -> Tensor:
+        (t,), own = blocks, False
+        for step in item.steps:
+            edge = _edge(graph, item, step)
+            t, own = edge.pull(t, own) if reverse else edge.push(t, own)
+        return t
+
+    return steps
 
 
 def _on_image(scalings: list[Diagonal], shape, uses: int = 1) -> Factor | None:
@@ -332,7 +351,7 @@ def _product(scalings: list[Diagonal], shape) -> Tensor | None:
 
 
 def _mapped_rows(
-    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, out
 ) -> Tensor | None:
     from .kernels.rows import rows
 
@@ -347,11 +366,12 @@ def _mapped_rows(
         made = rows(_rows(t, axes), p, name, before, after, out=into)
         return out if into is not None else made.view(len(t), *shape)
 
+    steps = _stepwise(graph, item, reverse)
     return chooser.run(over(kind, data, prod(shape), kernel, steps), out)
 
 
 def _scaled_sum(
-    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, steps, out
+    graph: Graph, item: Fused, kind: PassKind, data: list[Tensor], reverse: bool, out
 ) -> Tensor | None:
     from .kernels.elementwise import scaled_sum
 
@@ -371,5 +391,12 @@ def _scaled_sum(
         if made is None:
             raise Unfit("blocks that lie in memory along too many axes")
         return made
+
+    def steps(blocks: list[Tensor]) -> Tensor:
+        parts = []
+        for term, block in zip(last.terms, blocks, strict=True):
+            step = inner.get(term.other)
+            parts.append(block if step is None else edge_of(graph, step).push(block, False)[0])
+        return parts[0] + parts[1]
 
     return chooser.run(over(kind, data, prod(shape), kernel, steps), out)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, rates
 from .convolution import Conv
 from .graph import Graph
 from .linear_map import Diagonal, Identity, LinearMap, Scale
@@ -32,7 +32,7 @@ LARGEST = 1 << 21
 """Entries of the matrices of weights that are formed."""
 
 CHUNK_BYTES = 1 << 23
-"""Blocks are cut to about this size; below it, what a chunk costs in Python shows."""
+"""On a CPU blocks are cut to about this size; below it, what a chunk costs in Python shows."""
 
 Pair = tuple[int, int]
 
@@ -164,10 +164,11 @@ def block_bytes(graph: Graph, sweep: Sweep, value: int) -> float:
 
 def _cut(graph: Graph, sweep: Sweep) -> Pair:
     """Samples, and rows of the seed's image, at once."""
-    shape = graph.values[sweep.seed].shape
+    seed = graph.values[sweep.seed]
+    shape, most = seed.shape, rates.block_bytes(seed.device.type, CHUNK_BYTES)
     rows = images(shape)[0]
     largest = max((block_bytes(graph, sweep, s.value) for s in sweep.steps), default=0.0)
-    fit = max(1, int(shape[0] * rows * CHUNK_BYTES // max(largest, 1)))
+    fit = max(1, int(shape[0] * rows * most // max(largest, 1)))
     return (min(shape[0], fit // rows), rows) if fit >= rows else (1, fit)
 
 

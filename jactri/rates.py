@@ -30,6 +30,15 @@ ROUGH = {"cpu": Rates(1e11, 1e10, 4e-6), "cuda": Rates(5e13, 2e12, 8e-6)}
 """Orders of magnitude by device type: enough where one plan is far better than the others."""
 
 
+BLOCK_BYTES = 1 << 27
+"""On a GPU blocks are not cut for a cache, but to about this size: it takes 40 us to move, ten launches."""
+
+
+def block_bytes(device_type: str, in_cache: int) -> int:
+    """To about how many bytes the blocks of a sweep are cut; ``in_cache``: where a core's cache decides, on a CPU."""
+    return in_cache if device_type == "cpu" else BLOCK_BYTES
+
+
 def rough(device_type: str) -> Rates:
     return ROUGH.get(device_type, ROUGH["cpu"])
 

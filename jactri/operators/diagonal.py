@@ -28,7 +28,7 @@ from ..opaque import refuse_or_log
 from ..pattern import Trace, colours_of, has_windows
 from ..planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
 from ..poles import met, suspects
-from ..rates import rough
+from ..rates import block_bytes, rough
 from ..running import computing, detached, eagerly, prepare, public
 from ..sweep import Sweep, follow, itemsize
 from ..whole import rows_at_once
@@ -276,7 +276,7 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | 
     total = count = prod(sizes)
     # an end is a part of the Jacobian, which is not to be there as a whole
     widest = max(lay.numel() * itemsize(graph, v) for _, s in parts for v, lay in s.layouts.items())
-    most = CACHE_BYTES if graph.values[parts[0][1].seed].device.type == "cpu" else LARGE
+    most = block_bytes(graph.values[parts[0][1].seed].device.type, CACHE_BYTES)
     if chunk_size is not None:
         count = min(total, chunk_size)
     elif widest > 1.5 * most:
