@@ -449,12 +449,13 @@ def test_every_kernel_has_a_few_tests_in_every_precision():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert all(2 <= len(ids) <= 30 for ids in found.values()), {k: len(v) for k, v in found.items()}
-    for kernel in ("linear", "chain", "conv", "laplacian"):
+    for kernel in ("linear", "chain", "batched", "conv", "laplacian"):
         text = " ".join(found[kernel])
         assert all(way in text for way in ("bf16x6", "tf32")) and (
             "dtype" in text or "float16" in text
         )
-    assert "chain-shape8" in " ".join(found["chain"]) and "pair" in " ".join(found["chain"])
+    chain = " ".join(found["chain"])
+    assert all(part in chain for part in ("chain-shape8", "pair", "stays_in_registers"))
 
 
 # ---- sizes, devices

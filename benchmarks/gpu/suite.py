@@ -15,7 +15,12 @@ from .cache import ROOT
 SMOKE = {
     "operands": ("linear", "prepared_parts"),
     "linear": ("linear", "step and (shape5 or shape2) and (shapes_and_precisions or half)"),
-    "chain": ("linear", "(chain-shape6 or chain-shape8 or pair-shape11) and (shapes_and_precisions or half)"),
+    "chain": (
+        "linear",
+        "((chain-shape6 or chain-shape8 or pair-shape11) and (shapes_and_precisions or half))"
+        " or (test_a_block_that_stays and (shape1 or shape5) and True)",
+    ),
+    "batched": ("batched", "(shapes_and_precisions or half) and (shape2 or shape3)"),
     "activations": ("activations", "against_float64"),
     "elementwise": ("rows", "scaled_sums and shape2"),
     "rows": ("rows", "between_diagonals and None"),
