@@ -46,11 +46,9 @@ class BatchKind:
         return float(self.batch * entries * self.dtype.itemsize)
 
     def offers(self) -> list[Offer]:
-        """The kernel, where it is timed first or asked for by name: torch takes one launch, too."""
+        """The kernel, its tiles and ways to multiply."""
         from .kernels import batched
 
-        if not (chooser.worth(self) or backends.forced()):
-            return []
         return [((("batched", 1),), batched.configs(self.inner), dots(self.precision))]
 
     def plain(self) -> dict[str, object]:
@@ -101,15 +99,21 @@ def bmm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """
     same = left.dtype == right.dtype and left.device == right.device
     if same and backends.kernels_for(left):
-        made = chooser.run(Batched(left, right), out)
+        problem = Batched(left, right)
+        made = chooser.run(problem, out) if _tried(problem.kind()) else None
         if made is not None:
             return made
     return torch.bmm(left, right) if out is None else torch.bmm(left, right, out=out)
 
 
+def _tried(kind: BatchKind) -> bool:
+    """Whether the kernel is timed first, or asked for by name: torch takes one launch, too."""
+    return chooser.worth(kind) or backends.forced()
+
+
 def described(batch, rows, inner, columns, dtype, device) -> tuple[str, str]:
     """What runs a product of these sizes, and why, for `explain`."""
     kind = BatchKind.of(batch, rows, inner, columns, dtype, device)
-    if not (backends.kernels_on(device) and support.computes(dtype)):
+    if not (backends.kernels_on(device) and support.computes(dtype) and _tried(kind)):
         return "torch.bmm", "two partial Jacobians"
     return chooser.described(kind)

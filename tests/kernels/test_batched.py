@@ -55,6 +55,10 @@ def test_every_configuration(way, config, device):
     _check((2, 130, 70, 150), way, device, config=config)
 
 
+def test_where_few_features_meet_one_tile_is_compiled():
+    assert len(batched.configs(32)) == 1 and batched.configs(65) == batched.CONFIGS
+
+
 @pytest.mark.parametrize("gap", [1, 3])
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
 def test_strides(order, gap, device):
@@ -118,13 +122,20 @@ def test_where_blocks_meet(call, device, monkeypatch):
         assert "batched (bf16x6, tile 64x64x32, 4 warps): 1 launch" in text
 
 
-def test_a_small_product_is_torchs_unless_the_kernel_is_asked_for(device):
-    small = batching.BatchKind.of(2, 8, 8, 8, torch.float32, torch.device("cuda"))
-    large = batching.BatchKind.of(256, 784, 32, 784, torch.float32, torch.device("cuda"))
-    assert not small.offers() and large.offers()
-    assert [c for _, configs, _ in large.offers() for c in configs] == [*batched.CONFIGS[:1]]
-    with backends.use("triton"):
-        assert small.offers()
+def test_a_small_product_is_torchs_unless_the_kernel_is_asked_for(device, monkeypatch):
+    ran, plain = [], batched.batched
+    monkeypatch.setattr(batched, "batched", lambda *a, **k: ran.append(a) or plain(*a, **k))
+    monkeypatch.setattr(backends, "kernels_for", lambda t: True)
+    left, right = torch.randn(2, 3, 4, device=device), torch.randn(2, 4, 5, device=device)
+    with torch.no_grad():
+        for forced in (False, True, False):
+            with backends.use("triton" if forced else "auto"):
+                assert distance(batching.bmm(left, right), left.double() @ right.double()) < 1e-6
+            assert bool(ran) == forced
+            ran.clear()
+        monkeypatch.setattr(chooser, "WORTH", 0)
+        batching.bmm(left, right)
+        assert ran
 
 
 def test_the_kernel_has_no_derivative_so_that_torch_computes_what_is_differentiated(device):
