@@ -307,7 +307,8 @@ def run(problem: Problem, out: Tensor | None = None) -> Tensor | None:
             kind = problem.kind()
             _refused[kind, way] = str(error)
             backends.unfit(str(way), error)
-            choice = _choices[kind] = _predicted(kind)
+            _choices.pop(kind, None)
+            choice = _choice(problem)
     return None
 
 
@@ -374,9 +375,8 @@ def _predicted(kind: Kind) -> Choice:
                             "Triton compiles each once, in about a second, and keeps it on disk"
                         )
                     return Choice(way, why)
-    return Choice(
-        TORCH, "this device runs none of the kernels" if offers else "no kernel covers it"
-    )
+    why = "none of the kernels runs here, or is right" if offers else "no kernel covers it"
+    return Choice(TORCH, why)
 
 
 def _tuned(kind: Kind, problem: Problem) -> Choice | None:
@@ -397,10 +397,14 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
             times: dict[str, float] = {}
             for dot in better if len(multiply) > 1 and better else multiply:
                 way = Way(composition, dot, config)
+                if (kind, way) in _refused:
+                    tried[str(way)] = _refused[kind, way]
+                    continue
                 try:
                     off = _distance(problem.launch(way)[checked], truth)
                     if not off <= bound:
-                        tried[str(way)] = f"off by {off:.1e}, {bound:.1e} allowed"
+                        _refused[kind, way] = f"off by {off:.1e}, {bound:.1e} allowed"
+                        tried[str(way)] = _refused[kind, way]
                         continue
                     times[dot] = _milliseconds(lambda way=way: problem.launch(way))
                 except Unfit as error:
