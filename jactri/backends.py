@@ -57,9 +57,14 @@ def kernels_on(device: torch.device) -> bool:
     return not torch.is_grad_enabled() and support.missing() is None
 
 
+def captured(device: torch.device) -> bool:
+    """Whether ops go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether ops go into a CUDA graph or a trace, where no value can be read."""
-    return tracing() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return tracing() or captured(device)
 
 
 def kernels_for(t: Tensor) -> bool:

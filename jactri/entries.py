@@ -206,7 +206,10 @@ class Entries(Answer):
                 found.append(entries.start)
             else:
                 found += [entries.row, entries.column, entries.start]
-            return tuple(torch.from_numpy(t).to(device) for t in found)
+            made = tuple(torch.from_numpy(t).to(device) for t in found)
+            if self.form != "banded":
+                return made
+            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
 
         key = (
             self.form, self.pattern.key, self.sweep.layout, self.final, self.sweep.reverse, self.samples, copies,
@@ -356,9 +359,9 @@ class Entries(Answer):
             ends, sample * columns + column, values.reshape(-1), size, check_invariants=False
         )
 
-    def _banded(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Banded:
+    def _banded(self, values: Tensor, shape, row, column, start, width: Tensor) -> Banded:
         rows, columns = self.pattern.shape
-        width = int((start[1:] - start[:-1]).max()) if rows else 0
+        width = int(width)
         at = row * width + torch.arange(len(row), device=row.device) - start[row]
         band = values.new_zeros(len(values), rows * width).index_copy(1, at, values)
         where = column.new_full((rows * width,), -1).index_copy(0, at, column)

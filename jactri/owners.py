@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends import captured
 from .graph import Graph
 from .intervals import own, single, thin, within
 from .linear_map import Cut, LinearMap
@@ -73,6 +74,7 @@ def apart(graph: Graph) -> bool:
     By its indices alone, or with the zeros that it multiplies by (in grad mode, the constant ones: others may be zero
     here and not beside). The values of the call decide: it is asked each time.
     """
+    _check_readable(next(graph.values[v].device for v in graph.inputs if v is not None))
     return any(not _astray(graph, _from_inputs(graph, values)) for values in (False, True))
 
 
@@ -82,6 +84,7 @@ def apart_behind(graph: Graph, seed: int, data: list[int], picked: list[int]) ->
     Of the values ``picked``, every entry must have an influence on one sample only, whichever it is.
     """
     value = graph.values[seed]
+    _check_readable(value.device)
     n = value.shape[0]
     starts = {seed: own(n, len(value.shape), value.device)}
     for values in (False, True):
@@ -91,6 +94,14 @@ def apart_behind(graph: Graph, seed: int, data: list[int], picked: list[int]) ->
         ):
             return True
     return False
+
+
+def _check_readable(device: torch.device) -> None:
+    if captured(device):
+        raise RuntimeError(
+            "per_sample=True inside of the capture of a CUDA graph: only values tell whether these samples mix, and "
+            "none can be read there. Pass per_sample='assume' if they do not"
+        )
 
 
 def joins(graph: Graph) -> int | None:

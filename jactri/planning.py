@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from . import backends, rates
 from .graph import Graph
@@ -21,6 +22,9 @@ _LARGE = 1 << 26
 
 _LONG = 2e-3
 """Predicted seconds from which it pays to measure the device's rates."""
+
+_WAIT = 5e-5
+"""Predicted seconds that it is worth to wait for a value on a GPU, which runs dry meanwhile."""
 
 _CLOSE = 8.0
 """Ways whose predicted times differ by more than this factor are told apart by rough rates too."""
@@ -128,12 +132,18 @@ def plan_for(
 
     key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
     plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
-    if plan.suspects and met(graph, plan.suspects):
+    if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
         strategy = "reverse-mode"
         key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
         plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
         return replace(plan, reason="a derivative that is not finite lies behind a selection")
     return plan
+
+
+def _at_once(plan: Plan, device) -> bool:
+    """Whether reverse mode, which is right in any case, takes less than to wait for what another way has to know."""
+    slower = plan.seconds.get("reverse-mode", inf) - plan.seconds[plan.strategy]
+    return device.type == "cuda" and slower < _WAIT
 
 
 def proof(graph: Graph, strategy: str, ys, xs, dests=None, sparse: bool = False) -> Plan:

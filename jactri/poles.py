@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from . import backends
 from .contraction import MatMul, Sum
@@ -88,6 +89,11 @@ def _finite(op: str, edge) -> bool:
     if isinstance(edge, Diagonal) and edge.along is not None:
         return True
     return isinstance(edge, FINITE) or op in BOUNDED
+
+
+def finite(t: Tensor) -> bool:
+    """Whether a block is known to be finite; not inside of a CUDA graph's capture or a trace, where nothing is."""
+    return not backends.capturing(t.device) and bool(t.isfinite().all())
 
 
 def met(graph: Graph, edges: tuple[Edge, ...]) -> bool:

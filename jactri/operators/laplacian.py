@@ -16,7 +16,7 @@ from ..opaque import refuse_or_log
 from ..owners import apart
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
-from ..poles import suspects
+from ..poles import finite, suspects
 from ..running import computing, eagerly, public
 from ..samples import places
 from . import points
@@ -173,7 +173,7 @@ def of_output(
 
 def _finite(found) -> bool:
     """Whether a result is there and finite."""
-    return found is not None and all(bool(t.isfinite().all()) for t in found if t is not None)
+    return found is not None and all(finite(t) for t in found if t is not None)
 
 
 def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, asked: Options, lower: bool):

@@ -22,7 +22,7 @@ from ..graph import Graph, UnsupportedGraph, Value, read
 from ..linear_map import Identity
 from ..opaque import Vmapped, refuse_or_log, why_not
 from ..planning import plan_for_given
-from ..poles import suspects
+from ..poles import finite, suspects
 from ..running import computing, detached, eagerly, prepare, public
 from ..strictness import check_ends, check_varying
 from ..unrecorded import guarded
@@ -300,7 +300,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
             for k, store in stores.items():
                 made = store.block()
                 total[k] = made if total[k] is None else total[k] + made
-        if not reverse and suspects(graph) and not all(_finite(t) for t in total):
+        if not reverse and suspects(graph) and not all(finite(t) for t in total if t is not None):
             rows = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
             pairs = zip(total, rows, strict=True)
             total = [t if t is None else torch.where(t.isfinite(), t, r) for t, r in pairs]
@@ -308,10 +308,6 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
             e.new_zeros(columns, *e.shape) if t is None else t
             for t, e in zip(total, ends, strict=True)
         ]
-
-
-def _finite(t: Tensor | None) -> bool:
-    return t is None or bool(t.isfinite().all())
 
 
 def _by_jacobian(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:

@@ -7,10 +7,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..backends import capturing
 from ..linear_map import Cut, Kept, LinearMap, Shape
 from ..maps import Transpose
 from ..selection import Gather, Take
-from ..tracing import tracing
 from . import normal_index, rule
 from .elementwise import Partials
 from .shape import piece
@@ -94,9 +94,9 @@ class Put(Pick):
 def unmoved(index: Tensor, in_shape: Shape, out_shape: Shape) -> Kept:
     """The (input, output) axis pairs with the same position on both, at every entry of a flat ``index``.
 
-    A trace is for other indices, too.
+    A trace and a CUDA graph are for other indices, too.
     """
-    if index.numel() == 0 or tracing():
+    if index.numel() == 0 or capturing(index.device):
         return ()
     grid, pairs, taken = index.reshape(out_shape), [], set()
     stride = prod(in_shape)

@@ -13,6 +13,7 @@ from math import nan, prod
 import torch
 from torch import Tensor
 
+from ..backends import captured
 from ..tracing import aside, tracing, valued
 from . import rule
 from .index import pick, put
@@ -26,7 +27,7 @@ _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 def copy_slices(g):
     shape, meta = g.shape, g.meta[0]
     n = prod(shape)
-    if n >= _EXACT.get(meta.dtype, 0) or n == 0 or not valued():
+    if n >= _EXACT.get(meta.dtype, 0) or n == 0 or not valued() or captured(meta.device):
         return None
     traced = tracing()
     ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
@@ -80,6 +81,8 @@ def as_strided(g):
     shape, meta = g.shape, g.meta[0]
     old = g.values[s].shape
     if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype, 0) or prod(shape) == 0:
+        return None
+    if captured(meta.device):
         return None
     with aside():
         found = _read(g, old)
