@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .behind import nodes_behind
 from .constants import arbitrary
-from .opaque import UNUSUAL, Vmapped, others, shown
+from .opaque import UNUSUAL, Vmapped, looping, others, shown
 from .rules.norm import BATCH_NORMS
 from .unrecorded import loose
 
@@ -80,7 +80,8 @@ def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chun
             ys, aux = as_tuples(*(r.unsqueeze(0) for r in row))
             return tuple(y.squeeze(0) for y in ys), tuple(y.squeeze(0) for y in aux)
 
-        rows, ys = vmap(jacrev(batch_of_one, argnums, has_aux=True))(*xs)
+        with looping():
+            rows, ys = vmap(jacrev(batch_of_one, argnums, has_aux=True))(*xs)
     else:
         rows, ys = jacrev(as_tuples, argnums, has_aux=True, chunk_size=chunk_size)(*xs)
     if strategy == "forward-mode":  # which has the outputs' dtypes
@@ -142,7 +143,13 @@ def _vjp(func, *xs, has_aux: bool = False):
                 raise RuntimeError(_THIRD.format(name))
         return out
 
-    return torch.func.vjp(checked, *xs, has_aux=has_aux)
+    result, pull, *aux = torch.func.vjp(checked, *xs, has_aux=has_aux)
+
+    def quiet(*cotangents):
+        with looping():
+            return pull(*cotangents)
+
+    return result, quiet, *aux
 
 
 def _levels(y) -> list[bool]:

@@ -118,6 +118,14 @@ def identity(node) -> Hashable | None:
     return kind, repr([getattr(node, n) for n in names])
 
 
+@contextlib.contextmanager
+def looping():
+    """A context in which vmap loops over ops without a rule and says nothing: that is right, and no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
 class Vmapped:
     """``one_row``, a linear product, over the first axis of blocks: by vmap, or row by row where that is not sound.
 
@@ -166,9 +174,7 @@ class Vmapped:
 
     def _by_vmap(self, block: Tensor) -> tuple[Tensor, ...] | None:
         try:
-            with warnings.catch_warnings():
-                # that vmap loops over an op without a rule is right, and no news
-                warnings.filterwarnings("ignore", message="There is a performance drop")
+            with looping():
                 return torch.vmap(self.one_row)(block)
         except UNUSUAL as error:  # without vmap, any other fault is raised again
             self._log(str(error).split("\n")[0])

@@ -1,5 +1,7 @@
 """jactri's calls inside of torch.func transforms, for ops whose forward mode or vmap is wrong there in some torch."""
 
+import warnings
+
 import pytest
 import torch
 from common import F64
@@ -224,3 +226,29 @@ def test_draws_for_every_column_are_refused():
     func = jactri.func.jacfwd(lambda v: v * torch.rand_like(v))
     with pytest.raises(RuntimeError, match="randomness='error'"):
         torch.vmap(func, randomness="different")(x49())
+
+
+NOISY = {
+    "laplacian": lambda f, x: torch.vmap(lambda v: jactri.laplacian(f, v))(x[None]),
+    "bilaplacian": lambda f, x: torch.vmap(lambda v: jactri.bilaplacian(f, v))(x[None]),
+    "hessian": lambda f, x: torch.vmap(jactri.func.hessian(lambda v: f(v[None])[0]))(x),
+    "jacobian": lambda f, x: torch.vmap(lambda v: jactri.jacobian(f, v, per_sample=True))(x[None]),
+    "divergence": lambda f, x: torch.vmap(
+        lambda v: jactri.divergence(lambda w: w * f(w)[:, None], v)
+    )(x[None]),
+}
+
+
+@pytest.mark.parametrize("call", NOISY)
+def test_what_vmap_says_of_ops_is_kept(call):
+    """That it loops over some in backward passes is no news; warnings of func are."""
+    x = 0.1 + torch.rand(3, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def func(v):
+        warnings.warn("of func", stacklevel=1)
+        return v.prod(1)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        NOISY[call](func, x)
+    assert seen and {str(w.message) for w in seen} == {"of func"}

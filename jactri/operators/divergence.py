@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import handover
 from ..classes import dressed
 from ..graph import Graph, UnsupportedGraph, read
+from ..opaque import looping
 from ..owners import apart
 from ..planning import proof, prove_by_probe
 from ..running import computing, eagerly, public
@@ -172,4 +173,7 @@ def _inside(func, x: Tensor, estimate: int | None, lower: bool):
         trace = entries.reshape(point.numel(), -1).diagonal().sum()
         return (y, trace) if lower else trace
 
-    return vmap(one)(x) if batch else one(x)
+    if not batch:
+        return one(x)
+    with looping():
+        return vmap(one)(x)

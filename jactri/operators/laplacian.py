@@ -12,7 +12,7 @@ from .. import handover
 from ..classes import dressed
 from ..graph import Graph, UnsupportedGraph
 from ..memory import free_bytes, hold, parse_bytes
-from ..opaque import refuse_or_log
+from ..opaque import looping, refuse_or_log
 from ..owners import apart
 from ..planner import MemoryLimitTooSmall
 from ..planning import _LARGE
@@ -368,4 +368,5 @@ def _inside(func, x: Tensor, a: Tensor | None, lower: bool):
 
     if not points.batched(x):
         return one(x, a)
-    return vmap(one, in_dims=(0, 0 if a is not None and a.dim() == 3 else None))(x, a)
+    with looping():
+        return vmap(one, in_dims=(0, 0 if a is not None and a.dim() == 3 else None))(x, a)
