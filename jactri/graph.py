@@ -381,7 +381,7 @@ def read(
             if handles != 0:
                 from .hooks import check  # reads the graph again
 
-                check(graph, outputs, inputs, handles)
+                check(graph, outputs, inputs)
         return graph
     except UnsupportedGraph:
         check_graph(outputs)  # the engine will run

@@ -8,18 +8,15 @@ other. Where that differs, autograd computes, as for other graphs that blocks ca
 
 from __future__ import annotations
 
-import dis
-import inspect
 import sys
 import warnings
 from collections.abc import Sequence
-from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules._functions import BackwardHookFunction
-from torch.utils.hooks import BackwardHook, RemovableHandle
+from torch.utils.hooks import RemovableHandle
 
 from .behind import nodes_behind
 from .constants import arbitrary
@@ -40,14 +37,13 @@ class ChangedByHook(UnsupportedGraph):
         self.linear, self.why, self.graph = linear, why, graph
 
 
-def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor], handles: int | None) -> None:
+def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
     """Raise ChangedByHook where hooks on the graph between ``xs`` and ``ys`` change gradients, and warn.
 
-    ``handles``: how many were registered while it was recorded, None if that is not known. Raises RuntimeError for
-    hooks that give something else each time.
+    Raises RuntimeError for hooks that give something else each time.
     """
     ys = [y for y in ys if y.requires_grad and y.numel()]
-    if not ys or _tracked() or only_look(ys, handles):
+    if not ys or _tracked() or only_look(ys):
         return
     first, second = (
         [arbitrary(y.shape, y).roll(k).reshape(y.shape) * (1 - 2 * k) for y in ys] for k in (0, 1)
@@ -219,29 +215,9 @@ def _recorded(ys, xs, cotangents) -> bool:
 # -- hooks that are known not to look at gradients ------------------------------------------------
 
 
-def only_look(ys: Sequence[Tensor], handles: int | None) -> bool:
-    """Whether all hooks are backward hooks of modules that read no gradient, and give none; or FSDP's."""
-    if RemovableHandle.next_id == 0:
-        return True
-    nodes = nodes_behind(ys)
-    if _sharded(ys, nodes):
-        return True
-    nodes = [n for n in nodes if n.__class__ is MODULE_HOOKS]
-    if len(nodes) != handles:  # each has one
-        return False
-    for node in nodes:
-        # the only way to see what is there: a hook of ours, which goes at once
-        handle = node.register_hook(lambda *_: None)
-        hooks = dict(handle.hooks_dict_ref())
-        handle.remove()
-        hooks.pop(handle.id)
-        for hook in hooks.values():
-            held = inspect.getclosurevars(hook).nonlocals.get("self")
-            if not isinstance(held, BackwardHook):
-                return False
-            if not all(map(_idle, (*held.user_hooks, *(held.user_pre_hooks or ())))):
-                return False
-    return True
+def only_look(ys: Sequence[Tensor]) -> bool:
+    """Whether there are no hooks at all, or they are FSDP's."""
+    return RemovableHandle.next_id == 0 or _sharded(ys, nodes_behind(ys))
 
 
 def _tracked() -> bool:
@@ -265,40 +241,12 @@ def _sharded(ys: Sequence[Tensor], nodes) -> bool:
     return any(getattr(f, "__module__", "").startswith(_FSDP) for f in found)
 
 
-def _idle(hook) -> bool:
-    """Whether a hook of a module neither reads its gradients nor returns anything, by its code."""
-    method = isinstance(hook, MethodType)
-    function = hook.__func__ if method else hook
-    if not isinstance(function, FunctionType):
-        return False
-    code = function.__code__
-    if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR):
-        return False
-    gradients = code.co_varnames[1 + method : code.co_argcount]
-    if {"locals", "vars", "eval", "exec"} & {*code.co_names} or {*gradients} & {*code.co_cellvars}:
-        return False
-    last = None
-    for op in dis.get_instructions(code):
-        if op.opname == "RETURN_CONST" and op.argval is not None:
-            return False
-        if op.opname == "RETURN_VALUE" and (
-            op.is_jump_target or last.opname != "LOAD_CONST" or last.argval is not None
-        ):
-            return False
-        names = op.argval if isinstance(op.argval, tuple) else (op.argval,)
-        if "FAST" in op.opname and any(name in gradients for name in names):
-            return False
-        last = op
-    return True
-
-
 # -- calls that are compiled ----------------------------------------------------------------------
 
 
 def harmless(job, ends) -> bool:
     """Whether no hook on the graph of a forward pass can change gradients."""
-    handles = job.handles(ends)
-    return handles == 0 or only_look(ends.ys, handles)
+    return job.handles(ends) == 0 or only_look(ends.ys)
 
 
 def check_hooks(job, ends) -> None:

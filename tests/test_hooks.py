@@ -191,38 +191,17 @@ def test_what_cuts_only_second_derivatives_cuts_none():
     assert_close(jactri.laplacian(cuts, x), torch.einsum("nonono->no", want), F64)
 
 
-def test_hooks_that_say_nothing_are_not_called():
-    """Of modules, and seen by their code; others are called for the comparison."""
+def test_hooks_of_modules_that_only_look_cost_a_comparison():
     called = []
-
-    def inner(given):
-        called.append(given)
-
-    def quiet(module, into, out):
-        called.append(module)
-
-    def before(module, out):
-        called.append(module)
-
     net = layers()
     want, kernel = jactri.jacobian(net, points()), jactri.empirical_ntk(net, points())
     for part in net.modules():
-        part.register_full_backward_hook(quiet)
-        part.register_full_backward_pre_hook(before)
+        part.register_full_backward_hook(lambda module, into, out: called.append(module))
+        part.register_full_backward_pre_hook(lambda module, out: called.append(module))
     with jactri.fallback("error"):
         assert_close(jactri.jacobian(net, points()), want, F64)
+        assert len(called) == 2 * 2 * len(list(net.modules()))
         assert_close(jactri.empirical_ntk(net, points()), kernel, F64)
-    assert not called
-    for hook in (
-        lambda module, into, out: called.append(out[0].norm()),  # returns what append does
-        lambda module, into, out: inner(lambda: out),
-        lambda *given: called.append(given) or None,
-    ):
-        handle = net[2].register_full_backward_hook(hook)
-        before_it = len(called)
-        assert_close(jactri.jacobian(net, points()), want, F64)
-        assert len(called) > before_it
-        handle.remove()
 
 
 def test_a_hook_that_removes_itself():
@@ -453,14 +432,13 @@ def test_compiled():
 @pytest.mark.parametrize("static", [False, True])
 def test_compiled_modules(static):
     net = layers()
-
-    def quiet(module, into, out):
-        pass
-
-    net[0].register_full_backward_hook(quiet)
     compiled = jactri.compile(net, points(), static=static)
     assert_close(compiled(points()), truth(net, points()), F64)
     assert "replays" in str(compiled)
+    handle = net[0].register_full_backward_hook(lambda module, into, out: None)
+    assert_close(compiled(points()), truth(net, points()), F64)
+    assert "hooks on gradients" in str(jactri.compile(net, points(), static=static))
+    handle.remove()
     net[0].register_full_backward_hook(lambda module, into, out: (3 * into[0],))
     assert_close(compiled(points()), truth(net, points()), F64)
     kernel = jactri.compile(net, points(), of=jactri.empirical_ntk)
