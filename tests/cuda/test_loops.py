@@ -39,7 +39,7 @@ def test_a_steady_call_times_nothing(fastest, device, monkeypatch):
     call = own("auto").make(size.workload, net)
     call(x)
     timed = {type(k).__name__ for k, c in chooser._choices.items() if c.tried}
-    assert timed == {"ChainKind", "PassKind"}
+    assert timed >= {"ChainKind", "PassKind"}
     monkeypatch.setattr(chooser, "_tuned", lambda *_: pytest.fail("timed twice"))
     device.clear()
     call(x)
