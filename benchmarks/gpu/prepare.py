@@ -72,7 +72,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one a core"
     )
     parser.add_argument("--seconds", type=float, help="compile no longer, and pack what there is")
-    parser.add_argument("--tests", action="store_true", help="those of all kernel tests too")
     parser.add_argument("--triton", default=TRITON, help=f"the GPU machine's; default: {TRITON}")
     parser.add_argument("--python", default=PYTHON, help=f"the GPU machine's; default: {PYTHON}")
     parser.add_argument(
@@ -99,7 +98,7 @@ def main(arguments: list[str]) -> int:
     from .variants import asked
 
     began = time.monotonic()
-    found = asked(options.workloads, options.tests)
+    found = asked(options.workloads)
     print(f"{len(found)} kernels are asked for ({time.monotonic() - began:.0f} s)", flush=True)
     deadline = None if options.seconds is None else began + options.seconds
     report = pack(

@@ -1,4 +1,4 @@
-"""Which kernels a session on a GPU asks for: every launch of the workloads, of every way that may win, and of tests."""
+"""Which kernels a session on a GPU asks for: each launch of the workloads, each way that may win, the smoke tests."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from .suite import SMOKE, smoke
 Asked = list[tuple[str, fake.Variant]]
 
 
-def asked(names: list[str], tests: bool = False) -> Asked:
+def asked(names: list[str]) -> Asked:
     """(name, variant) of all kernels of the workloads, the most valuable first. Patches the process, see `fake`.
 
     First those of the smoke tests, if no workload is named; then what the benchmark of the default backend runs, a
-    workload after the other; then the other backends, then bfloat16, of which only the accuracy is looked at; last,
-    if asked for, ``tests``: all of tests/kernels.
+    workload after the other; then the other backends, then bfloat16, of which only the accuracy is looked at.
     """
     device = fake.install()
     sizes = sized(names)
@@ -50,10 +49,6 @@ def asked(names: list[str], tests: bool = False) -> Asked:
         for kernel in SMOKE:
             _tested(device, smoke(kernel))
         found = _noted(device)[len(found) :] + found
-    if tests:
-        count = len(found)
-        _tested(device, ["tests/kernels"])
-        found += _noted(device)[count:]
     return found
 
 

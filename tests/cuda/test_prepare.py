@@ -191,7 +191,7 @@ def test_the_command_runs_under_the_triton_of_the_gpu_machine(
     packed, tmp_path, monkeypatch, capsys
 ):
     kernels, out = packed[2], tmp_path / "kernels.tar.xz"
-    monkeypatch.setattr(variants, "asked", lambda names, tests: kernels)
+    monkeypatch.setattr(variants, "asked", lambda names: kernels)
     monkeypatch.setattr(prepare, "FOLDER", packed[0].parent)
     given = ["--out", str(out), "--jobs", "2", "--python", OWN]
     assert prepare.main([*given, "--triton", triton.__version__]) == 0
