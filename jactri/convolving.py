@@ -55,6 +55,12 @@ class Shape:
         return total * prod(self.size_in if self.transposed else self.size)
 
     @property
+    def reads_last(self) -> bool:
+        """Whether `kernels.conv` runs it, and loads channels that lie side by side several at a time."""
+        inner, outer = self.channels_in // self.groups, self.channels // self.groups
+        return outer > 2 and inner >= 16 and inner % 4 == 0
+
+    @property
     def entries(self) -> int:
         """Entries a seed and sample of the larger block."""
         return max(self.channels_in * prod(self.size_in), self.channels * prod(self.size), 1)
@@ -119,7 +125,8 @@ class Convolution:
     """One to run: the push or pull of ``edge`` on ``t`` (K, N, C, *image), to images of ``size``.
 
     ``factors``: before and after, (N, C, *image) each, or None; ``diagonals`` gives their derivatives as tensors.
-    ``ready``: what the call has made of its weights.
+    ``ready``: what the call has made of its weights. ``last``: whether kernels are to write the result with its
+    channels side by side.
     """
 
     t: Tensor
@@ -129,6 +136,7 @@ class Convolution:
     factors: tuple[Factor | None, Factor | None]
     diagonals: Callable[[], tuple[Tensor | None, Tensor | None]]
     ready: Ready | None = None
+    last: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -148,7 +156,7 @@ class Convolution:
         factors = tuple(f and Factor(cut(f.values), f.name, f.constants) for f in self.factors)
         return Convolution(
             self.t[:seeds, :samples], self.edge, self.push, self.size, factors,
-            lambda: tuple(map(cut, self.diagonals())),
+            lambda: tuple(map(cut, self.diagonals())), last=self.last,
         )  # fmt: skip
 
     def _within(self, entries: int) -> Convolution:
@@ -186,7 +194,7 @@ class Convolution:
         given = (self.t, self.edge.weight, window, *self.factors)
         ((name, _),) = way.kernels
         if name == "direct":
-            return direct.direct(*given, out=out, config=way.config)
+            return direct.direct(*given, out=out, config=way.config, last=self.last)
         return conv.convolve(
-            *given, precision=way.dot, ready=self.ready, out=out, config=way.config
+            *given, precision=way.dot, ready=self.ready, out=out, config=way.config, last=self.last
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from .convolving import Shape
 from .graph import Graph
 from .layout import Layout
 from .linear_map import LinearMap
@@ -29,6 +30,7 @@ class Fused:
     ``kind`` is "chain", "rows", "conv", "pool" or "first" (each step reads the one before) or "sum" (the last step adds
     up the two blocks of ``reads``, each scaled by the step among the others that reads it, if any). Where the last step
     of another kind has several terms, its ``term`` reads the step before, and ``reads`` goes on with the others.
+    ``last``: its block lies best with the channels side by side, as those read it that do.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Fused:
     reads: tuple[int, ...]
     frees: tuple[int, ...] = ()
     term: int = 0
+    last: bool = False
 
     @property
     def partial(self) -> bool:
@@ -131,10 +134,12 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
                 absorbed.update(inner)
                 reads = tuple(inner.get(t.other, t.other) for t in step.terms)
                 groups[step.value] = Fused("sum", (*scalings, step), reads)
-    return _schedule(sweep, groups, absorbed)
+    return _schedule(graph, sweep, groups, absorbed)
 
 
-def _schedule(sweep: Sweep, groups: dict[int, Fused], absorbed: set[int]) -> list[Item]:
+def _schedule(
+    graph: Graph, sweep: Sweep, groups: dict[int, Fused], absorbed: set[int]
+) -> list[Item]:
     """Items in the order of the steps; a chain runs where its first step was. What is freed where is found anew."""
     items: list[Item] = []
     for step in sweep.steps:
@@ -143,12 +148,29 @@ def _schedule(sweep: Sweep, groups: dict[int, Fused], absorbed: set[int]) -> lis
         elif step.value not in absorbed:
             items.append(step)
     keep = {t for t in sweep.targets if t is not None}
-    seen, out = set(keep), []
+    seen, rows, out = set(keep), set(keep), []
     for item in reversed(items):
         frees = tuple(dict.fromkeys(v for v in item.reads if v not in seen))
         seen.update(frees)
-        out.append(replace(item, frees=frees))
+        if item.__class__ is Fused and item.kind == "conv":
+            last = item.value not in rows and not item.partial
+            out.append(replace(item, frees=frees, last=last))
+            images = _reads_last(graph, sweep, item)
+            rows.update(item.reads[1:])
+        else:
+            out.append(replace(item, frees=frees))
+            pools = item.__class__ is Fused and item.kind == "pool" and not item.partial
+            images = pools and item.value not in rows  # written as the block lies that is read
+        if not images:
+            rows.update(item.reads)
     return out[::-1]
+
+
+def _reads_last(graph: Graph, sweep: Sweep, item: Fused) -> bool:
+    """Whether a convolution is one that reads channels side by side with fewer loads."""
+    terms = ((s, item.term if s is item.steps[-1] else 0) for s in item.steps)
+    edge = next(e for s, t in terms if (e := edge_of(graph, s, t)).name == "convolution")
+    return Shape.of(edge, not sweep.reverse, (), ()).reads_last
 
 
 def _plain(sweep: Sweep, step: Step, term: int = 0) -> bool:

@@ -229,16 +229,18 @@ def _convolution(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tenso
         return None
     if not around[0] and t.shape[1] > 1 and t.stride(1) == 0:
         return None  # torch convolves it once for all samples
-    return chooser.run(_around(edge, not reverse, t, around, shapes), out)
+    return chooser.run(_around(edge, not reverse, t, around, shapes, item.last), out)
 
 
-def _around(edge: Conv, push: bool, t: Tensor, around: list[list[Diagonal]], shapes) -> Convolution:
+def _around(
+    edge: Conv, push: bool, t: Tensor, around: list[list[Diagonal]], shapes, last: bool = False
+) -> Convolution:
     """The push or pull of a convolution between scalings, as a problem."""
     both = list(zip(around, shapes, strict=True))
     return Convolution(
         t, edge, push, tuple(shapes[1][2:]),
         tuple(map(_on_image, around, shapes, _uses(edge, t.shape[0]))),
-        lambda: tuple(_product(*b) for b in both), backends.ready.get(),
+        lambda: tuple(_product(*b) for b in both), backends.ready.get(), last,
     )  # fmt: skip
 
 

@@ -14,7 +14,18 @@ from torch import Tensor
 from .conv import diagonal, result
 from .linear import Config, scaled
 from .support import Factor, fitting, on_device, power_of_two, wide
-from .windows import Window, block_offsets, grouped, image, offsets, pixel, taps_of
+from .windows import (
+    MOST_ROWS,
+    Window,
+    block_offsets,
+    grouped,
+    image,
+    inside,
+    numbered,
+    offsets,
+    pixel,
+    taps_of,
+)  # fmt: skip
 
 MOST = 8
 """Channels out a group up to which this is worth a try: tensor cores compute 16 at once."""
@@ -25,8 +36,9 @@ CONFIGS = (Config(256, 4, 0, 4, 1), Config(32, 32, 0, 4, 1))
 
 @triton.jit
 def _direct(
-    T, ZB, WT, ZA, OUT, K, N, G, I, O, size_in, size, taps, stride, padding, dilation, apart, common,
-    inverse, step, t_s, b_s, w_s, a_s, o_s,
+    T, ZB, WT, ZA, OUT, counts, N, G, I, O, size_in, size, taps, padding, t_s, b_s, w_s, a_s, o_s,
+    stride: tl.constexpr, dilation: tl.constexpr, apart: tl.constexpr, common: tl.constexpr, inverse: tl.constexpr,
+    step: tl.constexpr,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr,
     TRANSPOSED: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     WIDE: tl.constexpr,
@@ -52,41 +64,48 @@ def _direct(
     else:
         w_at += g * w_s[0]
         channel = g * O + o
-    PH, first_y, taps_y, y0 = taps_of(
-        phase_y, size[0], taps[0], stride[0], padding[0], dilation[0], apart[0], common[0], inverse[0],
+    first_y, taps_y, y0 = taps_of(
+        phase_y, taps[0], stride[0], padding[0], dilation[0], apart[0], common[0], inverse[0],
         TRANSPOSED,
     )  # fmt: skip
-    PW, first_x, taps_x, x0 = taps_of(
-        phase_x, size[1], taps[1], stride[1], padding[1], dilation[1], apart[1], common[1], inverse[1],
+    first_x, taps_x, x0 = taps_of(
+        phase_x, taps[1], stride[1], padding[1], dilation[1], apart[1], common[1], inverse[1],
         TRANSPOSED,
     )  # fmt: skip
-    n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), R), K, PH, PW)
+    n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), R), counts, WIDE)
     if TRANSPOSED:
         out_y, out_x = phase_y + y * stride[0], phase_x + x * stride[1]
     else:
         out_y, out_x = y, x
         y, x = y * stride[0], x * stride[1]
-    inside = (n < N) & (out_y < size[0]) & (out_x < size[1])
+    there = (n < N) & (out_y < size[0]) & (out_x < size[1])
     y, x = y + y0, x + x0
+    t_at = T + block_offsets(k, n, g * I, y, x, t_s, ROWS)
+    b_at = offsets(n, g * I, y, x, b_s, ROWS)
     if ROWS:
         acc = tl.zeros((BC, BM), tl.float32)
     else:
         acc = tl.zeros((BM, BC), tl.float32)
-    for q in range(taps_y * taps_x * I):
-        tap, i = q // I, q % I
-        tap_y, tap_x = tap // taps_x, tap % taps_x
-        yy, xx = y + tap_y * step[0], x + tap_x * step[1]
-        mask = inside & (yy >= 0) & (yy < size_in[0]) & (xx >= 0) & (xx < size_in[1])
-        if MANY:
-            mask = mask & outside
-        c = g * I + i
-        t = tl.load(T + block_offsets(k, n, c, yy, xx, t_s, ROWS), mask=mask, other=0.0)
-        t = scaled(t, ZB, BEFORE, PB, offsets(n, c, yy, xx, b_s, ROWS), mask).to(tl.float32)
-        if TRANSPOSED:
-            tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
-        w = tl.load(w_at + tap * w_s[1] + i * w_s[2], mask=outside, other=0.0).to(tl.float32)
-        acc += t * w
-    mask = inside & outside
+    for tap_y in range(taps_y):
+        dy = tap_y * step[0]
+        near = there & inside(y + dy, size_in[0])
+        for tap_x in range(taps_x):
+            dx = tap_x * step[1]
+            mask = near & inside(x + dx, size_in[1])
+            if MANY:
+                mask = mask & outside
+            if TRANSPOSED:
+                tap = (first_y + tap_y * apart[0]) * taps[1] + first_x + tap_x * apart[1]
+            else:
+                tap = tap_y * taps_x + tap_x
+            for i in range(I):
+                at = dy * t_s[3] + dx * t_s[4] + i * t_s[2]
+                t = tl.load(t_at + at, mask=mask, other=0.0)
+                at = b_at + (dy * b_s[2] + dx * b_s[3] + i * b_s[1])
+                t = scaled(t, ZB, BEFORE, PB, at, mask).to(tl.float32)
+                w = tl.load(w_at + (tap * w_s[1] + i * w_s[2]), mask=outside, other=0.0)
+                acc += t * w.to(tl.float32)
+    mask = there & outside
     acc = scaled(acc, ZA, AFTER, PA, offsets(n, channel, out_y, out_x, a_s, ROWS), mask)
     at = block_offsets(k, n, channel, out_y, out_x, o_s, ROWS)
     tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=mask)
@@ -101,6 +120,7 @@ def direct(
     *,
     out: Tensor | None = None,
     config: Config | None = None,
+    last: bool | None = None,
 ) -> Tensor:
     """`conv.convolve` without tensor cores, for any number of groups.
 
@@ -111,7 +131,7 @@ def direct(
     window = window.flat()
     w = grouped(weight, window)
     G, _, I, O = w.shape
-    out = result(t, G * O, window.size[-axes:], out)
+    out = result(t, G * O, window.size[-axes:], out, last)
     if out.numel() == 0:
         return out
     many = O == 1
@@ -121,17 +141,17 @@ def direct(
     za, sa, da, pa = diagonal(after, axes)
     columns = G if many else O
     tile = min(c.out, power_of_two(columns))
-    rows = t.shape[0] * t.shape[1] * window.places[0] * window.places[1]
+    counts, rows = numbered(t.shape[0], t.shape[1], window.places)
     grid = (
         triton.cdiv(rows, c.rows) * triton.cdiv(columns, tile),
         (1 if many else G) * window.phases[0] * window.phases[1],
     )
-    far = wide(src, zb, w, za, dst) or rows >= 1 << 31
+    far = wide(src, zb, w, za, dst) or rows > MOST_ROWS
     with on_device(t), fitting():
         _direct[grid](
-            src, zb, w, za, dst, t.shape[0], t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel,
-            window.stride, window.padding, window.dilation, window.apart, window.common, window.inverse, window.step,
+            src, zb, w, za, dst, counts, t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel, window.padding,
             src.stride(), sb, w.stride(), sa, dst.stride(),
+            window.stride, window.dilation, window.apart, window.common, window.inverse, window.step,
             db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
             num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from .conv import diagonal
 from .linear import scaled
 from .support import Factor, fitting, on_device, power_of_two, wide
-from .windows import Window, block_offsets, grouped, image, offsets, pixel
+from .windows import MOST_ROWS, Window, block_offsets, grouped, image, numbered, offsets, pixel
 
 Colours = tuple[int, int, int]
 """Along one axis: the period of the colours, the first of a chunk, and how many are in it."""
@@ -48,7 +48,7 @@ def _reach(
 
 @triton.jit
 def _first(
-    W, ZA, OUT, K, N, I, O, channels, period, start, count, size_in, size, taps, stride, padding, dilation,
+    W, ZA, OUT, counts, N, I, O, channels, period, start, count, size_in, size, taps, stride, padding, dilation,
     tries, w_s, a_s, o_s,
     AFTER: tl.constexpr, PA: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
@@ -58,7 +58,7 @@ def _first(
     row, c = pid // tiles, (pid % tiles) * BC + tl.arange(0, BC)
     if WIDE:
         row, c = row.to(tl.int64), c.to(tl.int64)
-    n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), 0), K, size[0], size[1])
+    n, k, y, x = pixel(tl.expand_dims(row * BM + tl.arange(0, BM), 0), counts, WIDE)
     c = tl.expand_dims(c, 1)
     inside = (n < N) & (c < channels)
     g = c // O
@@ -129,12 +129,12 @@ def first(
         for d, t, e in zip(window.dilation, kernel, every, strict=True)
     )
     tile = min(CHANNELS, power_of_two(G * O))
-    rows = K * samples * window.size[0] * window.size[1]
+    counts, rows = numbered(K, samples, window.size)
     grid = (triton.cdiv(rows, PIXELS) * triton.cdiv(G * O, tile),)
-    far = wide(weight, za, dst) or rows >= 1 << 31
+    far = wide(weight, za, dst) or rows > MOST_ROWS
     with on_device(weight), fitting():
         _first[grid](
-            w, za, dst, K, samples, I, O, G * O, period, start, count, tuple(size_in), window.size, kernel,
+            w, za, dst, counts, samples, I, O, G * O, period, start, count, tuple(size_in), window.size, kernel,
             window.stride, window.padding, window.dilation, tries, w.stride(), sa, dst.stride(),
             da, pa, window.transposed, PIXELS, tile, far, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

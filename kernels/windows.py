@@ -9,7 +9,7 @@ the stride) have the same taps: a program computes one phase, and multiplies by 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
 
 import triton
 import triton.language as tl
@@ -92,21 +92,49 @@ def grouped(weight: Tensor, window: Window) -> Tensor:
     return w.permute(0, 3, 1, 2) if window.transposed else w.permute(0, 3, 2, 1)
 
 
+def divisor(d: int) -> tuple[int, int, int]:
+    """A divisor for `divided`: d, and by what to multiply and shift instead.
+
+    With ``m = ceil(2^(31 + s) / d)`` and ``2^s >= d``, ``x // d = x m // 2^(31 + s)`` for all x below 2^31 (Granlund,
+    Montgomery 1994, theorem 4.2). m has 32 bits and is given as a signed number.
+    """
+    s = (d - 1).bit_length()
+    m = -(-(1 << (31 + s)) // d)
+    return d, m - (1 << 32 if m >= 1 << 31 else 0), s
+
+
+MOST_ROWS = 1 << 30
+"""Beyond, rows are numbered in 64 bits."""
+
+
+def numbered(seeds: int, samples: int, places: Pair):
+    """What `pixel` needs to know of the rows (sample, seed, y, x), and how many there are."""
+    counts = seeds, *places
+    return tuple(map(divisor, counts)), samples * prod(counts)
+
+
 @triton.jit
 def taps_of(
-    phase, size, taps, stride, padding, dilation, apart, common, inverse, TRANSPOSED: tl.constexpr
+    phase, taps, stride, padding, dilation, apart, common, inverse, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """For one axis: outputs of the phase, first tap, number of taps, input that the first tap of output 0 reaches."""
+    """For one axis of a phase: first tap, number of taps, input that the first tap of output 0 reaches."""
     if TRANSPOSED:
         # the least tap for which phase + padding - tap * dilation is a multiple of the stride
         up = phase + padding
         first = tl.where(up % common == 0, up // common * inverse % apart, taps)
-        # no phase is empty in the eyes of a division; the outputs beyond the image are masked
-        places = tl.maximum(tl.cdiv(size - phase, stride), 1)
         count = tl.cdiv(tl.maximum(taps - first, 0), apart)
-        return places, first, count, (up - first * dilation) // stride
+        return first, count, (up - first * dilation) // stride
     else:
-        return size, 0, taps, -padding
+        return 0, taps, -padding
+
+
+@triton.jit
+def inside(at, size):
+    """Whether ``0 <= at < size``, by one comparison: what is negative is large where it counts as unsigned."""
+    if at.dtype.is_int64():
+        return at.to(tl.uint64, bitcast=True) < size
+    else:
+        return at.to(tl.uint32, bitcast=True) < size
 
 
 @triton.jit
@@ -132,8 +160,24 @@ def block_offsets(k, n, c, y, x, strides, ROWS: tl.constexpr):
 
 
 @triton.jit
-def pixel(row, K, PH, PW):
-    """(sample, seed, y, x) of rows in that order: neighbours in a row of an image lie side by side."""
-    x, rest = row % PW, row // PW
-    y, rest = rest % PH, rest // PH
-    return rest // K, rest % K, y, x
+def divided(at, by, WIDE: tl.constexpr):
+    """Quotient and remainder of what is not negative, by a `divisor`."""
+    if WIDE:
+        quotient = at // by[0]
+    else:
+        twice = (at * 2).to(tl.uint32, bitcast=True).to(tl.uint64)
+        times = by[1].to(tl.uint32, bitcast=True).to(tl.uint64)
+        quotient = (twice * times >> 32).to(tl.int32) >> by[2]
+    return quotient, at - quotient * by[0]
+
+
+@triton.jit
+def pixel(row, counts, WIDE: tl.constexpr):
+    """(sample, seed, y, x) of rows in that order: neighbours in a row of an image lie side by side.
+
+    ``counts``: of seeds, lines and columns, each a `divisor`.
+    """
+    rest, x = divided(row, counts[2], WIDE)
+    rest, y = divided(rest, counts[1], WIDE)
+    n, k = divided(rest, counts[0], WIDE)
+    return n, k, y, x

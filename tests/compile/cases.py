@@ -269,6 +269,11 @@ for _i, _c in enumerate(conv.CONFIGS):
         conv.convolve, (64, 64), (8, 8), 10, 256, before="relu", after="relu", last=True, transposed=True, config=_c
     )  # fmt: skip
     CASES[f"conv/W5 64-64 relu/{_i}"] = Case("conv", _w5, MORE, ("sm_90",))
+_w5 = _conv(
+    conv.convolve, (64, 32), (16, 16), 10, 256, after="relu", last=True, transposed=True, stride=2,
+    config=conv.CONFIGS[0],
+)  # fmt: skip
+CASES["conv/W5 64-32 stride 2 last/0"] = Case("conv", _w5, ("bf16x6", "tf32x3", "tf32"), ("sm_90",))
 _few = _conv(conv.convolve, (3, 32), (32, 32), 64, 16, after="tanh", config=conv.CONFIGS[0])
 CASES["conv/3-32/0"] = Case("conv", _few, MORE[:1], ("sm_90", "sm_100"))
 for _name, _last, _g, _o in (

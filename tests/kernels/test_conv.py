@@ -11,7 +11,7 @@ from jactri.kernels import conv, direct, naive
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.linear import Config
 from jactri.kernels.support import Factor, Unfit, convolution_precision
-from jactri.kernels.windows import Window
+from jactri.kernels.windows import MOST_ROWS, Window, divisor
 
 KERNELS = ["conv", "direct"]
 # channels in, out, groups; image in; taps, stride, padding, dilation; transposed, output padding
@@ -165,6 +165,28 @@ def test_scalings_that_broadcast(name, kernel, device):
 def test_memory_orders(kernel, name, order, gap, device):
     """Channels-last blocks, and worse, on both ends."""
     check(kernel, name, operands(name, 2, 2, device, order=order, gap=gap), order=order, gap=gap)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("kernel, name", [("conv", n) for n in SOME] + [("direct", "groups")])
+def test_a_result_in_another_memory_order(kernel, name, last, device):
+    """Channels-last blocks to images in rows, and back."""
+    orders = (0, 1, 3, 4, 2), None
+    given = operands(name, 2, 2, device, order=orders[last])
+    check(kernel, name, given, order=orders[not last])
+    got = launch(kernel, given, last=last)
+    assert (got.stride(2) == 1) == last and distance(got, expected(given, name)) < 1e-6
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 7, 8, 9, 10, 31, 224, 1000, 65535, 65537, 2**30 - 1])
+def test_division_by_a_product(d):
+    """`windows.divided`, in whole numbers: around multiples of the divisor, up to the most rows."""
+    _, m, s = divisor(d)
+    m += (m < 0) << 32
+    assert 0 < m < 1 << 32
+    for near in (0, d, 5 * d, MOST_ROWS // d * d, MOST_ROWS):
+        for x in range(max(near - 2, 0), near + 3):
+            assert (2 * x * m >> 32) >> s == x // d
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -292,3 +292,31 @@ def test_pools(kind, mode, device, monkeypatch):
         assert not ran
     else:
         assert ran == [("scatter", "", "") if lines else ("scatter", "silu", "tanh")]
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_blocks_between_convolutions_have_channels_side_by_side(pool, device, monkeypatch):
+    """Where one that reads them so follows; what goes to the answer, or on as a row, is written in rows."""
+    seen = []
+    plain = conv.convolve
+
+    def spy(t, *given, **options):
+        made = plain(t, *given, **options)
+        seen.append((t.stride(2) == 1, made.stride(2) == 1))
+        return made
+
+    monkeypatch.setattr(conv, "convolve", spy)
+    between = nn.MaxPool2d(2) if pool else nn.Identity()
+    f = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.Tanh(), between, nn.Conv2d(16, 20, 3, padding=1), nn.Tanh(),
+        nn.Conv2d(20, 18, 1), nn.Tanh(), nn.Flatten(), nn.LazyLinear(9), nn.Tanh(), nn.Linear(9, 3),
+    )  # fmt: skip
+    f = f.to(device)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    f(x)
+    check(f, x, per_sample=True, strategy="reverse-mode")
+    # 18 channels do not lie in groups of four; the last convolution writes the answer
+    assert seen == [(False, True), (True, True), (True, False)]
+    seen.clear()
+    check(f, x, per_sample=True, strategy="forward-mode")
+    assert seen[-1] == (True, False)
