@@ -18,7 +18,18 @@ from torch import Tensor
 from .conv import diagonal
 from .linear import scaled
 from .support import Factor, fitting, on_device, power_of_two, wide
-from .windows import MOST_ROWS, Window, block_offsets, grouped, image, numbered, offsets, pixel
+from .windows import (
+    MOST_ROWS,
+    Window,
+    block_offsets,
+    divided,
+    divisor,
+    grouped,
+    image,
+    numbered,
+    offsets,
+    pixel,
+)
 
 Colours = tuple[int, int, int]
 """Along one axis: the period of the colours, the first of a chunk, and how many are in it."""
@@ -48,8 +59,8 @@ def _reach(
 
 @triton.jit
 def _first(
-    W, ZA, OUT, counts, N, I, O, channels, period, start, count, size_in, size, taps, stride, padding, dilation,
-    tries, w_s, a_s, o_s,
+    W, ZA, OUT, counts, N, I, O, channels, start, count, size_in, size, taps, padding, w_s, a_s, o_s,
+    period: tl.constexpr, stride: tl.constexpr, dilation: tl.constexpr, tries: tl.constexpr,
     AFTER: tl.constexpr, PA: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +74,11 @@ def _first(
     inside = (n < N) & (c < channels)
     g = c // O
     # the channel that the seed is one in, within the group
-    i = start[0] + k // (count[1] * count[2]) - g * I
+    rest, colour_x = divided(k, count[2], WIDE)
+    i, colour_y = divided(rest, count[1], WIDE)
+    i += start[0] - g * I
+    colour_y, colour_x = start[1] + colour_y, start[2] + colour_x
     own = inside & (i >= 0) & (i < I)
-    colour_y, colour_x = start[1] + k // count[2] % count[1], start[2] + k % count[2]
     at = W + g * w_s[0] + i * w_s[2] + (c - g * O) * w_s[3]
     acc = tl.zeros((BC, BM), tl.float32)
     for j in range(tries[0] * tries[1]):
@@ -134,8 +147,8 @@ def first(
     far = wide(weight, za, dst) or rows > MOST_ROWS
     with on_device(weight), fitting():
         _first[grid](
-            w, za, dst, counts, samples, I, O, G * O, period, start, count, tuple(size_in), window.size, kernel,
-            window.stride, window.padding, window.dilation, tries, w.stride(), sa, dst.stride(),
-            da, pa, window.transposed, PIXELS, tile, far, num_warps=4, enable_fp_fusion=True,
+            w, za, dst, counts, samples, I, O, G * O, start, tuple(map(divisor, count)), tuple(size_in), window.size,
+            kernel, window.padding, w.stride(), sa, dst.stride(), (1, *period[1:]), window.stride, window.dilation,
+            tries, da, pa, window.transposed, PIXELS, tile, far, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
