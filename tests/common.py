@@ -42,6 +42,11 @@ def ours_and_theirs(name):
     return getattr(jactri.func, name), getattr(torch.func, name)
 
 
+def torch_before(version):
+    """Whether this torch is older: what it could not do yet is no reference."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) < version
+
+
 class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

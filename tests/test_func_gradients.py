@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from common import F64, make, mlp, ours_and_theirs, x3, x23
+from common import F64, make, mlp, ours_and_theirs, torch_before, x3, x23
 from tolerances import assert_close, assert_gradients_close
 from torch.utils._pytree import tree_leaves
 
@@ -49,6 +49,8 @@ def test_it_requires_grad_where_torch_says_so(case, name, wanted, mode, cheap):
         "no_grad": torch.no_grad,
         "inference_mode": torch.inference_mode,
     }[mode]
+    if mode == "inference_mode" and name != "jacrev" and torch_before((2, 13)):
+        pytest.skip("torch.func's forward mode fails in inference mode")
     with context():
         ours, theirs = (tree_leaves(t(func)(x)) for t in ours_and_theirs(name))
     if mode == "grad" and case == "linear" and not cheap and not wanted:
