@@ -404,7 +404,7 @@ def make_plan(
     if chosen == "mixed":
         reason += f", {table.name}"
     tied = not _untied(graph, sweeps)
-    suspects = () if chosen == "reverse-mode" else poles.suspects(graph)
+    suspects = () if chosen == "reverse-mode" else poles.suspects(graph, seeds=True)
     return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, parts, suspects)
 
 

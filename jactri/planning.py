@@ -136,7 +136,7 @@ def plan_for(
         strategy = "reverse-mode"
         key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
         plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
-        return replace(plan, reason="a derivative that is not finite lies behind a selection")
+        return replace(plan, reason="a derivative is not known to be finite")
     return plan
 
 

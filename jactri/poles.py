@@ -1,11 +1,12 @@
-"""Where only reverse mode is autograd's: a derivative that is not finite, behind a selection.
+"""Where only reverse mode is autograd's: at a derivative that is not finite.
 
 Autograd's rows go from the output to the input, and what an op selects away there is 0, whatever it was: ``relu(x)``
 makes 0 of the infinity that ``sqrt`` of its zeros gives. Forward mode meets both the other way round, and 0 times
 infinity is NaN; so does a product of partial Jacobians. Entries that are put among constants (a pad, a ``cat``, a write
-into zeros) are such a selection, too: the gradient of the constants is left out, whatever it was. Everything that is
-finite is the same in any order. So what may be infinite is known from the graph (`suspects`), and looked at where
-another order than reverse is wanted (`met`).
+into zeros) are such a selection, too: the gradient of the constants is left out, whatever it was. A given tangent meets
+nothing else; seeds of several colours at once, and identity seeds that have been mixed, hold zeros of their own: with
+them any derivative counts (``seeds``). Everything that is finite is the same in any order. So what may be infinite is
+known from the graph (`suspects`), and looked at where another order than reverse is wanted (`met`).
 """
 
 from __future__ import annotations
@@ -49,32 +50,48 @@ NativeBatchNorm NativeGroupNorm NativeLayerNorm PreluKernel RreluWithNoise.0-1 S
 )
 """Ops whose derivative is bounded where their operand is finite."""
 
+REGULAR = frozenset(
+    full
+    for name in """
+Addcmul Addr Glu LogSoftmax Logsumexp MseLoss Mul Nansum SafeSoftmax Softmax Var.0-1
+""".split()
+    for full in node_names(name)
+)
+"""Ops whose derivative is finite where their operands are: they count beside a pole, whose value may not be."""
+
 _known: dict[object, tuple[Edge, ...]] = {}
 
 
-def suspects(graph: Graph, bent: Collection[int] = (), masks: bool = False) -> tuple[Edge, ...]:
+def suspects(
+    graph: Graph, bent: Collection[int] = (), masks: bool = False, seeds: bool = False
+) -> tuple[Edge, ...]:
     """The edges behind a selection that may not be finite, remembered.
 
-    ``bent``: values that have a curvature. ``masks``: only those that are behind a `Mask`.
+    ``bent``: values that have a curvature. ``masks``: only those that are behind a `Mask`. ``seeds``: also those behind
+    none, for blocks of identity seeds.
     """
-    key = graph.key, masks, *bent
+    key = graph.key, masks, seeds, *bent
     if key not in _known:
         if len(_known) >= 256:
             _known.pop(next(iter(_known)), None)
-        _known[key] = _suspects(graph, frozenset(bent), masks)
+        _known[key] = _suspects(graph, frozenset(bent), masks, seeds)
     return _known[key]
 
 
-def _suspects(graph: Graph, bent: frozenset[int], masks: bool) -> tuple[Edge, ...]:
+def _suspects(graph: Graph, bent: frozenset[int], masks: bool, seeds: bool) -> tuple[Edge, ...]:
     behind: set[int] = set()
-    found = []
+    found: list[Edge] = []
+    regular: list[Edge] = []
     for v, value in enumerate(graph.values):
         for e, (s, edge) in enumerate(value.sources):
-            if s in behind and (v in bent or not _finite(value.op, edge)):
-                found.append((v, e))
+            if v in bent or not _finite(value.op, edge):
+                if s in behind or (seeds and value.op not in REGULAR):
+                    found.append((v, e))
+                elif seeds:
+                    regular.append((v, e))
             if s in behind or isinstance(edge, Mask) or (not masks and _places(edge)):
                 behind.add(v)
-    return tuple(found)
+    return tuple(found + regular) if found else ()
 
 
 def _places(edge) -> bool:

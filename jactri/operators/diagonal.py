@@ -137,7 +137,7 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, memory_limit) -> T
     if graph.inputs[0] is None or graph.outputs[0] is None:
         return torch.zeros_like(x)
     ways = _ways(graph)
-    if ways[0].ahead is not None and met(graph, suspects(graph)):
+    if ways[0].ahead is not None and met(graph, suspects(graph, seeds=True)):
         ways = [w for w in ways if w.ahead is None]
     limit = float("inf")
     if memory_limit is not None:

@@ -308,7 +308,7 @@ def _run(
     ways = _ways(graph, asked, summed)
     if not ways:
         return {}
-    if not ways[0].by_rows and met(graph, suspects(graph)):
+    if not ways[0].by_rows and met(graph, suspects(graph, seeds=True)):
         ways = [w for w in ways if w.by_rows]
     ready = _fitting(graph, ways[:1], asked, limit)
     if ready is None and asked.per_sample and not summed:
