@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -25,6 +27,13 @@ _TIMED_SECONDS = 0.5
 _ROUNDED = 1e5 * torch.finfo(torch.float64).eps  # what is farther off in float64 is not rounding
 
 
+_SCRIPT = "TorchScript interpreter"  # stands in every error of a script
+_UNSCRIPTED = (
+    "compared in the inputs' dtype alone: in float64 a script that func calls failed ({}); pass the ScriptModule "
+    "itself or a module that holds it, which are copied to float64, or the function that was scripted"
+)
+
+
 class JacobianMismatch(AssertionError):
     """Raised by ``check(..., raise_on_error=True)``; the message is the report."""
 
@@ -36,6 +45,7 @@ class CheckReport:
     ``relative`` errors are relative to the largest entry of the block. ``worst`` is (output index, input index) of the
     largest relative error. ``float64_rel_error`` is jactri in float64 against torch in float64: it is rounding
     or a bug of either, whatever the dtype of the inputs: ``reason`` says with which of them finite differences agree.
+    It is NaN where a script (``torch.jit``) cannot run in float64: then errors are against torch in the inputs' dtype.
     The ``finite_difference_`` fields are None unless these were asked for: how far jactri in float64 is from them at
     most, the (output index, input index, index in the block) of that entry, and how far the slopes to both sides are
     apart there: at a kink, at least as far as the derivatives.
@@ -57,13 +67,15 @@ class CheckReport:
     finite_difference_gap: float | None = None
 
     def __str__(self) -> str:
+        alone = isnan(self.float64_rel_error)
+        truth = "torch's" if alone else "float64"
         lines = [
             f"{'ok' if self.ok else 'MISMATCH'}{': ' + self.reason if self.reason else ''}",
-            f"  against float64 autograd: largest error {self.max_abs_error:.3g} ({self.max_rel_error:.3g} of the "
+            f"  against {truth} autograd: largest error {self.max_abs_error:.3g} ({self.max_rel_error:.3g} of the "
             f"largest entry), at output {self.worst[0]}, input {self.worst[1]}",
             f"  torch in the inputs' dtype is off by {self.torch_rel_error:.3g} of the largest entry; "
             f"jactri and torch differ by {self.same_dtype_abs_error:.3g}",
-            f"  both in float64: {self.float64_rel_error:.3g} of the largest entry",
+            f"  both in float64: {'not known' if alone else f'{self.float64_rel_error:.3g} of the largest entry'}",
             f"  jactri {self.jactri_ms:.3g} ms, torch.autograd.functional.jacobian {self.torch_ms:.3g} ms",
             f"  fallbacks: {', '.join(self.fallbacks) if self.fallbacks else 'none'}",
         ]
@@ -103,6 +115,20 @@ def _double(value):
     return value
 
 
+def _in_float64(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func`` with all that it uses in float64. What a script (``torch.jit``) holds is converted in a copy of it."""
+    module = isinstance(func, torch.nn.Module)
+    if module and any(isinstance(m, torch.jit.ScriptModule) for m in func.modules()):
+        with torch.no_grad():  # a script's copy is recorded
+            func = deepcopy(func).double()
+
+    def call(*args):
+        with _Float64():
+            return func(*args)
+
+    return call
+
+
 @public
 def check(
     func: Callable[..., Any],
@@ -116,8 +142,9 @@ def check(
     """Compare `jactri.jacobian` with ``torch.autograd.functional.jacobian`` in the inputs' dtype and in float64.
 
     ``func`` is run several times, each with the same random state (which is restored afterwards); in float64 every
-    tensor that it uses is converted. The check passes if jactri in float64 agrees with float64 autograd to rounding,
-    and if in the inputs' dtype its error is no more than ten times torch's own (or a few hundred units of rounding).
+    tensor that it uses is converted, scripted modules in a copy. The check passes if jactri in float64 agrees with
+    float64 autograd to rounding, and if in the inputs' dtype its error is no more than ten times torch's own (or a few
+    hundred units of rounding).
 
     Args:
         func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum
@@ -139,7 +166,7 @@ def check(
     Cost: torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
     """
     tupled, xs = as_tuple(inputs, "inputs", "check")
-    func = eagerly(func)
+    given, func = func, eagerly(func)
     devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
 
     def same_random(call):
@@ -155,17 +182,25 @@ def check(
     wides = tuple(_double(x.detach()) for x in xs)
     wide = wides if tupled else wides[0]
 
-    def func64(*args):
-        with _Float64():
-            return func(*args)
-
-    truth = same_random(lambda: _torch(func64, wide, per_sample))
-    mine64 = same_random(lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample))
+    func64, alone = eagerly(_in_float64(given)), ""
+    try:
+        truth = same_random(lambda: _torch(func64, wide, per_sample))
+        mine64 = same_random(
+            lambda: jacobian(func64, wide, strategy=strategy, per_sample=per_sample)
+        )
+    except RuntimeError as error:
+        if _SCRIPT not in str(error) or all(x.dtype == _double(x.dtype) for x in xs):
+            raise
+        alone = _UNSCRIPTED.format(str(error).strip().splitlines()[-1])
+        mine64, truth = theirs, theirs
     mixes = per_sample is True and same_random(lambda: _mixes(func, xs))
     lists = [_blocks(nested, not tupled) for nested in (mine, theirs, mine64, truth)]
     report = _compare(lists, xs[0].dtype, mixes, jactri_ms, torch_ms, plan.fallbacks)
     real = not any(t.is_complex() for t in (*wides, *(b for *_, b in lists[3])))
-    if len({len(blocks) for blocks in lists}) == 1 and not mixes:
+    if alone:
+        reason = f"{report.reason}; {alone}" if report.reason else alone
+        report = replace(report, float64_rel_error=nan, reason=reason)
+    elif len({len(blocks) for blocks in lists}) == 1 and not mixes:
         if finite_difference:
             near = Differences(func64, wides, None, False, per_sample)
             report = _judged(report, near, lists, xs[0].dtype)
