@@ -24,6 +24,7 @@ from . import backends
 from .classes import plain
 from .constants import arbitrary
 from .linear_map import LinearMap
+from .remedies import untwice
 from .unrecorded import (
     ERROR,
     MARKED,
@@ -248,7 +249,12 @@ class OpaqueCall:
 
     def edges(self, grads: tuple) -> tuple[Tensor | None, ...]:
         """One gradient an edge of the node, not yet reduced to the edge's shape."""
-        return self._aligned((self.node.apply if self.python else self.node)(*grads))
+        if self.python:
+            return self._aligned(self.node.apply(*grads))
+        try:
+            return self._aligned(self.node(*grads))
+        except NotImplementedError as error:
+            raise NotImplementedError(untwice(self.node.name(), error)) from error
 
     def _aligned(self, out) -> tuple[Tensor | None, ...]:
         """What the node returned, by edge."""

@@ -81,6 +81,19 @@ def check_differentiable(x: Tensor) -> None:
         )
 
 
+_TWICE = {
+    "EmbeddingBag": "torch.nn.functional.embedding(indices, weight) and sum, mean or amax over each bag's rows",
+}
+"""By an op whose backward torch cannot differentiate: ops that give the same, and whose backward it can."""
+
+
+def untwice(node: str, error: Exception) -> str:
+    """For a derivative of a node's backward that torch does not have; ``error`` is its own."""
+    op = node.rsplit("::", 1)[-1].partition("Backward")[0]
+    instead = _TWICE.get(op, "ops whose backward torch differentiates")
+    return f"{op} has no further derivative in torch ({error}): write it as {instead}"
+
+
 def nearest(given: Any, allowed) -> str:
     """``, did you mean 'x'?``, or nothing."""
     close = difflib.get_close_matches(
