@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from resources import Resources, read_amd, read_nvidia
 from triton import knobs, runtime
+from triton.compiler.compiler import max_shared_mem
 
 import jactri.kernels
 from benchmarks.gpu.driver import Driver
@@ -30,7 +31,8 @@ class Compiled:
 
 
 def _forget() -> None:
-    """Drop what the kernels have compiled: a jitted function does not know that the driver changed."""
+    """Drop what the kernels have compiled, and how much memory is shared: triton does not know of another driver."""
+    max_shared_mem.cache_clear()
     for module in pkgutil.iter_modules(jactri.kernels.__path__):
         for value in vars(importlib.import_module(f"jactri.kernels.{module.name}")).values():
             if hasattr(value, "device_caches"):
