@@ -13,7 +13,7 @@ WORKLOADS = [s.workload for s in sized([])]
 SETTINGS = {
     "ieee": ("ieee", torch.float32), "tf32": ("tf32", torch.float32), "bf16": ("ieee", torch.bfloat16)
 }  # fmt: skip
-NO_KERNELS = {"W8-divergence": "products of two weights, kept"}
+NO_KERNELS = {"W8-divergence": "products of two weights alone, which torch multiplies"}
 
 
 CASES = [
