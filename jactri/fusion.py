@@ -211,7 +211,7 @@ def _mixes(graph: Graph, sweep: Sweep, step: Step, term: int) -> str:
         return "conv"
     if edge.__class__ is Picked and edge.pool_map(shape, sweep.reverse):
         return "pool"
-    return "rows" if edge.row_map(len(shape), sweep.reverse) is not None else ""
+    return "rows" if edge.row_map(shape, sweep.reverse) is not None else ""
 
 
 def _first(graph: Graph, sweep: Sweep, step: Step) -> bool:

@@ -102,7 +102,7 @@ def _passing(graph: Graph, sweep: Sweep, item: Fused, seeds: int, dtype, device)
     edge, around, (_, out) = _parts(graph, item, given)
     names = _names(around)
     if item.kind == "rows":
-        name, _, axes = edge.row_map(len(shape), reverse)
+        name, _, axes = edge.row_map(shape, reverse)
         rows, n = prod(shape[:-axes]), prod(shape[-axes:])
         return PassKind.of("rows", seeds, rows, n, n, (name, *names), dtype, device)
     if item.kind == "pool":
@@ -359,7 +359,7 @@ def _mapped_rows(
 
     shape = item.layout.shape
     edge, around, _ = _parts(graph, item, shape)
-    name, saved, axes = edge.row_map(len(shape), reverse)
+    name, saved, axes = edge.row_map(shape, reverse)
 
     def kernel(blocks: list[Tensor], out: Tensor | None) -> Tensor:
         (t,), into = blocks, _into(out, axes)

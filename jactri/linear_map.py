@@ -143,8 +143,8 @@ class LinearMap:
             t, self.kept(in_shape, out_shape), reverse, in_shape if reverse else out_shape
         )
 
-    def row_map(self, ndim: int, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
-        """For values of ``ndim`` axes: the map of `kernels.rows` that this is, its saved values, and how many of the
+    def row_map(self, shape: Shape, reverse: bool) -> tuple[str, Callable[[], Tensor], int] | None:
+        """For values of a shape: the map of `kernels.rows` that this is, its saved values, and how many of the
         last axes it runs over; None if it is none of them."""
         return None
 

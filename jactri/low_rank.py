@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Project(LinearMap):
 
     @property
     def key(self):
-        return Project, self.axes, self.centred
+        return Project, self.axes, self.count, self.centred
 
     def kept(self, in_shape, out_shape):
         return keep_all_but(self.axes, len(in_shape))
@@ -38,9 +39,10 @@ class Project(LinearMap):
     def work(self, in_shape, out_shape, reverse):
         return 7.0
 
-    def row_map(self, ndim, reverse):
-        if self.axes != tuple(range(ndim - len(self.axes), ndim)):
-            return None
+    def row_map(self, shape, reverse):
+        ndim, n = len(shape), prod([shape[a] for a in self.axes])
+        if self.axes != tuple(range(ndim - len(self.axes), ndim)) or self.count != n:
+            return None  # a weight norm's sums are no means
         return "centred" if self.centred else "uncentred", self.unit, len(self.axes)
 
     def narrow(self, source, target, in_shape, out_shape):
@@ -126,8 +128,8 @@ class Softmax(LinearMap):
     def __init__(self, p: Callable[[], Tensor], axis: int):
         self.p, self.axis = p, axis
 
-    def row_map(self, ndim, reverse):
-        return ("softmax", self.p, 1) if self.axis == ndim - 1 else None
+    def row_map(self, shape, reverse):
+        return ("softmax", self.p, 1) if self.axis == len(shape) - 1 else None
 
     @property
     def key(self):
@@ -169,8 +171,12 @@ class LogSoftmax(Softmax):
     def reach(self, t, in_shape, out_shape, reverse, values):
         return LinearMap.reach(self, t, in_shape, out_shape, reverse, values)
 
-    def row_map(self, ndim, reverse):
-        return ("log_pull" if reverse else "log_push", self.p, 1) if self.axis == ndim - 1 else None
+    def row_map(self, shape, reverse):
+        return (
+            ("log_pull" if reverse else "log_push", self.p, 1)
+            if self.axis == len(shape) - 1
+            else None
+        )
 
     def push(self, t, own):
         p = self.p()

