@@ -200,7 +200,8 @@ def pack(
             os.environ["TRITON_CACHE_DIR"] = before
     check(about)  # the sources may have been edited meanwhile
     manifest = about | {
-        "asked": len(found), "packed": names.total(), "variants": dict(names), "failed": failed, "launchers": launchers,
+        "asked": len(found), "packed": names.total(), "variants": dict(sorted(names.items())), "failed": sorted(failed),
+        "launchers": launchers,
     }  # fmt: skip
     return manifest | {"bytes": write(out, manifest, sorted(files), folder.resolve())}
 
