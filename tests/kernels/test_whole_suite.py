@@ -40,5 +40,6 @@ def ran(monkeypatch, device, request):
 def test_kernels_ran(name, ran):
     """The tests above ask for kernels, and get some."""
     test_networks_are_right_without_fallbacks(name, per_sample=True)
+    # one for each dtype at least; `check` repeats calls for as long as it times them
     assert sum(made is not None for made in ran) >= 2
     assert any(made is None for made in ran)
