@@ -182,12 +182,6 @@ def onednn_for(t: Tensor, work: int) -> bool:
     )
 
 
-def onednn_line(a: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor):
-    """``activation(a @ weight.t() + bias)``, as a line of `tape`."""
-    op = torch.ops.mkldnn._linear_pointwise.default
-    return op, (a, weight, bias, activation, [], ""), {}, out
-
-
 def product(t: Tensor, p: Tensor, transposed: bool) -> Tensor:
     """``t @ p`` (``t @ p.t()`` if ``transposed``) for a block ``t`` and a 2-D ``p``, by what measured faster."""
     work = t.numel() * p.shape[0 if transposed else 1]

@@ -1,320 +1,344 @@
-"""`compile`: an accumulation at fixed shapes, computed again and again with as little Python as possible."""
+"""`compile`: a call traced once into one graph, which PyTorch's own compiler runs from then on."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+import torch
+from torch import Tensor, fx
+from torch._C import _is_any_autocast_enabled
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from . import handover
+from . import engines, handover
+from . import func as transforms
 from .api import jacobian
-from .arguments import as_tuple
-from .constants import constants
-from .cudagraph import Graphed
-from .guard import Guard, alike, key, unchanged
-from .hooks import check_hooks, harmless
-from .kept import kept_tensors
-from .operators.jobs import JOBS, Ends, Job
-from .running import computing, public
-from .tape import Recorder, Stale, Tape, Unrecordable, function, tensors
-from .traced import Traced
+from .joint import differentiable, joint
+from .operators.diagonal import diagonal
+from .operators.divergence import divergence
+from .operators.gradient import gradient
+from .operators.gram import jjt, jtj
+from .operators.laplacian import bilaplacian, laplacian
+from .operators.ntk import empirical_ntk
+from .operators.parameters import parameter_jacobian
+from .operators.vectors import jvp, vjp
+from .reached import Reached
+from .running import public
+from .traced import Traced, Untraceable, trace
 
 _log = logging.getLogger("jactri")
 
 _KEPT = 8
-"""Signatures of inputs whose recordings are kept."""
+"""Signatures whose plans are kept."""
 
-_IN_VAIN = 3
-"""Plans in a row that may go stale before they served a second call."""
+_PLAIN = (Tensor, Parameter)
 
+_OF_TUPLES = (jacobian, jtj, jjt)
+"""Calls that take several inputs as one tuple."""
 
-_WITH_FORWARD = (Graphed, Traced)
+_OF_FUNCTIONS = (transforms.jacrev, transforms.jacfwd, transforms.hessian)
+"""Calls that take a function and give one."""
 
+_OF_POINTS = (
+    gradient, divergence, laplacian, bilaplacian, diagonal, parameter_jacobian, empirical_ntk, jvp, vjp,
+)  # fmt: skip
 
-class Replay:
-    """The accumulation for one graph, as straight-line code (see `tape`), behind a `Guard` of that graph."""
+_CALLS = (*_OF_TUPLES, *_OF_POINTS, *_OF_FUNCTIONS, None)
 
-    def __init__(self, job: Job, ends: Ends, out: Any):
-        if job.backend == "triton":
-            raise Unrecordable("Triton's kernels are not ops that can be recorded")
-        if not all(x.is_floating_point() for x in ends.leaves):
-            raise Unrecordable("which samples an integer input picks is not in the graph")
-        check_hooks(job, ends)
-        job, given = job.by_ops(), tensors(out)
-        job.rows(ends, out)  # what is measured or probed once must not be recorded
-        guard = Guard(ends.ys, ends.leaves)
-        with Recorder(job.limit(ends.ys[0].device)) as recorder:
-            self.first = job.rows(ends, out)
-        tape = Tape(recorder, self.first, given)
-        saved, bases = _by_memory(guard.places), _by_memory(guard.bases)
-        bound = []
-        fixed = {id(t) for t in (*constants(), *kept_tensors(), *job.held)} | recorder.numbers
-        for i, t in enumerate(tape.outside):
-            if id(t) in fixed:
-                tape.constants[f"x{i}"] = t
-            elif places := [*saved.get(key(t), ()), *bases.get(key(t), ())]:
-                bound += [unchanged(place, t) for place in bases.get(key(t), ())]
-                bound.append(f"x{i} = {places[0]}")
-                if t.numel():
-                    bound.append(
-                        f"if not x{i}.untyped_storage().size(): raise Stale('freed memory')"
-                    )
-                bound += [alike(places[0], other) for other in places[1:]]
-            else:
-                raise Unrecordable(
-                    f"a tensor {tuple(t.shape)} comes from neither the graph nor its ops"
-                )
-        lines = [*guard.lines, *bound, *tape.code, f"return [{', '.join(tape.results)}]"]
-        self.job, self.outputs, self.inputs = job, len(ends.ys), len(ends.leaves)
-        parameters = [f"y{j}" for j in range(self.outputs)]
-        parameters += [f"leaf{i}" for i in range(self.inputs)]
-        parameters += [f"o{i}" for i in range(len(given))]
-        self.run = function("replay", parameters, lines, {**guard.constants, **tape.constants})
-        self.how = f"replays {tape.ops} ops"
+_FOR_LONG_CALLS = frozenset({"progress", "resume", "layout", "strict", "estimate", "out"})
+"""Options that no compiled call takes."""
 
-    def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
-        """The tensors of the answer. Raises Stale if the graph is not the recorded one."""
-        if len(ends.ys) != self.outputs or len(ends.leaves) != self.inputs:
-            raise Stale("the number of outputs or parameters")
-        if not harmless(self.job, ends):
-            raise Stale("hooks on gradients")
-        with computing(False):
-            return self.run(*ends.ys, *ends.leaves, *tensors(out))
+_TAKE_OUT = (jacobian, parameter_jacobian)
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.complex128: 1e-8, torch.complex64: 1e-3}
+"""Of the largest entry: what a graph may be off by, which sums in another order."""
+_LOW = 5e-2
+"""The same, of types of less precision."""
 
 
-def _by_memory(places: list[tuple[Tensor, str]]) -> dict[tuple, list[str]]:
-    found: dict[tuple, list[str]] = {}
-    for t, place in places:
-        found.setdefault(key(t), []).append(place)
-    return found
+class Plan:
+    """What runs a signature's calls: the engine's function, and the tensors that it is handed beside the inputs."""
+
+    def __init__(self, traced: Traced, reached: Reached, run: engines.Run):
+        self.traced, self.spec = traced, traced.spec
+        self._reached, self._run = reached, run
+        self._fixed = list(traced.held)
+        self._places = [
+            (k, place.table, place.name)
+            for k, places in enumerate(traced.places)
+            for place in places[:1]
+        ]
+        self._tied = [
+            (place.table, place.name, places[0])
+            for places in traced.places
+            for place in places[1:]
+        ]
+        self._like = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in traced.held]
+
+    def held(self) -> list[Tensor] | str:
+        """What the function holds now, or what of it asks for another plan."""
+        changed = self._reached.changed()
+        if changed is not None:
+            return changed
+        found = self._fixed
+        for k, table, name in self._places:
+            found[k] = table.get(name)
+        for t, (shape, stride, dtype, device, grad) in zip(found, self._like, strict=True):
+            if (
+                t is None or t.dtype is not dtype or t.shape != shape or t.stride() != stride
+                or t.device != device or t.requires_grad is not grad
+            ):  # fmt: skip
+                return "a tensor that func holds"
+        for table, name, first in self._tied:
+            if table.get(name) is not first.table.get(first.name):
+                return "which weights are one"
+        return found
+
+    def __call__(self, inputs: list[Tensor], held: list[Tensor]) -> Sequence[Tensor]:
+        return self._run([*inputs, *held])
 
 
 class Eager:
-    """What cannot be replayed: an ordinary accumulation at every call."""
+    """An ordinary call each time, and why."""
 
-    def __init__(self, reason: str, job: Job):
-        self.how, self.job = f"runs call by call: {reason}", job
-
-    def __call__(self, ends: Ends, out: Any) -> list[Tensor]:
-        return self.job.rows(ends, out)
-
-
-def _signature(out: Any) -> Any:
-    """What a plan for ``out`` is for. Raises TypeError for what is no tensor."""
-    if isinstance(out, Tensor):
-        return out.shape, out.stride(), out.dtype, out.device, out.requires_grad
-    if isinstance(out, tuple):
-        return tuple([_signature(item) for item in out])
-    if isinstance(out, dict):
-        return tuple([(name, _signature(item)) for name, item in out.items()])
-    raise TypeError(
-        f"out must hold tensors, got {type(out)}; for an array, pass torch.from_numpy(array)"
-    )
+    def __init__(self, reason: str):
+        self.reason = reason
 
 
 class Compiled:
-    """A call of jactri at fixed shapes; made by `compile`.
+    """A call of jactri as one compiled graph; made by `compile`.
 
-    ``replans`` counts how often it was planned again, for other inputs or another graph. Print it to see how it runs.
+    ``traces`` counts how often it was traced, ``graph`` is the last graph (`torch.fx.GraphModule`; None where it runs
+    eagerly), ``seconds`` what its tracing and its compilation took. Print it to see how it runs.
     """
 
-    def __init__(self, job: Job, static: bool):
-        self.func, self.replans = job.func, -1
-        self._job, self._static = job, static
-        self._plans: dict[tuple, Replay | Traced | Graphed | Eager] = {}
-        self._in_vain: dict[tuple, int] = {}
-        self._lock = threading.Lock()
-        self._last: Replay | Traced | Graphed | Eager | None = None
+    def __init__(self, of, func, engine: str, options: dict[str, Any]):
+        self.func, self.of, self.engine = func, of, engine
+        self.traces, self.seconds = 0, (0.0, 0.0)
+        self._options = options
+        self._call = _call(of, func, options)
+        self._grads = of is None or of in _OF_FUNCTIONS or bool(options.get("create_graph"))
+        self._plans: dict[tuple, Plan | Eager] = {}
+        self._lock = threading.RLock()
+        self._last: Plan | Eager | None = None
+
+    @property
+    def graph(self) -> fx.GraphModule | None:
+        return self._last.traced.graph if isinstance(self._last, Plan) else None
 
     def __repr__(self) -> str:
         name = getattr(self.func, "__name__", type(self.func).__name__)
-        of = "" if self._job.name == "jacobian" else f", of={self._job.name}"
-        return f"jactri.compile({name}{of}): {self._last.how}, {self.replans} plans after the first"
+        of = "" if self.of is jacobian else f", of={getattr(self.of, '__name__', None)}"
+        if isinstance(self._last, Eager):
+            how = f"runs eagerly: {self._last.reason}"
+        else:
+            ops = sum(n.op == "call_function" for n in self.graph.graph.nodes)
+            traced, compiled = self.seconds
+            how = f"{self.engine} runs {ops} ops, traced in {traced:.2g} s, compiled in {compiled:.2g} s"
+        return f"jactri.compile({name}{of}): {how}; {self.traces} traces"
 
     @public
-    def __call__(self, *inputs: Tensor, out: Any = None) -> Any:
-        """What the compiled call returns at ``inputs``.
+    def __call__(self, *inputs: Any, out: Any = None) -> Any:
+        """What the call returns at ``inputs``.
 
         ``out``: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
         returned. Other calls take none.
         """
         try:
-            signature = tuple([(x.shape, x.dtype, x.device) for x in inputs])
+            key = tuple([(x.__class__, x.shape, x.stride(), x.dtype, x.device) for x in inputs])
+            flat, nested = list(inputs), None
         except AttributeError:
-            as_tuple(inputs, "inputs", f"a compiled {self._job.name}")  # raises for no tensor
-            raise
-        if len(inputs) != self._job.count:
-            raise TypeError(
-                f"this was compiled for {self._job.count} inputs, and is called with {len(inputs)}"
-            )
+            flat, nested = tree_flatten(inputs)
+            key = nested, self._key(flat)
         if out is not None:
-            self._job.check_out(out)
-            signature = signature, _signature(out)
-        if handover.transforming(inputs):
-            raise RuntimeError(
-                f"a compiled {self._job.name} cannot run inside of a torch.func transform; call "
-                f"jactri.{self._job.name} there"
-            )
-        job, plan = self._job, self._plans.get(signature)
-        # whoever watches the ops sees those of an ordinary call
-        watched = _len_torch_dispatch_stack()
-        if not watched and self._whole(plan, inputs):
-            found = self._replayed(plan, signature, inputs, out)
-            if found is not None:
-                return job.answer(*found, out)
-            plan = self._plans.get(signature)
-            if plan.__class__ in _WITH_FORWARD:  # another thread has made one meanwhile
-                plan = None
-        ends = job.forward(inputs)
-        if watched:
-            return job.answer(ends, job.rows(ends, out), out)
-        try:
-            if plan is None:
-                raise Stale("the shapes, dtypes or devices")
-            rows = plan(ends, out)
-        except Stale as change:
-            rows = self._planned(signature, ends, out, change)
-        return job.answer(ends, rows, out)
+            key = key, self._out_key(out)
+        if self._grads and torch.is_grad_enabled():
+            key = key, tuple([x.requires_grad for x in flat])
+        if _is_any_autocast_enabled():
+            key = key, _autocast()
+        if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
+            return self._call(inputs, out)
+        if handover.transforming(flat):
+            name = "func" if self.of is None else f"jactri.{self.of.__name__}"
+            raise RuntimeError(f"a compiled call cannot run inside of a torch.func transform; call {name} there")
+        plan = self._plans.get(key)
+        if plan.__class__ is Eager:
+            return self._call(inputs, out)
+        held = "the shapes, strides, dtypes, devices or modes" if plan is None else plan.held()
+        if held.__class__ is str:
+            return self._planned(key, inputs, flat, nested, out, held)
+        written = [] if out is None else tree_leaves(out)
+        if self._grads and torch.is_grad_enabled():
+            found = plan([*flat, *written], held)
+        else:
+            with torch.no_grad():
+                found = plan([*flat, *written], held)
+        return tree_unflatten(found, plan.spec) if out is None else out
 
-    def _keep(self, signature, plan, change) -> None:
-        """Take a plan for inputs of a signature, in place of the one that there was."""
-        with self._lock:
-            self.replans += 1
-            if self.replans:
-                _log.info(
-                    "compiled %s planned again, %s changed; it %s", self._job.name, change, plan.how
+    def _key(self, flat: list[Any]) -> tuple:
+        for x in flat:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"a compiled call takes tensors, got {type(x).__name__}: fix it by a lambda or functools.partial")
+        return tuple([(x.__class__, x.shape, x.stride(), x.dtype, x.device) for x in flat])
+
+    def _out_key(self, out: Any):
+        if self.of not in _TAKE_OUT:
+            raise TypeError(f"a compiled {self.of.__name__ if self.of else 'func'} takes no out=")
+        flat, nested = tree_flatten(out)
+        for t in flat:
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"out must hold tensors, got {type(t)}; for an array, pass torch.from_numpy(array)"
                 )
-            if len(self._plans) >= _KEPT and signature not in self._plans:
-                oldest = next(iter(self._plans))
-                self._plans.pop(oldest)
-                self._in_vain.pop(oldest, None)
-            self._plans[signature] = self._last = plan
+        return nested, self._key(flat)
 
-    def _planned(self, signature, ends: Ends, out, change) -> list[Tensor]:
-        """Make a plan for a graph; the tensors of its answer."""
+    def _planned(self, key, inputs, flat, nested, out, why: str) -> Any:
+        """The answer of an ordinary call, and a plan for calls like it."""
+        with self._lock:
+            answer = self._call(inputs, out)
+            plan = self._plan(inputs, flat, nested, out, answer)
+            self.traces += 1
+            if self.traces > 1:
+                _log.info("compiled %s traced again: %s changed", self._name, why)
+            if len(self._plans) >= _KEPT and key not in self._plans:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = self._last = plan
+        return answer
+
+    @property
+    def _name(self) -> str:
+        return "func" if self.of is None else self.of.__name__
+
+    def _plan(self, inputs, flat, nested, out, answer) -> Plan | Eager:
+        if not all(x.__class__ in _PLAIN for x in flat):
+            return self._eagerly(f"an input is a {next(x.__class__ for x in flat if x.__class__ not in _PLAIN).__name__}")
+        written, spec_out = ([], None) if out is None else tree_flatten(out)
+        count = len(flat)
+
+        def call(*given):
+            xs = given[:count] if nested is None else tree_unflatten(given[:count], nested)
+            return self._call(xs, None if out is None else tree_unflatten(given[count:], spec_out))
+
+        start = time.perf_counter()
+        reached = Reached(self.func, self._options)
         try:
-            plan = Replay(self._job, ends, out)
-            rows, plan.first = plan.first, None
-        except Unrecordable as reason:
-            _log.info("a compiled %s is not recorded: %s", self._job.name, reason)
-            plan = Eager(str(reason), self._job)
-            rows = plan(ends, out)
-        self._keep(signature, plan, change)
-        return rows
+            traced = trace(call, flat, written, reached)
+            made = None
+            if any(t.requires_grad for t in tree_leaves(answer)):
+                made = joint(call, traced, flat, reached)
+        except Untraceable as reason:
+            return self._eagerly(str(reason))
+        middle = time.perf_counter()
+        given = [*flat, *written, *traced.held]
+        if made is None:
+            run = self._built(traced.graph, given)
+        else:
+            run = self._built_joint(made, given)
+        plan = Plan(traced, reached, run)
+        self.seconds = middle - start, time.perf_counter() - middle
+        again = [torch.empty_like(t) for t in written]
+        with torch.set_grad_enabled(made is not None):
+            found = run([*flat, *again, *traced.held])
+        off = apart(found if out is None else again, tree_leaves(answer if out is None else out))
+        if off is not None:
+            _log.warning("compiled %s is %s off the ordinary call and not used", self._name, off)
+            return Eager(f"the compiled graph is off: {off}")
+        return plan
 
-    def _whole(self, plan, inputs) -> bool:
-        """Whether the forward pass is to be replayed as well."""
-        if plan is None:
-            return self._static or any(x.is_cuda for x in inputs)
-        return plan.__class__ in _WITH_FORWARD
+    def _eagerly(self, reason: str) -> Eager:
+        _log.info("compiled %s runs eagerly: %s", self._name, reason)
+        return Eager(reason)
 
-    def _replayed(self, plan, signature, inputs, out):
-        """Ends and the tensors of the answer, of a replay with its forward pass; None where there can be none."""
-        try:
-            if plan is None:
-                raise Stale("the shapes, dtypes or devices")
-            found = plan(inputs, tensors(out))
-            self._in_vain[signature] = 0
-            return found
-        except Stale as change:
-            on_gpu = any(x.is_cuda for x in inputs)
-            try:
-                times = self._in_vain[signature] = self._in_vain.get(signature, 0) + 1
-                if times > _IN_VAIN:
-                    raise Unrecordable(
-                        f"{change} changed before each of {times} calls; a number that func holds can be a tensor "
-                        "that is written to in place"
-                    )
-                plan = (Graphed if on_gpu else Traced)(self._job, inputs, out)
-                found = plan(inputs, tensors(out))
-            except (Unrecordable, Stale) as reason:
-                _log.info(
-                    "a compiled %s is not %s: %s", self._job.name, "captured" if on_gpu else "static", reason
-                )  # fmt: skip
-                if on_gpu:
-                    self._keep(signature, Eager(str(reason), self._job), change)
-                else:  # the accumulation alone may be
-                    self._plans.pop(signature, None)
-                return None
-            self._keep(signature, plan, change)
-            return found
+    def _built(self, graph: fx.GraphModule, like: list[Tensor]) -> engines.Run:
+        with torch.no_grad():
+            return engines.build(self.engine, graph, [t.detach() for t in like])
+
+    def _built_joint(self, made, like) -> engines.Run:
+        forward = self._built(made.forward, like)
+        with torch.no_grad():
+            found = forward([t.detach() for t in like])
+        cotangents = [torch.zeros_like(t) for t in found[: made.results]]
+        backward = self._built(made.backward, [*found[made.results :], *cotangents])
+        return differentiable(made, forward, backward)
+
+    def verify(self, *inputs: Any) -> float:
+        """The largest difference from the ordinary call at ``inputs``, relative to the largest entry of its tensor.
+
+        Raises RuntimeError where it is more than rounding explains.
+        """
+        got, want = self(*inputs), self._call(inputs, None)
+        off = apart(tree_leaves(got), tree_leaves(want))
+        if off is not None:
+            raise RuntimeError(f"the compiled {self._name} is not what the ordinary call gives: {off}")
+        pairs = zip(tree_leaves(got), tree_leaves(want), strict=True)
+        return max((_relative(a, b) for a, b in pairs), default=0.0)
+
+
+def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
+    """What of ``got`` differs from ``want`` by more than rounding."""
+    if len(got) != len(want):
+        return f"{len(got)} tensors, not {len(want)}"
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return f"tensor {k} is {tuple(a.shape)} of {a.dtype} on {a.device}, not {tuple(b.shape)} of {b.dtype} on {b.device}"
+        off = _relative(a, b)
+        if not off <= _TOLERANCE.get(b.dtype, _LOW if b.is_floating_point() else 0.0):
+            return f"tensor {k} by {off:.1e} of its largest entry"
+    return None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    if a.numel() == 0:
+        return 0.0
+    same = (a == b) | ((a != a) & (b != b))  # NaN is where NaN is
+    away = (a - b).abs().masked_fill(same, 0).max().item() if a.dtype != torch.bool else float((a != b).any())
+    size = b.abs().masked_fill(~b.isfinite(), 0).max().item() if b.dtype != torch.bool else 1.0
+    return 0.0 if away == 0 else away / size if size else float("inf")
+
+
+def _autocast() -> tuple:
+    return tuple(
+        torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+    )
+
+
+def _call(of, func, options) -> Callable[[Sequence[Any], Any], Any]:
+    """The ordinary call, as a function of its inputs and ``out``."""
+    if of is None:
+        return lambda xs, out: func(*xs)
+    if of in _OF_FUNCTIONS:
+        made = of(func, **options)
+        return lambda xs, out: made(*xs)
+    if of is parameter_jacobian:
+        return lambda xs, out: of(func, *xs, **options).dense(out)
+    if of is jacobian:
+        return lambda xs, out: of(func, xs[0] if len(xs) == 1 else tuple(xs), out=out, **options)
+    if of in _OF_TUPLES:
+        return lambda xs, out: of(func, xs[0] if len(xs) == 1 else tuple(xs), **options)
+    return lambda xs, out: of(func, *xs, **options)
 
 
 def compile(
     func: Callable[..., Any],
-    *example_inputs: Tensor,
-    of: Callable[..., Any] = jacobian,
-    static: bool = False,
+    *example_inputs: Any,
+    of: Callable[..., Any] | None = jacobian,
+    engine: str = "inductor",
     **options: Any,
 ) -> Compiled:
-    """A callable for the Jacobian of ``func`` at inputs like ``example_inputs``, for many calls at fixed shapes.
-
-    ``compile(func, x)(x)`` is ``jacobian(func, x)``, ``compile(func, x, y)(x, y)`` is ``jacobian(func, (x, y))``; each
-    call returns tensors of its own, or writes to ``out=``.
-
-    Args:
-        func: as for ``of``.
-        example_inputs: tensors of the shapes, dtypes and devices that it will be called with.
-        of: what is computed. `jacobian`, or `gradient`, `divergence`, `laplacian`, `diagonal`, `jtj`, `jjt`,
-            `parameter_jacobian` (the answer is that of its ``dense()``), `empirical_ntk` (of one or two inputs).
-        static: on a CPU, replay the forward pass as well, as is done on CUDA in any case; see below.
-        options: those of ``of``, but for ``create_graph`` and what is for one long call (``progress``, ``layout``,
-            ``strict``, ``estimate``). Tensors among them may be updated in place.
-
-    On a CPU, ``func`` runs at every call and its graph is compared, node by node, with the one that was planned for;
-    the accumulation is replayed as straight-line code. So nothing is assumed of ``func``: another branch, a parameter
-    that was updated or replaced, or other options of an op give the right answer, by a new plan where needed.
-
-    ``static=True`` asks for more and assumes more: the ops of ``func`` itself are replayed, none of its Python runs, no
-    graph is recorded, large products of float32 are oneDNN's where it is faster, and what only the graph needed is not
-    computed. ``func`` must then run the same ops at every call. What it holds may change: tensors may be updated in
-    place, and what is replaced is noticed and gives a new plan, where its code names it: globals, closures, defaults,
-    arguments of partials, imported modules, attributes of modules, objects, functions and classes that it reaches,
-    items of lists, tuples and dictionaries (up to 1000) among them; submodules, hooks, modes and methods; and another
-    value that it reads off a tensor, as to choose a branch. What it reads in other ways (files, clocks, iterators,
-    random numbers of Python, sets and deques, attributes of tensors, numpy arrays written to in place, context
-    variables) is as it was at the time of planning. Where the ops cannot be fixed (random ones, autocast, values that
-    leave torch as by ``numpy()``, Python code in an autograd Function, buffers that it writes to, what changes before
-    every call), it runs as without ``static``; printing the callable tells, and the logger ``jactri`` why.
-
-    On CUDA, one CUDA graph holds the forward pass and the accumulation; a call copies the inputs in and the answer
-    out. With the same tensors as ``out=`` at every call, the graph writes to them, and nothing is copied out. What is
-    said of ``static`` holds, and as for ``torch.cuda.make_graphed_callables``, ``func`` must be capturable: no branch
-    on values, no transfer to the CPU.
-
-    Other shapes, dtypes or devices give a new plan; the last 8 are kept. New plans are counted in ``replans`` and
-    logged by the logger ``jactri``. What cannot be recorded (Python autograd functions, random or data-dependent ops,
-    samples that only a probe can tell apart) runs call by call; printing the callable says why. It may be called from
-    several threads.
-
-    Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option that it does not take, or
-    another number of inputs; RuntimeError inside of a torch.func transform.
-
-    Cost: at compilation one call and a second or so on CUDA; on a CPU two calls, the second of which holds all that it
-    computes at once (within ``memory_limit``, or half of what is free: else it runs call by call). Then, on a CPU, the
-    forward pass, about 1.5 microseconds for each node of the graph and 1.5 for each op of the accumulation, and their
-    work; with ``static`` 3 microseconds for each op, and 10 for a look at what ``func`` holds.
-    """
-    kind = JOBS.get(of)
-    if kind is None:
-        raise TypeError(
-            f"of must be one of {', '.join('jactri.' + f.__name__ for f in JOBS)}, got {of!r}"
-        )
-    wrong = [name for name in options if name not in kind.options()]
-    if wrong:
-        raise TypeError(
-            f"compile of {kind.name} takes no {', '.join(map(repr, wrong))}; its options are "
-            f"{', '.join(kind.options())}"
-        )
-    _, xs = as_tuple(example_inputs, "example_inputs", "compile")
-    if not xs:
-        raise IndexError("example_inputs is empty: pass the tensors that func takes")
-    job = kind(func, len(xs), **options)
-    job.check(xs)
-    made = Compiled(job, static)
-    made(*xs)
+    """TODO."""
+    if of not in _CALLS:
+        names = ", ".join("None" if f is None else f"jactri.{f.__name__}" for f in _CALLS)
+        raise TypeError(f"of must be one of {names}, got {of!r}")
+    if engine not in engines.ENGINES:
+        raise ValueError(f"engine must be one of {engines.ENGINES}, got {engine!r}")
+    made = Compiled(of, func, engine, options)
+    made(*example_inputs)
     return made

@@ -22,7 +22,6 @@ from .behind import nodes_behind
 from .constants import arbitrary
 from .elsewhere import check_graph
 from .graph import Graph, Reader, UnsupportedGraph, read
-from .tape import Unrecordable
 
 _FSDP = "torch.distributed.fsdp"
 MODULE_HOOKS = BackwardHookFunction._backward_cls
@@ -239,19 +238,3 @@ def _sharded(ys: Sequence[Tensor], nodes) -> bool:
     hooks = [h for y in ys for h in (y._backward_hooks or {}).values()]
     found = [getattr(h, "func", h) for h in hooks] + [getattr(n, "_forward_cls", n) for n in nodes]
     return any(getattr(f, "__module__", "").startswith(_FSDP) for f in found)
-
-
-# -- calls that are compiled ----------------------------------------------------------------------
-
-
-def harmless(job, ends) -> bool:
-    """Whether no hook on the graph of a forward pass can change gradients."""
-    return job.handles(ends) == 0 or only_look(ends.ys)
-
-
-def check_hooks(job, ends) -> None:
-    """Raise Unrecordable where one may: what it does is not to be recorded."""
-    if not harmless(job, ends):
-        raise Unrecordable(
-            "func registers hooks on gradients, which may do something else each time"
-        )

@@ -83,12 +83,3 @@ def _same(copy: Tensor, t: Tensor) -> bool:
     return (copy.shape, copy.dtype, copy.device) == (t.shape, t.dtype, t.device) and torch.equal(
         copy, t
     )
-
-
-def kept_tensors() -> list[Tensor]:
-    """All that are kept, and the copies of weights."""
-    return [
-        t
-        for e in _all()
-        for t in (e.copy, *(t for _, *groups in e.made.values() for ts in groups for t in ts))
-    ]

@@ -1,179 +1,131 @@
-"""Forward pass and accumulation as one straight-line function, for repeated calls on a CPU whose ops never change.
-
-What `cudagraph` is on a GPU. The ops below autograd are recorded, the caller's own as well: a call runs none of the
-caller's Python, records no graph and compares none; values that only the graph needed are not computed.
-"""
+"""A call as one graph of ATen ops: traced by ``make_fx`` on fake tensors, which have no values that Python could read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten
 
-from .behind import nodes_behind
-from .constants import constants
-from .guard import is_python, key
-from .held import Held
-from .hooks import check_hooks
-from .kept import kept_tensors
-from .operators.jobs import Ends, Job
-from .peephole import fused
-from .running import computing
-from .tape import Recorder, Stale, Tape, Unrecordable, function, strided, tensors
+from .reached import Place, Reached
+from .tracing import of_others
+
+_DETACH = torch.ops.aten.detach.default
 
 
+class Untraceable(Exception):
+    """Why a call cannot be one graph."""
+
+
+@dataclass
 class Traced:
-    """One recorded call."""
+    """A graph whose placeholders are the inputs, then what the function held."""
 
-    def __init__(self, job: Job, xs: tuple[Tensor, ...], out: Any):
-        if job.backend == "triton":
-            raise Unrecordable("Triton's kernels are not ops that can be recorded")
-        if any(x.is_complex() for x in xs):
-            raise Unrecordable("an input is complex")
-        job, given = job.by_ops(), tensors(out)
-        inputs = [x.detach().clone() for x in xs]  # no memory in common with what func holds
-        self.held = Held(job.func, lambda: job.forward(tuple(inputs)))
-        self.settings = _settings()
-        job.rows(job.forward(tuple(inputs)), out)  # what is measured or probed once
-        with Recorder(job.limit(xs[0].device)) as recorder:
-            with _Exits() as exits:
-                ends = job.forward(tuple(inputs))
-            check_hooks(job, ends)
-            rows = job.rows(ends, out)
-        if exits.found:
-            raise Unrecordable(exits.found)
-        if any(is_python(node) for node in nodes_behind(ends.ys)):
-            raise Unrecordable("an autograd.Function in it is Python code")
-        self.held.settle()
-        shown = tensors(ends.result) if job.shows_output else []
-        held = [*self.held.tensors, *job.held, *constants(), *kept_tensors()]
-        lines, results = connected(
-            recorder.lines, [*rows, *shown], [*inputs, *given, *held], recorder.numbers
-        )
-        recorder.lines = fused(lines, results)
-        tape = Tape(recorder, results, given, inputs)
-        fixed = {id(t) for t in held} | recorder.numbers
-        for i, t in enumerate(tape.outside):
-            if id(t) not in fixed and not _of_a_number(t):
-                raise Unrecordable(
-                    f"a tensor {tuple(t.shape)} comes from neither the inputs, nor what func holds, nor its ops"
-                )
-            tape.constants[f"x{i}"] = t
-        foreign = {_storage(t) for t in (*tape.outside, *inputs) if t.numel()}
-        if any(t.numel() and _storage(t) in foreign for t in shown):
-            raise Unrecordable("the output shares memory with an input or a parameter")
-        self.ends, self.rows = job.lean(ends), len(rows)
-        self.strides = [x.stride() for x in inputs]
-        parameters = [f"i{i}" for i in range(len(inputs))] + [f"o{i}" for i in range(len(given))]
-        lines = [*tape.code, f"return [{', '.join(tape.results)}]"]
-        self.run = function("traced", parameters, lines, tape.constants)
-        self.how = f"replays {tape.ops} ops, those of func among them"
+    graph: fx.GraphModule
+    held: list[Tensor]
+    places: list[list[Place]]
+    """Where modules hold each of them; nowhere: it is as it was."""
+    spec: TreeSpec
+    """How the graph's results are nested."""
 
-    def __call__(self, xs: tuple[Tensor, ...], given: list[Tensor]) -> tuple[Ends, list[Tensor]]:
-        """The forward pass's ends, and the tensors of the answer. Raises Stale if something was replaced."""
-        if (change := self.held.changed()) is not None:
-            raise Stale(change)
-        if self.settings != _settings():
-            raise Stale("torch's settings")
-        xs = [_laid(x, strides) for x, strides in zip(xs, self.strides, strict=True)]
-        with computing(False):
-            made = self.run(*xs, *given)
-        shown = made[self.rows :]
-        ends = self.ends
-        if shown:
-            ends = ends._replace(
-                result=tuple(shown) if isinstance(ends.result, tuple) else shown[0]
-            )
-        return ends, made[: self.rows]
+    @property
+    def results(self) -> list[fx.Node]:
+        """The nodes of its answer's tensors."""
+        return list(next(iter(reversed(self.graph.graph.nodes))).args[0])
+
+    def now(self) -> list[Tensor]:
+        """What the function holds now."""
+        return [
+            p[0].table.get(p[0].name) if p else t
+            for p, t in zip(self.places, self.held, strict=True)
+        ]
 
 
-class _Exits(TorchFunctionMode):
-    """Notices where values of tensors leave torch: what comes back would be that of the recording.
+def trace(
+    call: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], reached: Reached
+) -> Traced:
+    """The graph of ``call(*inputs)``. Of all tensors only those of ``written`` may be written to.
 
-    ``READS`` are functions that read lengths off a tensor and record no op that does; ``found`` is a reason.
+    Raises Untraceable.
     """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # of views, since what is one tensor now may be two later
+    fakes = [mode.from_tensor(t.detach()) for t in (*inputs, *written)]
+    spec: list[TreeSpec] = []
 
-    WAYS = (
-        Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.__repr__,
-    )  # fmt: skip
-    READS = (
-        torch.tensor_split, Tensor.tensor_split, torch.ctc_loss, torch.nn.functional.ctc_loss,
-        torch._pack_padded_sequence, torch._VF._pack_padded_sequence,
-    )  # fmt: skip
-    found: str | None = None
+    def flat(*xs):
+        leaves, made = tree_flatten(call(*xs))
+        spec.append(made)
+        if not all(isinstance(t, Tensor) for t in leaves):
+            raise Untraceable("its answer holds what is no tensor")
+        return leaves
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = [*args[1:], *(kwargs or {}).values()]
-        if func in self.WAYS or (func in self.READS and tensors(given)):
-            self.found = f"func takes values out of torch, by {func.__name__}"
-        elif torch.is_autocast_enabled("cpu"):  # also inside of ops, where no cast is recorded
-            self.found = "autocast is on"
-        return func(*args, **(kwargs or {}))
-
-
-_NARROW = {
-    torch.float64: torch.float32,
-    torch.int64: torch.int32,
-    torch.complex128: torch.complex64,
-}
+    try:
+        with of_others(reached.tensors.values()):
+            graph = make_fx(flat, tracing_mode="fake")(*fakes)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+    held = _lift(graph)
+    _without_detach(graph)
+    _check_writes(graph, len(inputs), len(inputs) + len(written), held, reached)
+    return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
 
 
-def _of_a_number(t: Tensor) -> bool:
-    """Whether autograd made a tensor of a Python number: such a one promotes no dtype."""
-    narrow = _NARROW.get(t.dtype)
-    return t.dim() == 0 and torch.result_type(torch.zeros((), dtype=narrow), t) is narrow
+def _lift(graph: fx.GraphModule) -> list[Tensor]:
+    """Make placeholders of all tensors that the graph holds; the tensors."""
+    nodes = graph.graph
+    held: dict[int, tuple[Tensor, fx.Node]] = {}
+    last = [n for n in nodes.nodes if n.op == "placeholder"][-1]
+    for node in list(nodes.nodes):
+        if node.op != "get_attr":
+            continue
+        t = getattr(graph, node.target)
+        if not isinstance(t, Tensor):
+            raise Untraceable(f"it holds a {type(t).__name__}")
+        if id(t) not in held:
+            with nodes.inserting_after(last):
+                last = nodes.placeholder(f"held_{len(held)}")
+            last.meta = dict(node.meta)
+            held[id(t)] = t, last
+        node.replace_all_uses_with(held[id(t)][1])
+        nodes.erase_node(node)
+    for name in [n for n in graph._buffers] + [n for n in graph._parameters]:
+        delattr(graph, name)
+    graph.recompile()
+    return [t for t, _ in held.values()]
 
 
-def _laid(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """An input with the strides of the recording."""
-    if x.stride() == strides:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x.detach())
+def _without_detach(graph: fx.GraphModule) -> None:
+    """Nothing differentiates the graph: a detached tensor is the tensor."""
+    for node in list(graph.graph.nodes):
+        if node.target is _DETACH:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
-def _settings() -> tuple:
-    """What else decides which ops a function runs."""
-    return torch.is_autocast_enabled("cpu"), torch.get_default_dtype()
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
-
-
-def connected(
-    lines: list[tuple], results: list[Tensor], known: list[Tensor], numbers: set[int]
-) -> tuple[list[tuple], list[Tensor]]:
-    """Lines whose arguments are the very tensors that earlier ones made.
-
-    Autograd hands out what it saved as another tensor with the same memory. A recorder holds all memory that it sees,
-    so none is used twice, and tensors of one memory and look here are so in every replay: the same ops made them.
-    """
-    own = {id(t) for t in known} | numbers
-    made: dict[tuple, Tensor] = {}
-    turned = {id(args[0]) for op, args, *_ in lines if torch.Tag.inplace_view in op.tags}
-
-    def note(t: Tensor) -> None:
-        strided(t)
-        own.add(id(t))
-        if t.numel() and id(t) not in turned:  # else its look at the time is not known any more
-            made[key(t)] = t
-
-    def swapped(tree):
-        if isinstance(tree, Tensor):
-            known = id(tree) in own or tree.layout is not torch.strided or not tree.numel()
-            return tree if known else made.get(key(tree), tree)
-        if isinstance(tree, (list, tuple)):
-            return type(tree)([swapped(item) for item in tree])
-        return tree
-
-    for t in known:
-        note(t)
-    found = []
-    for op, args, kwargs, out in lines:
-        args, kwargs = swapped(args), {k: swapped(v) for k, v in kwargs.items()}
-        for t in tensors(out):
-            note(t)
-        found.append((op, args, kwargs, out))
-    return found, swapped(results)
+def _check_writes(graph, first: int, last: int, held, reached: Reached) -> None:
+    """Raise Untraceable where a placeholder that may not be is written to, also through a view."""
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    source = {n: k for k, n in enumerate(placeholders)}
+    for node in graph.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
+            alias = argument.alias_info
+            k = source.get(given) if isinstance(given, fx.Node) else None
+            if alias is None or k is None:
+                continue
+            source[node] = k
+            if alias.is_write and not first <= k < last:
+                what = "an input"
+                if k >= last:
+                    places = reached.places.get(id(held[k - last]))
+                    what = places[0].path if places else "a tensor that it holds"
+                raise Untraceable(f"func writes to {what}")

@@ -1,4 +1,4 @@
-"""While ``make_fx`` traces a call: it writes down the ops on tensors, for other values than those at hand.
+"""While a call is traced: the ops on its tensors are written down, for other values than those at hand.
 
 So nothing may be decided by a value that could be another one, and no tensor of the trace may be kept for later calls.
 What follows from structure alone is found `aside`, outside of the trace.
@@ -7,12 +7,25 @@ What follows from structure alone is found `aside`, outside of the trace.
 from __future__ import annotations
 
 import contextlib
+from contextvars import ContextVar
 
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
 
 _PROXY, _FAKE = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
+
+_moving: ContextVar[frozenset[int]] = ContextVar("moving", default=frozenset())
+
+
+@contextlib.contextmanager
+def of_others(tensors):
+    """A context in which these real tensors, too, stand for others in a trace: weights, which change."""
+    token = _moving.set(frozenset(map(id, tensors)))
+    try:
+        yield
+    finally:
+        _moving.reset(token)
 
 
 def tracing() -> bool:
@@ -23,7 +36,7 @@ def tracing() -> bool:
 
 
 def aside():
-    """A context whose ops are not part of a trace; that of a recording of jactri's own is not left."""
+    """A context whose ops are not part of a trace."""
     return _disable_current_modes() if tracing() else contextlib.nullcontext()
 
 
@@ -32,12 +45,20 @@ def valued() -> bool:
     return not _len_torch_dispatch_stack() or _get_dispatch_mode(_FAKE) is None
 
 
+def number(t: Tensor):
+    """The value of a 0-d tensor. Autograd's wrapped numbers cannot be read through a dispatch mode."""
+    if not _len_torch_dispatch_stack():
+        return t.item()
+    with _disable_current_modes():
+        return t.item()
+
+
 def constant(t: Tensor) -> bool:
     """Whether a tensor has its value whatever the inputs of a trace are: no op of the trace, nor an input, made it."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
-    if isinstance(t, FakeTensor):
+    if isinstance(t, FakeTensor) or id(t) in _moving.get():
         return False
     mode = _get_dispatch_mode(_PROXY)
     return mode is None or get_proxy_slot(t, mode.tracer, None) is None

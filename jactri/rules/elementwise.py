@@ -14,8 +14,7 @@ from torch import Tensor
 from ..kernels.support import Factor
 from ..layout import one
 from ..linear_map import Elementwise, View
-from ..tape import number
-from ..tracing import constant, tracing
+from ..tracing import constant, number, tracing
 from . import node_names, rule
 from .squares import squared
 

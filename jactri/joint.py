@@ -1,0 +1,134 @@
+"""The derivative of a traced call: its graph and that of its backward, of one trace, parted at what is kept between them.
+
+As AOTAutograd does it: the joint graph is split by min-cut (functorch.compile), which recomputes what is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+from .engines import Run
+from .reached import Reached
+from .traced import Traced, Untraceable, trace
+
+
+@dataclass
+class Joint:
+    """Two graphs: the call, whose results are its answer and what is kept, and the backward of kept and cotangents."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    results: int
+    """How many of the forward graph's results are the answer."""
+    differentiated: list[int]
+    """Which of the answer's tensors have cotangents."""
+    gradients: list[int]
+    """For which of the inputs and held tensors the backward gives gradients, in its order."""
+
+
+def joint(
+    call: Callable[..., Any], traced: Traced, inputs: Sequence[Tensor], reached: Reached
+) -> Joint:
+    """The graphs of ``call``, of which ``traced`` is the graph, and whose answer requires grad.
+
+    Raises Untraceable.
+    """
+    needed = [t.requires_grad for t in inputs]
+    weights = [t for t in traced.held if t.requires_grad]
+    outs = [n.meta["val"] for n in traced.results]
+    made: dict[str, list[int]] = {}
+
+    def both(*given):
+        xs = [t.detach().requires_grad_(r) for t, r in zip(given, needed, strict=False)]
+        ys = tree_leaves(call(*xs))
+        wanted = [k for k, y in enumerate(ys) if y.requires_grad]
+        sources = [x for x in xs if x.requires_grad] + weights
+        cotangents = [given[len(xs) + k] for k in wanted]
+        grads = [None] * len(sources)
+        if wanted:
+            some = [ys[k] for k in wanted]
+            grads = torch.autograd.grad(some, sources, cotangents, allow_unused=True)
+        made["differentiated"] = wanted
+        made["sources"] = [k for k, g in enumerate(grads) if g is not None]
+        return *[y.detach() for y in ys], *[g for g in grads if g is not None]
+
+    cotangents = [torch.empty_like(y, device=y.device) for y in _real(outs)]
+    found = trace(both, [*inputs, *cotangents], (), reached)
+    if not made["differentiated"]:
+        raise Untraceable("in a trace, its answer loses its graph")
+    at = {id(t): len(inputs) + k for k, t in enumerate(traced.held)}
+    sources = [k for k, r in enumerate(needed) if r] + [at[id(w)] for w in weights]
+    graph = _functional(found, len(inputs), len(outs), traced)
+    forward, backward = min_cut_rematerialization_partition(
+        graph, (), num_fwd_outputs=len(outs)
+    )
+    return Joint(
+        forward, backward, len(outs), made["differentiated"], [sources[k] for k in made["sources"]]
+    )
+
+
+def _real(outs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outs]
+
+
+def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.GraphModule:
+    """Without writes, and with the order and the names of placeholders that the partitioner knows."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    places = [n for n in found.graph.graph.nodes if n.op == "placeholder"]
+    held = {id(t): places[inputs + outs + k].name for k, t in enumerate(found.held)}
+    values = {n.name: n.meta["val"] for n in places}
+    own = [n.name for n in places[:inputs]]
+    of_held = [held.get(id(t)) for t in traced.held]
+    cotangents = [n.name for n in places[inputs : inputs + outs]]
+
+    def ordered(*given):
+        names = [*own, *of_held, *cotangents]
+        by_name = dict(zip(names, given, strict=True))
+        return torch.func.functionalize(found.graph)(*[by_name[n.name] for n in places])
+
+    like = [_real([values[n]])[0] for n in own]
+    like += list(traced.held)
+    like += [_real([values[n]])[0] for n in cotangents]
+    with torch.no_grad():
+        graph = make_fx(ordered, tracing_mode="fake")(*[mode.from_tensor(t.detach()) for t in like])
+    graph.graph.eliminate_dead_code()
+    for k, node in enumerate([n for n in graph.graph.nodes if n.op == "placeholder"]):
+        primals = inputs + len(traced.held)
+        node.target = f"primals_{k + 1}" if k < primals else f"tangents_{k - primals + 1}"
+    graph.recompile()
+    return graph
+
+
+def differentiable(made: Joint, forward: Run, backward: Run) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """A function of the tensors of a graph that autograd can differentiate, once."""
+
+    class Compiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            found = forward(list(tensors))
+            answer = tuple(found[: made.results])
+            ctx.save_for_backward(*found[made.results :])
+            ctx.mark_non_differentiable(
+                *(y for k, y in enumerate(answer) if k not in made.differentiated)
+            )
+            return answer
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *cotangents):
+            found = backward([*ctx.saved_tensors, *cotangents])
+            grads = [None] * len(ctx.needs_input_grad)
+            for k, g in zip(made.gradients, found, strict=True):
+                grads[k] = g
+            return tuple(grads)
+
+    return lambda tensors: Compiled.apply(*tensors)
