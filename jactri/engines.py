@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -21,35 +24,55 @@ OPTIONS = {"fallback_random": True}
 """Of Inductor: random numbers are those of an eager call."""
 
 
-def compiler() -> str | None:
-    """Why Inductor has no C++ compiler here; None if it has one."""
+def usable(engine: str, inputs: Any) -> str:
+    """The engine that is asked for, or ``"fx"``, with a warning, where it needs a C++ compiler that is not there."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    on_cpu = all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    if engine == "fx" or not on_cpu:
+        return engine
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        return str(error).split("\n")[0]
-    return None
+    except InvalidCxxCompiler:
+        warnings.warn(
+            f"engine={engine!r} needs a C++ compiler, and there is none here: install g++ or clang, or name one by "
+            "CXX. The traced graph runs as it is, as engine='fx' does",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return "fx"
+    return engine
 
 
-def build(engine: str, graph: fx.GraphModule, like: list[Tensor]) -> Run:
-    """The graph as an engine runs it."""
-    return _BUILD[engine](graph, like)
+def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Run:
+    """The graph as an engine runs it, without a derivative."""
+    with torch.no_grad():
+        return _BUILD[engine](graph, [t.detach() for t in like])
 
 
 def _fx(graph: fx.GraphModule, like: list[Tensor]) -> Run:
-    forward = graph.forward
-    return lambda tensors: forward(*tensors)
+    return _without_grad(graph.forward)
 
 
 def _inductor(graph: fx.GraphModule, like: list[Tensor]) -> Run:
     from torch._inductor import standalone_compile
 
-    made = standalone_compile(
-        graph, like, dynamic_shapes="from_example_inputs", options={"config_patches": OPTIONS}
-    )
-    return lambda tensors: made(*tensors)
+    options = {"config_patches": OPTIONS}
+    made = standalone_compile(graph, like, dynamic_shapes="from_example_inputs", options=options)
+    return _without_grad(made)
+
+
+def _without_grad(made: Callable[..., Sequence[Tensor]]) -> Run:
+    def run(tensors):
+        if not torch.is_grad_enabled():
+            return made(*tensors)
+        with torch.no_grad():
+            return made(*tensors)
+
+    return run
 
 
 def _aot(graph: fx.GraphModule, like: list[Tensor]) -> Run:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from .engines import Run
+from .engines import Run, build
 from .reached import Reached
 from .traced import Traced, Untraceable, trace
 
@@ -68,9 +68,7 @@ def joint(
     at = {id(t): len(inputs) + k for k, t in enumerate(traced.held)}
     sources = [k for k, r in enumerate(needed) if r] + [at[id(w)] for w in weights]
     graph = _functional(found, len(inputs), len(outs), traced)
-    forward, backward = min_cut_rematerialization_partition(
-        graph, (), num_fwd_outputs=len(outs)
-    )
+    forward, backward = min_cut_rematerialization_partition(graph, (), num_fwd_outputs=len(outs))
     return Joint(
         forward, backward, len(outs), made["differentiated"], [sources[k] for k in made["sources"]]
     )
@@ -108,18 +106,21 @@ def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.Gra
     return graph
 
 
-def differentiable(made: Joint, forward: Run, backward: Run) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """A function of the tensors of a graph that autograd can differentiate, once."""
+def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
+    """A function of the tensors of a call's graph that autograd can differentiate, once."""
+    forward = build(engine, made.forward, like)
+    found = forward([t.detach() for t in like])
+    cotangents = [torch.zeros_like(y) for y in found[: made.results]]
+    backward = build(engine, made.backward, [*found[made.results :], *cotangents])
+    constants = [k for k in range(made.results) if k not in made.differentiated]
 
-    class Compiled(torch.autograd.Function):
+    class CompiledCall(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
             found = forward(list(tensors))
             answer = tuple(found[: made.results])
             ctx.save_for_backward(*found[made.results :])
-            ctx.mark_non_differentiable(
-                *(y for k, y in enumerate(answer) if k not in made.differentiated)
-            )
+            ctx.mark_non_differentiable(*(answer[k] for k in constants))
             return answer
 
         @staticmethod
@@ -131,4 +132,4 @@ def differentiable(made: Joint, forward: Run, backward: Run) -> Callable[[list[T
                 grads[k] = g
             return tuple(grads)
 
-    return lambda tensors: Compiled.apply(*tensors)
+    return lambda tensors: CompiledCall.apply(*tensors)

@@ -72,7 +72,7 @@ def trace(
         raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
     held = _lift(graph)
     _without_detach(graph)
-    _check_writes(graph, len(inputs), len(inputs) + len(written), held, reached)
+    _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
 
 
@@ -94,8 +94,8 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
             held[id(t)] = t, last
         node.replace_all_uses_with(held[id(t)][1])
         nodes.erase_node(node)
-    for name in [n for n in graph._buffers] + [n for n in graph._parameters]:
-        delattr(graph, name)
+    graph._buffers.clear()
+    graph._parameters.clear()
     graph.recompile()
     return [t for t, _ in held.values()]
 
@@ -110,13 +110,15 @@ def _without_detach(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _check_writes(graph, first: int, last: int, held, reached: Reached) -> None:
-    """Raise Untraceable where a placeholder that may not be is written to, also through a view."""
+def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
+    """Raise Untraceable for random numbers, and where a placeholder but for some is written to, also by a view."""
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     source = {n: k for k, n in enumerate(placeholders)}
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise Untraceable(f"func draws random numbers, by {node.target}")
         for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
             alias = argument.alias_info
             k = source.get(given) if isinstance(given, fx.Node) else None
