@@ -39,7 +39,7 @@ _KEPT = 8
 
 _PLAIN = (Tensor, Parameter)
 
-_OF_TUPLES = (jacobian, jtj, jjt)
+_OF_TUPLES = (jacobian, jtj, jjt, parameter_jacobian)
 """Calls that take several inputs as one tuple."""
 
 _OF_FUNCTIONS = (transforms.jacrev, transforms.jacfwd, transforms.hessian)
@@ -47,7 +47,7 @@ _OF_FUNCTIONS = (transforms.jacrev, transforms.jacfwd, transforms.hessian)
 
 _TAKEN = {
     gradient: (1, 1), divergence: (1, 1), laplacian: (1, 1), bilaplacian: (1, 1), diagonal: (1, 1),
-    parameter_jacobian: (1, 1), empirical_ntk: (1, 2), jvp: (2, 2), vjp: (2, 2),
+    empirical_ntk: (1, 2), jvp: (2, 2), vjp: (2, 2),
 }  # fmt: skip
 """How many inputs the other calls take."""
 
@@ -167,7 +167,7 @@ class Compiled:
             flat, nested = inputs, None
         except AttributeError:
             flat, nested = tree_flatten(inputs)
-            key = nested, self._signature(flat)
+            key = str(nested), self._signature(flat)
         if out is not None:
             key = key, self._checked(out)
         grad = self._differentiable and torch.is_grad_enabled()
@@ -188,11 +188,13 @@ class Compiled:
         held = "the shapes, strides, dtypes, devices or modes" if plan is None else plan.held()
         if held.__class__ is str:
             return self._planned(key, inputs, flat, nested, out, held)
-        if out is None:
-            found = plan.run([*flat, *held])
-            return found[0] if plan.leaf else tree_unflatten(found, plan.spec)
-        plan.run([*flat, *tree_leaves(out), *held])
-        return out
+        found = plan.run([*flat, *(() if out is None else tree_leaves(out)), *held])
+        answer = found[0] if plan.leaf else tree_unflatten(found, plan.spec)
+        return answer if out is None else self._with(answer, out)
+
+    def _with(self, answer: tuple, out: Any) -> Any:
+        """What a call returns that wrote to ``out``."""
+        return (*answer, out) if self._options.get("return_output") else out
 
     def _signature(self, flat: list[Any]) -> tuple:
         for x in flat:
@@ -213,7 +215,7 @@ class Compiled:
                 raise TypeError(
                     f"out must hold tensors, got {type(t)}; for an array, pass torch.from_numpy(array)"
                 )
-        return nested, tuple([_state(t) for t in flat])
+        return str(nested), tuple([_state(t) for t in flat])
 
     def _planned(self, key, inputs, flat, nested, out, changed: str) -> Any:
         """The answer of an ordinary call, and a plan for calls like it."""
@@ -227,7 +229,7 @@ class Compiled:
             if len(self._plans) >= _KEPT and key not in self._plans:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
-        return answer
+        return answer if out is None else self._with(answer[:1], out)
 
     def _plan(self, flat, nested, out, answer) -> Plan | Eager:
         written, written_as = ([], None) if out is None else tree_flatten(out)
@@ -235,7 +237,10 @@ class Compiled:
 
         def call(*given):
             xs = given[:count] if nested is None else tree_unflatten(given[:count], nested)
-            return self._call(xs, out and tree_unflatten(given[count:], written_as))
+            if out is None:
+                return self._call(xs, None)
+            made = self._call(xs, tree_unflatten(given[count:], written_as))
+            return made[:1] if self._options.get("return_output") else ()
 
         start = time.perf_counter()
         reached, both = Reached(self.func, self._options), None
@@ -258,7 +263,7 @@ class Compiled:
         self.seconds = middle - start, time.perf_counter() - middle
         again = [torch.full_like(t, torch.nan) for t in written]
         found = run([*flat, *again, *traced.held])
-        off = apart(again or found, written or tree_leaves(answer))
+        off = apart([*found, *again], tree_leaves(answer))
         if off is not None:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off)
@@ -314,13 +319,16 @@ def _call(of, func, options) -> Callable[[Sequence[Any], Any], Any]:
         made = of(func, **options)
         return lambda xs, out: made(*xs)
     if of is parameter_jacobian:
-        return lambda xs, out: of(func, *xs, **options).dense(out)
+        return lambda xs, out: of(func, _one(xs), **options).dense(out)
+    if of is jacobian:
+        return lambda xs, out: of(func, _one(xs), out=out, **options)
     if of in _OF_TUPLES:
-        given = (lambda out: {"out": out}) if of in _TAKE_OUT else lambda out: {}
-        return lambda xs, out: of(
-            func, xs[0] if len(xs) == 1 else tuple(xs), **options, **given(out)
-        )
+        return lambda xs, out: of(func, _one(xs), **options)
     return lambda xs, out: of(func, *xs, **options)
+
+
+def _one(xs: Sequence[Any]) -> Any:
+    return xs[0] if len(xs) == 1 else tuple(xs)
 
 
 def _check_count(of, count: int) -> None:

@@ -37,7 +37,7 @@ class Reached:
     def __init__(self, func: Any, options: Any = ()):
         self.roots = list(_modules((func, options), set()))
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
-        self._states = [(m.__dict__, m.training) for m in self.modules]
+        self._modes = [(m, m.training) for m in self.modules]
         self._children = [
             (m._modules, name, child) for m in self.modules for name, child in m._modules.items()
         ]
@@ -54,13 +54,18 @@ class Reached:
 
     def changed(self) -> str | None:
         """What of the modules is another now: a mode, or a submodule; None if nothing is."""
-        for state, training in self._states:
-            if state["training"] is not training:
+        for m, training in self._modes:
+            if m.training is not training:
                 return "the mode of a module (train or eval)"
         for table, name, child in self._children:
             if table.get(name) is not child:
                 return f"the submodule {name}"
         return None
+
+    def called(self, t: Tensor) -> str:
+        """What a tensor that a function holds is, for people."""
+        places = self.places.get(id(t))
+        return places[0].path if places else "a tensor that it holds"
 
 
 def _modules(found: Any, seen: set[int], objects: int = 2) -> Iterator[nn.Module]:

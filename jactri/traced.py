@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._dynamo import config as dynamo
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .reached import Place, Reached
@@ -38,13 +40,6 @@ class Traced:
         """The nodes of its answer's tensors."""
         return list(next(iter(reversed(self.graph.graph.nodes))).args[0])
 
-    def now(self) -> list[Tensor]:
-        """What the function holds now."""
-        return [
-            p[0].table.get(p[0].name) if p else t
-            for p, t in zip(self.places, self.held, strict=True)
-        ]
-
 
 def trace(
     call: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], reached: Reached
@@ -59,14 +54,16 @@ def trace(
     spec: list[TreeSpec] = []
 
     def flat(*xs):
-        leaves, made = tree_flatten(call(*xs))
+        with _Unwritten(reached):
+            leaves, made = tree_flatten(call(*xs))
         spec.append(made)
         if not all(isinstance(t, Tensor) for t in leaves):
             raise Untraceable("its answer holds what is no tensor")
         return leaves
 
     try:
-        with of_others(reached.tensors.values()):
+        # what torch.compile compiled runs as it was before
+        with of_others(reached.tensors.values()), dynamo.patch(error_on_nested_fx_trace=False):
             graph = make_fx(flat, tracing_mode="fake")(*fakes)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
@@ -74,6 +71,23 @@ def trace(
     _without_detach(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
+
+
+class _Unwritten(TorchDispatchMode):
+    """Raises Untraceable where a tensor that is not of the trace, and has values, would be written to."""
+
+    def __init__(self, reached: Reached):
+        super().__init__()
+        self.reached = reached
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            for t, argument in zip(args, func._schema.arguments, strict=False):
+                alias = argument.alias_info
+                if alias is not None and alias.is_write and isinstance(t, Tensor):
+                    if not isinstance(t, FakeTensor):
+                        raise Untraceable(f"func writes to {self.reached.called(t)}")
+        return func(*args, **(kwargs or {}))
 
 
 def _lift(graph: fx.GraphModule) -> list[Tensor]:
@@ -117,7 +131,7 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
     for node in graph.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _draws(node):
             raise Untraceable(f"func draws random numbers, by {node.target}")
         for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
             alias = argument.alias_info
@@ -126,8 +140,14 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
                 continue
             source[node] = k
             if alias.is_write and not first <= k < last:
-                what = "an input"
-                if k >= last:
-                    places = reached.places.get(id(held[k - last]))
-                    what = places[0].path if places else "a tensor that it holds"
+                what = "an input" if k < last else reached.called(held[k - last])
                 raise Untraceable(f"func writes to {what}")
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an op draws random numbers: dropout of nothing does not."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [a.name for a in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return "dropout_p" not in names or given.get("dropout_p", 0.0) > 0

@@ -84,7 +84,7 @@ def looked_up(graph: Graph, n: int, tensors) -> list[int]:
     Known by an index that is one of ``tensors``, in their memory; where none is, by a number of rows of ``n`` times
     something.
     """
-    memory = {t.untyped_storage().data_ptr() for t in tensors}
+    memory = {t.untyped_storage()._cdata for t in tensors}
     sure, likely, behind = [], [], set()
     for v, value in enumerate(graph.values):
         if any(s in behind for s, _ in value.sources):
@@ -94,7 +94,7 @@ def looked_up(graph: Graph, n: int, tensors) -> list[int]:
             index = getattr(edge, "index", None)
             if edge.structure != "gather" or not hasattr(index, "untyped_storage"):
                 continue
-            if index.untyped_storage().data_ptr() in memory:
+            if index.untyped_storage()._cdata in memory:
                 sure.append(v)
                 behind.add(v)
             elif value.shape and value.shape[0] and value.shape[0] % n == 0:
