@@ -128,9 +128,8 @@ class Compiled:
         self.traces, self.seconds = 0, (0.0, 0.0)
         self._name = "func" if of is None else of.__name__
         self._options, self._call = options, _call(of, func, options)
-        self._differentiable = (
-            of is None or of in _OF_FUNCTIONS or bool(options.get("create_graph"))
-        )
+        self._create_graph = bool(options.get("create_graph"))
+        self._as_func = of is None or of in _OF_FUNCTIONS  # in grad mode, with a graph
         self._plans: dict[tuple, Plan | Eager] = {}
         self._lock = threading.RLock()
         self._last: Plan | Eager | None = None
@@ -170,8 +169,7 @@ class Compiled:
             key = str(nested), self._signature(flat)
         if out is not None:
             key = key, self._checked(out)
-        grad = self._differentiable and torch.is_grad_enabled()
-        if grad:
+        if self._create_graph or (self._as_func and torch.is_grad_enabled()):
             key = key, tuple([x.requires_grad for x in flat])
         if _is_any_autocast_enabled():
             key = key, _autocast()
@@ -229,7 +227,9 @@ class Compiled:
             if len(self._plans) >= _KEPT and key not in self._plans:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
-        return answer if out is None else self._with(answer[:1], out)
+        if out is None:
+            return answer
+        return self._with(answer[:1] if self._options.get("return_output") else (), out)
 
     def _plan(self, flat, nested, out, answer) -> Plan | Eager:
         written, written_as = ([], None) if out is None else tree_flatten(out)

@@ -132,4 +132,8 @@ def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
                 grads[k] = g
             return tuple(grads)
 
-    return lambda tensors: CompiledCall.apply(*tensors)
+    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            return CompiledCall.apply(*tensors)
+
+    return run
