@@ -105,7 +105,8 @@ class Plan:
 
 
 def _state(t: Tensor) -> tuple:
-    return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad
+    memory = t.untyped_storage().size() > 0  # which others may free, as FSDP does
+    return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, memory
 
 
 class Eager:
@@ -389,8 +390,8 @@ def compile(
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
     it does not take; RuntimeError inside of a torch.func transform.
 
-    Cost: at compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call. Then about
-    10 microseconds beside what the engine takes.
+    Cost: at compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call. Then
+    about 10 microseconds beside what the engine takes.
 
     Example:
         >>> step = jactri.compile(net, x, per_sample=True)

@@ -1,4 +1,4 @@
-"""The derivative of a traced call: its graph and that of its backward, of one trace, parted at what is kept between them.
+"""The derivative of a traced call: its graph and that of its backward, of one trace, parted at what is kept.
 
 As AOTAutograd does it: the joint graph is split by min-cut (functorch.compile), which recomputes what is cheap.
 """

@@ -81,7 +81,9 @@ def _modules(found: Any, seen: set[int], objects: int = 2) -> Iterator[nn.Module
         if not objects:
             return
         objects -= 1
-        inside = [*getattr(found, "__dict__", {}).values(), getattr(type(found), "__call__", None)]
+        inside = list(getattr(found, "__dict__", {}).values())
+        if callable(found):
+            inside.append(type(found).__call__)
     for inner in inside:
         yield from _modules(inner, seen, objects)
 

@@ -1,4 +1,4 @@
-"""A call as one graph of ATen ops: traced by ``make_fx`` on fake tensors, which have no values that Python could read."""
+"""A call as one graph of ATen ops: traced by ``make_fx`` on fake tensors, which have no values for Python to read."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class _Unwritten(TorchDispatchMode):
         if func._schema.is_mutable:
             for t, argument in zip(args, func._schema.arguments, strict=False):
                 alias = argument.alias_info
-                if alias is not None and alias.is_write and isinstance(t, Tensor):
-                    if not isinstance(t, FakeTensor):
-                        raise Untraceable(f"func writes to {self.reached.called(t)}")
+                real = isinstance(t, Tensor) and not isinstance(t, FakeTensor)
+                if real and alias is not None and alias.is_write:
+                    raise Untraceable(f"func writes to {self.reached.called(t)}")
         return func(*args, **(kwargs or {}))
 
 

@@ -29,7 +29,7 @@ CPU_ONLY = {
     "test_planner.py": "plans, which hold no tensor",
     "test_ranges.py": "a range a step; kernels run steps together",
     "test_profiling.py": "times of the CPU",
-    "test_compiled.py": "replays of the CPU; benchmarks.gpu checks the captures",
+    "test_compiled.py": "graphs of the CPU; benchmarks.gpu checks the captures",
     "test_compiled_operators.py": "the same",
     "test_traced.py": "the same",
     "test_held.py": "the same",

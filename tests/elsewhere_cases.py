@@ -125,8 +125,7 @@ def freed():
                 kind = "trained" if trained else "frozen"
                 told(f"{op}/{kind}/{name}", nothing, call, f)
     for trained in (False, True):
-        for static in (False, True):
-            freed_later(trained, static)
+        freed_later(trained)
     products = {
         "dense": lambda p: p.dense(),
         "J v": lambda p: p @ {n: torch.ones_like(t) for n, t in m.named_parameters()},
@@ -140,21 +139,14 @@ def freed():
         told(f"parameters/{name}", nothing, call, jac)
 
 
-def freed_later(trained, static):
-    """A compiled call whose function starts to free its weight when it was planned."""
+def freed_later(trained):
+    """A compiled call whose weight is freed when it was traced."""
     f = Freed("scaling", trained)
-    frees = []
-
-    def func(x):
-        weight = torch.rand(f.shape, generator=torch.Generator().manual_seed(1))
-        y = f.op(x, weight.requires_grad_(trained)).tanh()
-        if frees:
-            weight.untyped_storage().resize_(0)
-        return y
-
-    run = jactri.compile(func, X, static=static)
-    frees.append(True)
-    told(f"compiled/{trained}, {static}", torch.zeros(()), run, X)
+    weight = torch.rand(f.shape, generator=torch.Generator().manual_seed(1))
+    weight.requires_grad_(trained)
+    run = jactri.compile(lambda x: f.op(x, weight).tanh(), X, engine="fx")
+    weight.untyped_storage().resize_(0)
+    told(f"compiled/{trained}", torch.zeros(()), run, X)
 
 
 # -- distributed weights ---------------------------------------------------------------------------
@@ -252,8 +244,7 @@ OF_INPUTS = {
     "jacrev": lambda m: jactri.func.jacrev(m)(X),
     "hessian": lambda m: jactri.func.hessian(lambda x: m(x).sum())(X),
     "jtj": lambda m: jactri.jtj(m, X, per_sample=True),
-    "compile": lambda m: jactri.compile(m, X)(X),
-    "compile, static": lambda m: jactri.compile(m, X, static=True)(X),
+    "compile": lambda m: jactri.compile(m, X, engine="fx")(X),
     "backward after": backward_after,
 }
 OF_PARAMETERS = {
@@ -267,7 +258,7 @@ OF_PARAMETERS = {
         m, X, params=[dict(m.named_parameters())[name] for name in picked(m)]
     ),
     "ggn": lambda m: last(jactri.ggn(m, X, U).diagonal()),
-    "compiled kernel": lambda m: jactri.compile(m, X, of=jactri.empirical_ntk)(X),
+    "compiled kernel": lambda m: jactri.compile(m, X, of=jactri.empirical_ntk, engine="fx")(X),
 }
 
 

@@ -143,8 +143,8 @@ def test_what_is_read_twice_is_not_folded():
 
 def test_compiled_calls_see_weights_change():
     f, x, _ = data("conv, norm")
-    call = jactri.compile(f, x, per_sample=True)
-    assert "replays" in repr(call)
+    call = jactri.compile(f, x, per_sample=True, engine="fx")
+    assert call.graph is not None
     for factor in (1.0, 1.25, 0.5):
         with torch.no_grad():
             for p in f.parameters():

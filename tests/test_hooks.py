@@ -409,39 +409,30 @@ def test_what_a_probe_computes_can_be_differentiated():
 
 @pytest.mark.filterwarnings("ignore:a hook on gradients")
 def test_compiled():
-    factor = [1.0]
+    """What a hook does to gradients may be something else each time."""
+    factor = [3.0]
 
     def func(x):
         y = x.sin()
-        if factor[0] != 1:
-            y.register_hook(lambda g: factor[0] * g)
+        y.register_hook(lambda g: factor[0] * g)
         return y * x
 
-    want = truth(lambda x: x.sin() * x, points())
-    compiled = jactri.compile(func, points())
-    assert_close(compiled(points()), want, F64)
-    assert "replays" in str(compiled)
-    factor[0] = 3.0
-    assert_close(compiled(points()), truth(func, points()), F64)
-    assert "hooks on gradients" in str(compiled)
-    factor[0] = 1.0
-    assert_close(compiled(points()), want, F64)
+    compiled = jactri.compile(func, points(), engine="fx")
+    for factor[0] in (3.0, 2.0, 1.0):
+        assert_close(compiled(points()), truth(func, points()), F64)
+    assert compiled.graph is None
 
 
 @pytest.mark.filterwarnings("ignore:a hook on gradients")
-@pytest.mark.parametrize("static", [False, True])
-def test_compiled_modules(static):
+def test_compiled_modules():
     net = layers()
-    compiled = jactri.compile(net, points(), static=static)
+    net[0].register_full_backward_hook(lambda module, into, out: None)
+    compiled = jactri.compile(net, points(), engine="fx")
     assert_close(compiled(points()), truth(net, points()), F64)
-    assert "replays" in str(compiled)
-    handle = net[0].register_full_backward_hook(lambda module, into, out: None)
-    assert_close(compiled(points()), truth(net, points()), F64)
-    assert "hooks on gradients" in str(jactri.compile(net, points(), static=static))
-    handle.remove()
     net[0].register_full_backward_hook(lambda module, into, out: (3 * into[0],))
+    compiled = jactri.compile(net, points(), engine="fx")
     assert_close(compiled(points()), truth(net, points()), F64)
-    kernel = jactri.compile(net, points(), of=jactri.empirical_ntk)
+    kernel = jactri.compile(net, points(), of=jactri.empirical_ntk, engine="fx")
     assert_close(kernel(points()), jactri.empirical_ntk(net, points()), F64)
 
 

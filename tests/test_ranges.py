@@ -392,9 +392,9 @@ def test_compiled_under_a_profiler():
     net, x = Block(), torch.randn(3, 4)
     want = jactri.jacobian(net, x)
     with torch.profiler.profile():
-        made = jactri.compile(net, x)
-        assert torch.equal(made(x), want)
-    assert "replays" in repr(made) and made.replans == 0
-    assert torch.equal(made(x), want) and made.replans == 0
+        made = jactri.compile(net, x, engine="fx")
+        torch.testing.assert_close(made(x), want)
+    assert made.graph is not None and made.traces == 1
     names, J = traced(lambda: made(x))
-    assert torch.equal(J, want) and names == ["jactri function"]  # straight-line code has no steps
+    torch.testing.assert_close(J, want)
+    assert names == []  # one graph has no steps

@@ -336,14 +336,14 @@ WHOLE = {
     "create_graph": lambda f, x: jactri.jacobian(f, x, create_graph=True).detach(),
     "jvp": lambda f, x: jactri.jvp(f, x, basis(x))[1].movedim(0, -1).reshape(-1, *x.shape),
     "vjp": lambda f, x: jactri.vjp(f, x, basis(f(x)))[1],
-    "static": lambda f, x: replayed(f, x, True),
-    "compile": lambda f, x: replayed(f, x, False),
+    "compile": lambda f, x: compiled(f, x),
 }
 
 
-def replayed(func, x, static):
-    """Planned where all is finite."""
-    call = jactri.compile(func, torch.rand_like(x) + 1, static=static)
+def compiled(func, x):
+    """Traced where all is finite."""
+    call = jactri.compile(func, torch.rand_like(x) + 1, engine="fx")
+    assert call.graph is not None
     assert call(torch.rand_like(x) + 1).isfinite().any()
     return call(x)
 

@@ -40,8 +40,8 @@ def directions(a: Tensor, x: Tensor, create_graph: bool) -> tuple[Tensor, int]:
     """``(r, 1 or N, *in)`` and p: ``tr(A H)`` is the sum of the second derivatives along the first p less the others.
 
     ``A = Q diag(l) Q'`` gives the columns of Q times ``sqrt |l|``, without those that are zero for all samples. Where A
-    itself is differentiated, eigenvectors would not do (they are not unique where eigenvalues are alike), nor in a trace
-    (how many are zero is a value); then
+    itself is differentiated, eigenvectors would not do (they are not unique where eigenvalues are alike), nor in a
+    trace (how many are zero is a value); then
     ``a'Hb = ((a + b)'H(a + b) - (a - b)'H(a - b)) / 4`` with the columns of A and of the identity, scaled alike.
     """
     size = points.inner(x)
