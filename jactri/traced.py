@@ -17,6 +17,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from .reached import Place, Reached
 from .tracing import of_others
 
+_DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
+
 _DETACH = torch.ops.aten.detach.default
 
 
@@ -48,6 +50,9 @@ def trace(
 
     Raises Untraceable.
     """
+    for m in reached.modules:
+        if any(c.__module__.startswith(_DISTRIBUTED) for c in type(m).__mro__):
+            raise Untraceable(f"{type(m).__name__} distributes its weights")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # of views, since what is one tensor now may be two later
     fakes = [mode.from_tensor(t.detach()) for t in (*inputs, *written)]
@@ -65,7 +70,8 @@ def trace(
         # what torch.compile compiled runs as it was before
         with of_others(reached.tensors.values()), dynamo.patch(error_on_nested_fx_trace=False):
             graph = make_fx(flat, tracing_mode="fake")(*fakes)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        # what func and torch raise where there are no values; the ordinary call went well
         raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
     held = _lift(graph)
     _without_detach(graph)

@@ -124,8 +124,6 @@ def freed():
                 f = Freed(op, trained)
                 kind = "trained" if trained else "frozen"
                 told(f"{op}/{kind}/{name}", nothing, call, f)
-    for trained in (False, True):
-        freed_later(trained)
     products = {
         "dense": lambda p: p.dense(),
         "J v": lambda p: p @ {n: torch.ones_like(t) for n, t in m.named_parameters()},
@@ -137,16 +135,6 @@ def freed():
         jac = jactri.parameter_jacobian(m, X)
         m.first.weight.untyped_storage().resize_(0)
         told(f"parameters/{name}", nothing, call, jac)
-
-
-def freed_later(trained):
-    """A compiled call whose weight is freed when it was traced."""
-    f = Freed("scaling", trained)
-    weight = torch.rand(f.shape, generator=torch.Generator().manual_seed(1))
-    weight.requires_grad_(trained)
-    run = jactri.compile(lambda x: f.op(x, weight).tanh(), X, engine="fx")
-    weight.untyped_storage().resize_(0)
-    told(f"compiled/{trained}", torch.zeros(()), run, X)
 
 
 # -- distributed weights ---------------------------------------------------------------------------

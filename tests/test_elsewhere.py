@@ -49,7 +49,7 @@ PARAMETERS = {
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_distributed_weights():
     found = ran("distributed")
-    assert len(found) == 8 * 23 + 18 + 2
+    assert len(found) == 8 * 22 + 18 + 2
     for name, outcome in found.items():
         way, call = name.split("/")
         if way in ("a DTensor in", "a DTensor out"):
