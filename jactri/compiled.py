@@ -75,29 +75,27 @@ class Plan:
     def __init__(self, traced: Traced, reached: Reached, run: engines.Run):
         self.graph, self.spec = traced.graph, traced.spec
         self.leaf = traced.spec.is_leaf()
-        self.run, self._reached, self._as_traced = run, reached, traced.held
-        pairs = list(zip(traced.held, traced.places, strict=True))
-        self._moving = [
-            (k, places[0].table, places[0].name, _state(t))
-            for k, (t, places) in enumerate(pairs)
-            if places
-        ]
-        self._fixed = [(t, _state(t)) for t, places in pairs if not places]
-        self._tied = [(p.table, p.name, places[0]) for _, places in pairs for p in places[1:]]
+        self.run, self._reached = run, reached
+        self._held = list(traced.held)
+        self._states = [_state(t) for t in traced.held]
+        self._at = [(t.data_ptr(), t.requires_grad) for t in traced.held]
+        self._places = [places[0] if places else None for places in traced.places]
+        self._tied = [(p.table, p.name, places[0]) for places in traced.places for p in places[1:]]
 
     def held(self) -> list[Tensor] | str:
         """What the function holds now, or what of it asks for another plan."""
         changed = self._reached.changed()
         if changed is not None:
             return changed
-        found = self._as_traced.copy()
-        for k, table, name, state in self._moving:
-            t = found[k] = table.get(name)
-            if t is None or _state(t) != state:
-                return f"the tensor {name}"
-        for t, state in self._fixed:
-            if _state(t) != state:
-                return "a tensor that func holds"
+        found, at = self._held, self._at
+        for k, place in enumerate(self._places):
+            t = found[k] if place is None else place.table.get(place.name)
+            # of the same tensor in the same memory, all else is the same
+            if t is found[k] and (t.data_ptr(), t.requires_grad) == at[k]:
+                continue
+            if t is None or _state(t) != self._states[k]:
+                return "a tensor that func holds" if place is None else f"the tensor {place.path}"
+            found[k], at[k] = t, (t.data_ptr(), t.requires_grad)
         for table, name, first in self._tied:
             if table.get(name) is not first.table.get(first.name):
                 return f"with which tensor {name} is one"
