@@ -85,7 +85,7 @@ def contend(
     Timing ends at `until`, on the clock of `time.perf_counter`, if `options.budget` lasts longer.
     """
     peers, left_out = peers_of(workload)
-    peers = [p for p in peers if p.name not in without]
+    peers = [p for p in peers if p.name not in without and (options.compile or not p.built)]
     entered = Field(workload, left_out, until)
     calls, facts, rejected = entered.calls, entered.facts, entered.rejected
     for peer in peers:
@@ -166,8 +166,8 @@ def ratios(w: Workload, table: timing.Rounds, facts: dict[str, Any]) -> dict[str
         ("jactri out=", "into out="),
         ("jactri compile", "compiled"),
         ("jactri compile out=", "compiled, into out="),
-        ("jactri static", "static"),
-        ("jactri static out=", "static, into out="),
+        ("jactri aot", "aot"),
+        ("jactri aot out=", "aot, into out="),
     ):
         if name in facts:
             found[f"best torch peer, {how}"] = against(best(*COUNTED), name)

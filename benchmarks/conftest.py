@@ -25,7 +25,9 @@ Run = Callable[[Workload, Peer], Callable[[], Any]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the switches."""
-    parser.addoption("--no-compile", action="store_true", help="benchmarks: no torch.compile peers")
+    parser.addoption(
+        "--no-compile", action="store_true", help="benchmarks: nothing of torch's compiler"
+    )
     with contextlib.suppress(ValueError):  # tests/conftest.py has it, and both can run together
         parser.addoption("--device", help="benchmarks: auto (a GPU where there is one), cpu, cuda")
 
@@ -69,7 +71,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for workload in metafunc.module.WORKLOADS:
         peers = peers_of(workload, device_of(metafunc.config).device)[0]
-        if not metafunc.config.getoption("--no-compile"):
+        if metafunc.config.getoption("--no-compile"):
+            peers = [p for p in peers if not p.built]
+        else:
             peers.append(compiled(preferred(workload)))
         cases += [pytest.param((workload, p), id=f"{workload.name}-{p.name}") for p in peers]
     metafunc.parametrize("case", cases)

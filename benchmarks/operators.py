@@ -151,19 +151,19 @@ def ours(w: Workload, net: nn.Module) -> Call:
     return lambda x: w.operator.jactri(net, x)
 
 
-def compiled(w: Workload, net: nn.Module, x: Tensor, static: bool = False) -> jactri.Compiled:
+def compiled(w: Workload, net: nn.Module, x: Tensor, engine: str = "inductor") -> jactri.Compiled:
     """`jactri.compile` of it, for inputs like ``x``."""
     lower = {"return_lower": True} if w.operator.lower else {}
-    return jactri.compile(net, x, of=w.operator.of, static=static, **lower)
+    return jactri.compile(net, x, of=w.operator.of, engine=engine, **lower)
 
 
-def ours_compiled(w: Workload, net: nn.Module, static: bool = False) -> Callable[..., Any]:
+def ours_compiled(w: Workload, net: nn.Module, engine: str = "inductor") -> Callable[..., Any]:
     """The same, compiled at the first call."""
     made: list[jactri.Compiled] = []
 
     def call(x: Tensor, **options: Any) -> Any:
         if not made:
-            made.append(compiled(w, net, x, static))
+            made.append(compiled(w, net, x, engine))
         return made[0](x, **options)
 
     return call
@@ -186,9 +186,9 @@ def parameters_out(w: Workload, net: nn.Module) -> Call:
     return into_kept(lambda x, out=None: jactri.parameter_jacobian(net, x).dense(out))
 
 
-def parameters_compiled_out(w: Workload, net: nn.Module, static: bool = False) -> Call:
+def parameters_compiled_out(w: Workload, net: nn.Module, engine: str = "inductor") -> Call:
     """Both."""
-    return into_kept(ours_compiled(w, net, static))
+    return into_kept(ours_compiled(w, net, engine))
 
 
 def _scalar(net: nn.Module) -> Callable[[Tensor], Tensor]:

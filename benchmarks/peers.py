@@ -44,6 +44,7 @@ class Peer:
     mode: str = ""  # "forward" or "reverse" where it is fixed
     func: bool = False  # built of torch.func alone, so torch.compile takes it whole
     only: tuple[str, ...] = ()  # the workloads it is written for
+    built: bool = False  # of ours, by torch's compiler, which takes long
 
     def left_out(self, w: Workload) -> str:
         """Why this peer is not run on a workload, or "" if it is."""
@@ -89,12 +90,12 @@ def _jactri_out(w: Workload, net: nn.Module) -> Call:
     return call
 
 
-def _jactri_compile(w: Workload, net: nn.Module, static: bool = False) -> Call:
+def _jactri_compile(w: Workload, net: nn.Module, engine: str = "inductor") -> Call:
     made: list[Call] = []
 
     def call(x: Tensor) -> Tensor:
         if not made:
-            made.append(jactri.compile(net, x, per_sample=True, static=static))
+            made.append(jactri.compile(net, x, per_sample=True, engine=engine))
         return made[0](x)
 
     return call
@@ -215,8 +216,8 @@ def _channels_last(w: Workload, net: nn.Module) -> Call:
 
 JACTRI = Peer("jactri", "jactri", _jactri)
 JACTRI_OUT = Peer("jactri out=", "jactri", _jactri_out)
-JACTRI_COMPILE = Peer("jactri compile", "jactri", _jactri_compile)
-JACTRI_STATIC = Peer("jactri static", "jactri", partial(_jactri_compile, static=True))
+JACTRI_COMPILE = Peer("jactri compile", "jactri", _jactri_compile, built=True)
+JACTRI_AOT = Peer("jactri aot", "jactri", partial(_jactri_compile, engine="aot"), built=True)
 FORWARD = Peer("forward pass", "reference", _forward)
 
 TORCH = (
@@ -242,7 +243,7 @@ EXPERT = (
 OVERHEAD = (
     JACTRI,
     JACTRI_COMPILE,
-    JACTRI_STATIC,
+    JACTRI_AOT,
     Peer("jactri drop-in call", "jactri", _dropin(jactri.jacobian)),
     Peer("vmap(jacrev)", "torch", _per_sample(jacrev), "reverse", func=True),
     Peer("functional loop", "torch", _dropin(torch.autograd.functional.jacobian), "reverse"),
@@ -250,8 +251,8 @@ OVERHEAD = (
 )
 OWN = (
     Peer("jactri", "jactri", operators.ours),
-    Peer("jactri compile", "jactri", operators.ours_compiled),
-    Peer("jactri static", "jactri", partial(operators.ours_compiled, static=True)),
+    Peer("jactri compile", "jactri", operators.ours_compiled, built=True),
+    Peer("jactri aot", "jactri", partial(operators.ours_compiled, engine="aot"), built=True),
 )
 BY_OPERATOR = {
     operators.LAPLACIAN: (
@@ -271,9 +272,12 @@ BY_OPERATOR = {
     operators.PARAMETERS: (
         *OWN,
         Peer("jactri out=", "jactri", operators.parameters_out),
-        Peer("jactri compile out=", "jactri", operators.parameters_compiled_out),
+        Peer("jactri compile out=", "jactri", operators.parameters_compiled_out, built=True),
         Peer(
-            "jactri static out=", "jactri", partial(operators.parameters_compiled_out, static=True)
+            "jactri aot out=",
+            "jactri",
+            partial(operators.parameters_compiled_out, engine="aot"),
+            built=True,
         ),
         Peer("vmap(jacrev)", "torch", operators.parameters_by_func, func=True),
     ),
@@ -332,10 +336,7 @@ def peers_of(w: Workload, device: torch.device = CPU) -> tuple[list[Peer], dict[
         pool: tuple[Peer, ...] = (JACTRI, *TORCH_FULL, *(JAX_FULL if jax else ()))
     else:
         own = (JACTRI, JACTRI_OUT)
-        if w.samples == 1:
-            own += (JACTRI_COMPILE,)
-        if w.name != "square":  # a recording would hold several times its answer
-            own += (JACTRI_STATIC,)
+        own += (JACTRI_COMPILE, JACTRI_AOT)
         pool = (*own, *TORCH, *(p for p in EXPERT if w.name in p.only))
         if jax:
             pool += JAX + (JAX_MAP if w.samples > PIECE else ())

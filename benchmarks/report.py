@@ -20,8 +20,8 @@ def table(measured: dict) -> str:
     return {"gpu": _gpu, "scaling": _scaling}.get(measured.get("kind"), _cpu)(measured)
 
 
-WAYS = ("", ", compiled", ", static")
-"""How jactri is called: `jacobian` and the like, `compile`, and ``compile(static=True)``."""
+WAYS = ("", ", compiled", ", aot")
+"""How jactri is called: `jacobian` and the like, `compile`, and ``compile(engine="aot")``."""
 
 
 def _cpu(measured: dict) -> str:
@@ -32,8 +32,8 @@ def _cpu(measured: dict) -> str:
         f"{machine['date']}; milliseconds, medians of interleaved calls (o: into `out=`); ratios to the best torch "
         "peer, paired round by round.",
         "",
-        "| workload | answer | jactri | `compile` | `static=True` "
-        "| best torch peer | ratio | `compile` | `static=True` |",
+        '| workload | answer | jactri | `compile` | `"aot"` '
+        '| best torch peer | ratio | `compile` | `"aot"` |',
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in measured["results"]:

@@ -197,7 +197,7 @@ def is_png(path):
 
 def test_the_table_has_the_ways_to_call_jactri(reported):
     first = row("first", 10**9, 10**6, 12, 30)
-    ways = {"out=": ("into out=", 10), "compile": ("compiled", 5), "static": ("static", 3)}
+    ways = {"out=": ("into out=", 10), "compile": ("compiled", 5), "aot": ("aot", 3)}
     for name, (how, ms) in ways.items():
         name = f"jactri {name}"
         first["contenders"][name] = fact(ms, "jactri")
@@ -398,7 +398,7 @@ def test_pytest_benchmarks(tmp_path):
     measured = json.loads(path.read_text())
     assert "node" not in measured["machine_info"]
     infos = [b["extra_info"] for b in measured["benchmarks"]]
-    assert len(infos) == 4  # jactri, out=, compile and static
+    assert len(infos) == 2  # jactri and out=
     for info in infos:
         assert info["device"] == "cpu" and info["error"] <= checks.TOLERANCE
         assert {

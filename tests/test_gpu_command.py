@@ -557,7 +557,7 @@ def test_limits(found, tmp_path, monkeypatch):
 
 def test_the_report_takes_all_files_by_default(capsys, tmp_path):
     assert report.main(["--plot", str(tmp_path / "all.png")]) == 0
-    assert "| workload | answer | jactri | `compile` | `static=True` |" in capsys.readouterr().out
+    assert '| workload | answer | jactri | `compile` | `"aot"` |' in capsys.readouterr().out
     assert (tmp_path / "all.png").exists()
 
 
