@@ -94,7 +94,8 @@ def _inside(found: Any) -> list[Any] | None:
     if isinstance(found, types.MethodType):
         return [found.__self__, found.__func__]
     if isinstance(found, types.FunctionType):
-        return [] if found.__module__.split(".")[0] == "torch" else _of_function(found)
+        library = (found.__module__ or "").split(".")[0] in ("torch", "jactri")
+        return [] if library else _of_function(found)
     if isinstance(found, dict):
         return list(found.values()) if len(found) <= _FEW else []
     if isinstance(found, (list, tuple)):
