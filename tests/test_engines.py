@@ -1,0 +1,129 @@
+"""What runs a traced call: Inductor's code and AOTInductor packages give the answers of the ordinary call."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from common import seeded
+from tolerances import assert_same_tree
+from torch import nn
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+import jactri
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(1, 3, 3, padding=1), nn.GELU(), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 4)
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def potential():
+    return nn.Sequential(seeded(4, 9, 1, dtype=torch.float32), nn.Flatten(0))
+
+
+CALLS = {
+    "jacobian": (jactri.jacobian, network, (3, 1, 4), {"per_sample": True}),
+    "attention": (jactri.jacobian, Attention, (2, 3, 8), {"per_sample": True}),
+    "laplacian": (jactri.laplacian, potential, (5, 4), {}),
+    "parameters": (jactri.parameter_jacobian, lambda: seeded(4, 9, 3, dtype=torch.float32), (5, 4), {}),
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("engine", ["inductor", "aot"])
+@pytest.mark.parametrize("name", CALLS)
+def test_answers(name, engine):
+    of, make, shape, options = CALLS[name]
+    net = make().eval()
+    compiled = jactri.compile(net, torch.randn(shape), of=of, engine=engine, **options)
+    assert compiled.graph is not None and compiled.engine == engine
+    assert compiled.seconds[1] > 0 and f"{engine} runs" in repr(compiled)
+    for _ in range(2):
+        x = torch.randn(shape)
+        want = of(net, x, **options)
+        want = want.dense() if of is jactri.parameter_jacobian else want
+        assert_same_tree(compiled(x), want, torch.float32, length=200)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1.2)
+    assert compiled.traces == 1
+
+
+@needs_compiler
+def test_a_training_step():
+    net = seeded(4, 9, 4, dtype=torch.float32)
+
+    def penalty(x):
+        J = jactri.jacobian(net, x, per_sample=True, create_graph=True)
+        return net(x).square().mean() + J.square().mean()
+
+    compiled = jactri.compile(penalty, torch.randn(5, 4), of=None)
+    x = torch.randn(5, 4)
+    want = torch.autograd.grad(penalty(x), list(net.parameters()))
+    compiled(x).backward()
+    for p, g in zip(net.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@needs_compiler
+def test_into_memory_of_the_caller():
+    net = seeded(6, 9, 4, dtype=torch.float32)
+    compiled = jactri.compile(net, torch.randn(5, 6), per_sample=True)
+    out = torch.empty(6, 4, 5).permute(2, 1, 0)
+    for _ in range(3):
+        x = torch.randn(5, 6)
+        assert compiled(x, out=out) is out
+        torch.testing.assert_close(out, jactri.jacobian(net, x, per_sample=True))
+    assert compiled.graph is not None
+
+
+@needs_compiler
+def test_threads_share_a_package():
+    net = seeded(6, 9, 4, dtype=torch.float32)
+    compiled = jactri.compile(net, torch.randn(5, 6), per_sample=True, engine="aot")
+    wrong = []
+
+    def work(seed):
+        gen = torch.Generator().manual_seed(seed)
+        for _ in range(20):
+            x = torch.randn(5, 6, generator=gen)
+            if not torch.allclose(compiled(x), jactri.jacobian(net, x, per_sample=True), atol=1e-5):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("engine", ["inductor", "aot"])
+def test_without_a_compiler(engine, monkeypatch):
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    net, x = seeded(6, 9, 4), torch.randn(5, 6, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=r"needs a C\+\+ compiler.*install g\+\+ or clang"):
+        compiled = jactri.compile(net, x, engine=engine)
+    assert compiled.engine == "fx"
+    torch.testing.assert_close(compiled(x + 1), jactri.jacobian(net, x + 1))
