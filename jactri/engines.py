@@ -6,6 +6,7 @@ to the list of the graph's results.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
+
+_log = logging.getLogger("jactri")
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -48,9 +51,21 @@ def usable(engine: str, inputs: Any) -> str:
 
 
 def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Run:
-    """The graph as an engine runs it, without a derivative."""
-    with torch.no_grad():
-        return _BUILD[engine](graph, [t.detach() for t in like])
+    """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about torch's code
+        given = [t.detach() for t in like]
+        if engine == "fx":
+            return _fx(graph, given)
+        from torch._inductor.exc import InductorError
+
+        try:
+            return _BUILD[engine](graph, given)
+        except InductorError as error:
+            _log.warning(
+                "engine=%r cannot compile the graph, which runs as it is: %s", engine, error
+            )
+            return _fx(graph, given)
 
 
 def _fx(graph: fx.GraphModule, like: list[Tensor]) -> Run:
