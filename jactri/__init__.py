@@ -6,6 +6,7 @@ from .check import CheckReport, JacobianMismatch, check
 from .compiled import Compiled, compile
 from .custom import Rule, rule
 from .entries import Banded
+from .exported import export
 from .finite_difference import finite_difference
 from .opaque import FallbackError, fallback
 from .operators.diagonal import diagonal
@@ -43,6 +44,7 @@ __all__ = [
     "divergence",
     "empirical_ntk",
     "explain",
+    "export",
     "fallback",
     "finite_difference",
     "func",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
@@ -12,22 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._C import _is_any_autocast_enabled
-from torch.nn import Parameter
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import engines, handover
-from . import func as transforms
+from . import calls, engines, handover
 from .api import jacobian
 from .joint import differentiable, joint
-from .operators.diagonal import diagonal
-from .operators.divergence import divergence
-from .operators.gradient import gradient
-from .operators.gram import jjt, jtj
-from .operators.laplacian import bilaplacian, laplacian
-from .operators.ntk import empirical_ntk
-from .operators.parameters import parameter_jacobian
-from .operators.vectors import jvp, vjp
 from .reached import Reached
 from .running import public
 from .traced import Traced, Untraceable, trace
@@ -36,27 +25,6 @@ _log = logging.getLogger("jactri")
 
 _KEPT = 8
 """Signatures whose plans are kept."""
-
-_PLAIN = (Tensor, Parameter)
-
-_OF_TUPLES = (jacobian, jtj, jjt, parameter_jacobian)
-"""Calls that take several inputs as one tuple."""
-
-_OF_FUNCTIONS = (transforms.jacrev, transforms.jacfwd, transforms.hessian)
-"""Calls that take a function and give one."""
-
-_TAKEN = {
-    gradient: (1, 1), divergence: (1, 1), laplacian: (1, 1), bilaplacian: (1, 1), diagonal: (1, 1),
-    empirical_ntk: (1, 2), jvp: (2, 2), vjp: (2, 2),
-}  # fmt: skip
-"""How many inputs the other calls take."""
-
-_CALLS = (*_OF_TUPLES, *_TAKEN, *_OF_FUNCTIONS)
-
-_NOT_TAKEN = frozenset({"progress", "resume", "layout", "strict", "vectorize", "estimate", "out"})
-"""Options that are for one long call, or that a trace cannot have."""
-
-_TAKE_OUT = (jacobian, parameter_jacobian)
 
 _TOLERANCE = {
     torch.float64: 1e-8,
@@ -125,10 +93,10 @@ class Compiled:
     def __init__(self, of, func, engine: str, options: dict[str, Any]):
         self.func, self.of, self.engine = func, of, engine
         self.traces, self.seconds = 0, (0.0, 0.0)
-        self._name = "func" if of is None else of.__name__
-        self._options, self._call = options, _call(of, func, options)
+        self._name = calls.name(of)
+        self._options, self._call = options, calls.ordinary(of, func, options)
         self._create_graph = bool(options.get("create_graph"))
-        self._as_func = of is None or of in _OF_FUNCTIONS  # in grad mode, with a graph
+        self._as_func = of is None or of in calls.OF_FUNCTIONS  # in grad mode, with a graph
         self._plans: dict[tuple, Plan | Eager] = {}
         self._lock = threading.RLock()
         self._last: Plan | Eager | None = None
@@ -194,17 +162,12 @@ class Compiled:
         return (*answer, out) if self._options.get("return_output") else out
 
     def _signature(self, flat: list[Any]) -> tuple:
-        for x in flat:
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"the inputs of a compiled {self._name} must be tensors, got {type(x)}; fix other arguments by a "
-                    "lambda or functools.partial"
-                )
+        calls.check_tensors(flat, f"a compiled {self._name}")
         return tuple([(x.__class__, x.shape, x.stride(), x.dtype, x.device) for x in flat])
 
     def _checked(self, out: Any) -> tuple:
         """What a plan for ``out`` is for. Raises TypeError for what cannot be written to."""
-        if self.of not in _TAKE_OUT:
+        if self.of not in calls.TAKE_OUT:
             raise TypeError(f"a compiled {self._name} takes no out=")
         flat, nested = tree_flatten(out)
         for t in flat:
@@ -216,7 +179,7 @@ class Compiled:
 
     def _planned(self, key, inputs, flat, nested, out, changed: str) -> Any:
         """The answer of an ordinary call, and a plan for calls like it."""
-        _check_count(self.of, len(inputs))
+        calls.check_count(self.of, len(inputs))
         with self._lock:
             answer = self._call(inputs, out)
             self._last = plan = self._plan(flat, nested, out, answer)
@@ -244,9 +207,6 @@ class Compiled:
         start = time.perf_counter()
         reached, both = Reached(self.func, self._options), None
         try:
-            for x in flat:
-                if x.__class__ not in _PLAIN:
-                    raise Untraceable(f"an input is of {type(x)}")
             traced = trace(call, flat, written, reached)
             if any(t.requires_grad for t in tree_leaves(answer)):
                 both = joint(call, traced, flat, reached)
@@ -310,44 +270,6 @@ def _autocast() -> tuple:
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
-def _call(of, func, options) -> Callable[[Sequence[Any], Any], Any]:
-    """The ordinary call, as a function of its inputs and ``out``."""
-    if of is None:
-        return lambda xs, out: func(*xs)
-    if of in _OF_FUNCTIONS:
-        made = of(func, **options)
-        return lambda xs, out: made(*xs)
-    if of is parameter_jacobian:
-        return lambda xs, out: of(func, _one(xs), **options).dense(out)
-    if of is jacobian:
-        return lambda xs, out: of(func, _one(xs), out=out, **options)
-    if of in _OF_TUPLES:
-        return lambda xs, out: of(func, _one(xs), **options)
-    return lambda xs, out: of(func, *xs, **options)
-
-
-def _one(xs: Sequence[Any]) -> Any:
-    return xs[0] if len(xs) == 1 else tuple(xs)
-
-
-def _check_count(of, count: int) -> None:
-    least, most = _TAKEN.get(of, (1, count))
-    if not least <= count <= most:
-        takes = {(1, 1): "one tensor", (1, 2): "x1 and x2", (2, 2): "inputs and a vector"}[
-            least, most
-        ]
-        raise TypeError(f"{of.__name__} takes {takes}, got {count} example_inputs")
-
-
-def _taken(of) -> list[str]:
-    """The options of a call that a compiled one has."""
-    if of is None:
-        return []
-    known = inspect.signature(of).parameters.values()
-    inputs = ("func", "module", "inputs", "x", "x1", "x2", "tangents", "cotangents")
-    return [p.name for p in known if p.name not in (*_NOT_TAKEN, *inputs)]
-
-
 def compile(
     func: Callable[..., Any],
     *example_inputs: Any,
@@ -395,22 +317,11 @@ def compile(
         >>> step = jactri.compile(net, x, per_sample=True)
         >>> jac = step(x)
     """
-    if of is not None and of not in _CALLS:
-        names = ", ".join(f"jactri.{f.__name__}" for f in _CALLS)
-        raise TypeError(f"of must be one of {names}, or None for func itself, got {of!r}")
     if "static" in options:
         raise TypeError(
             "compile takes no 'static': every compiled call is; engine= chooses what runs it"
         )
-    known = _taken(of)
-    wrong = [name for name in options if name not in known]
-    if wrong:
-        name = "func itself" if of is None else of.__name__
-        raise TypeError(
-            f"compile of {name} takes no {', '.join(map(repr, wrong))}; its options are {', '.join(known)}"
-        )
-    if not example_inputs:
-        raise IndexError("example_inputs is empty: pass the tensors that func takes")
+    calls.check("compile", of, options, example_inputs)
     made = Compiled(of, func, engines.usable(engine, example_inputs), options)
     made(*example_inputs)
     return made

@@ -6,6 +6,7 @@ to the list of the graph's results.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 _log = logging.getLogger("jactri")
@@ -27,33 +28,49 @@ OPTIONS = {"fallback_random": True}
 """Of Inductor: random numbers are those of an eager call."""
 
 
-def usable(engine: str, inputs: Any) -> str:
-    """The engine that is asked for, or ``"fx"``, with a warning, where it needs a C++ compiler that is not there."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
-    on_cpu = all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor))
-    if engine == "fx" or not on_cpu:
-        return engine
+NO_COMPILER = (
+    "needs a C++ compiler, and there is none here: install g++ or clang, or name one by CXX"
+)
+
+
+def has_compiler() -> bool:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        warnings.warn(
-            f"engine={engine!r} needs a C++ compiler, and there is none here: install g++ or clang, or name one by "
-            "CXX. The traced graph runs as it is, as engine='fx' does",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return "fx"
-    return engine
+        return False
+    return True
+
+
+def usable(engine: str, inputs: Any) -> str:
+    """The engine that is asked for, or ``"fx"``, with a warning, where it needs a C++ compiler that is not there."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+    on_cpu = all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    # of a package, what calls the kernels is C++ too
+    if engine == "fx" or (engine == "inductor" and not on_cpu) or has_compiler():
+        return engine
+    warnings.warn(
+        f"engine={engine!r} {NO_COMPILER}. The traced graph runs as it is, as engine='fx' does",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "fx"
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the compiler's own warnings, about torch's code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Run:
     """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own, about torch's code
+    with torch.no_grad(), quiet():
         given = [t.detach() for t in like]
         if engine == "fx":
             return _fx(graph, given)
@@ -94,15 +111,15 @@ def _aot(graph: fx.GraphModule, like: list[Tensor]) -> Run:
     from torch._inductor import aoti_load_package
 
     with tempfile.TemporaryDirectory() as folder:
-        loaded = aoti_load_package(package(graph, like, os.path.join(folder, "call.pt2")))
+        loaded = aoti_load_package(package(graph, tuple(like), os.path.join(folder, "call.pt2")))
     return loaded.loader.boxed_run
 
 
-def package(graph: fx.GraphModule, like: list[Tensor], path: str) -> str:
-    """Write the graph as an AOTInductor package."""
+def package(module: nn.Module, examples: tuple, path: str) -> str:
+    """Write a module of plain ops as an AOTInductor package; the path."""
     from torch._inductor import aoti_compile_and_package
 
-    program = torch.export.export(graph, tuple(like), strict=False)
+    program = torch.export.export(module, examples, strict=False)
     return aoti_compile_and_package(program, package_path=path, inductor_configs=OPTIONS)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
@@ -18,6 +19,8 @@ from .reached import Place, Reached
 from .tracing import of_others
 
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
+
+_PLAIN = (Tensor, Parameter)
 
 _DETACH = torch.ops.aten.detach.default
 
@@ -53,6 +56,9 @@ def trace(
     for m in reached.modules:
         if any(c.__module__.startswith(_DISTRIBUTED) for c in type(m).__mro__):
             raise Untraceable(f"{type(m).__name__} distributes its weights")
+    for x in inputs:
+        if x.__class__ not in _PLAIN:
+            raise Untraceable(f"an input is of {type(x)}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # of views, since what is one tensor now may be two later
     fakes = [mode.from_tensor(t.detach()) for t in (*inputs, *written)]
