@@ -3,7 +3,7 @@
 A small network learns one time step from simulated transitions. The filter (Anderson and Moore 1979, ch. 8.2) carries
 a state and its covariance P through it: P goes to F P F' + Q with F the Jacobian of the learned step, and each sighting
 is weighed by H, the Jacobian of the camera. Both are needed anew at every step, at one state: what ``jactri.compile``
-is for.
+is for. The same filter without Python, in C++: examples/cpp.
 """
 
 from __future__ import annotations
@@ -152,11 +152,11 @@ def simulate(count: int) -> tuple[Tensor, Tensor]:
     return truth, tip(truth) + BLUR * torch.randn(truth.shape, dtype=truth.dtype)
 
 
-def linearised(how: str, func: Callable[[Tensor], Tensor]) -> Linearised:
-    """``func`` with its Jacobian, by one of three ways."""
+def linearised(how: str, func: Callable[[Tensor], Tensor], engine: str = "fx") -> Linearised:
+    """``func`` with its Jacobian, by one of three ways; ``engine``: of ``jactri.compile``."""
     if how == "jactri.compile":
         first = torch.zeros(1, 2, dtype=torch.float64)
-        return jactri.compile(func, first, per_sample=True, return_output=True, static=True)
+        return jactri.compile(func, first, per_sample=True, return_output=True, engine=engine)
     if how == "jactri.jacobian":
         return lambda state: jactri.jacobian(func, state, per_sample=True, return_output=True)
 
@@ -179,7 +179,8 @@ def run(quick: bool) -> Found:
     truth, sightings = simulate(100 if quick else 300)
     first = START + DOUBT * torch.randn(2, dtype=torch.float64)
     found, spent = {}, {way: [] for way in WAYS}
-    filters = {way: (linearised(way, net), linearised(way, tip)) for way in WAYS}
+    engine = "fx" if quick else "aot"  # which compiles for some seconds, and calls no Python
+    filters = {way: tuple(linearised(way, func, engine) for func in (net, tip)) for way in WAYS}
     for _ in range(2 if quick else 7):  # in turns, so that a busy machine slows all alike
         for way, (move, see) in filters.items():
             begun = time.perf_counter()
