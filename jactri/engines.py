@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._pytree import tree_leaves
 
 _log = logging.getLogger("jactri")
@@ -70,7 +71,7 @@ def quiet():
 
 def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Run:
     """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails."""
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), _DisableAutocast(), quiet():
         given = [t.detach() for t in like]
         if engine == "fx":
             return _fx(graph, given)
@@ -104,6 +105,18 @@ def _without_grad(made: Callable[..., Sequence[Tensor]]) -> Run:
         with torch.no_grad():
             return made(*tensors)
 
+    return _without_autocast(run)
+
+
+def _without_autocast(made: Run) -> Run:
+    """Autocast's conversions are ops of the graph already."""
+
+    def run(tensors):
+        if not _is_any_autocast_enabled():
+            return made(tensors)
+        with _DisableAutocast():
+            return made(tensors)
+
     return run
 
 
@@ -112,7 +125,7 @@ def _aot(graph: fx.GraphModule, like: list[Tensor]) -> Run:
 
     with tempfile.TemporaryDirectory() as folder:
         loaded = aoti_load_package(package(graph, tuple(like), os.path.join(folder, "call.pt2")))
-    return loaded.loader.boxed_run
+    return _without_autocast(loaded.loader.boxed_run)
 
 
 def package(module: nn.Module, examples: tuple, path: str) -> str:

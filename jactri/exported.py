@@ -104,7 +104,7 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
     except Untraceable as reason:
         raise RuntimeError(
             f"jactri.export of {calls.name(of)}: the call cannot be one graph: {reason}. In func, read no values in "
-            "Python (a branch on a tensor is torch.where), draw no random numbers (take them as an input), write to no "
+            "Python (a branch or a mask is torch.where), draw no random numbers (take them as an input), write to no "
             "tensor but its own; per_sample=True tells that samples do not mix"
         ) from reason
     for what, spec in (("an input", nested), ("the answer", traced.spec)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx
+from torch._C import _DisableAutocast
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -56,7 +57,8 @@ def joint(
         grads = [None] * len(sources)
         if wanted:
             some = [ys[k] for k in wanted]
-            grads = torch.autograd.grad(some, sources, cotangents, allow_unused=True)
+            with _DisableAutocast():  # of a backward, which is called outside of it
+                grads = torch.autograd.grad(some, sources, cotangents, allow_unused=True)
         made["differentiated"] = wanted
         made["sources"] = [k for k, g in enumerate(grads) if g is not None]
         return *[y.detach() for y in ys], *[g for g in grads if g is not None]
@@ -96,7 +98,7 @@ def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.Gra
     like = [_real([values[n]])[0] for n in own]
     like += list(traced.held)
     like += [_real([values[n]])[0] for n in cotangents]
-    with torch.no_grad():
+    with torch.no_grad(), _DisableAutocast():
         graph = make_fx(ordered, tracing_mode="fake")(*[mode.from_tensor(t.detach()) for t in like])
     graph.graph.eliminate_dead_code()
     for k, node in enumerate([n for n in graph.graph.nodes if n.op == "placeholder"]):

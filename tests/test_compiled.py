@@ -310,6 +310,32 @@ def test_autocast_is_a_part_of_the_signature():
     assert compiled.traces == 2
 
 
+@pytest.mark.parametrize("of", [None, jactri.jacobian])
+def test_a_part_outside_of_autocast_keeps_its_precision(of):
+    """A graph that runs, or is differentiated, where autocast is on converts nothing by itself."""
+    first, last = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def func(x):
+        with torch.autocast("cpu", enabled=False):
+            return last(first(x.float()).tanh())
+
+    x = torch.randn(5, 6)
+    options = {} if of is None else {"create_graph": True}
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = compile(func, x, of=of, **options)
+        assert compiled.graph is not None
+        got, want = (
+            compiled(x),
+            func(x) if of is None else jactri.jacobian(func, x, create_graph=True),
+        )
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    weights = [first.weight, last.weight]
+    grads = torch.autograd.grad(got.square().sum(), weights)
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(want.square().sum(), weights), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("engine", ["fx"])
 def test_inference_and_no_grad_modes(engine):
     net = seeded(6, 9, 4)
