@@ -1,5 +1,6 @@
 """`jactri.export`: packages that answer as the ordinary call does, in another process, and from C++."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -133,34 +134,35 @@ def test_the_cpp_example_filters_as_python_does(made):
 class Dynamics(nn.Module):
     def __init__(self):
         super().__init__()
-        self.net = seeded(3, 5, 2)
-        self.register_buffer("mean", torch.tensor([0.5, -1.0], dtype=F64))
+        self.net = seeded(3, 5, 2, dtype=torch.float32)
+        self.register_buffer("mean", torch.tensor([0.5, -1.0]))
 
     def forward(self, given):
-        moved = self.net(torch.cat([given["x"], given["u"]], -1)) + self.mean
+        with torch.autocast("cpu", enabled=False):
+            moved = self.net(torch.cat([given["x"], given["u"]], -1)) + self.mean
         return {"next": moved, "more": (given["x"].square().sum(-1),), "mean": self.mean}
 
 
 @needs_compiler
 def test_nested_inputs_and_answers(tmp_path):
-    """Dictionaries in and out, views of other strides, autocast at the time of the export, and a constant answer."""
+    """Dictionaries in and out, views, a constant answer; autocast at the time of the export, but not for the net."""
     net = Dynamics()
 
     def draw():
-        x = torch.randn(2, 4, dtype=F64).t()
-        return {"x": x, "u": torch.randn(4, 1, dtype=F64)}
+        return {"x": torch.randn(2, 4).t(), "u": torch.randn(4, 1)}
 
-    def of_both(given):
+    def both(given):
         return jactri.func.jacrev(net)(given), net(given)
 
     path = tmp_path / "both.pt2"
     with torch.autocast("cpu", torch.bfloat16):
-        assert jactri.export(of_both, draw(), of=None, path=path) == str(path)
+        assert jactri.export(both, draw(), of=None, path=path) == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["both.pt2"]
     step = torch._inductor.aoti_load_package(str(path))
     given = draw()
     J, y = step(given)
-    torch.testing.assert_close(y, tree_map(torch.Tensor.detach, net(given)), rtol=1e-12, atol=1e-13)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(y, tree_map(torch.Tensor.detach, net(given)))
     for name in given:
 
         def alone(t, name=name):
@@ -168,8 +170,8 @@ def test_nested_inputs_and_answers(tmp_path):
             return out["next"], out["more"][0]
 
         moved, more = torch.autograd.functional.jacobian(alone, given[name])
-        torch.testing.assert_close(J["next"][name], moved, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(J["more"][0][name], more, rtol=1e-12, atol=1e-13)
+        close(J["next"][name], moved)
+        close(J["more"][0][name], more)
         assert not J["mean"][name].any()
     net.mean.zero_()
     assert step(given)[1]["mean"].any()
