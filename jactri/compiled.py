@@ -76,10 +76,10 @@ def _state(t: Tensor) -> tuple:
 
 
 class Eager:
-    """An ordinary call each time, and why."""
+    """An ordinary call each time, and why; until the modules change."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    def __init__(self, reason: str, reached: Reached):
+        self.reason, self.changed = reason, reached.changed
 
 
 class Compiled:
@@ -148,9 +148,14 @@ class Compiled:
                 f"a compiled {self._name} cannot run inside of a torch.func transform; call {call} there"
             )
         plan = self._plans.get(key)
-        if plan.__class__ is Eager:
-            return self._call(inputs, out)
-        held = "the shapes, strides, dtypes, devices or modes" if plan is None else plan.held()
+        if plan is None:
+            held = "the shapes, strides, dtypes, devices or modes"
+        elif plan.__class__ is Eager:
+            held = plan.changed()
+            if held is None:
+                return self._call(inputs, out)
+        else:
+            held = plan.held()
         if held.__class__ is str:
             return self._planned(key, inputs, flat, nested, out, held)
         found = plan.run([*flat, *(() if out is None else tree_leaves(out)), *held])
@@ -212,11 +217,11 @@ class Compiled:
                 both = joint(call, traced, flat, reached)
         except Untraceable as reason:
             _log.info("compiled %s runs eagerly: %s", self._name, reason)
-            return Eager(str(reason))
+            return Eager(str(reason), reached)
         middle = time.perf_counter()
         given = [*flat, *written, *traced.held]
         if both is None:
-            run = engines.build(self.engine, traced.graph, given)
+            run = _detached(engines.build(self.engine, traced.graph, given), traced)
         else:
             run = differentiable(both, self.engine, given)
         self.seconds = middle - start, time.perf_counter() - middle
@@ -225,7 +230,7 @@ class Compiled:
         off = apart([*found, *again], tree_leaves(answer))
         if off is not None:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
-            return Eager(off)
+            return Eager(off, reached)
         return Plan(traced, reached, run)
 
     def verify(self, *inputs: Any) -> float:
@@ -238,6 +243,21 @@ class Compiled:
         if off is not None:
             raise RuntimeError(f"the compiled {self._name} is not the ordinary one: {off}")
         return max(map(relative, got, want), default=0.0)
+
+
+def _detached(run: engines.Run, traced: Traced) -> engines.Run:
+    """Without the graphs of tensors that it returns as it was given them."""
+    given = [k for k, n in enumerate(traced.results) if n.op == "placeholder"]
+    if not given:
+        return run
+
+    def detached(tensors):
+        found = list(run(tensors))
+        for k in given:
+            found[k] = found[k].detach()
+        return found
+
+    return detached
 
 
 def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:

@@ -45,11 +45,14 @@ def joint(
     """
     needed = [t.requires_grad for t in inputs]
     weights = [t for t in traced.held if t.requires_grad]
+    hooked = [w for w in weights if w._backward_hooks]
+    if hooked:  # it would run in the trace, and again in each backward
+        raise Untraceable(f"{reached.called(hooked[0])} has a hook")
     outs = [n.meta["val"] for n in traced.results]
     made: dict[str, list[int]] = {}
 
     def both(*given):
-        xs = [t.detach().requires_grad_(r) for t, r in zip(given, needed, strict=False)]
+        xs = given[: len(needed)]
         ys = tree_leaves(call(*xs))
         wanted = [k for k, y in enumerate(ys) if y.requires_grad]
         sources = [x for x in xs if x.requires_grad] + weights
@@ -108,6 +111,16 @@ def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.Gra
     return graph
 
 
+def _each_its_own(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What is one tensor as several, in the same memory: one may have a gradient, the other not."""
+    seen: set[int] = set()
+    own = []
+    for t in tensors:
+        own.append(t.detach() if id(t) in seen else t)
+        seen.add(id(t))
+    return tuple(own)
+
+
 def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
     """A function of the tensors of a call's graph that autograd can differentiate, once."""
     forward = build(engine, made.forward, like)
@@ -120,7 +133,7 @@ def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
         @staticmethod
         def forward(ctx, *tensors):
             found = forward(list(tensors))
-            answer = tuple(found[: made.results])
+            answer = _each_its_own(found[: made.results])
             ctx.save_for_backward(*found[made.results :])
             ctx.mark_non_differentiable(*(answer[k] for k in constants))
             return answer

@@ -1,4 +1,5 @@
-"""What a function reaches through modules: the tensors that a compiled call looks up again each time.
+"""What a function reaches: the tensors of modules, which a compiled call looks up again each time, and what a trace may
+leave its own tensors in.
 
 Modules are those that the function is, is bound to, closes over, names among its globals, or is a partial of; also
 inside of lists, tuples, dictionaries and objects there. A `Place` is where a module holds a tensor.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ _NOT_LOOKED_INTO = (
 
 
 class Place(NamedTuple):
-    """Where a module holds a tensor: one of its own dictionaries, and the name there."""
+    """Where a module holds a tensor, also as a plain attribute: one of its own dictionaries, and the name there."""
 
     table: dict[str, Tensor | None]
     name: str
@@ -35,22 +36,64 @@ class Reached:
     """The modules that ``func`` and ``options`` reach, as they were when this was made."""
 
     def __init__(self, func: Any, options: Any = ()):
-        self.roots = list(_modules((func, options), set()))
+        self.roots = [m for m in _walk((func, options)) if isinstance(m, nn.Module)]
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         self._modes = [(m, m.training) for m in self.modules]
         self._children = [
             (m._modules, name, child) for m in self.modules for name, child in m._modules.items()
         ]
+        self._counts = [(m._modules, len(m._modules)) for m in self.modules]
+        self._empty = [
+            (table, name)
+            for m in self.modules
+            for table in (m._parameters, m._buffers)
+            for name, t in table.items()
+            if t is None
+        ]
         self.places: dict[int, list[Place]] = {}
         self.tensors: dict[int, Tensor] = {}
         for root in self.roots:
             for prefix, m in root.named_modules():
-                for table in (m._parameters, m._buffers):
+                for table in (m._parameters, m._buffers, vars(m)):
                     for name, t in table.items():
-                        if t is not None:
+                        if isinstance(t, Tensor):
                             path = f"{prefix}.{name}" if prefix else name
                             self.tensors[id(t)] = t
                             self.places.setdefault(id(t), []).append(Place(table, name, path))
+        self._of = func, options
+        self._registered = {id(t) for m in self.modules for t in (m._parameters, m._buffers)}
+
+    def contents(self) -> list[tuple[Any, dict]]:
+        """What the attributes, closures, globals, lists and dictionaries that func reaches hold."""
+        return [(found, _items(found)) for found in _walk(self._of, True) if _holder(found)]
+
+    def taken_out(
+        self, contents: list[tuple[Any, dict]], of_trace: Callable[[Any], bool]
+    ) -> list[tuple[str, Any, bool]]:
+        """Put back what stood where something `of_trace` stands now: the name, what stood there, and whether it is a
+        parameter or a buffer.
+
+        So func's Python leaves no tensor of a trace in what was there before it, ``contents``.
+        """
+        out = []
+        for found, before in contents:
+            now = _items(found)
+            left = [k for k, v in now.items() if v is not before.get(k) and of_trace(v)]
+            out += [(str(k), before.get(k), id(found) in self._registered) for k in left]
+            if not left:
+                continue
+            if isinstance(found, list):
+                found[:] = before.values()
+            elif isinstance(found, dict):
+                for k in left:
+                    found.pop(k)
+                    if k in before:
+                        found[k] = before[k]
+            elif before:
+                found.cell_contents = before["a variable"]
+            else:
+                del found.cell_contents
+        return out
 
     def changed(self) -> str | None:
         """What of the modules is another now: a mode, or a submodule; None if nothing is."""
@@ -60,6 +103,12 @@ class Reached:
         for table, name, child in self._children:
             if table.get(name) is not child:
                 return f"the submodule {name}"
+        for table, count in self._counts:
+            if len(table) != count:
+                return "the submodules"
+        for table, name in self._empty:
+            if table.get(name) is not None:
+                return f"the tensor {name}"
         return None
 
     def called(self, t: Tensor) -> str:
@@ -68,24 +117,44 @@ class Reached:
         return places[0].path if places else "a tensor that it holds"
 
 
-def _modules(found: Any, seen: set[int], objects: int = 2) -> Iterator[nn.Module]:
-    """The modules in something; ``objects``: of other classes that are looked into, one inside of another."""
+def _walk(found: Any, deep: bool = False, seen: dict | None = None, objects: int = 2) -> Iterator:
+    """What something reaches: modules and, if ``deep``, what is inside of them, and all that holds something.
+
+    ``objects``: of other classes that are looked into, one inside of another.
+    """
+    seen = {} if seen is None else seen
     if id(found) in seen or isinstance(found, _NOT_LOOKED_INTO):
         return
-    seen.add(id(found))
+    seen[id(found)] = found
+    yield found
     if isinstance(found, nn.Module):
-        yield found
-        return
-    inside = _inside(found)
+        inside = [vars(found)] if deep else []
+    else:
+        inside = _inside(found)
     if inside is None:
         if not objects:
             return
         objects -= 1
-        inside = list(getattr(found, "__dict__", {}).values())
+        inside = [vars(found)] if hasattr(found, "__dict__") else []
         if callable(found):
             inside.append(type(found).__call__)
+    if deep and isinstance(found, types.FunctionType) and inside:
+        yield found.__globals__
     for inner in inside:
-        yield from _modules(inner, seen, objects)
+        yield from _walk(inner, deep, seen, objects)
+
+
+def _holder(found: Any) -> bool:
+    return isinstance(found, (dict, list, types.CellType)) and len(_items(found)) <= _FEW
+
+
+def _items(found: dict | list | types.CellType) -> dict:
+    """What something holds, by key."""
+    if isinstance(found, dict):
+        return dict(found)
+    if isinstance(found, list):
+        return dict(enumerate(found))
+    return {} if found == types.CellType() else {"a variable": found.cell_contents}
 
 
 def _inside(found: Any) -> list[Any] | None:
@@ -96,6 +165,8 @@ def _inside(found: Any) -> list[Any] | None:
     if isinstance(found, types.FunctionType):
         library = (found.__module__ or "").split(".")[0] in ("torch", "jactri")
         return [] if library else _of_function(found)
+    if isinstance(found, types.CellType):
+        return list(_items(found).values())
     if isinstance(found, dict):
         return list(found.values()) if len(found) <= _FEW else []
     if isinstance(found, (list, tuple)):
@@ -104,7 +175,6 @@ def _inside(found: Any) -> list[Any] | None:
 
 
 def _of_function(func: types.FunctionType) -> list[Any]:
-    cells = [c.cell_contents for c in func.__closure__ or () if c != types.CellType()]
     given = [*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values()]
     names, codes = set(), [func.__code__]
     while codes:  # those of functions inside it, too
@@ -112,4 +182,4 @@ def _of_function(func: types.FunctionType) -> list[Any]:
         names.update(code.co_names)
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     named = [func.__globals__[n] for n in names if n in func.__globals__]
-    return [*cells, *given, *named, getattr(func, "__wrapped__", None)]
+    return [*(func.__closure__ or ()), *given, *named, getattr(func, "__wrapped__", None)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from .reached import Place, Reached
 from .tracing import of_others
@@ -23,6 +24,11 @@ _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
 _PLAIN = (Tensor, Parameter)
 
 _DETACH = torch.ops.aten.detach.default
+
+_OF_FAKES = (
+    RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError,
+)  # fmt: skip
+"""What func and torch raise where there are no values."""
 
 
 class Untraceable(Exception):
@@ -64,7 +70,11 @@ def trace(
     fakes = [mode.from_tensor(t.detach()) for t in (*inputs, *written)]
     spec: list[TreeSpec] = []
 
-    def flat(*xs):
+    def flat(*given):
+        xs = [*given]
+        for k, x in enumerate(inputs):
+            if x.requires_grad:
+                xs[k] = given[k].detach().requires_grad_()
         with _Unwritten(reached):
             leaves, made = tree_flatten(call(*xs))
         spec.append(made)
@@ -72,14 +82,26 @@ def trace(
             raise Untraceable("its answer holds what is no tensor")
         return leaves
 
+    before = reached.contents()
     try:
         # what torch.compile compiled runs as it was before
-        with of_others(reached.tensors.values()), dynamo.patch(error_on_nested_fx_trace=False):
+        with (
+            of_others(reached.tensors.values()),
+            dynamo.patch(error_on_nested_fx_trace=False),
+            warnings.catch_warnings(),
+        ):
+            # torch looks at .grad of what it makes a fake of
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
             graph = make_fx(flat, tracing_mode="fake")(*fakes)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        # what func and torch raise where there are no values; the ordinary call went well
+    except _OF_FAKES as error:  # the ordinary call went well
         raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+    finally:
+        left = reached.taken_out(before, _of_trace)
     held = _lift(graph)
+    read = set(map(id, held))
+    for name, before, registered in left:
+        if registered or id(before) in read:
+            raise Untraceable(f"func sets {name}, which the next call may read")
     _without_detach(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
@@ -94,12 +116,25 @@ class _Unwritten(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.is_mutable:
-            for t, argument in zip(args, func._schema.arguments, strict=False):
-                alias = argument.alias_info
+            for t, alias in _aliases(func, args, kwargs or {}):
                 real = isinstance(t, Tensor) and not isinstance(t, FakeTensor)
-                if real and alias is not None and alias.is_write:
+                if real and alias.is_write:
                     raise Untraceable(f"func writes to {self.reached.called(t)}")
         return func(*args, **(kwargs or {}))
+
+
+def _aliases(op, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The arguments that an op returns views of, or writes to, and how; of a list, each."""
+    for k, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None:
+            given = args[k] if k < len(args) else kwargs.get(argument.name)
+            for each in given if isinstance(given, (list, tuple)) else (given,):
+                yield each, argument.alias_info
+
+
+def _of_trace(value: Any) -> bool:
+    """Whether something is, or holds, a tensor of a trace."""
+    return any(isinstance(t, FakeTensor) for t in tree_leaves(value))
 
 
 def _lift(graph: fx.GraphModule) -> list[Tensor]:
@@ -113,6 +148,8 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
         t = getattr(graph, node.target)
         if not isinstance(t, Tensor):
             raise Untraceable(f"it holds a {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise Untraceable(f"it holds a tensor of {t.layout}")
         if id(t) not in held:
             with nodes.inserting_after(last):
                 last = nodes.placeholder(f"held_{len(held)}")
@@ -145,10 +182,9 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
             continue
         if _draws(node):
             raise Untraceable(f"func draws random numbers, by {node.target}")
-        for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
-            alias = argument.alias_info
+        for given, alias in _aliases(node.target, node.args, node.kwargs):
             k = source.get(given) if isinstance(given, fx.Node) else None
-            if alias is None or k is None:
+            if k is None:
                 continue
             source[node] = k
             if alias.is_write and not first <= k < last:

@@ -182,3 +182,60 @@ def test_what_func_has_not_its_gradient_through():
     assert y.requires_grad and not positive.requires_grad and not total.requires_grad
     y.sum().backward()
     assert net[0].weight.grad is not None
+
+
+def test_one_tensor_as_several_results():
+    net = seeded(4, 9, 4)
+    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
+
+    def func(x):
+        y = net(x)
+        return x.detach(), x, y.detach(), y, y, net[0].weight.detach(), net[0].weight
+
+    compiled = compile(func, x, of=None)
+    assert compiled.graph is not None
+    found, want = compiled(x), func(x)
+    live = [k for k, t in enumerate(want) if t.requires_grad]
+    assert live == [k for k, t in enumerate(found) if t.requires_grad]
+    ends = [x, *net.parameters()]
+    cotangents = [torch.randn_like(want[k]) for k in live]
+    ours, theirs = (
+        torch.autograd.grad([t[k] for k in live], ends, cotangents) for t in (found, want)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, F64)
+
+
+def test_hooks_of_weights_run_once():
+    net = seeded(4, 9, 4)
+    handle = net[0].weight.register_hook(lambda g: g * 2)
+    x = torch.randn(3, 4, dtype=F64)
+    compiled = compile(lambda x: net(x).sin().sum(), x, of=None)
+    for _ in range(2):
+        (got,) = torch.autograd.grad(compiled(x), net[0].weight)
+        (want,) = torch.autograd.grad(net(x).sin().sum(), net[0].weight)
+        assert_close(got, want, F64)
+    handle.remove()
+    compiled = compile(lambda x: net(x).sin().sum(), x, of=None)
+    net[0].weight.register_hook(lambda g: g * 3)
+    (got,) = torch.autograd.grad(compiled(x), net[0].weight)
+    (want,) = torch.autograd.grad(net(x).sin().sum(), net[0].weight)
+    assert_close(got, want, F64)
+
+
+def test_a_loss_of_autograd_s_own_derivatives():
+    """func itself differentiates in an input that requires grad."""
+    net = seeded(4, 9, 1)
+
+    def residual(x):
+        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return (g.square().sum(1) - 1).square().mean()
+
+    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    compiled = compile(residual, x, of=None)
+    assert compiled.graph is not None
+    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    ends = [x, net[0].weight]
+    ours, theirs = (torch.autograd.grad(f(x), ends) for f in (compiled, residual))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, F64)
