@@ -136,4 +136,4 @@ def package(module: nn.Module, examples: tuple, path: str) -> str:
     return aoti_compile_and_package(program, package_path=path, inductor_configs=OPTIONS)
 
 
-_BUILD = {"inductor": _inductor, "aot": _aot, "fx": _fx}
+_BUILD = {"inductor": _inductor, "aot": _aot}

@@ -422,8 +422,8 @@ def test_who_watches_the_ops_sees_an_ordinary_call():
 
 def test_a_graph_that_is_wrong_is_not_used(monkeypatch, caplog):
     x = torch.randn(4, dtype=F64)
-    monkeypatch.setitem(
-        jactri.engines._BUILD, "fx", lambda graph, like: lambda ts: [t * 2 for t in graph(*ts)]
+    monkeypatch.setattr(
+        jactri.engines, "_fx", lambda graph, like: lambda ts: [t * 2 for t in graph(*ts)]
     )
     compiled = compile(torch.sin, x)
     assert "off by" in compiled.reason and "off by" in caplog.text
