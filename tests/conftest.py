@@ -34,7 +34,6 @@ CPU_ONLY = {
     "test_compiled_operators.py": "the same",
     "test_traced.py": "the same",
     "test_held.py": "the same",
-    "test_cudagraph.py": "a stand-in on the CPU",
     "test_journal.py": "files, written from the CPU",
     "test_opinfo.py": "samples, drawn on the CPU",
 }
