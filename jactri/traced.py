@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ _OF_FAKES = (
     RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError,
 )  # fmt: skip
 """What func and torch raise where there are no values."""
+
+
+_one_at_a_time = threading.RLock()
+"""A trace sets what others read: options of torch and, through func, attributes of modules."""
 
 
 class Untraceable(Exception):
@@ -82,21 +87,7 @@ def trace(
             raise Untraceable("its answer holds what is no tensor")
         return leaves
 
-    before = reached.contents()
-    try:
-        # what torch.compile compiled runs as it was before
-        with (
-            of_others(reached.tensors.values()),
-            dynamo.patch(error_on_nested_fx_trace=False),
-            warnings.catch_warnings(),
-        ):
-            # torch looks at .grad of what it makes a fake of
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
-            graph = make_fx(flat, tracing_mode="fake")(*fakes)
-    except _OF_FAKES as error:  # the ordinary call went well
-        raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-    finally:
-        left = reached.taken_out(before, _of_trace)
+    graph, left = _made(flat, fakes, reached)
     held = _lift(graph)
     read = set(map(id, held))
     for name, before, registered in left:
@@ -105,6 +96,29 @@ def trace(
     _without_detach(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
+
+
+def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, list[tuple]]:
+    """The graph of a function of fake tensors, and what of func's it had to be taken out of."""
+    with _one_at_a_time:
+        before = reached.contents()
+        try:
+            # what torch.compile compiled runs as it was before
+            with (
+                of_others(reached.tensors.values()),
+                dynamo.patch(error_on_nested_fx_trace=False),
+                warnings.catch_warnings(),
+            ):
+                # torch looks at .grad of what it makes a fake of
+                warnings.filterwarnings(
+                    "ignore", message="The .grad attribute of a Tensor that is not"
+                )
+                graph = make_fx(flat, tracing_mode="fake")(*fakes)
+        except _OF_FAKES as error:  # the ordinary call went well
+            raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        finally:
+            left = reached.taken_out(before, _of_trace)
+    return graph, left
 
 
 class _Unwritten(TorchDispatchMode):

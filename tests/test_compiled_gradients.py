@@ -239,3 +239,21 @@ def test_a_loss_of_autograd_s_own_derivatives():
     ours, theirs = (torch.autograd.grad(f(x), ends) for f in (compiled, residual))
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, F64)
+
+
+def test_a_wrong_gradient_is_not_used(monkeypatch):
+    """The values are right, the graph of the backward is not."""
+    net, x = seeded(4, 9, 4), torch.randn(3, 4, dtype=F64)
+    build = jactri.joint.build
+    built = []
+
+    def wrong(engine, graph, like):
+        built.append(run := build(engine, graph, like))
+        return run if len(built) == 1 else lambda ts: [2 * t for t in run(ts)]
+
+    monkeypatch.setattr(jactri.joint, "build", wrong)
+    compiled = compile(lambda x: net(x).sin().sum(), x, of=None)
+    assert len(built) == 2 and "of the gradients, tensor 0 is off by" in compiled.reason
+    (got,) = torch.autograd.grad(compiled(x), net[0].weight)
+    (want,) = torch.autograd.grad(net(x).sin().sum(), net[0].weight)
+    assert_close(got, want, F64)
