@@ -39,10 +39,7 @@ class Reached:
         self.roots = [m for m in _walk((func, options)) if isinstance(m, nn.Module)]
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         self._modes = [(m, m.training) for m in self.modules]
-        self._children = [
-            (m._modules, name, child) for m in self.modules for name, child in m._modules.items()
-        ]
-        self._counts = [(m._modules, len(m._modules)) for m in self.modules]
+        self._children = [(m._modules, dict(m._modules)) for m in self.modules]
         self._empty = [
             (table, name)
             for m in self.modules
@@ -100,11 +97,8 @@ class Reached:
         for m, training in self._modes:
             if m.training is not training:
                 return "the mode of a module (train or eval)"
-        for table, name, child in self._children:
-            if table.get(name) is not child:
-                return f"the submodule {name}"
-        for table, count in self._counts:
-            if len(table) != count:
+        for table, children in self._children:
+            if table != children:  # of the same objects it compares their addresses alone
                 return "the submodules"
         for table, name in self._empty:
             if table.get(name) is not None:
