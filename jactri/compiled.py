@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import calls, engines, handover
 from .api import jacobian
+from .captured import Captured, captured
 from .constants import arbitrary
 from .joint import differentiable, joint
 from .reached import Reached
@@ -120,6 +121,8 @@ class Compiled:
             how = (
                 f"{self.engine} runs {ops} ops, traced in {traced:.2g} s, compiled in {built:.2g} s"
             )
+            if isinstance(self._last.run, Captured):
+                how += ", one CUDA graph"
         return f"jactri.compile({name}{of}): {how}; traces: {self.traces}"
 
     @public
@@ -222,7 +225,11 @@ class Compiled:
         middle = time.perf_counter()
         given = [*flat, *written, *traced.held]
         if both is None:
-            run = _detached(engines.build(self.engine, traced.graph, given), traced)
+            run = engines.build(self.engine, traced.graph, given)
+            if self.engine != "aot":  # whose own events a capture cannot ask
+                run = captured(run, traced.graph, given, count, len(written))
+            if run.__class__ is not Captured:
+                run = _detached(run, traced)
         else:
             run = differentiable(both, self.engine, given)
         self.seconds = middle - start, time.perf_counter() - middle
@@ -348,7 +355,8 @@ def compile(
 
     With ``create_graph=True``, and for ``of=None``, the answer can be differentiated once, in inputs and weights: the
     backward is a compiled graph, too, traced together with the call and parted from it by min-cut. On CUDA a call
-    without a derivative is one CUDA graph.
+    without a derivative is one CUDA graph (with ``"inductor"`` and ``"fx"``, of tensors on one device): its inputs are
+    copied to the graph's memory, its answer from there. It holds torch's ops, fused by Inductor, not jactri's kernels.
 
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
     it does not take; RuntimeError inside of a torch.func transform.

@@ -72,7 +72,7 @@ def trace(
             raise Untraceable(f"an input is of {type(x)}")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # of views, since what is one tensor now may be two later
-    fakes = [mode.from_tensor(t.detach()) for t in (*inputs, *written)]
+    fakes = [_fake(mode, t.detach()) for t in (*inputs, *written)]
     spec: list[TreeSpec] = []
 
     def flat(*given):
@@ -119,6 +119,10 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
         finally:
             left = reached.taken_out(before, _of_trace)
     return graph, left
+
+
+def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+    return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
 
 
 class _Unwritten(TorchDispatchMode):

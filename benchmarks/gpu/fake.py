@@ -58,7 +58,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import jactri
-from jactri import chooser, rates
+from jactri import chooser, compiled, rates, traced, tracing
 from jactri.kernels import support
 
 from ..counts import extent, region
@@ -325,6 +325,8 @@ def install() -> Device:
     JITFunction._do_compile = _noting(device)
     FakeTensor.data_ptr = _data_ptr
     rates.measured = lambda _: RATES
+    traced._PLAIN = (*traced._PLAIN, FakeTensor)
+    compiled.apart = lambda got, want: None  # there are no values
     chooser._milliseconds.__defaults__ = (1,)  # runs: one tells as much as seven
     _hide(device)
     torch.autograd.Variable._execution_engine = Engine(torch.autograd.Variable._execution_engine)
@@ -339,6 +341,15 @@ def _hide(device: Device) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("jactri.") and hasattr(module, "_len_torch_dispatch_stack"):
             module._len_torch_dispatch_stack = lambda: _len_torch_dispatch_stack() - device.entered
+    disabled = tracing._disable_current_modes
+
+    @contextlib.contextmanager
+    def aside() -> Iterator[None]:
+        mode = device.mode if device.entered else contextlib.nullcontext()
+        with disabled(), mode:
+            yield
+
+    tracing._disable_current_modes = aside
 
 
 def _guard() -> None:

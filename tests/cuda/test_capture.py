@@ -19,8 +19,8 @@ def setting(request):
 
 def compiled(workload, net, x):
     if workload.operator is not None:
-        return operators.compiled(workload, net, x)
-    return jactri.compile(net, x, per_sample=True)
+        return operators.compiled(workload, net, x, engine="fx")
+    return jactri.compile(net, x, per_sample=True, engine="fx")
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
