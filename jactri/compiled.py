@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _is_any_autocast_enabled
+from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -295,7 +295,10 @@ def _apart_in_gradients(
         cotangents = [arbitrary(y.shape, y) for y in live]
         if len(live) != sum(y.requires_grad for y in want):
             return "other tensors have gradients"
-        grads = torch.autograd.grad(live, ends, cotangents, retain_graph=True, allow_unused=True)
+        with _DisableAutocast():
+            grads = torch.autograd.grad(
+                live, ends, cotangents, retain_graph=True, allow_unused=True
+            )
         both.append(
             [torch.zeros_like(x) if g is None else g for x, g in zip(ends, grads, strict=True)]
         )
