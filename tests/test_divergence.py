@@ -244,7 +244,8 @@ def test_the_bracket_is_kept_until_a_weight_changes():
     other.load_state_dict(net.state_dict())
     assert products(other, x)[1] == bracket + each
     assert products(net, torch.randn(3, 6))[1] == 3 * 9 * 7  # whatever the batch
-    assert any(t.shape == (9, 7) for t in kept.kept_tensors())
+    held = [t for e in kept._all() for made in e.made.values() for t in made[1]]
+    assert any(t.shape == (9, 7) for t in held)
 
 
 def test_weights_that_are_made_anew():

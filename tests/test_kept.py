@@ -141,7 +141,7 @@ def test_every_write_is_seen(name, write):
 def test_off_the_cpu_nothing_is_kept():
     """There no value can be read without waiting, and versions do not tell."""
     weight = torch.empty(3, 3, device="meta")
-    before, made = len(kept.kept_tensors()), []
+    before, made = len(kept._all()), []
 
     def form():
         made.append(weight @ weight)
@@ -151,7 +151,7 @@ def test_off_the_cpu_nothing_is_kept():
         for _ in range(2):
             kept.kept(weight, "square", form, lambda m: (m,))
     assert len(made) == 2
-    assert len(kept.kept_tensors()) == before
+    assert len(kept._all()) == before
 
 
 def test_a_call_forms_the_matrices_of_its_patches_once(monkeypatch):
