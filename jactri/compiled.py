@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import calls, engines, handover
 from .api import jacobian
 from .captured import Captured, captured
+from .compilation import Compilation
 from .constants import arbitrary
 from .joint import differentiable, joint
 from .reached import Reached
@@ -42,10 +43,18 @@ _LOW = 5e-2
 class Plan:
     """What runs the calls of a signature: a function of the inputs and of what ``func`` holds, looked up each time."""
 
-    def __init__(self, traced: Traced, reached: Reached, run: engines.Run):
+    def __init__(
+        self,
+        traced: Traced,
+        reached: Reached,
+        run: engines.Run,
+        built: Sequence[engines.Built],
+        seconds: tuple[float, float],
+    ):
         self.graph, self.spec = traced.graph, traced.spec
         self.leaf = traced.spec.is_leaf()
         self.run, self._reached = run, reached
+        self.built, self.seconds = built, seconds
         self._held = list(traced.held)
         self._states = [_state(t) for t in traced.held]
         self._at = [(t.data_ptr(), t.requires_grad) for t in traced.held]
@@ -71,10 +80,19 @@ class Plan:
                 return f"with which tensor {name} is one"
         return found
 
+    def looked_up(self) -> tuple[str, ...]:
+        """What of modules it looks up."""
+        return tuple(place.path for place in self._places if place is not None)
+
+    def fixed(self) -> int:
+        """How many tensors it holds that no module does."""
+        return self._places.count(None)
+
 
 def _state(t: Tensor) -> tuple:
     memory = t.untyped_storage().size() > 0  # which others may free, as FSDP does
-    return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, memory
+    lazy = t.is_conj(), t.is_neg()
+    return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, memory, lazy
 
 
 class Eager:
@@ -94,7 +112,7 @@ class Compiled:
 
     def __init__(self, of, func, engine: str, options: dict[str, Any]):
         self.func, self.of, self.engine = func, of, engine
-        self.traces, self.seconds = 0, (0.0, 0.0)
+        self.traces = 0
         self._name = calls.name(of)
         self._options, self._call = options, calls.ordinary(of, func, options)
         self._create_graph = bool(options.get("create_graph"))
@@ -108,12 +126,19 @@ class Compiled:
         return self._last.graph if isinstance(self._last, Plan) else None
 
     @property
+    def seconds(self) -> tuple[float, float]:
+        return self._last.seconds if isinstance(self._last, Plan) else (0.0, 0.0)
+
+    @property
     def reason(self) -> str | None:
         return self._last.reason if isinstance(self._last, Eager) else None
 
-    def __repr__(self) -> str:
+    def _title(self) -> str:
         name = getattr(self.func, "__name__", type(self.func).__name__)
         of = "" if self.of is jacobian else f", of={self._name}"
+        return f"jactri.compile({name}{of})"
+
+    def __repr__(self) -> str:
         how = f"runs eagerly: {self.reason}"
         if self.graph is not None:
             ops = sum(n.op == "call_function" for n in self.graph.graph.nodes)
@@ -123,7 +148,7 @@ class Compiled:
             )
             if isinstance(self._last.run, Captured):
                 how += ", one CUDA graph"
-        return f"jactri.compile({name}{of}): {how}; traces: {self.traces}"
+        return f"{self._title()}: {how}; traces: {self.traces}"
 
     @public
     def __call__(self, *inputs: Any, out: Any = None) -> Any:
@@ -132,18 +157,7 @@ class Compiled:
         ``out``: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
         returned. Other calls take none.
         """
-        try:
-            key = tuple([(x.__class__, x.shape, x.stride(), x.dtype, x.device) for x in inputs])
-            flat, nested = inputs, None
-        except AttributeError:
-            flat, nested = tree_flatten(inputs)
-            key = str(nested), self._signature(flat)
-        if out is not None:
-            key = key, self._checked(out)
-        if self._create_graph or (self._as_func and torch.is_grad_enabled()):
-            key = key, tuple([x.requires_grad for x in flat])
-        if _is_any_autocast_enabled():
-            key = key, _autocast()
+        key, flat, nested = self._key(inputs, out)
         if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
             return self._call(inputs, out)
         if handover.transforming(flat):
@@ -166,13 +180,35 @@ class Compiled:
         answer = found[0] if plan.leaf else tree_unflatten(found, plan.spec)
         return answer if out is None else self._with(answer, out)
 
+    def _key(self, inputs: tuple, out: Any) -> tuple[tuple, Sequence[Tensor], Any]:
+        """What tells calls apart that need plans of their own; the inputs as one list, and their nesting."""
+        try:
+            key = tuple([
+                (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg())
+                for x in inputs
+            ])  # fmt: skip
+            flat, nested = inputs, None
+        except AttributeError:
+            flat, nested = tree_flatten(inputs)
+            key = str(nested), self._signature(flat)
+        if out is not None:
+            key = key, self._checked(out)
+        if self._create_graph or (self._as_func and torch.is_grad_enabled()):
+            key = key, tuple([x.requires_grad for x in flat])
+        if _is_any_autocast_enabled():
+            key = key, _autocast()
+        return key, flat, nested
+
     def _with(self, answer: tuple, out: Any) -> Any:
         """What a call returns that wrote to ``out``."""
         return (*answer, out) if self._options.get("return_output") else out
 
     def _signature(self, flat: list[Any]) -> tuple:
         calls.check_tensors(flat, f"a compiled {self._name}")
-        return tuple([(x.__class__, x.shape, x.stride(), x.dtype, x.device) for x in flat])
+        return tuple([
+            (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg())
+            for x in flat
+        ])  # fmt: skip
 
     def _checked(self, out: Any) -> tuple:
         """What a plan for ``out`` is for. Raises TypeError for what cannot be written to."""
@@ -225,14 +261,16 @@ class Compiled:
         middle = time.perf_counter()
         given = [*flat, *written, *traced.held]
         if both is None:
-            run = engines.build(self.engine, traced.graph, given)
+            built = (engines.build(self.engine, traced.graph, given),)
+            run = built[0].run
             if self.engine != "aot":  # whose own events a capture cannot ask
                 run = captured(run, traced.graph, given, count, len(written))
             if run.__class__ is not Captured:
                 run = _detached(run, traced)
         else:
-            run = differentiable(both, self.engine, given)
-        self.seconds = middle - start, time.perf_counter() - middle
+            run, built = differentiable(both, self.engine, given)
+        seconds = middle - start, time.perf_counter() - middle
+        _log.info("compiled %s: traced in %.2g s, compiled in %.2g s", self._name, *seconds)
         again = [torch.full_like(t, torch.nan) for t in written]
         found = run([*flat, *again, *traced.held])
         want = tree_leaves(answer)
@@ -243,7 +281,27 @@ class Compiled:
         if off is not None:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
-        return Plan(traced, reached, run)
+        return Plan(traced, reached, run, built, seconds)
+
+    @public
+    def explain(self, *inputs: Any) -> Compilation:
+        """What the engine made of the call at ``inputs``, or of the last trace: print it.
+
+        By graph (of the call, and of its backward where it can be differentiated): the kernels that the compiler wrote,
+        with the ops that each holds, and the calls that it left to libraries; then what modules hold and is looked up
+        again at each call. Or why the call runs eagerly. ``inputs`` are traced if they were not yet.
+        """
+        plan = self._last
+        if inputs:
+            self(*inputs)
+            plan = self._plans.get(self._key(inputs, None)[0], plan)
+        if isinstance(plan, Eager):
+            return Compilation(self._title(), plan.reason, (), (), 0, (0.0, 0.0), False)
+        names = ("the call",) if len(plan.built) == 1 else ("the call", "its backward")
+        return Compilation(
+            self._title(), None, tuple(b.part(n) for n, b in zip(names, plan.built, strict=True)),
+            plan.looked_up(), plan.fixed(), plan.seconds, isinstance(plan.run, Captured),
+        )  # fmt: skip
 
     def verify(self, *inputs: Any) -> float:
         """How far the compiled call is from the ordinary one at ``inputs``, relative to the largest entry.

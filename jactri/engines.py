@@ -10,14 +10,17 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._pytree import tree_leaves
+
+from .compilation import TRACKED, Kernel, Part, of_artifact, of_package
 
 _log = logging.getLogger("jactri")
 
@@ -25,8 +28,23 @@ Run = Callable[[list[Tensor]], Sequence[Tensor]]
 
 ENGINES = ("inductor", "aot", "fx")
 
-OPTIONS = {"fallback_random": True}
+OPTIONS = {"fallback_random": True, **TRACKED}
 """Of Inductor: random numbers are those of an eager call."""
+
+_one_at_a_time = threading.RLock()
+"""The compiler keeps notes of what it compiles in variables of its modules."""
+
+
+class Built(NamedTuple):
+    """What runs a graph: by which engine, and what tells its kernels."""
+
+    run: Run
+    engine: str
+    ops: int
+    kernels: Callable[[], tuple[Kernel, ...] | None] = lambda: None
+
+    def part(self, name: str) -> Part:
+        return Part(name, self.engine, self.ops, self.kernels())
 
 
 NO_COMPILER = (
@@ -69,33 +87,34 @@ def quiet():
         yield
 
 
-def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Run:
+def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Built:
     """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails."""
-    with torch.no_grad(), _DisableAutocast(), quiet():
+    ops = sum(n.op == "call_function" for n in graph.graph.nodes)
+    with _one_at_a_time, torch.no_grad(), _DisableAutocast(), quiet():
         given = [t.detach() for t in like]
-        if engine == "fx":
-            return _fx(graph, given)
-        from torch._inductor.exc import InductorError
+        if engine != "fx":
+            from torch._inductor.exc import InductorError
 
-        try:
-            return _BUILD[engine](graph, given)
-        except InductorError as error:
-            _log.warning(
-                "engine=%r cannot compile the graph, which runs as it is: %s", engine, error
-            )
-            return _fx(graph, given)
+            try:
+                run, kernels = _BUILD[engine](graph, given)
+                return Built(run, engine, ops, kernels)
+            except InductorError as error:
+                _log.warning(
+                    "engine=%r cannot compile the graph, which runs as it is: %s", engine, error
+                )
+        return Built(_fx(graph, given), "fx", ops)
 
 
 def _fx(graph: fx.GraphModule, like: list[Tensor]) -> Run:
     return _without_grad(graph.forward)
 
 
-def _inductor(graph: fx.GraphModule, like: list[Tensor]) -> Run:
+def _inductor(graph: fx.GraphModule, like: list[Tensor]) -> tuple[Run, Callable]:
     from torch._inductor import standalone_compile
 
     options = {"config_patches": OPTIONS}
     made = standalone_compile(graph, like, dynamic_shapes="from_example_inputs", options=options)
-    return _without_grad(made)
+    return _without_grad(made), lambda: of_artifact(made)
 
 
 def _without_grad(made: Callable[..., Sequence[Tensor]]) -> Run:
@@ -120,12 +139,13 @@ def _without_autocast(made: Run) -> Run:
     return run
 
 
-def _aot(graph: fx.GraphModule, like: list[Tensor]) -> Run:
+def _aot(graph: fx.GraphModule, like: list[Tensor]) -> tuple[Run, Callable]:
     from torch._inductor import aoti_load_package
 
     with tempfile.TemporaryDirectory() as folder:
-        loaded = aoti_load_package(package(graph, tuple(like), os.path.join(folder, "call.pt2")))
-    return _without_autocast(loaded.loader.boxed_run)
+        path = package(graph, tuple(like), os.path.join(folder, "call.pt2"))
+        loaded, kernels = aoti_load_package(path), of_package(path)
+    return _without_autocast(loaded.loader.boxed_run), lambda: kernels
 
 
 def package(module: nn.Module, examples: tuple, path: str) -> str:

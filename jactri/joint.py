@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from .engines import Run, build
+from .engines import Built, Run, build
 from .reached import Reached
 from .traced import Traced, Untraceable, trace
 
@@ -121,12 +121,21 @@ def _each_its_own(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(own)
 
 
-def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
-    """A function of the tensors of a call's graph that autograd can differentiate, once."""
-    forward = build(engine, made.forward, like)
+def _plain(cotangent: Tensor) -> Tensor:
+    """Laid out as those that the backward was traced for, whatever autograd was given."""
+    return cotangent.resolve_conj().resolve_neg().contiguous()
+
+
+def differentiable(
+    made: Joint, engine: str, like: Sequence[Tensor]
+) -> tuple[Run, tuple[Built, Built]]:
+    """A function of the tensors of a call's graph that autograd can differentiate, once, and what runs its graphs."""
+    first = build(engine, made.forward, like)
+    forward = first.run
     found = forward([t.detach() for t in like])
-    cotangents = [torch.zeros_like(y) for y in found[: made.results]]
-    backward = build(engine, made.backward, [*found[made.results :], *cotangents])
+    cotangents = _real(found[: made.results])
+    second = build(engine, made.backward, [*found[made.results :], *cotangents])
+    backward = second.run
     constants = [k for k in range(made.results) if k not in made.differentiated]
 
     class CompiledCall(torch.autograd.Function):
@@ -141,7 +150,7 @@ def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *cotangents):
-            found = backward([*ctx.saved_tensors, *cotangents])
+            found = backward([*ctx.saved_tensors, *map(_plain, cotangents)])
             grads = [None] * len(ctx.needs_input_grad)
             for k, g in zip(made.gradients, found, strict=True):
                 grads[k] = g
@@ -151,4 +160,4 @@ def differentiable(made: Joint, engine: str, like: Sequence[Tensor]) -> Run:
         with torch.enable_grad():
             return CompiledCall.apply(*tensors)
 
-    return run
+    return run, (first, second)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import backends, batching, chooser, launch
 from .arguments import ASSUME, as_tuple, check_batch
+from .compilation import Compilation
+from .compiled import compile
 from .entries import band, blocks
 from .folding import fold
 from .fusion import Fused, fuse
@@ -60,6 +62,8 @@ class Explanation:
     naive_flops: float
     fallbacks: tuple[str, ...]
     note: str = ""
+    compiled: Compilation | None = None
+    """What the compiler made of the call, if that was asked for."""
 
     def __str__(self) -> str:
         head = (
@@ -98,10 +102,11 @@ class Explanation:
         lines.append("fallbacks: " + (", ".join(self.fallbacks) if self.fallbacks else "none"))
         if self.note:
             lines.append(self.note)
+        if self.compiled is not None:
+            lines.append(str(self.compiled))
         return "\n".join(lines)
 
 
-@public
 def explain(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -111,6 +116,8 @@ def explain(
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
     backend: str = "auto",
+    compiled: bool = False,
+    engine: str = "inductor",
 ) -> Explanation:
     """How `jactri.jacobian` would compute the Jacobian of ``func`` at ``inputs``, without computing it.
 
@@ -118,7 +125,28 @@ def explain(
     are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
     of one backward pass a row. Steps that one kernel runs say so; how it was chosen stands at the last of them.
     Arguments and errors are those of `jacobian`.
+
+    ``compiled=True`` compiles the call, too, as `jactri.compile` does by ``engine``, and adds what came of it: the
+    kernels with the ops that each fuses, the calls left to libraries, the time it took, what is looked up again at each
+    call, or why the call runs eagerly. It costs what compiling costs. A call that is compiled already, of any ``of``,
+    tells the same by its method ``explain``.
     """
+    options = {
+        "strategy": strategy, "per_sample": per_sample, "chunk_size": chunk_size,
+        "memory_limit": memory_limit, "backend": backend,
+    }  # fmt: skip
+    found = _explained(func, inputs, **options)
+    if not compiled:
+        return found
+    _, given = as_tuple(inputs, "inputs", "explain")
+    return replace(found, compiled=compile(func, *given, engine=engine, **options).explain())
+
+
+@public
+def _explained(
+    func, inputs, strategy, per_sample, chunk_size, memory_limit, backend
+) -> Explanation:
+    """The plan of a call."""
     _, given = as_tuple(inputs, "inputs", "explain")
     backends.check_asked(backend, given[0].device if given else None, False)
     ys, xs, _, _ = prepare(func, given, False)

@@ -70,6 +70,9 @@ def trace(
     for x in inputs:
         if x.__class__ not in _PLAIN:
             raise Untraceable(f"an input is of {type(x)}")
+        _check_lazy(x, "an input")
+    for t in written:
+        _check_lazy(t, "out")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # of views, since what is one tensor now may be two later
     fakes = [_fake(mode, t.detach()) for t in (*inputs, *written)]
@@ -89,6 +92,8 @@ def trace(
 
     graph, left = _made(flat, fakes, reached)
     held = _lift(graph)
+    for t in held:
+        _check_lazy(t, reached.called(t))
     read = set(map(id, held))
     for name, before, registered in left:
         if registered or id(before) in read:
@@ -96,6 +101,14 @@ def trace(
     _without_detach(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
+
+
+def _check_lazy(t: Tensor, what: str) -> None:
+    """Raise Untraceable for a tensor whose memory holds its negation or conjugate: kernels read memory."""
+    if t.is_neg() or t.is_conj():
+        raise Untraceable(
+            f"{what} is negated or conjugated lazily: pass what its resolve_neg() or resolve_conj() gives"
+        )
 
 
 def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, list[tuple]]:

@@ -83,6 +83,58 @@ def test_a_training_step():
         torch.testing.assert_close(p.grad, g)
 
 
+def layouts(like):
+    """Cotangents, each laid out in another way."""
+    z = torch.randn(like.shape, dtype=torch.complex64)
+    return {
+        "contiguous": torch.randn(like.shape),
+        "as the answer": torch.randn_like(like),
+        "transposed": torch.randn(like.shape[::-1]).permute(2, 1, 0),
+        "expanded": torch.randn(()).expand(like.shape),
+        "strided": torch.randn(*like.shape, 2)[..., 0],
+        "negated lazily": z.conj().imag.contiguous(),
+    }
+
+
+@needs_compiler
+@pytest.mark.parametrize("engine", ["fx", "inductor", "aot"])
+def test_cotangents_of_any_layout(engine):
+    """The backward is compiled for one layout, and autograd hands it any."""
+    net = seeded(4, 5, 3, dtype=torch.float32)
+    options = {"per_sample": True, "create_graph": True}
+    compiled = jactri.compile(net, torch.randn(2, 4), engine=engine, **options)
+    assert compiled.graph is not None
+    weights = list(net.parameters())[:3]
+    x = torch.randn(2, 4)
+    got, want = compiled(x), jactri.jacobian(net, x, **options)
+    for name, g in layouts(want).items():
+        ours, theirs = (torch.autograd.grad(J, weights, g, retain_graph=True) for J in (got, want))
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@needs_compiler
+@pytest.mark.parametrize("engine", ["fx", "inductor", "aot"])
+def test_inputs_that_are_negated_lazily(engine):
+    """Kernels read memory, which holds the negation."""
+    z = torch.randn(2, 4, dtype=torch.complex64)
+    compiled = jactri.compile(torch.sin, z.imag, engine=engine)
+    assert z.conj().imag.is_neg()
+    for x in (z.conj().imag, z.imag, z.conj().imag):
+        torch.testing.assert_close(compiled(x), jactri.jacobian(torch.sin, x))
+    assert compiled.traces == 2
+
+
+@needs_compiler
+def test_weights_that_are_negated_lazily():
+    net, z = torch.nn.Identity(), torch.randn(4, dtype=torch.complex64)
+    net.scale = z.imag
+    compiled = jactri.compile(lambda x: net(x).sin() * net.scale, torch.randn(2, 4))
+    net.scale = z.conj().imag
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(compiled(x), jactri.jacobian(compiled.func, x))
+    assert "scale is negated or conjugated lazily" in compiled.reason
+
+
 @needs_compiler
 def test_into_memory_of_the_caller():
     net = seeded(6, 9, 4, dtype=torch.float32)
