@@ -8,6 +8,7 @@ gain. Both are timed once a process, on one product that stays in cache, when th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import warnings
@@ -44,6 +45,28 @@ class use:
         asked.reset(self._token)
 
 
+_packaged: ContextVar[bool] = ContextVar("packaged", default=False)
+
+
+@contextlib.contextmanager
+def packaging(package: bool = True):
+    """A context whose ops are traced for a package, if it is one: no Python is in it, which launches kernels."""
+    token = _packaged.set(package)
+    try:
+        yield
+    finally:
+        _packaged.reset(token)
+
+
+def check_packaged(what: str, options: dict) -> None:
+    """Raise where kernels are asked for of a call that becomes a package."""
+    if options.get("backend") == "triton":
+        raise RuntimeError(
+            f"{what} and backend='triton' exclude each other: Python launches the kernels, and there is none in a "
+            "package; pass backend='auto', or compile with engine='inductor'"
+        )
+
+
 def forced() -> bool:
     """Whether kernels are asked for by name, also where torch is faster."""
     return asked.get() == "triton"
@@ -54,7 +77,7 @@ def kernels_on(device: torch.device) -> bool:
     backend = asked.get()
     if backend == "torch" or not (device.type == "cuda" or backend == "triton"):
         return False
-    return not torch.is_grad_enabled() and support.missing() is None
+    return not (torch.is_grad_enabled() or _packaged.get()) and support.missing() is None
 
 
 def captured(device: torch.device) -> bool:

@@ -14,12 +14,14 @@ from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import calls, engines, handover
+from . import backends, calls, engines, handover
 from .api import jacobian
 from .captured import Captured, captured
 from .compilation import Compilation
 from .constants import arbitrary
-from .joint import differentiable, joint
+from .joint import Joint, differentiable, joint
+from .kernels import launches
+from .kernels.support import Unfit
 from .reached import Reached
 from .running import public
 from .traced import Traced, Untraceable, trace
@@ -141,11 +143,12 @@ class Compiled:
     def __repr__(self) -> str:
         how = f"runs eagerly: {self.reason}"
         if self.graph is not None:
-            ops = sum(n.op == "call_function" for n in self.graph.graph.nodes)
+            ops = [n.target for n in self.graph.graph.nodes if n.op == "call_function"]
+            kernels = ops.count(launches.OP)
             traced, built = self.seconds
-            how = (
-                f"{self.engine} runs {ops} ops, traced in {traced:.2g} s, compiled in {built:.2g} s"
-            )
+            how = f"{self.engine} runs {len(ops)} ops, "
+            how += f"{kernels} of them kernels of jactri, " if kernels else ""
+            how += f"traced in {traced:.2g} s, compiled in {built:.2g} s"
             if isinstance(self._last.run, Captured):
                 how += ", one CUDA graph"
         return f"{self._title()}: {how}; traces: {self.traces}"
@@ -252,27 +255,25 @@ class Compiled:
         start = time.perf_counter()
         reached, both = Reached(self.func, self._options), None
         try:
-            traced = trace(call, flat, written, reached)
-            if any(t.requires_grad for t in tree_leaves(answer)):
-                both = joint(call, traced, flat, reached)
+            with backends.packaging(self.engine == "aot"):
+                traced = trace(call, flat, written, reached)
+                if any(t.requires_grad for t in tree_leaves(answer)):
+                    both = joint(call, traced, flat, reached)
         except Untraceable as reason:
             _log.info("compiled %s runs eagerly: %s", self._name, reason)
             return Eager(str(reason), reached)
         middle = time.perf_counter()
         given = [*flat, *written, *traced.held]
-        if both is None:
-            built = (engines.build(self.engine, traced.graph, given),)
-            run = built[0].run
-            if self.engine != "aot":  # whose own events a capture cannot ask
-                run = captured(run, traced.graph, given, count, len(written))
-            if run.__class__ is not Captured:
-                run = _detached(run, traced)
-        else:
-            run, built = differentiable(both, self.engine, given)
-        seconds = middle - start, time.perf_counter() - middle
-        _log.info("compiled %s: traced in %.2g s, compiled in %.2g s", self._name, *seconds)
-        again = [torch.full_like(t, torch.nan) for t in written]
-        found = run([*flat, *again, *traced.held])
+        try:
+            run, built = self._built(traced, both, given, count, len(written))
+            seconds = middle - start, time.perf_counter() - middle
+            _log.info("compiled %s: traced in %.2g s, compiled in %.2g s", self._name, *seconds)
+            again = [torch.full_like(t, torch.nan) for t in written]
+            found = run([*flat, *again, *traced.held])
+        except Unfit as error:  # of a plan that no ordinary call has run: values decided there
+            off = f"a kernel does not run here: {error}"
+            _log.warning("compiled %s runs eagerly: %s", self._name, off)
+            return Eager(off, reached)
         want = tree_leaves(answer)
         off = apart([*found, *again], want)
         if off is None and both is not None:
@@ -282,6 +283,20 @@ class Compiled:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
         return Plan(traced, reached, run, built, seconds)
+
+    def _built(
+        self, traced: Traced, both: Joint | None, given: list[Tensor], inputs: int, written: int
+    ) -> tuple[engines.Run, tuple[engines.Built, ...]]:
+        """What runs a trace, or both its graphs, and what an engine made of each."""
+        if both is not None:
+            return differentiable(both, self.engine, given)
+        built = engines.build(self.engine, traced.graph, given)
+        run = built.run
+        if self.engine != "aot":  # whose own events a capture cannot ask
+            run = captured(run, traced.graph, given, inputs, written)
+        if run.__class__ is not Captured:
+            run = _detached(run, traced)
+        return run, (built,)
 
     @public
     def explain(self, *inputs: Any) -> Compilation:
@@ -417,10 +432,13 @@ def compile(
     With ``create_graph=True``, and for ``of=None``, the answer can be differentiated once, in inputs and weights: the
     backward is a compiled graph, too, traced together with the call and parted from it by min-cut. On CUDA a call
     without a derivative is one CUDA graph (with ``"inductor"`` and ``"fx"``, of tensors on one device): its inputs are
-    copied to the graph's memory, its answer from there. It holds torch's ops, fused by Inductor, not jactri's kernels.
+    copied to the graph's memory, its answer from there. jactri's Triton kernels run where they do in an ordinary call
+    (``backend``), which has timed and checked them: each launch is an op of the graph, ``jactri.kernel``, which
+    Inductor leaves as it is and fuses around, at the precision that torch allowed when it was traced. A package, that
+    of ``"aot"`` too, has torch's ops in their place.
 
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
-    it does not take; RuntimeError inside of a torch.func transform.
+    it does not take; RuntimeError inside of a torch.func transform, and for ``"aot"`` with ``backend="triton"``.
 
     Cost: at compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call, and
     where the answer can be differentiated a backward of both calls. Then about 10 microseconds beside what the engine
@@ -435,6 +453,9 @@ def compile(
             "compile takes no 'static': every compiled call is; engine= chooses what runs it"
         )
     calls.check("compile", of, options, example_inputs)
-    made = Compiled(of, func, engines.usable(engine, example_inputs), options)
+    engine = engines.usable(engine, example_inputs)
+    if engine == "aot":
+        backends.check_packaged("compile(engine='aot')", options)
+    made = Compiled(of, func, engine, options)
     made(*example_inputs)
     return made

@@ -18,7 +18,7 @@ from torch.utils._pytree import (
     treespec_dumps,
 )
 
-from . import calls, engines, handover
+from . import backends, calls, engines, handover
 from .api import jacobian
 from .compiled import apart
 from .reached import Reached
@@ -40,7 +40,8 @@ def export(
     function of the inputs, whose answer is nested as that of the ordinary call, and detached. From C++
     ``torch::inductor::AOTIModelPackageLoader`` loads it, whose ``run`` takes the inputs' tensors, and gives the
     answer's, as one flat list, in the order of ``torch.utils._pytree.tree_leaves`` (``return_output=True``: the
-    output, then the Jacobian); examples/cpp is a control loop.
+    output, then the Jacobian); examples/cpp is a control loop. Of jactri's Triton kernels, which Python launches, there
+    are none in it: on CUDA, too, it is torch's ops, fused by Inductor.
 
     Inputs must have the shapes, strides, dtypes and devices of the examples. A package checks that only where
     ``AOTI_RUNTIME_CHECK_INPUTS=1`` is in the environment when it first runs; else it reads memory as it was laid out in
@@ -58,8 +59,9 @@ def export(
 
     Raises: what ``of`` raises; TypeError for another ``of``, an option, a number of inputs that it does not take, or a
     container that a package cannot name; ValueError for a path without ``.pt2`` and for ``create_graph``;
-    FileNotFoundError where the folder is not there; RuntimeError where the call cannot be one graph, without a C++
-    compiler, where the package does not answer as the ordinary call does, or inside of a torch.func transform.
+    FileNotFoundError where the folder is not there; RuntimeError for ``backend="triton"``, where the call cannot be one
+    graph, without a C++ compiler, where the package does not answer as the ordinary call does, or inside of a
+    torch.func transform.
 
     Cost: an ordinary call, a trace, and 5 to 30 seconds of compilation; then a call of the package takes what
     ``compile(engine="aot")`` takes.
@@ -77,6 +79,7 @@ def export(
             "a package has no derivative: export takes no create_graph=True; jactri.compile does"
         )
     calls.check("export", of, options, example_inputs)
+    backends.check_packaged("export", options)
     calls.check_count(of, len(example_inputs))
     folder = os.path.dirname(path) or os.curdir
     if not os.path.isdir(folder):
@@ -97,10 +100,10 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
     """The answer of the ordinary call, and the call as a module of the inputs alone."""
     call = calls.ordinary(of, func, options)
     answer = call(tree_unflatten(flat, nested), None)
+    reached = Reached(func, options)
     try:
-        traced = trace(
-            lambda *xs: call(tree_unflatten(xs, nested), None), flat, (), Reached(func, options)
-        )
+        with backends.packaging():
+            traced = trace(lambda *xs: call(tree_unflatten(xs, nested), None), flat, (), reached)
     except Untraceable as reason:
         raise RuntimeError(
             f"jactri.export of {calls.name(of)}: the call cannot be one graph: {reason}. In func, read no values in "

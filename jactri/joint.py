@@ -14,12 +14,13 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx
 from torch._C import _DisableAutocast
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from .engines import Built, Run, build
 from .reached import Reached
-from .traced import Traced, Untraceable, trace
+from .traced import Traced, Untraceable, fake, trace
 
 
 @dataclass
@@ -96,13 +97,15 @@ def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.Gra
     def ordered(*given):
         names = [*own, *of_held, *cotangents]
         by_name = dict(zip(names, given, strict=True))
-        return torch.func.functionalize(found.graph)(*[by_name[n.name] for n in places])
+        # unlike torch.func.functionalize, it knows ops of others that write, as kernels do
+        functional = dispatch_functionalize(found.graph, FunctionalTensorMode())
+        return functional(*[by_name[n.name] for n in places])
 
     like = [_real([values[n]])[0] for n in own]
     like += list(traced.held)
     like += [_real([values[n]])[0] for n in cotangents]
     with torch.no_grad(), _DisableAutocast():
-        graph = make_fx(ordered, tracing_mode="fake")(*[mode.from_tensor(t.detach()) for t in like])
+        graph = make_fx(ordered, tracing_mode="fake")(*[fake(mode, t.detach()) for t in like])
     graph.graph.eliminate_dead_code()
     for k, node in enumerate([n for n in graph.graph.nodes if n.op == "placeholder"]):
         primals = inputs + len(traced.held)

@@ -75,7 +75,7 @@ def trace(
         _check_lazy(t, "out")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # of views, since what is one tensor now may be two later
-    fakes = [_fake(mode, t.detach()) for t in (*inputs, *written)]
+    fakes = [fake(mode, t.detach()) for t in (*inputs, *written)]
     spec: list[TreeSpec] = []
 
     def flat(*given):
@@ -134,7 +134,7 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
     return graph, left
 
 
-def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+def fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
     return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
 
 

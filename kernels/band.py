@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .support import fitting, on_device, power_of_two, wide
+from .launches import launch
+from .support import power_of_two, wide
 
 FAST, SLOW = 128, 16
 """The tile, along the axis of ``out`` that is contiguous and along the other: rows of one colour share cache lines."""
@@ -107,9 +108,9 @@ def dense(
     tables = (*[None] * (3 - len(supports)), *supports)
     sizes = [(1, 1) if t is None else tuple(t.shape) for t in tables]
     strides = [(0, 0) if t is None else t.stride() for t in tables]
-    with on_device(values), fitting():
-        _dense[grid](
-            values, colour, *tables, target, S, rows, columns, *sizes, values.stride(), *strides, target.stride(),
-            turned, blocks, BR, BC, wide(values, target), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _dense, grid, target,
+        values, colour, *tables, target, S, rows, columns, *sizes, values.stride(), *strides, target.stride(),
+        turned, blocks, BR, BC, wide(values, target), num_warps=4,
+    )  # fmt: skip
     return out

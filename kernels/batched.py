@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import launch
 from .linear import Config
 from .operands import product
-from .support import fitting, on_device, power_of_two, wide
+from .support import power_of_two, wide
 
 CONFIGS = (
     # four programs on a multiprocessor: while some store, others compute
@@ -80,10 +81,10 @@ def batched(
     c = config or CONFIGS[0]
     rows, columns = min(c.rows, power_of_two(M, 64)), min(c.out, power_of_two(N, 16))
     grid = (count * triton.cdiv(M, rows) * triton.cdiv(N, columns),)
-    with on_device(left), fitting():
-        _batched[grid](
-            left, right, out, M, N, K, *left.stride(), *right.stride(), *out.stride(), precision,
-            rows, columns, min(c.inner, power_of_two(K, 16)), wide(left, right, out),
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _batched, grid, out,
+        left, right, out, M, N, K, *left.stride(), *right.stride(), *out.stride(), precision,
+        rows, columns, min(c.inner, power_of_two(K, 16)), wide(left, right, out),
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import SOURCE
+from .launches import launch
 from .linear import Config, scaled
 from .operands import multiply, prepare
-from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, power_of_two, wide
 
 WIDEST, WIDEST_BEFORE_HOPPER = 128, 64
 """The widest layer of a `chain`. Wider, its tile, the next one's and their parts overflow the registers: at 256 on
@@ -202,14 +203,14 @@ def chain(
     values = tuple(p[0] for p in parts)
     operands = prepare(matrices, precision, ready)
     far = wide(t, out, *values, *matrices) or K * R >= 1 << 31
-    with on_device(t), fitting():
-        _chain[(triton.cdiv(K * R, c.rows),)](
-            t, tuple(m.values for m in operands), values, out, K, R, *t.stride(), *out.stride(),
-            tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
-            widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
-            SOURCE, precision, c.rows, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _chain, (triton.cdiv(K * R, c.rows),), out,
+        t, tuple(m.values for m in operands), values, out, K, R, *t.stride(), *out.stride(),
+        tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
+        widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
+        SOURCE, precision, c.rows, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out
 
 
@@ -235,12 +236,12 @@ def pair(
     (z0, s0, d0, p0), (z1, s1, d1, p1), (z2, s2, d2, p2) = map(factor, factors)
     a, b = prepare(matrices, precision, ready)
     far = wide(t, out, z0, z1, z2, first, second) or K * R >= 1 << 31
-    with on_device(t), fitting():
-        _pair[(triton.cdiv(K * R, c.rows),)](
-            t, a.values, b.values, z0, z1, z2, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
-            *a.strides, *b.strides,
-            *s0, *s1, *s2, *out.stride(), d0, p0, d1, p1, d2, p2, precision, c.rows,
-            min(c.out, power_of_two(H, 16)), min(c.inner or features, features), power_of_two(O, 16), not c.inner, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _pair, (triton.cdiv(K * R, c.rows),), out,
+        t, a.values, b.values, z0, z1, z2, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
+        *a.strides, *b.strides,
+        *s0, *s1, *s2, *out.stride(), d0, p0, d1, p1, d2, p2, precision, c.rows,
+        min(c.out, power_of_two(H, 16)), min(c.inner or features, features), power_of_two(O, 16), not c.inner, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import launch
 from .linear import Config, scaled
 from .operands import multiply, prepare
-from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, power_of_two, wide
 from .windows import (
     MOST_ROWS,
     Window,
@@ -248,13 +249,13 @@ def convolve(
         G * window.phases[0] * window.phases[1],
     )
     far = wide(src, zb, weight, za, dst) or rows > MOST_ROWS
-    with on_device(t), fitting():
-        _conv[grid](
-            src, zb, m, za, dst, counts, t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
-            window.padding, src.stride(), sb, sm, sa, dst.stride(),
-            window.stride, window.dilation, window.apart, window.common, window.inverse, window.step,
-            db, pb, da, pa, precision, window.transposed, flat, not flat and I % inner == 0, src.stride(2) != 1,
-            dst.stride(2) != 1, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _conv, grid, dst,
+        src, zb, m, za, dst, counts, t.shape[1], I, O, padded, tuple(src.shape[3:]), window.size, kernel,
+        window.padding, src.stride(), sb, sm, sa, dst.stride(),
+        window.stride, window.dilation, window.apart, window.common, window.inverse, window.step,
+        db, pb, da, pa, precision, window.transposed, flat, not flat and I % inner == 0, src.stride(2) != 1,
+        dst.stride(2) != 1, c.rows, min(c.out, power_of_two(O, 16)), inner, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import diagonal, result
+from .launches import launch
 from .linear import Config, scaled
-from .support import Factor, fitting, on_device, power_of_two, wide
+from .support import Factor, power_of_two, wide
 from .windows import (
     MOST_ROWS,
     Window,
@@ -147,12 +148,12 @@ def direct(
         (1 if many else G) * window.phases[0] * window.phases[1],
     )
     far = wide(src, zb, w, za, dst) or rows > MOST_ROWS
-    with on_device(t), fitting():
-        _direct[grid](
-            src, zb, w, za, dst, counts, t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel, window.padding,
-            src.stride(), sb, w.stride(), sa, dst.stride(),
-            window.stride, window.dilation, window.apart, window.common, window.inverse, window.step,
-            db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _direct, grid, dst,
+        src, zb, w, za, dst, counts, t.shape[1], G, I, O, tuple(src.shape[3:]), window.size, kernel, window.padding,
+        src.stride(), sb, w.stride(), sa, dst.stride(),
+        window.stride, window.dilation, window.apart, window.common, window.inverse, window.step,
+        db, pb, da, pa, window.transposed, many, src.stride(2) != 1, c.rows, tile, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

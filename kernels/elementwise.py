@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import launch
 from .linear import scaled
-from .support import Factor, factor, fitting, on_device, wide
+from .support import Factor, factor, wide
 
 AXES = 4
 """Axes that the kernel tells apart, after those have been merged that lie in a row in every operand."""
@@ -111,9 +112,9 @@ def scaled_sum(
     far = wide(out, *operands) or out.numel() >= 1 << 31
     (a, za, b, zb), (sa, sza, sb, szb) = operands, steps
     (da, pa), (db, pb) = parts
-    with on_device(first), fitting():
-        _scaled_sum[(triton.cdiv(out.numel(), _TILE),)](
-            a, za, b, zb, out, out.numel(), n1, n2, n3, sa, sza, sb, szb, o, da, pa, db, pb, _TILE, far,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _scaled_sum, (triton.cdiv(out.numel(), _TILE),), out,
+        a, za, b, zb, out, out.numel(), n1, n2, n3, sa, sza, sb, szb, o, da, pa, db, pb, _TILE, far,
+        num_warps=4,
+    )  # fmt: skip
     return out

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import diagonal
+from .launches import launch
 from .linear import scaled
-from .support import Factor, fitting, on_device, power_of_two, wide
+from .support import Factor, power_of_two, wide
 from .windows import (
     MOST_ROWS,
     Window,
@@ -145,10 +146,10 @@ def first(
     counts, rows = numbered(K, samples, window.size)
     grid = (triton.cdiv(rows, PIXELS) * triton.cdiv(G * O, tile),)
     far = wide(weight, za, dst) or rows > MOST_ROWS
-    with on_device(weight), fitting():
-        _first[grid](
-            w, za, dst, counts, samples, I, O, G * O, start, tuple(map(divisor, count)), tuple(size_in), window.size,
-            kernel, window.padding, w.stride(), sa, dst.stride(), (1, *period[1:]), window.stride, window.dilation,
-            tries, da, pa, window.transposed, PIXELS, tile, far, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _first, grid, dst,
+        w, za, dst, counts, samples, I, O, G * O, start, tuple(map(divisor, count)), tuple(size_in), window.size,
+        kernel, window.padding, w.stride(), sa, dst.stride(), (1, *period[1:]), window.stride, window.dilation,
+        tries, da, pa, window.transposed, PIXELS, tile, far, num_warps=4,
+    )  # fmt: skip
     return out

@@ -24,9 +24,10 @@ from torch import Tensor
 from . import chain as chains
 from .activations import DERIVATIVES, SOURCE
 from .chain import _zeros
+from .launches import launch
 from .linear import Config
 from .operands import multiply, prepare
-from .support import Factor, Ready, Unfit, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, Unfit, factor, power_of_two, wide
 
 MOST_LAST = 4
 """The most features of a last layer that is summed in the epilogue."""
@@ -339,14 +340,14 @@ def step(
     (m,) = prepare((matrix,), precision, ready)
     w = None if weights is None else weights.expand(R, K)
     far = wide(t, zb, yb, za, ya, matrix, w, into) or (K + 1) * R >= 1 << 31
-    with on_device(t), fitting():
-        _laplacian_step[(triton.cdiv(R, c.rows // together) * tiles,)](
-            t, m.values, last, w, zb, yb, za, ya, into, K, R, I, O, m.padded, *t.stride(), *m.strides,
-            *((0, 0) if last is None else last.stride()), *((0, 0) if w is None else w.stride()),
-            sb, tb, sa, ta, *into.stride(), db, ddb, pb, da, dda, pa, precision, tile, columns,
-            min(c.inner, power_of_two(I, 16)), count, together > K, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _laplacian_step, (triton.cdiv(R, c.rows // together) * tiles,), into,
+        t, m.values, last, w, zb, yb, za, ya, into, K, R, I, O, m.padded, *t.stride(), *m.strides,
+        *((0, 0) if last is None else last.stride()), *((0, 0) if w is None else w.stride()),
+        sb, tb, sa, ta, *into.stride(), db, ddb, pb, da, dda, pa, precision, tile, columns,
+        min(c.inner, power_of_two(I, 16)), count, together > K, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out if into.shape[0] == 1 else out.copy_(into.sum(0))
 
 
@@ -394,13 +395,13 @@ def chain(
     operands = prepare(matrices, precision, ready)
     w = None if weights is None else weights.expand(R, K)
     far = wide(t, out, w, *zs, *ys, *matrices) or (K + 1) * R >= 1 << 31
-    with on_device(t), fitting():
-        _laplacian_chain[(triton.cdiv(R, c.rows // together),)](
-            t, tuple(m.values for m in operands), last, w, zs, ys, out, K, R, tuple(m.padded for m in operands),
-            *t.stride(), tuple(m.strides for m in operands), *((0, 0) if last is None else last.stride()),
-            *((0, 0) if w is None else w.stride()), ss, ts, *out.stride(),
-            widths, tuple(power_of_two(n, 16) for n in widths), ds, dds, ps,
-            SOURCE, precision, _tile(c.rows, together), count, far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _laplacian_chain, (triton.cdiv(R, c.rows // together),), out,
+        t, tuple(m.values for m in operands), last, w, zs, ys, out, K, R, tuple(m.padded for m in operands),
+        *t.stride(), tuple(m.strides for m in operands), *((0, 0) if last is None else last.stride()),
+        *((0, 0) if w is None else w.stride()), ss, ts, *out.stride(),
+        widths, tuple(power_of_two(n, 16) for n in widths), ds, dds, ps,
+        SOURCE, precision, _tile(c.rows, together), count, far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

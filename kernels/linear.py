@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import launch
 from .operands import multiply, prepare
-from .support import Factor, Ready, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, Ready, factor, power_of_two, wide
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,11 @@ def step(
     grid = (triton.cdiv(K * R, c.rows) * triton.cdiv(O, c.out),)
     (m,) = prepare((matrix,), precision, ready)
     far = wide(t, zb, matrix, za, out) or K * R >= 1 << 31
-    with on_device(t), fitting():
-        _step[grid](
-            t, zb, m.values, za, out, K, R, I, O, m.padded, *t.stride(), *sb, *m.strides, *sa, *out.stride(),
-            db, pb, da, pa, precision, c.rows, min(c.out, power_of_two(O, 16)),
-            min(c.inner, power_of_two(I, 16)), far,
-            num_warps=c.warps, num_stages=c.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _step, grid, out,
+        t, zb, m.values, za, out, K, R, I, O, m.padded, *t.stride(), *sb, *m.strides, *sa, *out.stride(),
+        db, pb, da, pa, precision, c.rows, min(c.out, power_of_two(O, 16)),
+        min(c.inner, power_of_two(I, 16)), far,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
     return out

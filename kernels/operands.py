@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .support import HALF, Ready, fitting, on_device, wide
+from .launches import launch
+from .support import HALF, Ready, address, wide
 
 PARTS = {"ieee": 1, "tf32": 1, "half": 1, "tf32x3": 2, "bf16x6": 3}
 """Precisions of a product, and the parts that a matrix is split into."""
@@ -213,19 +214,19 @@ def _prepared(matrices: Sequence[Tensor], precision: str) -> list[Operand]:
     first = matrices[0]
     dtype = torch.bfloat16 if precision == "bf16x6" else first.dtype
     out = torch.empty(parts * sum(sizes), dtype=dtype, device=first.device)
-    with on_device(first), fitting():
-        _prepare[(triton.cdiv(max(sizes), _TILE), len(matrices))](
-            tuple(matrices), out, tuple(tuple(m.shape) for m in matrices),
-            tuple(tuple(m.stride()) for m in matrices), tuple(starts), tuple(pitches),
-            parts, _TILE, wide(out, *matrices), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _prepare, (triton.cdiv(max(sizes), _TILE), len(matrices)), out,
+        tuple(matrices), out, tuple(tuple(m.shape) for m in matrices),
+        tuple(tuple(m.stride()) for m in matrices), tuple(starts), tuple(pitches),
+        parts, _TILE, wide(out, *matrices), num_warps=4,
+    )  # fmt: skip
     return [Operand(out[s:], n, 1, p, p) for s, n, p in zip(starts, sizes, pitches, strict=True)]
 
 
 def _as_it_is(m: Tensor) -> bool:
     """Whether a kernel may read a matrix of one part where it lies."""
     rows, columns = m.stride()
-    if m.data_ptr() % 16:
+    if address(m) % 16:
         return False
     if m.dtype in HALF and columns == 1:  # tensor cores take 16-bit operands in either order
         return rows % ALIGNED == 0

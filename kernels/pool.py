@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv import diagonal, result
+from .launches import launch
 from .linear import scaled
-from .support import Factor, fitting, on_device, power_of_two, wide
+from .support import Factor, power_of_two, wide
 from .windows import Window, block_offsets, image, offsets
 
 SEEDS, TILE = 8, 128
@@ -105,12 +106,12 @@ def _launch(
     za, sa, da, pa = diagonal(after, axes)
     K, N, C = t.shape[:3]
     seeds = min(SEEDS, power_of_two(K))
-    with on_device(t), fitting():
-        kernel[(triton.cdiv(out.numel() // K, TILE), triton.cdiv(K, seeds))](
-            src, at, zb, za, dst, K, N, C, *sizes(tuple(src.shape[3:])), src.stride(), at.stride(), sb, sa,
-            dst.stride(), db, pb, da, pa, dst.stride(2) == 1 and C > 1, seeds, TILE, wide(src, at, zb, za, dst),
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        kernel, (triton.cdiv(out.numel() // K, TILE), triton.cdiv(K, seeds)), dst,
+        src, at, zb, za, dst, K, N, C, *sizes(tuple(src.shape[3:])), src.stride(), at.stride(), sb, sa,
+        dst.stride(), db, pb, da, pa, dst.stride(2) == 1 and C > 1, seeds, TILE, wide(src, at, zb, za, dst),
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import launch
 from .linear import scaled
-from .support import Factor, factor, fitting, on_device, power_of_two, wide
+from .support import Factor, factor, power_of_two, wide
 
 MAPS = ("softmax", "log_push", "log_pull", "centred", "uncentred")
 
@@ -121,10 +122,10 @@ def rows(
     columns = min(power_of_two(n, 16), WHOLE)
     tile = max(1, min(2048 // columns, power_of_two(K * R)))
     far = wide(t, saved, zb, za, out) or K * R >= 1 << 31
-    with on_device(t), fitting():
-        _rows[(triton.cdiv(K * R, tile),)](
-            t, saved, zb, za, out, K, R, n, *t.stride(), *saved.stride(), *sb, *sa, *out.stride(),
-            map, db, pb, da, pa, tile, columns, n > columns, far,
-            num_warps=8 if columns > 1024 else 4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _rows, (triton.cdiv(K * R, tile),), out,
+        t, saved, zb, za, out, K, R, n, *t.stride(), *saved.stride(), *sb, *sa, *out.stride(),
+        map, db, pb, da, pa, tile, columns, n > columns, far,
+        num_warps=8 if columns > 1024 else 4,
+    )  # fmt: skip
     return out

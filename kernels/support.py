@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 OLDEST = (3, 6)
 """The oldest triton that the kernels were written for and are compiled with in the tests."""
@@ -76,7 +77,14 @@ class Ready(dict):
 
 
 def _place(m: Tensor, how: Hashable) -> tuple:
-    return m.data_ptr(), m.shape, m.stride(), m.dtype, how
+    return address(m), m.shape, m.stride(), m.dtype, how
+
+
+def address(t: Tensor) -> int:
+    """Where the first element is; in a trace, whose tensors have no memory, as if all storages were aligned."""
+    if not isinstance(t, FakeTensor):
+        return t.data_ptr()
+    return (t.untyped_storage()._cdata << 8) + t.storage_offset() * t.element_size()
 
 
 def factor(f: Factor | None):

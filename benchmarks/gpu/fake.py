@@ -59,7 +59,7 @@ from triton.runtime.jit import JITFunction
 
 import jactri
 from jactri import chooser, compiled, rates, traced, tracing
-from jactri.kernels import support
+from jactri.kernels import launches, support
 
 from ..counts import extent, region
 from ..workloads import Workload
@@ -235,7 +235,9 @@ class _Mode(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self.lifted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an op by the fake."""
+        """Run an op by the fake, but for a launch."""
+        if func is launches.OP and not tracing.tracing():
+            return launches.run(*args)
         if func is aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
             return args[0]  # torch hands a number that it wrapped itself over as the number
         if func is aten.equal.default and not isinstance(args[0], FakeTensor):
