@@ -125,7 +125,7 @@ def _kernels(nodes: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
     numbered = sorted((int(k.rsplit(":", 1)[1]), k.rsplit(":", 1)[0], k) for k in nodes)
     calls = {k: _called(name) for _, name, k in numbered if "_fused_" not in name}
     # a kernel that lays out the operands of a call has its node, too
-    elsewhere = {n for k, op in calls.items() for n in nodes[k] if _op(n) == op}
+    elsewhere = {n for k, op in calls.items() for n in nodes[k] if _op(n) == op.split(".")[-1]}
     return tuple(
         Kernel(name, (calls[k],), False)
         if k in calls
