@@ -36,6 +36,9 @@ _CALLS = (*_OF_TUPLES, *_TAKEN, *OF_FUNCTIONS)
 _NOT_TAKEN = frozenset({"progress", "resume", "layout", "strict", "vectorize", "estimate", "out"})
 """Options that are for one long call, or that a trace cannot have."""
 
+IN_WEIGHTS = (parameter_jacobian, empirical_ntk)
+"""Calls that differentiate by weights."""
+
 TAKE_OUT = (jacobian, parameter_jacobian)
 
 

@@ -31,7 +31,7 @@ class Kernel:
     fused: bool
 
     def __str__(self) -> str:
-        counts = Counter(self.ops)
+        counts = Counter(self.ops or ["copy"])
         return ", ".join(op if n == 1 else f"{op} x{n}" for op, n in counts.items())
 
 
@@ -65,14 +65,16 @@ class Compilation:
     name: str
     reason: str | None
     """Why it runs eagerly, as the ordinary call; None if it does not."""
-    parts: tuple[Part, ...]
-    looked_up: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
+    looked_up: tuple[str, ...] = ()
     """What of modules is looked up again at each call: ``0.weight``."""
-    fixed: int
+    fixed: int = 0
     """Tensors that no module holds: as they were, but for writes in place."""
-    seconds: tuple[float, float]
+    constants: int = 0
+    """Tensors that are constants of its graph, by ``freeze=True``."""
+    seconds: tuple[float, float] = (0.0, 0.0)
     """What the trace took, and the compilation."""
-    cuda_graph: bool
+    cuda_graph: bool = False
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -84,6 +86,8 @@ class Compilation:
         ]
         if self.fixed:
             lines.append(f"as they were: {_count(self.fixed, 'tensor')} that no module holds")
+        if self.constants:
+            lines.append(f"constants: {_count(self.constants, 'tensor')}, updates are not seen")
         if self.cuda_graph:
             lines.append("replayed as one CUDA graph")
         return "\n".join(lines)
@@ -100,14 +104,15 @@ def of_artifact(made: Any) -> tuple[Kernel, ...] | None:
     if made._artifacts is None:
         return None
     cached = CacheArtifactManager.deserialize(made._artifacts[0]) or {}
-    graphs = [pickle.loads(a.content) for a in cached.get("inductor", ())]
+    return of_graphs([pickle.loads(a.content) for a in cached.get("inductor", ())])
+
+
+def of_graphs(graphs: Sequence[Any]) -> tuple[Kernel, ...] | None:
+    """The kernels of what Inductor made of graphs."""
     if not graphs:
         return None
-    return tuple(k for g in graphs for k in _of_json(g.inductor_provenance_mapping_str))
-
-
-def _of_json(mapping: str | None) -> tuple[Kernel, ...]:
-    return _kernels(json.loads(mapping).get("cppCodeToPost", {}) if mapping else {})
+    told = [json.loads(g.inductor_provenance_mapping_str or "{}") for g in graphs]
+    return tuple(k for t in told for k in _kernels(t.get("cppCodeToPost", {})))
 
 
 def of_package(path: str) -> tuple[Kernel, ...] | None:
@@ -129,9 +134,17 @@ def _kernels(nodes: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(name, (calls[k],), False)
         if k in calls
-        else Kernel(name, tuple(sorted(_op(n) for n in nodes[k] if n not in elsewhere)), True)
+        else Kernel(
+            name,
+            tuple(sorted(_op(n) for n in nodes[k] if not _GIVEN.match(n) and n not in elsewhere)),
+            True,
+        )
         for _, name, k in numbered
     )
+
+
+_GIVEN = re.compile(r"_?(arg|primals|tangents|held|constant|frozen_param)_?\d+(_\d+)?$")
+"""Names of what is no op: a kernel lays it out."""
 
 
 def _called(name: str) -> str:

@@ -22,9 +22,10 @@ from .constants import arbitrary
 from .joint import Joint, differentiable, joint
 from .kernels import launches
 from .kernels.support import Unfit
+from .plans import Eager, Plan, state
 from .reached import Reached
 from .running import public
-from .traced import Traced, Untraceable, trace
+from .traced import Traced, Untraceable, frozen, trace
 
 _log = logging.getLogger("jactri")
 
@@ -42,68 +43,6 @@ _LOW = 5e-2
 """The same, of types of less precision."""
 
 
-class Plan:
-    """What runs the calls of a signature: a function of the inputs and of what ``func`` holds, looked up each time."""
-
-    def __init__(
-        self,
-        traced: Traced,
-        reached: Reached,
-        run: engines.Run,
-        built: Sequence[engines.Built],
-        seconds: tuple[float, float],
-    ):
-        self.graph, self.spec = traced.graph, traced.spec
-        self.leaf = traced.spec.is_leaf()
-        self.run, self._reached = run, reached
-        self.built, self.seconds = built, seconds
-        self._held = list(traced.held)
-        self._states = [_state(t) for t in traced.held]
-        self._at = [(t.data_ptr(), t.requires_grad) for t in traced.held]
-        self._places = [places[0] if places else None for places in traced.places]
-        self._tied = [(p.table, p.name, places[0]) for places in traced.places for p in places[1:]]
-
-    def held(self) -> list[Tensor] | str:
-        """What the function holds now, or what of it asks for another plan."""
-        changed = self._reached.changed()
-        if changed is not None:
-            return changed
-        found, at = self._held, self._at
-        for k, place in enumerate(self._places):
-            t = found[k] if place is None else place.table.get(place.name)
-            # of the same tensor in the same memory, all else is the same
-            if t is found[k] and (t.data_ptr(), t.requires_grad) == at[k]:
-                continue
-            if t is None or _state(t) != self._states[k]:
-                return "a tensor that func holds" if place is None else f"the tensor {place.path}"
-            found[k], at[k] = t, (t.data_ptr(), t.requires_grad)
-        for table, name, first in self._tied:
-            if table.get(name) is not first.table.get(first.name):
-                return f"with which tensor {name} is one"
-        return found
-
-    def looked_up(self) -> tuple[str, ...]:
-        """What of modules it looks up."""
-        return tuple(place.path for place in self._places if place is not None)
-
-    def fixed(self) -> int:
-        """How many tensors it holds that no module does."""
-        return self._places.count(None)
-
-
-def _state(t: Tensor) -> tuple:
-    memory = t.untyped_storage().size() > 0  # which others may free, as FSDP does
-    lazy = t.is_conj(), t.is_neg()
-    return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, memory, lazy
-
-
-class Eager:
-    """An ordinary call each time, and why; until the modules change."""
-
-    def __init__(self, reason: str, reached: Reached):
-        self.reason, self.changed = reason, reached.changed
-
-
 class Compiled:
     """A call of jactri as one compiled graph; made by `compile`.
 
@@ -112,9 +51,9 @@ class Compiled:
     compilation took. Print it to see how it runs.
     """
 
-    def __init__(self, of, func, engine: str, options: dict[str, Any]):
+    def __init__(self, of, func, engine: str, freeze: bool, options: dict[str, Any]):
         self.func, self.of, self.engine = func, of, engine
-        self.traces = 0
+        self.freeze, self.traces = freeze, 0
         self._name = calls.name(of)
         self._options, self._call = options, calls.ordinary(of, func, options)
         self._create_graph = bool(options.get("create_graph"))
@@ -223,7 +162,7 @@ class Compiled:
                 raise TypeError(
                     f"out must hold tensors, got {type(t)}; for an array, pass torch.from_numpy(array)"
                 )
-        return str(nested), tuple([_state(t) for t in flat])
+        return str(nested), tuple([state(t) for t in flat])
 
     def _planned(self, key, inputs, flat, nested, out, changed: str) -> Any:
         """The answer of an ordinary call, and a plan for calls like it."""
@@ -254,10 +193,14 @@ class Compiled:
 
         start = time.perf_counter()
         reached, both = Reached(self.func, self._options), None
+        if self.freeze:
+            self._check_frozen(flat, answer, reached)
         try:
             with backends.packaging(self.engine == "aot"):
                 traced = trace(call, flat, written, reached)
-                if any(t.requires_grad for t in tree_leaves(answer)):
+                if self.freeze:
+                    traced = frozen(traced)
+                elif any(t.requires_grad for t in tree_leaves(answer)):
                     both = joint(call, traced, flat, reached)
         except Untraceable as reason:
             _log.info("compiled %s runs eagerly: %s", self._name, reason)
@@ -290,13 +233,24 @@ class Compiled:
         """What runs a trace, or both its graphs, and what an engine made of each."""
         if both is not None:
             return differentiable(both, self.engine, given)
-        built = engines.build(self.engine, traced.graph, given)
-        run = built.run
+        built = engines.build(self.engine, traced.graph, given, self.freeze)
+        run = _owned(built.run, given) if self.freeze else _detached(built.run, traced)
         if self.engine != "aot":  # whose own events a capture cannot ask
             run = captured(run, traced.graph, given, inputs, written)
-        if run.__class__ is not Captured:
-            run = _detached(run, traced)
         return run, (built,)
+
+    def _check_frozen(self, flat, answer, reached: Reached) -> None:
+        """Raise for derivatives that weights as constants do not have."""
+        weights = [reached.called(x) for x in flat if id(x) in reached.tensors]
+        if weights:
+            raise ValueError(
+                f"freeze=True takes weights as constants, and {weights[0]} is an input: compile without freeze"
+            )
+        if any(x.requires_grad for x in flat) and any(t.requires_grad for t in tree_leaves(answer)):
+            raise RuntimeError(
+                "with freeze=True the answer has no derivative, but an input requires grad: call it under "
+                "torch.no_grad() or detach the input; compile without freeze to differentiate"
+            )
 
     @public
     def explain(self, *inputs: Any) -> Compilation:
@@ -310,13 +264,7 @@ class Compiled:
         if inputs:
             self(*inputs)
             plan = self._plans.get(self._key(inputs, None)[0], plan)
-        if isinstance(plan, Eager):
-            return Compilation(self._title(), plan.reason, (), (), 0, (0.0, 0.0), False)
-        names = ("the call",) if len(plan.built) == 1 else ("the call", "its backward")
-        return Compilation(
-            self._title(), None, tuple(b.part(n) for n, b in zip(names, plan.built, strict=True)),
-            plan.looked_up(), plan.fixed(), plan.seconds, isinstance(plan.run, Captured),
-        )  # fmt: skip
+        return plan.explained(self._title())
 
     def verify(self, *inputs: Any) -> float:
         """How far the compiled call is from the ordinary one at ``inputs``, relative to the largest entry.
@@ -343,6 +291,26 @@ def _detached(run: engines.Run, traced: Traced) -> engines.Run:
         return found
 
     return detached
+
+
+def _owned(run: engines.Run, given: list[Tensor]) -> engines.Run:
+    """With answers in memory of their own: what follows from constants alone is computed once, and is one tensor."""
+    both = zip(run(list(given)), run(list(given)), strict=True)
+    again = [
+        k
+        for k, (a, b) in enumerate(both)
+        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    ]
+    if not again:
+        return run
+
+    def owned(tensors):
+        found = list(run(tensors))
+        for k in again:
+            found[k] = found[k].clone()
+        return found
+
+    return owned
 
 
 def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
@@ -401,6 +369,7 @@ def compile(
     *example_inputs: Any,
     of: Callable[..., Any] | None = jacobian,
     engine: str = "inductor",
+    freeze: bool = False,
     **options: Any,
 ) -> Compiled:
     """A call of jactri for many inputs alike, traced once into one graph and compiled by PyTorch's compiler.
@@ -426,6 +395,12 @@ def compile(
             no Python runs in a call, compiled in each process anew. ``"fx"`` runs the ops of the graph as they are:
             nothing is compiled. Without a C++ compiler, what is compiled for a CPU falls back to ``"fx"``, with a
             warning.
+        freeze: whether all that ``func`` holds is a constant of the graph, as it is when the graph is traced: **an
+            update, in place or by replacement, is not seen**, until another trace (a second shape, ``.train()``);
+            `Compiled.verify` tells. The compiler computes with constants what it can, once, and packs matrices and
+            filters for its products. It costs a copy of them, and its code for a CPU is not cached on disk where
+            something is packed. The answer has no graph; what differentiates in weights (``create_graph``,
+            `parameter_jacobian`, `empirical_ntk`, weights as inputs) is refused.
         options: those of ``of``, but for what is for one long call (``progress``, ``layout``, ``strict``,
             ``estimate``). Tensors among them may be updated in place.
 
@@ -438,7 +413,9 @@ def compile(
     of ``"aot"`` too, has torch's ops in their place.
 
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
-    it does not take; RuntimeError inside of a torch.func transform, and for ``"aot"`` with ``backend="triton"``.
+    it does not take; ValueError for ``freeze=True`` with a derivative in weights; RuntimeError inside of a torch.func
+    transform, for ``"aot"`` with ``backend="triton"``, and with ``freeze=True`` for an answer that is to be
+    differentiated in an input.
 
     Cost: at compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call, and
     where the answer can be differentiated a backward of both calls. Then about 10 microseconds beside what the engine
@@ -456,6 +433,11 @@ def compile(
     engine = engines.usable(engine, example_inputs)
     if engine == "aot":
         backends.check_packaged("compile(engine='aot')", options)
-    made = Compiled(of, func, engine, options)
+    if freeze and (of in calls.IN_WEIGHTS or options.get("create_graph")):
+        what = f"jactri.{of.__name__}" if of in calls.IN_WEIGHTS else "create_graph=True"
+        raise ValueError(
+            f"freeze=True takes weights as constants, and {what} differentiates in them: compile it without freeze"
+        )
+    made = Compiled(of, func, engine, freeze, options)
     made(*example_inputs)
     return made

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._pytree import tree_leaves
 
-from .compilation import TRACKED, Kernel, Part, of_artifact, of_package
+from .compilation import TRACKED, Kernel, Part, of_artifact, of_graphs, of_package
 
 _log = logging.getLogger("jactri")
 
@@ -81,14 +81,26 @@ def usable(engine: str, inputs: Any) -> str:
 
 @contextlib.contextmanager
 def quiet():
-    """Without the compiler's own warnings, about torch's code."""
+    """Without the compiler's own warnings, about torch's code, and that what it packed for this CPU is not cached."""
+    log = logging.getLogger("torch._inductor.standalone_compile")
+    level = log.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
-def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Built:
-    """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails."""
+def build(
+    engine: str, graph: fx.GraphModule, like: Sequence[Tensor], freeze: bool = False
+) -> Built:
+    """The graph as an engine runs it, without a derivative; as it is, logged, where the compiler fails.
+
+    ``freeze``: the compiler computes with the graph's constants what it can, and packs them for its products.
+    """
+    options = {**OPTIONS, "freezing": freeze}
     ops = sum(n.op == "call_function" for n in graph.graph.nodes)
     with _one_at_a_time, torch.no_grad(), _DisableAutocast(), quiet():
         given = [t.detach() for t in like]
@@ -96,7 +108,7 @@ def build(engine: str, graph: fx.GraphModule, like: Sequence[Tensor]) -> Built:
             from torch._inductor.exc import InductorError
 
             try:
-                run, kernels = _BUILD[engine](graph, given)
+                run, kernels = _BUILD[engine](graph, given, options)
                 return Built(run, engine, ops, kernels)
             except InductorError as error:
                 _log.warning(
@@ -109,12 +121,22 @@ def _fx(graph: fx.GraphModule, like: list[Tensor]) -> Run:
     return _without_grad(graph.forward)
 
 
-def _inductor(graph: fx.GraphModule, like: list[Tensor]) -> tuple[Run, Callable]:
+def _inductor(
+    graph: fx.GraphModule, like: list[Tensor], options: dict[str, Any]
+) -> tuple[Run, Callable]:
     from torch._inductor import standalone_compile
+    from torch._inductor.compile_fx import compile_fx_inner
 
-    options = {"config_patches": OPTIONS}
+    seen = []
+
+    def compile_graph(*args, **kwargs):
+        seen.append(compile_fx_inner(*args, **kwargs))
+        return seen[-1]
+
+    options = {"config_patches": options, "inner_compile": compile_graph}
     made = standalone_compile(graph, like, dynamic_shapes="from_example_inputs", options=options)
-    return _without_grad(made), lambda: of_artifact(made)
+    # what AOTAutograd finds in its cache is not compiled again
+    return _without_grad(made), lambda: of_graphs(seen) or of_artifact(made)
 
 
 def _without_grad(made: Callable[..., Sequence[Tensor]]) -> Run:
@@ -139,21 +161,25 @@ def _without_autocast(made: Run) -> Run:
     return run
 
 
-def _aot(graph: fx.GraphModule, like: list[Tensor]) -> tuple[Run, Callable]:
+def _aot(
+    graph: fx.GraphModule, like: list[Tensor], options: dict[str, Any]
+) -> tuple[Run, Callable]:
     from torch._inductor import aoti_load_package
 
     with tempfile.TemporaryDirectory() as folder:
-        path = package(graph, tuple(like), os.path.join(folder, "call.pt2"))
+        path = package(graph, tuple(like), os.path.join(folder, "call.pt2"), options)
         loaded, kernels = aoti_load_package(path), of_package(path)
     return _without_autocast(loaded.loader.boxed_run), lambda: kernels
 
 
-def package(module: nn.Module, examples: tuple, path: str) -> str:
+def package(
+    module: nn.Module, examples: tuple, path: str, options: dict[str, Any] = OPTIONS
+) -> str:
     """Write a module of plain ops as an AOTInductor package; the path."""
     from torch._inductor import aoti_compile_and_package
 
     program = torch.export.export(module, examples, strict=False)
-    return aoti_compile_and_package(program, package_path=path, inductor_configs=OPTIONS)
+    return aoti_compile_and_package(program, package_path=path, inductor_configs=options)
 
 
 _BUILD = {"inductor": _inductor, "aot": _aot}

@@ -23,7 +23,7 @@ from .api import jacobian
 from .compiled import apart
 from .reached import Reached
 from .running import computing, public
-from .traced import Traced, Untraceable, trace
+from .traced import Traced, Untraceable, frozen, trace
 
 
 def export(
@@ -121,20 +121,16 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
 
 
 class _Alone(nn.Module):
-    """A traced call as a module of its inputs alone: what the function held are its buffers."""
+    """A traced call as a module of its inputs alone, nested as those of the call."""
 
     def __init__(self, traced: Traced):
         super().__init__()
-        self.graph = traced.graph
-        self.names = [f"held_{k}" for k in range(len(traced.held))]
-        for name, t in zip(self.names, traced.held, strict=True):
-            self.register_buffer(name, t.detach())
+        self.graph = frozen(traced).graph
         spec = traced.spec
         self.as_nested = lambda found: tree_unflatten(found, spec)
 
     def forward(self, *inputs):
-        held = [getattr(self, name) for name in self.names]
-        return self.as_nested(self.graph(*tree_leaves(inputs), *held))
+        return self.as_nested(self.graph(*tree_leaves(inputs)))
 
 
 def _write(module: nn.Module, examples: tuple, answer: Any, path: str, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,24 @@ class Traced:
     def results(self) -> list[fx.Node]:
         """The nodes of its answer's tensors."""
         return list(next(iter(reversed(self.graph.graph.nodes))).args[0])
+
+
+def frozen(traced: Traced) -> Traced:
+    """With constants for what the function holds: copies of it, as it is now."""
+    graph = copy.deepcopy(traced.graph)
+    nodes = graph.graph
+    if traced.held:
+        for k, node in enumerate(
+            [n for n in nodes.nodes if n.op == "placeholder"][-len(traced.held) :]
+        ):
+            graph.register_buffer(f"constant_{k}", traced.held[k].detach().clone())
+            with nodes.inserting_before(node):
+                constant = nodes.get_attr(f"constant_{k}")
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+            nodes.erase_node(node)
+        graph.recompile()
+    return Traced(graph, [], [], traced.spec)
 
 
 def trace(

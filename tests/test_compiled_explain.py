@@ -115,7 +115,7 @@ def test_of_what_runs_eagerly():
 def test_where_the_compiler_fails(monkeypatch, caplog):
     from torch._inductor.exc import InductorError
 
-    def fails(graph, like):
+    def fails(graph, like, options):
         raise InductorError(RuntimeError("no"), "no")
 
     monkeypatch.setitem(jactri.engines._BUILD, "inductor", fails)
