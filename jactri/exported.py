@@ -125,12 +125,12 @@ class _Alone(nn.Module):
 
     def __init__(self, traced: Traced):
         super().__init__()
-        self.graph = frozen(traced).graph
+        self.traced = frozen(traced).graph  # of a module, ``graph`` is another thing
         spec = traced.spec
         self.as_nested = lambda found: tree_unflatten(found, spec)
 
     def forward(self, *inputs):
-        return self.as_nested(self.graph(*tree_leaves(inputs)))
+        return self.as_nested(self.traced(*tree_leaves(inputs)))
 
 
 def _write(module: nn.Module, examples: tuple, answer: Any, path: str, folder: str) -> None:
