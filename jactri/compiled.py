@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -19,13 +20,15 @@ from .api import jacobian
 from .captured import Captured, captured
 from .compilation import Compilation
 from .constants import arbitrary
-from .joint import Joint, differentiable, joint
 from .kernels import launches
 from .kernels.support import Unfit
 from .plans import Eager, Plan, state
 from .reached import Reached
 from .running import public
-from .traced import Traced, Untraceable, frozen, trace
+
+if TYPE_CHECKING:
+    from .joint import Joint
+    from .traced import Traced
 
 _log = logging.getLogger("jactri")
 
@@ -181,6 +184,10 @@ class Compiled:
         return self._with(answer[:1] if self._options.get("return_output") else (), out)
 
     def _plan(self, flat, nested, out, answer) -> Plan | Eager:
+        # these import torch._dynamo, which takes seconds
+        from .joint import joint
+        from .traced import Untraceable, frozen, trace
+
         written, written_as = ([], None) if out is None else tree_flatten(out)
         count = len(flat)
 
@@ -206,6 +213,8 @@ class Compiled:
             _log.info("compiled %s runs eagerly: %s", self._name, reason)
             return Eager(str(reason), reached)
         middle = time.perf_counter()
+        if both is not None:
+            traced = replace(traced, held=both.held)
         given = [*flat, *written, *traced.held]
         try:
             run, built = self._built(traced, both, given, count, len(written))
@@ -213,8 +222,8 @@ class Compiled:
             _log.info("compiled %s: traced in %.2g s, compiled in %.2g s", self._name, *seconds)
             again = [torch.full_like(t, torch.nan) for t in written]
             found = run([*flat, *again, *traced.held])
-        except Unfit as error:  # of a plan that no ordinary call has run: values decided there
-            off = f"a kernel does not run here: {error}"
+        except (RuntimeError, Unfit) as error:  # no ordinary call ran this: values decided there
+            off = f"its graph fails: {error}".split("\n")[0]
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
         want = tree_leaves(answer)
@@ -232,6 +241,8 @@ class Compiled:
     ) -> tuple[engines.Run, tuple[engines.Built, ...]]:
         """What runs a trace, or both its graphs, and what an engine made of each."""
         if both is not None:
+            from .joint import differentiable
+
             return differentiable(both, self.engine, given)
         built = engines.build(self.engine, traced.graph, given, self.freeze)
         run = _owned(built.run, given) if self.freeze else _detached(built.run, traced)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
 from .backends import capturing
-from .tracing import tracing
+from .tracing import making, own, tracing
 
 KEPT = 1 << 26
 """Bytes of `fixed` tensors that are kept; of what is larger, nothing."""
@@ -39,6 +39,9 @@ def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
 
 def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Tensors that ``key`` determines: those of the last time, or made now."""
+    if own():
+        with making():
+            return fixed(key, make)
     if tracing():
         return make()
     found = _fixed.pop(key, None)

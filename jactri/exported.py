@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from .api import jacobian
 from .compiled import apart
 from .reached import Reached
 from .running import computing, public
-from .traced import Traced, Untraceable, frozen, trace
+
+if TYPE_CHECKING:
+    from .traced import Traced
 
 
 def export(
@@ -98,6 +100,8 @@ def export(
 @public
 def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[Any, nn.Module]:
     """The answer of the ordinary call, and the call as a module of the inputs alone."""
+    from .traced import Untraceable, trace  # imports torch._dynamo, which takes seconds
+
     call = calls.ordinary(of, func, options)
     answer = call(tree_unflatten(flat, nested), None)
     reached = Reached(func, options)
@@ -125,6 +129,8 @@ class _Alone(nn.Module):
 
     def __init__(self, traced: Traced):
         super().__init__()
+        from .traced import frozen
+
         self.traced = frozen(traced).graph  # of a module, ``graph`` is another thing
         spec = traced.spec
         self.as_nested = lambda found: tree_unflatten(found, spec)

@@ -33,6 +33,8 @@ class Joint:
     """How many of the forward graph's results are the answer."""
     differentiated: list[int]
     """Which of the answer's tensors have cotangents."""
+    held: list[Tensor]
+    """What the two traces held, those of the call alone first."""
     gradients: list[int]
     """For which of the inputs and held tensors the backward gives gradients, in its order."""
 
@@ -71,27 +73,28 @@ def joint(
     found = trace(both, [*inputs, *cotangents], (), reached)
     if not made["differentiated"]:
         raise Untraceable("in a trace, its answer loses its graph")
-    at = {id(t): len(inputs) + k for k, t in enumerate(traced.held)}
+    known = set(map(id, traced.held))  # but constants that each trace makes
+    held = [*traced.held, *(t for t in found.held if id(t) not in known)]
+    at = {id(t): len(inputs) + k for k, t in enumerate(held)}
     sources = [k for k, r in enumerate(needed) if r] + [at[id(w)] for w in weights]
-    graph = _functional(found, len(inputs), len(outs), traced)
+    graph = _functional(found, len(inputs), len(outs), held)
     forward, backward = min_cut_rematerialization_partition(graph, (), num_fwd_outputs=len(outs))
-    return Joint(
-        forward, backward, len(outs), made["differentiated"], [sources[k] for k in made["sources"]]
-    )
+    gradients = [sources[k] for k in made["sources"]]
+    return Joint(forward, backward, len(outs), made["differentiated"], held, gradients)
 
 
 def _real(outs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outs]
 
 
-def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.GraphModule:
+def _functional(found: Traced, inputs: int, outs: int, all_held: list[Tensor]) -> fx.GraphModule:
     """Without writes, and with the order and the names of placeholders that the partitioner knows."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     places = [n for n in found.graph.graph.nodes if n.op == "placeholder"]
     held = {id(t): places[inputs + outs + k].name for k, t in enumerate(found.held)}
     values = {n.name: n.meta["val"] for n in places}
     own = [n.name for n in places[:inputs]]
-    of_held = [held.get(id(t)) for t in traced.held]
+    of_held = [held.get(id(t)) for t in all_held]
     cotangents = [n.name for n in places[inputs : inputs + outs]]
 
     def ordered(*given):
@@ -102,13 +105,13 @@ def _functional(found: Traced, inputs: int, outs: int, traced: Traced) -> fx.Gra
         return functional(*[by_name[n.name] for n in places])
 
     like = [_real([values[n]])[0] for n in own]
-    like += list(traced.held)
+    like += all_held
     like += [_real([values[n]])[0] for n in cotangents]
     with torch.no_grad(), _DisableAutocast():
         graph = make_fx(ordered, tracing_mode="fake")(*[fake(mode, t.detach()) for t in like])
     graph.graph.eliminate_dead_code()
     for k, node in enumerate([n for n in graph.graph.nodes if n.op == "placeholder"]):
-        primals = inputs + len(traced.held)
+        primals = inputs + len(all_held)
         node.target = f"primals_{k + 1}" if k < primals else f"tangents_{k - primals + 1}"
     graph.recompile()
     return graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,7 +11,9 @@ from . import engines
 from .captured import Captured
 from .compilation import Compilation
 from .reached import Reached
-from .traced import Traced
+
+if TYPE_CHECKING:
+    from .traced import Traced
 
 
 class Plan:
@@ -31,8 +34,10 @@ class Plan:
         self._held = list(traced.held)
         self._states = [state(t) for t in traced.held]
         self._at = [(t.data_ptr(), t.requires_grad) for t in traced.held]
-        self._places = [places[0] if places else None for places in traced.places]
-        self._tied = [(p.table, p.name, places[0]) for places in traced.places for p in places[1:]]
+        # where modules hold each of them; nowhere: it is as it was
+        found = [reached.places.get(id(t), []) for t in traced.held]
+        self._places = [places[0] if places else None for places in found]
+        self._tied = [(p.table, p.name, places[0]) for places in found for p in places[1:]]
 
     def held(self) -> list[Tensor] | str:
         """What the function holds now, or what of it asks for another plan."""

@@ -12,20 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo import config as dynamo
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
-from .reached import Place, Reached
-from .tracing import of_others
+from .reached import Reached
+from .tracing import made_now, of_others
 
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
 
 _PLAIN = (Tensor, Parameter)
 
 _DETACH = torch.ops.aten.detach.default
+_VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+
+_NORMALISES = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+)
 
 _OF_FAKES = (
     RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError,
@@ -47,8 +58,6 @@ class Traced:
 
     graph: fx.GraphModule
     held: list[Tensor]
-    places: list[list[Place]]
-    """Where modules hold each of them; nowhere: it is as it was."""
     spec: TreeSpec
     """How the graph's results are nested."""
 
@@ -73,7 +82,7 @@ def frozen(traced: Traced) -> Traced:
             node.replace_all_uses_with(constant)
             nodes.erase_node(node)
         graph.recompile()
-    return Traced(graph, [], [], traced.spec)
+    return Traced(graph, [], traced.spec)
 
 
 def trace(
@@ -117,9 +126,9 @@ def trace(
     for name, before, registered in left:
         if registered or id(before) in read:
             raise Untraceable(f"func sets {name}, which the next call may read")
-    _without_detach(graph)
+    _plain(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
-    return Traced(graph, held, [reached.places.get(id(t), []) for t in held], spec[0])
+    return Traced(graph, held, spec[0])
 
 
 def _check_lazy(t: Tensor, what: str) -> None:
@@ -146,6 +155,10 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
                     "ignore", message="The .grad attribute of a Tensor that is not"
                 )
                 graph = make_fx(flat, tracing_mode="fake")(*fakes)
+        except DataDependentOutputException as error:
+            raise Untraceable(f"a value is read, by {error.func}") from error
+        except DynamicOutputShapeException as error:
+            raise Untraceable(f"the shape of what {error.func} gives depends on values") from error
         except _OF_FAKES as error:  # the ordinary call went well
             raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
         finally:
@@ -165,7 +178,7 @@ class _Unwritten(TorchDispatchMode):
         self.reached = reached
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and not made_now():
             for t, alias in _aliases(func, args, kwargs or {}):
                 real = isinstance(t, Tensor) and not isinstance(t, FakeTensor)
                 if real and alias.is_write:
@@ -213,12 +226,18 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
     return [t for t, _ in held.values()]
 
 
-def _without_detach(graph: fx.GraphModule) -> None:
-    """Nothing differentiates the graph: a detached tensor is the tensor."""
+def _plain(graph: fx.GraphModule) -> None:
+    """Without ops that depend on what a trace has in another way.
+
+    Nothing differentiates the graph: a detached tensor is the tensor. And fakes may have other strides than tensors
+    have, where an axis has one entry: what can be a view there may have to be a copy.
+    """
     for node in list(graph.graph.nodes):
         if node.target is _DETACH:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is _VIEW:
+            node.target = _RESHAPE
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -232,6 +251,8 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
             continue
         if _draws(node):
             raise Untraceable(f"func draws random numbers, by {node.target}")
+        if _updates_statistics(node):
+            raise Untraceable(f"{node.target} writes to running statistics")
         for given, alias in _aliases(node.target, node.args, node.kwargs):
             k = source.get(given) if isinstance(given, fx.Node) else None
             if k is None:
@@ -240,6 +261,15 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
             if alias.is_write and not first <= k < last:
                 what = "an input" if k < last else reached.called(held[k - last])
                 raise Untraceable(f"func writes to {what}")
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Whether an op is a normalisation of a batch whose schema does not tell that it writes to what it is given."""
+    if node.target not in _NORMALISES:
+        return False
+    names = [a.name for a in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return bool(given["training"]) and given["running_mean"] is not None
 
 
 def _draws(node: fx.Node) -> bool:

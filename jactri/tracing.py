@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _len_torch_disp
 
 _PROXY, _FAKE = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
-_moving: ContextVar[frozenset[int]] = ContextVar("moving", default=frozenset())
+_moving: ContextVar[frozenset[int] | None] = ContextVar("moving", default=None)
+_making: ContextVar[bool] = ContextVar("making", default=False)
 
 
 @contextlib.contextmanager
@@ -40,6 +41,30 @@ def aside():
     return _disable_current_modes() if tracing() else contextlib.nullcontext()
 
 
+def own() -> bool:
+    """Whether the trace is jactri's own, whose tensors are like those that its graph will run on."""
+    return _moving.get() is not None and tracing()
+
+
+@contextlib.contextmanager
+def making():
+    """In jactri's own trace: a context whose tensors are real ones, which the graph holds."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    token = _making.set(True)
+    try:
+        with disable_proxy_modes_tracing(), unset_fake_temporarily():
+            yield
+    finally:
+        _making.reset(token)
+
+
+def made_now() -> bool:
+    """Whether what is made now is what a graph will hold."""
+    return _making.get()
+
+
 def valued() -> bool:
     """Whether there are values: not where a trace is of fake tensors."""
     return not _len_torch_dispatch_stack() or _get_dispatch_mode(_FAKE) is None
@@ -58,7 +83,7 @@ def constant(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
-    if isinstance(t, FakeTensor) or id(t) in _moving.get():
+    if isinstance(t, FakeTensor) or id(t) in (_moving.get() or ()):
         return False
     mode = _get_dispatch_mode(_PROXY)
     return mode is None or get_proxy_slot(t, mode.tracer, None) is None

@@ -9,6 +9,7 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
+import jactri.joint
 
 compile = functools.partial(jactri.compile, engine="fx")
 
@@ -23,9 +24,28 @@ def stopped(x):
     return x.detach() * x.sin() + x**3
 
 
+class Scaled(nn.Module):
+    """With a tensor that is made anew whenever it runs, also in each trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = seeded(4, 9, 2)
+
+    def forward(self, x):
+        return self.net(x) * torch.tensor([2.0, 3.0], dtype=F64)
+
+
+def image():
+    torch.manual_seed(0)
+    convs = nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv1d(2, 1, 3, padding=1)
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), *convs).to(F64)
+
+
 CALLS = {
     "jacobian": (jactri.jacobian, lambda: seeded(4, 9, 4), {"per_sample": True}),
     "reverse": (jactri.jacobian, lambda: seeded(4, 9, 2), {"strategy": "reverse-mode"}),
+    "a constant": (jactri.jacobian, Scaled, {"per_sample": True}),
+    "indices": (jactri.jacobian, image, {"per_sample": True}),
     "forward": (jactri.jacobian, lambda: seeded(4, 9, 7), {"strategy": "forward-mode"}),
     "stopped": (jactri.jacobian, lambda: stopped, {"per_sample": True}),
     "gradient": (jactri.gradient, lambda: nn.Sequential(seeded(4, 9, 1), nn.Flatten(0)), {}),
@@ -43,8 +63,10 @@ def tensors(answer):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_gradients_are_those_of_the_ordinary_call(name):
+def test_gradients_are_those_of_the_ordinary_call(name, monkeypatch):
     of, make, options = CALLS[name]
+    if name == "indices":
+        monkeypatch.setattr(jactri.constants, "KEPT", 0)  # each trace makes its own
     func, options = make(), {**options, "create_graph": True}
     x = torch.randn(3, 4, dtype=F64, requires_grad=True)
     compiled = compile(func, x, of=of, **options)

@@ -22,6 +22,29 @@ def agree(compiled, func, x):
 # -- state that func writes ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("engine", ["fx", "inductor"])
+def test_running_statistics_that_no_schema_tells_of(engine):
+    mean, var, w = torch.zeros(4, dtype=F64), torch.ones(4, dtype=F64), torch.randn(3, 4, dtype=F64)
+
+    def func(x, mean=mean, var=var):
+        return nn.functional.batch_norm(x @ w, mean, var, training=True).tanh()
+
+    compiled = jactri.compile(func, torch.randn(5, 3, dtype=F64), engine=engine)
+    assert "writes to running statistics" in compiled.reason
+    x = torch.randn(5, 3, dtype=F64)
+    theirs = mean.clone(), var.clone()
+    want = jactri.jacobian(lambda x: func(x, *theirs), x)
+    assert_same_tree(compiled(x), want, F64, length=64)
+    torch.testing.assert_close((mean, var), theirs)
+
+    def alone(x):
+        return nn.functional.batch_norm(x @ w, None, None, training=True).tanh()
+
+    compiled = jactri.compile(alone, torch.randn(5, 3, dtype=F64), engine=engine)
+    assert compiled.graph is not None
+    agree(compiled, alone, x)
+
+
 class Normed(nn.Module):
     """A step of a power iteration in each call, by ``out=``."""
 

@@ -23,6 +23,7 @@ from ..owners import apart_behind
 from ..running import computing, record
 from ..samples import REMEDY, halves, probe_mixing
 from ..sweep import itemsize, peak_bytes
+from ..tracing import own
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
 
 LARGE = 1 << 26
@@ -95,7 +96,7 @@ def _buffers_kept(module):
     saved = [
         (m, name, b, b.clone(), b._version)
         for m in module.modules()
-        if m.training
+        if m.training and not own()  # whose ops write nothing
         for name, b in m._buffers.items()
         if b is not None
     ]
