@@ -100,7 +100,7 @@ def export(
 @public
 def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[Any, nn.Module]:
     """The answer of the ordinary call, and the call as a module of the inputs alone."""
-    from .traced import Untraceable, trace  # imports torch._dynamo, which takes seconds
+    from .traced import Untraceable, frozen, trace  # imports torch._dynamo, which takes seconds
 
     call = calls.ordinary(of, func, options)
     answer = call(tree_unflatten(flat, nested), None)
@@ -121,7 +121,7 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
             raise TypeError(
                 f"a package cannot name the containers of {what}; use tuples, lists and dicts: {error}"
             ) from error
-    return answer, _Alone(traced)
+    return answer, _Alone(frozen(traced))
 
 
 class _Alone(nn.Module):
@@ -129,9 +129,7 @@ class _Alone(nn.Module):
 
     def __init__(self, traced: Traced):
         super().__init__()
-        from .traced import frozen
-
-        self.traced = frozen(traced).graph  # of a module, ``graph`` is another thing
+        self.traced = traced.graph  # of a module, ``graph`` is another thing
         spec = traced.spec
         self.as_nested = lambda found: tree_unflatten(found, spec)
 
