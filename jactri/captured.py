@@ -27,7 +27,7 @@ class Captured:
     def __init__(self, run: Run, like: Sequence[Tensor], inputs: int, written: int):
         self.run, self._inputs, self._own = run, inputs, inputs + written
         self._device, self._lock, self._done = like[0].device, threading.Lock(), None
-        self._refused = False
+        self.refused = False
         self._static = [_copied(t) for t in like[: self._own]]
         self._capture(list(like[self._own :]))
 
@@ -41,22 +41,27 @@ class Captured:
                     self.run(list(given))
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # what other threads do with the device meanwhile is no part of it, and nothing that it forbids
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._results = list(self.run(list(given)))
         self._graph, self._held = graph, given[self._own :]  # whose memory the graph reads
         self._at = [t.data_ptr() for t in held]
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        if self._refused or torch.cuda.is_current_stream_capturing():
+        if self.refused or torch.cuda.is_current_stream_capturing():
             return self.run(tensors)
         with self._lock, torch.no_grad():
+            if self.refused:
+                return self.run(tensors)
             held = tensors[self._own :]
             if [t.data_ptr() for t in held] != self._at:
                 try:
                     self._capture(held)
                 except RuntimeError as error:
-                    self._refused = True
-                    _log.warning("CUDA could not capture the graph again: %s", error)
+                    _log.warning("not captured again as a CUDA graph: %s", str(error))
+                    self.refused = True
+                    self._graph = self._done = None  # with its memory
+                    self._static, self._results, self._held = [], [], []
                     return self.run(tensors)
             return self._replayed(tensors)
 
@@ -78,8 +83,7 @@ def captured(
     run: Run, graph: fx.GraphModule, like: Sequence[Tensor], inputs: int, written: int
 ) -> Run:
     """``run``, which runs ``graph``, as one CUDA graph; on a CPU, and where CUDA refuses, itself."""
-    values = [n.meta.get("val") for n in graph.graph.nodes]
-    devices = {t.device for t in (*like, *values) if isinstance(t, Tensor)}
+    devices = _devices(graph, like)
     if all(d.type != "cuda" for d in devices):
         return run
     if len(devices) > 1:
@@ -90,20 +94,41 @@ def captured(
         with torch.no_grad():
             return Captured(run, like, inputs, written)
     except RuntimeError as error:  # what it raises by itself, it raises at the next call, too
-        _log.warning("not captured as a CUDA graph: %s", error)
+        # not the error itself: its frames hold the graph, and whoever keeps the record would keep the memory
+        _log.warning("not captured as a CUDA graph: %s", str(error))
         return run
 
 
+def _devices(graph: fx.GraphModule, like: Sequence[Tensor]) -> set[torch.device]:
+    values = [n.meta.get("val") for n in graph.graph.nodes]
+    return {t.device for t in (*like, *values) if isinstance(t, Tensor)}
+
+
 def _copied(t: Tensor) -> Tensor:
-    """A copy with the same strides, also of a tensor that is expanded."""
+    """A copy with the same strides, also of a tensor whose entries share memory."""
     made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
     _copy(made, t)
     return made
 
 
 def _copy(to: Tensor, t: Tensor) -> None:
+    """Write ``t`` to a tensor of the same shape and strides."""
     to, t = to.detach(), t.detach()
-    for dim, stride in enumerate(to.stride()):
-        if stride == 0 and to.shape[dim] > 1:  # one entry, written once
-            to, t = to.narrow(dim, 0, 1), t.narrow(dim, 0, 1)
+    if _shares(
+        t
+    ):  # of which no copy is defined: all that lies between its first and its last entry is copied
+        length = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        to, t = (a.as_strided((length,), (1,), a.storage_offset()) for a in (to, t))
     to.copy_(t)
+
+
+def _shares(t: Tensor) -> bool:
+    """Whether entries of a tensor may lie in the same memory, as those of an expanded one, or of windows, do."""
+    if t.numel() == 0:
+        return False
+    end = 0
+    for stride, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride <= end:
+            return True
+        end += (n - 1) * stride
+    return False

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import backends, calls, engines, handover
 from .api import jacobian
-from .captured import Captured, captured
+from .captured import captured
 from .compilation import Compilation
 from .constants import arbitrary
 from .kernels import launches
@@ -91,7 +91,7 @@ class Compiled:
             how = f"{self.engine} runs {len(ops)} ops, "
             how += f"{kernels} of them kernels of jactri, " if kernels else ""
             how += f"traced in {traced:.2g} s, compiled in {built:.2g} s"
-            if isinstance(self._last.run, Captured):
+            if self._last.cuda_graph:
                 how += ", one CUDA graph"
         return f"{self._title()}: {how}; traces: {self.traces}"
 

@@ -58,6 +58,11 @@ class Plan:
                 return f"with which tensor {name} is one"
         return found
 
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether it is replayed as one CUDA graph."""
+        return isinstance(self.run, Captured) and not self.run.refused
+
     def explained(self, name: str) -> Compilation:
         """What the engine made of it."""
         names = ("the call", "its backward")
@@ -69,7 +74,7 @@ class Plan:
             fixed=self._places.count(None),
             constants=len(list(self.graph.buffers())),
             seconds=self.seconds,
-            cuda_graph=isinstance(self.run, Captured),
+            cuda_graph=self.cuda_graph,
         )
 
 

@@ -32,8 +32,8 @@ CPU_ONLY = {
     "test_profiling.py": "times of the CPU",
     "test_compiled.py": "graphs of the CPU; benchmarks.gpu checks the captures",
     "test_compiled_operators.py": "the same",
-    "test_traced.py": "the same",
-    "test_held.py": "the same",
+    "test_compiled_explain.py": "kernels of the CPU",
+    "test_captured.py": "a stand-in for CUDA graphs, on the CPU",
     "test_journal.py": "files, written from the CPU",
     "test_opinfo.py": "samples, drawn on the CPU",
 }
