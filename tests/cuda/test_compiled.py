@@ -1,79 +1,124 @@
-"""Compiled calls as CUDA graphs: when they are captured again, and what happens where a capture is refused."""
+"""Compiled calls on a GPU: their kernels are those of an ordinary call, each launch an op of the graph."""
+
+from collections import Counter
 
 import pytest
 import torch
-from torch import nn
+from calls import NETS, WIDTH, N
 
 import jactri
-from jactri import captured
+from benchmarks.gpu.bench import own
+from benchmarks.gpu.device import precision
+from benchmarks.gpu.sizes import sized
+from jactri import backends, chooser, engines
+from jactri.kernels import launches
+
+WORKLOADS = [s.workload for s in sized([])]
 
 
-@pytest.fixture
-def captures(monkeypatch):
-    """A list that grows by each capture."""
-    found, capture = [], captured.Captured._capture
-
-    def counted(self, held):
-        found.append(self)
-        return capture(self, held)
-
-    monkeypatch.setattr(captured.Captured, "_capture", counted)
-    return found
+@pytest.fixture(autouse=True)
+def _fresh():
+    chooser.forget()
+    yield
+    chooser.forget()
 
 
-def compiled(net, *shape, **options):
-    return jactri.compile(
-        net, torch.empty(shape, device="cuda"), per_sample=True, engine="fx", **options
-    )
+def compiled(workload, net, x, **options):
+    of = jactri.jacobian if workload.operator is None else workload.operator.of
+    if of is jactri.jacobian:
+        options["per_sample"] = True
+    elif workload.operator.lower:
+        options["return_lower"] = True
+    return jactri.compile(net, x, of=of, engine="fx", **options)
 
 
-def network(device):
-    return device.net(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)))
+def in_graph(step):
+    """Kernels of a graph by name, as a launch has it."""
+    nodes = [n for n in step.graph.graph.nodes if n.target is launches.OP]
+    return Counter(n.args[0].partition(".")[2] for n in nodes)
 
 
-def test_signatures_and_weights_are_captured(device, captures):
-    net = network(device)
-    made = compiled(net, 8, 12)
-    for n, count in ((8, 1), (3, 2), (8, 2), (3, 2)):
-        assert made(torch.empty(n, 12, device="cuda")).shape == (n, 4, 12)
-        assert len(captures) == count
-    with torch.no_grad():
-        net[0].weight.mul_(2)
-    made(torch.empty(8, 12, device="cuda"))
-    assert len(captures) == 2  # read where it lies
-    net[0].weight = nn.Parameter(torch.empty(16, 12, device="cuda"))
-    for n, count in ((8, 3), (8, 3), (3, 4), (3, 4)):
-        made(torch.empty(n, 12, device="cuda"))
-        assert len(captures) == count
-    assert made.traces == 2 and not device.refused
+def steady(device, call):
+    """Kernels that a call launches, once all is compiled and chosen."""
+    call()
+    device.clear()
+    call()
+    return Counter(launch.kernel for launch in device.launches)
 
 
-def test_inputs_on_another_device(device, captures):
-    """There, too, are its weights: it is another function, and on a CPU no CUDA graph."""
-    made = compiled(network(device), 8, 12)
-    assert "one CUDA graph" in repr(made) and made.explain().cuda_graph
-    made.func[0], made.func[2] = nn.Linear(12, 16), nn.Linear(16, 4)
-    made(torch.empty(8, 12))
-    assert made.traces == 2 and len(captures) == 1
-    assert "CUDA graph" not in repr(made)
+@pytest.mark.parametrize(
+    "setting, backend", [("ieee", "auto"), ("tf32", "auto"), ("ieee", "torch"), ("ieee", "triton")]
+)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
+def test_a_workload_launches_what_an_ordinary_call_does(workload, setting, backend, device):
+    with precision(setting):
+        net, x = device.problem(workload)
+        call = own(backend).make(workload, net)
+        ordinary = steady(device, lambda: call(x))
+        keyword = {} if workload.operator and workload.operator.trains else {"backend": backend}
+        with backends.use(backend):
+            step = compiled(workload, net, x, **keyword)
+        assert step.graph is not None, step.reason
+        assert in_graph(step) == ordinary
+        assert device.captured == ordinary.total() and not device.refused
+        device.clear()
+        step(x)
+        assert not device.waits and not device.queries
 
 
-def test_an_engine_of_its_own_events(device, captures):
-    made = compiled(network(device), 8, 12, create_graph=True)
-    assert made.graph is not None and not captures  # autograd's backward is another call
+@pytest.mark.parametrize("net", ["mlp", "softmax", "convolution"])
+def test_torch_where_it_is_faster(net, device, monkeypatch):
+    monkeypatch.setattr(chooser, "_tunable", lambda kind: True)  # small as it is
+    device.fastest = "torch"
+    net, x = device.net(NETS[net]().eval()), torch.empty(N, WIDTH, device="cuda")
+    step = jactri.compile(net, x, per_sample=True, engine="fx")
+    assert step.graph is not None and not in_graph(step)
+    assert in_graph(jactri.compile(net, x, per_sample=True, engine="fx", backend="triton"))
 
 
-def test_what_waits_is_not_captured(device, captures, caplog, monkeypatch):
-    """torch.linalg.solve asks whether its matrix is singular."""
+CALLS = {
+    "jacobian": (jactri.jacobian, {}),
+    "diagonal": (jactri.diagonal, {}),
+    "jtj": (jactri.jtj, {"per_sample": True}),
+    "ntk": (jactri.empirical_ntk, {}),
+    "parameters": (jactri.parameter_jacobian, {}),
+    "jacrev": (jactri.func.jacrev, {}),
+    "jacfwd": (jactri.func.jacfwd, {}),
+}
 
-    def refused(found):
-        if device.capturing:
-            raise RuntimeError(f"{found.op}: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(device, "_refuse", refused)
-    matrix = device.net(nn.Linear(4, 4)).weight
-    made = compiled(lambda x: torch.linalg.solve(matrix, x.T).T, 5, 4)
-    assert made.graph is not None and "CUDA graph" not in repr(made)
-    assert "not captured as a CUDA graph: _linalg_check_errors: operation not" in caplog.text
-    assert made(torch.empty(5, 4, device="cuda")).shape == (5, 4, 4)
-    assert made.traces == len(captures) == 1
+@pytest.mark.parametrize("net", ["mlp", "softmax", "convolution"])
+@pytest.mark.parametrize("call", CALLS)
+def test_other_calls(call, net, device):
+    of, options = CALLS[call]
+    net, x = device.net(NETS[net]().eval()), torch.empty(N, WIDTH, device="cuda")
+    step = jactri.compile(net, x, of=of, engine="fx", **options)
+    assert step.graph is not None, step.reason
+    assert in_graph(step) == steady(device, lambda: step._call((x,), None))
+
+
+@pytest.mark.parametrize("net", ["mlp", "softmax", "convolution"])
+def test_what_is_differentiated_has_no_kernels(net, device):
+    net, x = device.net(NETS[net]().eval()), torch.empty(N, WIDTH, device="cuda")
+    step = jactri.compile(net, x, per_sample=True, create_graph=True, engine="fx")
+    assert step.graph is not None and not in_graph(step)
+    device.clear()
+    assert torch.autograd.grad(step(x).sum(), net.first.weight)[0] is not None
+    assert not device.launches
+
+
+def test_packages_have_torchs_ops(device, monkeypatch):
+    monkeypatch.setitem(engines._BUILD, "aot", lambda graph, like: (engines._fx(graph, like), None))
+    net, x = device.net(NETS["mlp"]().eval()), torch.empty(N, WIDTH, device="cuda")
+    step = jactri.compile(net, x, per_sample=True, engine="aot")
+    assert step.graph is not None and not in_graph(step)
+    with pytest.raises(RuntimeError, match=r"a package.*engine='inductor'"):
+        jactri.compile(net, x, per_sample=True, engine="aot", backend="triton")
+
+
+def test_an_answer_in_the_callers_tensor(device):
+    net, x = device.net(NETS["mlp"]().eval()), torch.empty(N, WIDTH, device="cuda")
+    out = torch.empty(N, WIDTH, WIDTH, device="cuda")
+    step = jactri.compile(net, x, per_sample=True, engine="fx")
+    assert step(x, out=out) is out
+    assert in_graph(step) and not device.refused
