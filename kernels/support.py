@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 OLDEST = (3, 6)
 """The oldest triton that the kernels were written for and are compiled with in the tests."""
@@ -82,6 +82,10 @@ def _place(m: Tensor, how: Hashable) -> tuple:
 
 def address(t: Tensor) -> int:
     """Where the first element is; in a trace, whose tensors have no memory, as if all storages were aligned."""
+    if not _len_torch_dispatch_stack():
+        return t.data_ptr()
+    from torch._subclasses.fake_tensor import FakeTensor
+
     if not isinstance(t, FakeTensor):
         return t.data_ptr()
     return (t.untyped_storage()._cdata << 8) + t.storage_offset() * t.element_size()
