@@ -108,7 +108,9 @@ def test_what_is_differentiated_has_no_kernels(net, device):
 
 
 def test_packages_have_torchs_ops(device, monkeypatch):
-    monkeypatch.setitem(engines._BUILD, "aot", lambda graph, like: (engines._fx(graph, like), None))
+    monkeypatch.setitem(
+        engines._BUILD, "aot", lambda graph, like, _: (engines._fx(graph, like), None)
+    )
     net, x = device.net(NETS["mlp"]().eval()), torch.empty(N, WIDTH, device="cuda")
     step = jactri.compile(net, x, per_sample=True, engine="aot")
     assert step.graph is not None and not in_graph(step)

@@ -176,6 +176,22 @@ def test_inductor_leaves_them_as_they_are(device):
 
 
 @pytest.mark.parametrize("engine", ["fx", "inductor"])
+def test_frozen_weights(engine, device):
+    if engine == "inductor" and not engines.has_compiler():
+        pytest.skip("needs a C++ compiler")
+    torch.manual_seed(0)
+    net = wide(5, 16, 12, 3).to(device)
+    x, y = torch.randn(2, 7, 5, device=device)
+    options = {"per_sample": True, "backend": "triton"}
+    step = jactri.compile(net, x, engine=engine, freeze=True, **options)
+    want = jactri.jacobian(copy.deepcopy(net).to(F64), y.to(F64), per_sample=True)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert "chain._chain" in in_graph(step)
+    assert distance(step(y), want) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["fx", "inductor"])
 def test_kernels_in_what_a_loss_does_not_differentiate(engine, device):
     if engine == "inductor" and not engines.has_compiler():
         pytest.skip("needs a C++ compiler")
@@ -235,7 +251,7 @@ def test_a_kernel_that_does_not_run_here(device, monkeypatch, caplog):
     monkeypatch.setattr(launches, "_filled", unfit)
     with caplog.at_level(logging.WARNING, "jactri"):
         step = jactri.compile(net, x, engine="fx", backend="triton")
-    assert "runs eagerly: a kernel does not run here: out of resources" in caplog.text
+    assert "runs eagerly: its graph fails: out of resources" in caplog.text
     assert step.graph is None and "out of resources" in step.reason
     torch.testing.assert_close(step(x), jactri.jacobian(net, x, backend="triton"), rtol=0, atol=0)
 
@@ -244,7 +260,9 @@ def test_packages_have_none(device, tmp_path, monkeypatch):
     net = wide(5, 16, 12, 3).to(device)
     x = torch.randn(7, 5, device=device)
     monkeypatch.setattr(engines, "has_compiler", lambda: True)
-    monkeypatch.setitem(engines._BUILD, "aot", lambda graph, like: (engines._fx(graph, like), None))
+    monkeypatch.setitem(
+        engines._BUILD, "aot", lambda graph, like, _: (engines._fx(graph, like), None)
+    )
     with pytest.raises(RuntimeError, match=r"engine='aot'.*backend='triton'.*engine='inductor'"):
         jactri.compile(net, x, engine="aot", backend="triton")
     with pytest.raises(RuntimeError, match=r"export and backend='triton' exclude each other"):
