@@ -419,9 +419,9 @@ def compile(
     backward is a compiled graph, too, traced together with the call and parted from it by min-cut. On CUDA a call
     without a derivative is one CUDA graph (with ``"inductor"`` and ``"fx"``, of tensors on one device): its inputs are
     copied to the graph's memory, its answer from there. jactri's Triton kernels run where they do in an ordinary call
-    (``backend``), which has timed and checked them: each launch is an op of the graph, ``jactri.kernel``, which
-    Inductor leaves as it is and fuses around, at the precision that torch allowed when it was traced. A package, that
-    of ``"aot"`` too, has torch's ops in their place.
+    (``backend``), by its choices: each launch is an op of the graph, ``jactri.kernel``, which Inductor leaves as it is
+    and fuses around, at the precision that torch allowed when it was traced. A package, that of ``"aot"`` too, has
+    torch's ops in their place.
 
     Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
     it does not take; ValueError for ``freeze=True`` with a derivative in weights; RuntimeError inside of a torch.func
