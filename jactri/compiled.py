@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +227,11 @@ class Compiled:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
         want = tree_leaves(answer)
-        off = apart([*found, *again], want)
+        inside = dtypes(traced.graph)
+        off = apart([*found, *again], want, inside)
         if off is None and both is not None:
             ends = [t for t in (*flat, *traced.held) if t.requires_grad]
-            off = _apart_in_gradients(found, want, ends)
+            off = _apart_in_gradients(found, want, ends, inside)
         if off is not None:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
@@ -280,10 +281,12 @@ class Compiled:
     def verify(self, *inputs: Any) -> float:
         """How far the compiled call is from the ordinary one at ``inputs``, relative to the largest entry.
 
-        Raises RuntimeError where that is more than rounding: 1e-8 in double precision, 1e-3 in single, 0.05 in less.
+        Raises RuntimeError where that is more than rounding: 1e-8 in double precision, 1e-3 in single, 0.05 in less;
+        the narrowest counts that ``func`` computes in.
         """
         got, want = tree_leaves(self(*inputs)), tree_leaves(self._call(inputs, None))
-        off = apart(got, want)
+        plan = self._plans.get(self._key(inputs, None)[0])
+        off = apart(got, want, () if plan is None or plan.graph is None else dtypes(plan.graph))
         if off is not None:
             raise RuntimeError(f"the compiled {self._name} is not the ordinary one: {off}")
         return max(map(relative, got, want), default=0.0)
@@ -324,21 +327,40 @@ def _owned(run: engines.Run, given: list[Tensor]) -> engines.Run:
     return owned
 
 
-def apart(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
-    """What of ``got`` differs from ``want`` by more than rounding."""
+def dtypes(graph: fx.GraphModule) -> set[torch.dtype]:
+    """Those that the ops of a graph compute in."""
+    made = [n.meta.get("val") for n in graph.graph.nodes if n.op == "call_function"]
+    found = {t.dtype for t in tree_leaves(made) if isinstance(t, Tensor)}
+    return {d for d in found if d.is_floating_point or d.is_complex}
+
+
+def _allowed(t: Tensor, inside: Iterable[torch.dtype]) -> float:
+    """What a result may be off by, which was computed in these dtypes, too."""
+    if not (t.is_floating_point() or t.is_complex()):
+        return 0.0
+    return max(_TOLERANCE.get(d, _LOW) for d in (t.dtype, *inside))
+
+
+def apart(
+    got: Sequence[Tensor], want: Sequence[Tensor], inside: Iterable[torch.dtype] = ()
+) -> str | None:
+    """What of ``got`` differs from ``want`` by more than rounding, that of the dtypes ``inside``, too."""
     if len(got) != len(want):
         return f"{len(got)} tensors for {len(want)}"
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             return f"tensor {k} is {tuple(a.shape)}, {a.dtype}, not {tuple(b.shape)}, {b.dtype}"
         off = relative(a, b)
-        if not off <= _TOLERANCE.get(b.dtype, _LOW if b.is_floating_point() else 0.0):
+        if not off <= _allowed(b, inside):
             return f"tensor {k} is off by {off:.1e} of its largest entry"
     return None
 
 
 def _apart_in_gradients(
-    got: Sequence[Tensor], want: Sequence[Tensor], ends: Sequence[Tensor]
+    got: Sequence[Tensor],
+    want: Sequence[Tensor],
+    ends: Sequence[Tensor],
+    inside: Iterable[torch.dtype],
 ) -> str | None:
     """What of the gradients of ``got`` in ``ends`` differs from those of ``want`` by more than rounding."""
     both = []
@@ -354,7 +376,7 @@ def _apart_in_gradients(
         both.append(
             [torch.zeros_like(x) if g is None else g for x, g in zip(ends, grads, strict=True)]
         )
-    off = apart(*both)
+    off = apart(*both, inside)
     return None if off is None else f"of the gradients, {off}"
 
 

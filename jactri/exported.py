@@ -20,7 +20,7 @@ from torch.utils._pytree import (
 
 from . import backends, calls, engines, handover
 from .api import jacobian
-from .compiled import apart
+from .compiled import apart, dtypes
 from .reached import Reached
 from .running import computing, public
 
@@ -143,7 +143,7 @@ def _write(module: nn.Module, examples: tuple, answer: Any, path: str, folder: s
         with engines.quiet():
             made = engines.package(module, examples, os.path.join(beside, "made.pt2"))
         found = torch._inductor.aoti_load_package(made)(*examples)
-        off = apart(tree_leaves(found), tree_leaves(answer))
+        off = apart(tree_leaves(found), tree_leaves(answer), dtypes(module.traced))
         if off is not None:
             raise RuntimeError(f"the package does not answer as the ordinary call does: {off}")
         os.replace(made, path)

@@ -87,6 +87,8 @@ def state(t: Tensor) -> tuple:
 class Eager:
     """An ordinary call each time, and why; until the modules change."""
 
+    graph = None
+
     def __init__(self, reason: str, reached: Reached):
         self.reason, self.changed = reason, reached.changed
 

@@ -449,6 +449,22 @@ def test_a_graph_that_is_wrong_is_not_used(monkeypatch, caplog):
     agree(compiled, torch.sin, x + 1)
 
 
+def test_what_is_computed_in_less_precision_is_compared_in_it(monkeypatch):
+    """As norms of language models are, whose inputs and outputs are wider."""
+    net = nn.LayerNorm(4)
+
+    def narrow(x):
+        return net(x.float()).double()
+
+    monkeypatch.setattr(
+        jactri.engines, "_fx", lambda graph, like: lambda ts: [t * (1 + 1e-6) for t in graph(*ts)]
+    )
+    x = torch.randn(3, 4, dtype=F64)
+    compiled = compile(narrow, x)
+    assert compiled.reason is None and 1e-7 < compiled.verify(x) < 1e-5
+    assert "off by" in compile(torch.tanh, x).reason
+
+
 def test_verify():
     x = torch.randn(4, dtype=F64)
     compiled = compile(torch.sin, x)
