@@ -75,6 +75,8 @@ class Counter(TorchDispatchMode):
         return result
 
     def _count(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace == "jactri":
+            return  # a kernel of our own: `gpu.traffic` counts launches
         counts, name = self.counts, func.overloadpacket.__name__
         given = _tensors((args, kwargs))
         held = {_storage(t) for t in given}

@@ -21,7 +21,7 @@ from .constants import fixed
 from .graph import Graph
 from .layout import Layout, Selection, scatter
 from .passes import Pass, PassKind
-from .patches import Window, images
+from .patches import Window, images, put
 from .pattern import Pattern, Trace, pattern_of
 from .sweep import Sweep, factors_of
 
@@ -130,6 +130,45 @@ class Entries(Answer):
         self.patch = patch
         self.final, self.form = self.layout, form
         self.samples, self.pattern = blocks(self.sweep, self.layout, self.out, self.into, pattern)
+        self.made: Tensor | None = None
+
+    @property
+    def both(self) -> bool:
+        """Whether the samples are on both sides."""
+        return not self.per_sample and self.samples > 1
+
+    def sized(self, n: int) -> tuple[int, ...]:
+        """The shape of a dense answer of ``n`` samples, flat at either end."""
+        rows, columns = self.pattern.shape
+        return (n, rows, n, columns) if self.both else (n, rows, columns)
+
+    def target(self) -> Tensor | None:
+        """The caller's tensor, if a kernel can write a dense answer there."""
+        out, like = self.dest, self.like
+        if out is None or (out.dtype, out.device) != (like.dtype, like.device):
+            return None
+        return out if out.is_contiguous() else None
+
+    def take(self, made: Tensor, written: bool) -> None:
+        """What a kernel has made: the dense answer (``written``: in the caller's tensor), or the block of patches."""
+        if self.form == "dense":
+            self.made = self._given(made, written)
+        else:
+            self.store = made
+
+    def formed(self, block: Tensor) -> Tensor:
+        """The dense answer out of patches, of the first samples."""
+        return self._formed(lambda place: block.reshape(len(block), -1).index_select(1, place))
+
+    def _formed(self, values) -> Tensor:
+        """The dense answer of the first samples, of the ``values`` at a place: (samples, entries)."""
+        place, target, start = self._index()
+        found, many = values(place), max(self.samples, 1)
+        n = len(found)
+        if self.both and n < many:  # fewer columns
+            columns = self.pattern.shape[1]
+            target = target // (many * columns) * (n * columns) + target % columns
+        return self._dense(found, None, target, start).view(self.sized(n))
 
     def window(self, sel):
         return None
@@ -140,17 +179,7 @@ class Entries(Answer):
     def put_patches(self, data: Tensor, chunk) -> None:
         """The block of a chunk of a sweep by patches."""
         seed = self.out if self.sweep.reverse else self.into
-        n0, n, line, lines = chunk
-        size = (n, seed[1], lines, images(seed)[1])
-        block = data.expand(*size, *data.shape[4:])
-        if n == seed[0] and lines == images(seed)[0]:
-            self.store = block
-            return
-        if self.store is None:
-            whole = (*seed[:2], *images(seed), *data.shape[4:])
-            self.store = data.new_empty(whole)
-        at = (slice(n0, n0 + n), slice(None), slice(line, line + lines))
-        self.store[at] = block
+        self.store = put(self.store, data, chunk, seed)
 
     def put(self, data, own, sel) -> None:
         if own and not sel:
@@ -228,6 +257,8 @@ class Entries(Answer):
         return block.transpose(0, 1) if self.samples else block.unsqueeze(0)
 
     def finish(self):
+        if self.made is not None:
+            return self.made
         if self.form == "dense" and (made := self._written_out()) is not None:
             return made
         place, *where = self._index()
@@ -251,8 +282,7 @@ class Entries(Answer):
         if (block.dtype, block.device) != (like.dtype, like.device):
             return None
         many = max(samples, 1)
-        both = not self.per_sample and many > 1
-        kind = band(self.pattern, many, both, len(block), reverse, like.dtype, like.device)
+        kind = band(self.pattern, many, self.both, len(block), reverse, like.dtype, like.device)
         if kind is None:
             return None
         from .kernels.band import dense
@@ -269,27 +299,18 @@ class Entries(Answer):
         def kernel(n: int, out: Tensor | None) -> Tensor:
             key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, samples
             colour, *supports = fixed((*key, like.device), make)
-            shape = (n, rows, n, columns) if both else (n, rows, columns)
-            out = block.new_empty(shape) if out is None else out.view(shape)
+            out = block.new_empty(self.sized(n)) if out is None else out.view(self.sized(n))
             values = self._of_samples(block)[:n]
             target = out.transpose(1, -1) if reverse else out
             dense(values.reshape(n, len(block), -1), colour, tuple(supports), out=target)
             return out
 
         def steps(n: int, dtype: torch.dtype | None) -> Tensor:
-            place, target, start = self._index()
-            if both and n < many:  # fewer columns
-                target = target // (many * columns) * (n * columns) + target % columns
-            values = self._values(place)[:n].to(dtype or block.dtype)
-            made = self._dense(values, None, target, start)
-            return made.view((n, rows, n, columns) if both else (n, rows, columns))
+            dtype = dtype or block.dtype
+            return self._formed(lambda place: self._values(place)[:n].to(dtype))
 
-        out = self.dest
-        if out is not None and not (out.dtype == like.dtype and out.device == like.device):
-            out = None
-        if out is not None and not out.is_contiguous():
-            out = None
-        entries = max(rows * columns * (many if both else 1), block.numel() // many)
+        out = self.target()
+        entries = max(rows * columns * (many if self.both else 1), block.numel() // many)
         made = chooser.run(Pass(kind, many, entries, kernel, steps), out)
         return None if made is None else self._given(made, out is not None)
 

@@ -185,11 +185,11 @@ def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
         and edge_of(graph, step).structure == "diagonal"
         and edge_of(graph, step).name == "diagonal"
         and _plain(sweep, step)
-        and not _selects(graph, sweep, step)
+        and not selects(graph, sweep, step)
     )
 
 
-def _selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
+def selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
     """Whether a step must select, where kernels multiply: what comes to it may be infinite."""
     selects = sweep.reverse and isinstance(edge_of(graph, step), Mask)
     return selects and bool(suspects(graph, masks=True))

@@ -143,6 +143,20 @@ def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
     return replace(sweep, steps=steps, windows=windows, chunks={})
 
 
+def multiplies(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a convolution is one product."""
+    (t,) = step.terms
+    edge, at = graph.values[t.owner].sources[t.edge][1], sweep.windows[t.other]
+    channels, outs = (graph.values[v].shape[1] for v in (t.other, step.value))
+    return _way(edge, at, sweep.windows[step.value], channels, outs, sweep.reverse)[0]
+
+
+def reach(edge: Conv, reverse: bool) -> Pair:
+    """(r, s): a convolution connects line i of a window with the lines from ``s i`` to ``s i + r`` of its result."""
+    weight, stride, _, dilation = _geometry(edge)
+    return dilation[0] * (weight[2] - 1), stride[0] if _spreads(edge, reverse) else 1
+
+
 def _way(
     edge: Conv, at: Window, to: Window, channels: int, outs: int, reverse: bool
 ) -> tuple[bool, float]:
@@ -206,12 +220,23 @@ class Block:
 
 
 class Run:
-    """One sweep by patches, some samples and lines of the seed's image at a time."""
+    """One sweep by patches, some samples and lines of the seed's image at a time.
 
-    def __init__(self, graph: Graph, sweep: Sweep):
+    ``samples``: the first ones only. ``dtype``: another one than the graph's.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        sweep: Sweep,
+        samples: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.graph, self.sweep = graph, sweep
-        self.shape = graph.values[sweep.seed].shape
-        self.image = images(self.shape)
+        seed = graph.values[sweep.seed]
+        self.shape, self.image = seed.shape, images(seed.shape)
+        self.samples = self.shape[0] if samples is None else samples
+        self.dtype = dtype or seed.dtype
         self._padded: dict[tuple, tuple[Tensor, Pair, Tensor | None]] = {}
         self._alike: dict[int, Block] = {}
         self._matrices: dict[tuple[int, Window], Tensor] = {}
@@ -221,14 +246,29 @@ class Run:
     def chunks(self):
         """(first sample, samples, first line, lines) of all chunks."""
         many, lines = _cut(self.graph, self.sweep)
-        for n in range(0, self.shape[0], max(many, 1)):
+        for n in range(0, self.samples, max(many, 1)):
             for y in range(0, self.image[0], max(lines, 1)):
-                yield n, min(many, self.shape[0] - n), y, min(lines, self.image[0] - y)
+                yield n, min(many, self.samples - n), y, min(lines, self.image[0] - y)
+
+    def blocks(self, steps, chunk, value: int) -> Block:
+        """The block of a value, after some steps."""
+        blocks = {self.sweep.seed: self.seed()}
+        for step in steps:
+            self.step(step, blocks, chunk, {value})
+        return blocks[value]
+
+    def whole(self, value: int) -> Tensor:
+        """The block of a value, of all seeds."""
+        found = None
+        for chunk in self.chunks():
+            data = self.blocks(self.sweep.steps, chunk, value).data
+            found = put(found, data, chunk, (self.samples, *self.shape[1:]))
+        return found
 
     def seed(self) -> Block:
         """Ones at the pixel itself."""
         like, c = self.graph.values[self.sweep.seed], self.shape[1]
-        eye = torch.eye(c, dtype=like.dtype, device=like.device)
+        eye = torch.eye(c, dtype=self.dtype, device=like.device)
         return Block(eye.view(1, c, 1, 1, 1, 1, c), True, True)
 
     def step(self, step: Step, blocks: dict[int, Block], chunk, pinned) -> None:
@@ -277,26 +317,27 @@ class Run:
                 view = d[(slice(None), slice(None), *[0] * len(pixels))]  # the same for all pixels
                 if view.shape[0] > 1:
                     view = view.narrow(0, *chunk[:2])
-                view = view.view(len(view), 1, 1, 1, 1, 1, -1)
+                view = view.view(len(view), 1, 1, 1, 1, 1, -1).to(self.dtype)
             else:
-                view, clean = self._windows(d, at, shape, chunk, data), True
+                view, clean = self.windows(d, at, shape, chunk), True
             inside = all(v in (1, n) for v, n in zip(view.shape, data.shape, strict=True))
             data, own = function(data, view, own and inside), self.writable
         return data, clean
 
     def _inside(self, data: Tensor, at: Window, shape, chunk) -> Tensor:
         """Zero outside of the image."""
-        return data * self._windows(None, at, shape, chunk, data)
+        return data * self.windows(None, at, shape, chunk)
 
-    def _windows(self, d: Tensor | None, at: Window, shape, chunk, like: Tensor) -> Tensor:
+    def windows(self, d: Tensor | None, at: Window, shape, chunk) -> Tensor:
         """The windows of a derivative, ``(samples, 1, lines, columns, *window, C)``, as a view of it with a border."""
         key = id(d), at, shape
         if key not in self._padded:
             image, given = images(shape), d
             if d is None:
-                d = torch.ones((1, 1, *image), dtype=like.dtype, device=like.device)
+                device = self.graph.values[self.sweep.seed].device
+                d = torch.ones((1, 1, *image), dtype=self.dtype, device=device)
             else:
-                d = d.expand(shape).reshape(*shape[:2], *image)
+                d = d.expand(shape).reshape(*shape[:2], *image).to(self.dtype)
             low = [max(0, -o) for o in at.offset]
             high = [
                 max(0, s * (m - 1) + o + n - h)
@@ -322,21 +363,38 @@ class Run:
         to, reverse = _through(edge, at, self.sweep.reverse), self.sweep.reverse
         lead, channels = data.shape[:4], data.shape[-1]
         if _way(edge, at, to, channels, outs, reverse)[0]:
-            rows = data.reshape(prod(lead), -1)
-            matrix = self._matrices.get((id(edge), at))
-            if matrix is None:
-                matrix = self._matrices[id(edge), at] = _matrix(edge, at, reverse)
-            out = backends.product(rows, matrix, False)
+            out = backends.product(data.reshape(prod(lead), -1), self.matrix(edge, at), False)
         else:
             patches = data.reshape(-1, *at.size, channels).permute(0, 3, 1, 2)
             out = _small(edge, patches, reverse).permute(0, 2, 3, 1)
         return out.reshape(*lead, *to.size, outs)
 
+    def matrix(self, edge: Conv, at: Window) -> Tensor:
+        """The convolution of windows as a matrix."""
+        matrix = self._matrices.get((id(edge), at))
+        if matrix is None:
+            matrix = _matrix(edge, at, self.sweep.reverse).to(self.dtype)
+            self._matrices[id(edge), at] = matrix
+        return matrix
+
+
+def put(whole: Tensor | None, data: Tensor, chunk, seed) -> Tensor:
+    """The block of a chunk in that of all seeds, ``(*seed, *window, C)``, which is made at the first chunk."""
+    n0, n, line, lines = chunk
+    lead = (*seed[:2], *images(seed))
+    block = data.expand(n, seed[1], lines, lead[3], *data.shape[4:])
+    if (n, lines) == (lead[0], lead[2]):
+        return block
+    if whole is None:
+        whole = data.new_empty((*lead, *data.shape[4:]))
+    whole[n0 : n0 + n, :, line : line + lines] = block
+    return whole
+
 
 def _small(edge: Conv, patches: Tensor, reverse: bool) -> Tensor:
     """The convolution of small images, whole windows of them."""
     shape, stride, _, dilation = _geometry(edge)
-    weight = edge.weight.view(shape)
+    weight = edge.weight.view(shape).to(patches.dtype)
     groups = edge.geometry.groups
     if patches.device.type == "cpu":
         weight = channels_last(weight)

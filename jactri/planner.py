@@ -12,7 +12,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import NamedTuple, NoReturn
 
-from . import mixed, patches, poles
+from . import mixed, patches, patching, poles
 from . import sweep as sweeping
 from .fusion import fuse
 from .graph import Graph
@@ -255,7 +255,10 @@ def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> fl
     """Predicted time, for ranking plans only. With a ``graph``, that of the steps as kernels run them together."""
     flops, moved, steps = sum(s.flops for s in sweeps), 0.0, 0
     for s in sweeps:
-        if graph is not None and s.steps and not s.windows:
+        if s.windows and s.items:
+            moved += sum(i.bytes for i in s.items)
+            steps += len(s.items)
+        elif graph is not None and s.steps and not s.windows:
             s.items = s.items or fuse(graph, s)
             moved += sum(i.bytes for i in s.items)
             steps += len(s.items)
@@ -326,12 +329,17 @@ def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
         )
         fewer.patterns = patterns
         small = patches.by_patches(graph, fewer)
-        if small is not None and budget.kernels == "triton":
+        whole = None
+        if small is not None and budget.kernels:
+            both = not per_sample and graph.values[small.seed].shape[0] > 1
+            small.items = patching.fuse(graph, small, not sparse, both)
+            whole = patching.tail_of(small)
+        if small is not None and budget.kernels == "triton" and whole is None:
             fewer.why = "by images, as kernels are asked for"
         elif small is not None:
             mine, theirs = budget.seconds(graph, small), budget.seconds(graph, fewer)
             if (
-                budget.kernels and not sparse
+                budget.kernels and not sparse and whole is None
             ):  # entries are put in their places one by one, bands written out
                 moved = sum(
                     p.nnz * (INDEX_BYTES + 2 * itemsize(graph, t)) for t, p in patterns.items()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import backends, batching, chooser, launch
+from . import backends, batching, chooser, launch, patching
 from .arguments import ASSUME, as_tuple, check_batch
 from .compilation import Compilation
 from .compiled import compile
@@ -253,8 +253,15 @@ def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:
 
 def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
     """What kernels run together: value -> backend and why."""
-    if sweep.windows or not backends.kernels_on(graph.values[sweep.seed].device):
+    if not backends.kernels_on(graph.values[sweep.seed].device):
         return {}
+    if sweep.windows:
+        tail = patching.tail_of(sweep)
+        if tail is None:
+            return {}
+        backend, why = patching.described(graph, sweep, tail)
+        below = "in the step below" if backend == "triton" else why
+        return {s.value: (backend, why if s is tail.steps[-1] else below) for s in tail.steps}
     found = {}
     for item in fuse(graph, sweep):
         if isinstance(item, Fused):

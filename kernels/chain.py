@@ -148,7 +148,7 @@ def _pair(
     tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
 
 
-def _generation(device: torch.device) -> int:
+def generation(device: torch.device) -> int:
     """The major number of a card's capability: from 9 on tensor cores read matrices from shared memory.
 
     AMD's cards count as ones before; anything that is no GPU counts as Hopper's.
@@ -161,7 +161,7 @@ def _generation(device: torch.device) -> int:
 def chain_configs(widths: Sequence[int], device: torch.device) -> tuple[Config, ...]:
     """How `chain` can run layers of these widths, the block's first; empty where it cannot."""
     widest = max(widths)
-    if min(widths) < 1 or widest > (WIDEST if _generation(device) >= 9 else WIDEST_BEFORE_HOPPER):
+    if min(widths) < 1 or widest > (WIDEST if generation(device) >= 9 else WIDEST_BEFORE_HOPPER):
         return ()
     return CHAIN_CONFIGS if widest <= 64 else CHAIN_CONFIGS[:1]
 
@@ -170,10 +170,10 @@ def pair_configs(widths: Sequence[int], precision: str, device: torch.device) ->
     """How `pair` can run (features in, between, out) at "fp32", "tf32" or "half"; empty where it cannot."""
     if len(widths) != 3 or min(widths) < 1 or widths[2] > WIDEST_OUT:
         return ()
-    generation, most = _generation(device), RESIDENT_OUT.get(precision, 0)
-    if generation == 9 and widths[0] in RESIDENT and widths[2] <= most:
+    number, most = generation(device), RESIDENT_OUT.get(precision, 0)
+    if number == 9 and widths[0] in RESIDENT and widths[2] <= most:
         return RESIDENT_CONFIGS[precision], PAIR_CONFIGS[1]
-    return PAIR_CONFIGS if generation >= 9 and widths[2] <= 64 else PAIR_CONFIGS[:2]
+    return PAIR_CONFIGS if number >= 9 and widths[2] <= 64 else PAIR_CONFIGS[:2]
 
 
 def chain(

@@ -1,4 +1,4 @@
-"""The kernels over images, of the Laplacian and of batches, in plain torch, for tests: any dtype, no speed."""
+"""The kernels over images and patches, of the Laplacian and of batches, in plain torch, for tests: no speed."""
 
 from __future__ import annotations
 
@@ -78,6 +78,23 @@ def dense(values: Tensor, colour: Tensor, supports: tuple[Tensor, ...]) -> Tenso
         seen = torch.kron(seen, table.bool())
     seen = seen.repeat(rows // max(1, seen.shape[0]), columns // max(1, seen.shape[1]))
     return values[:, colour.long()].transpose(1, 2) * seen
+
+
+def patches(t: Tensor, matrices, factors, window, out: Tensor, place) -> Tensor:
+    """`patches.patches`, without zeros; ``window``: the last of its sizes. ``out`` is flat."""
+    for f, m in zip(factors, [*matrices, None], strict=True):
+        if f is not None:
+            t = t * f.flatten(3).unsqueeze(1)
+        if m is not None:
+            t = t @ m
+    for seed in product(*map(range, t.shape[:4])):
+        for o, (i, j, c) in enumerate(product(*map(range, window))):
+            at = zip(place.first, place.step, seed[2:], (i, j), place.image, strict=True)
+            if all(0 <= first + step * p + q < n for first, step, p, q, n in at):
+                index = (*seed, i, j, c)
+                offset = sum(a * b for a, b in zip(index, place.strides, strict=True))
+                out[place.start + offset] = t[seed][o]
+    return out
 
 
 def laplacian_step(

@@ -160,27 +160,60 @@ def product(t, m, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _summed(t, m, m1, m2, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr):
-    """``acc + t @ (m + m1 + m2)``, as many parts as the precision has."""
+def cut(t, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMED: tl.constexpr):
+    """A tile of a block as the parts that are multiplied, by matrices of DTYPE where it is one part."""
     if PRECISION == "bf16x6":
-        t0, t1, t2 = three(t)
-        s = tl.dot(t2, m, input_precision="ieee")
-        s = tl.dot(t1, m1, s, input_precision="ieee")
-        s = tl.dot(t0, m2, s, input_precision="ieee")
-        s = tl.dot(t1, m, s, input_precision="ieee")
-        s = tl.dot(t0, m1, s, input_precision="ieee")
-        return acc + tl.dot(t0, m, s, input_precision="ieee")
+        return three(t)
     elif PRECISION == "tf32x3":
         t0 = high(t, 2)
-        s = tl.dot(t - t0, m, input_precision="tf32")
-        s = tl.dot(t0, m1, s, input_precision="tf32")
-        return acc + tl.dot(t0, m, s, input_precision="tf32")
+        return t0, t - t0
+    elif PRECISION == "tf32" or FORMED:
+        return ((-t).to(DTYPE),)
+    else:
+        return (t.to(DTYPE),)
+
+
+@triton.jit
+def times(parts, M, size, mask, acc, PRECISION: tl.constexpr):
+    """`multiply` for a computed tile that was `cut` before: a product for each of several tiles of a matrix."""
+    m = tl.load(M, mask=mask, other=0.0)
+    if PRECISION == "bf16x6":
+        m1 = tl.load(M + size, mask=mask, other=0.0)
+        m2 = tl.load(M + 2 * size, mask=mask, other=0.0)
+        return _added(parts, m, m1, m2, acc, PRECISION, True)
+    elif PRECISION == "tf32x3":
+        m1 = tl.load(M + size, mask=mask, other=0.0)
+        return _added(parts, m, m1, m1, acc, PRECISION, True)
+    else:
+        return _added(parts, m, m, m, acc, PRECISION, True)
+
+
+@triton.jit
+def _summed(t, m, m1, m2, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr):
+    """``acc + t @ (m + m1 + m2)``, as many parts as the precision has."""
+    return _added(cut(t, m.dtype, PRECISION, FORMED), m, m1, m2, acc, PRECISION, FORMED)
+
+
+@triton.jit
+def _added(t, m, m1, m2, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr):
+    """The same of parts of t."""
+    if PRECISION == "bf16x6":
+        s = tl.dot(t[2], m, input_precision="ieee")
+        s = tl.dot(t[1], m1, s, input_precision="ieee")
+        s = tl.dot(t[0], m2, s, input_precision="ieee")
+        s = tl.dot(t[1], m, s, input_precision="ieee")
+        s = tl.dot(t[0], m1, s, input_precision="ieee")
+        return acc + tl.dot(t[0], m, s, input_precision="ieee")
+    elif PRECISION == "tf32x3":
+        s = tl.dot(t[1], m, input_precision="tf32")
+        s = tl.dot(t[0], m1, s, input_precision="tf32")
+        return acc + tl.dot(t[0], m, s, input_precision="tf32")
     elif PRECISION == "tf32" or FORMED:
         # subtracted, not added: Triton would make one running sum of it again
         how: tl.constexpr = "ieee" if PRECISION == "half" else PRECISION
-        return acc - tl.dot((-t).to(m.dtype), m, input_precision=how)
+        return acc - tl.dot(t[0], m, input_precision=how)
     else:
-        return tl.dot(t.to(m.dtype), m, acc, input_precision="ieee")
+        return tl.dot(t[0], m, acc, input_precision="ieee")
 
 
 def prepare(

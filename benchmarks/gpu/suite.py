@@ -29,6 +29,7 @@ SMOKE = {
     "first": ("first", "(values and (3x3 or stride or groups)) or half"),
     "pool": ("pool", "between_diagonals"),
     "band": ("band", "written_once or dtypes"),
+    "patches": ("patches", "(odd and (shapes_and_precisions or half or places)) or (W6 and configuration)"),
     "laplacian": ("laplacian", "(shapes_and_precisions and shape0) or half or last_layer"),
 }  # fmt: skip
 """For each module of kernels/ that launches one: the file in tests/kernels and pytest's -k of a few tests of it, of

@@ -17,6 +17,7 @@ from jactri.kernels import (
     laplacian,
     linear,
     operands,
+    patches,
     pool,
     rows,
 )
@@ -175,6 +176,36 @@ def _dense(way):
     band.dense(torch.empty(64, 25, 1024), torch.empty(1024, dtype=torch.int32), (table, table))
 
 
+def _patches(config, channels=16, convolutions=3):
+    """W6 in reverse: the windows of two derivatives with a border, the answer with its zeros."""
+
+    def run(way):
+        dtype, (c, hw, N), k = (
+            DTYPES.get(way, torch.float32),
+            (channels, 32, 64),
+            2 * convolutions + 1,
+        )
+        sizes = [(i, i, c if i < k else 1) for i in range(3, k + 1, 2)]
+        widths = [i * j * c for i, j, c in sizes]
+        factors = []
+        for i, _, _ in sizes[:-1]:
+            image = torch.empty(N, hw + i - 1, hw + i - 1, c, dtype=dtype)
+            strides = (*image.stride()[:3], *image.stride()[1:])
+            factors.append(image.as_strided((N, hw, hw, i, i, c), strides))
+        V = hw * hw
+        place = patches.Place(
+            (V * V, 0, hw * V + hw, V + 1, hw, 1, V), -(k // 2) * (hw + 1), (-(k // 2),) * 2, (1, 1), (hw, hw)
+        )  # fmt: skip
+        patches.patches(
+            torch.empty(widths[0], dtype=dtype).expand(N, 1, hw, hw, -1),
+            [torch.empty(a, b, dtype=dtype) for a, b in pairwise(widths)],
+            [*factors, None], sizes, (2, 1), torch.empty(N * V * V, dtype=dtype), place,
+            zeros=V, precision=way, config=config,
+        )  # fmt: skip
+
+    return run
+
+
 def _first(transposed):
     """W6: 49 colours, images of 32x32, 16 channels."""
 
@@ -289,6 +320,17 @@ for _name in ("push", "pull"):
     CASES[f"first/{_name}"] = Case(
         "first", _first(_name == "pull"), ("fp32",), ("sm_90", "gfx942"), False
     )
+CASES["patches/W6 144-400-49/resident"] = Case(
+    "patches", _patches(patches.RESIDENT_CONFIG), (*MORE, "tf32", "half"), ("sm_90",)
+)
+for _i, _c in enumerate(patches.CONFIGS):
+    CASES[f"patches/W6 144-400-49/{_i}"] = Case("patches", _patches(_c), _ways(_i))
+CASES["patches/two layers 144-25/0"] = Case(
+    "patches", _patches(patches.CONFIGS[0], convolutions=2), MORE[:1], ("sm_90",)
+)
+CASES["patches/32 channels 288-800-49/0"] = Case(
+    "patches", _patches(patches.CONFIGS[0], 32), MORE, ("sm_90",)
+)
 CASES["band/dense"] = Case("dense", _dense, ("fp32",), ("sm_90", "gfx942"), False)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jactri import chooser
+from jactri import chooser, patching, planning
 from jactri.kernels import support
 
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default torch allows convolutions tf32
@@ -55,3 +55,12 @@ def timed(monkeypatch):
     monkeypatch.setattr(chooser, "_milliseconds", milliseconds)
     yield table
     chooser.forget()
+
+
+@pytest.fixture
+def by_images(monkeypatch):
+    """Coloured sweeps carry images where kernels run: the kernel of patches takes none of them."""
+    planning._plans.clear()
+    monkeypatch.setattr(patching, "_tail", lambda *given: None)
+    yield
+    planning._plans.clear()

@@ -14,9 +14,10 @@ from torch import nn
 import jactri
 from jactri import chooser
 from jactri.convolving import ConvKind
-from jactri.kernels import band, elementwise, first, laplacian, pool, rows
+from jactri.kernels import band, elementwise, first, laplacian, patches, pool, rows
 from jactri.kernels.support import Unfit
 from jactri.operators.fused import LayersKind
+from jactri.patching import PatchKind
 
 FORWARD, REVERSE = "forward-mode", "reverse-mode"
 
@@ -62,6 +63,9 @@ CASES = {
     "bands, of cotangents": (band, "dense", lambda: w6(2), IMAGES, jacobian, REVERSE),
     "bands of a batch": (band, "dense", lambda: w6(2), IMAGES, spread),
     "bands of a batch, of cotangents": (band, "dense", lambda: w6(2), IMAGES, spread, REVERSE),
+    "patches": (patches, "patches", lambda: w6(2), (2, 1, 3, 20), jacobian, REVERSE),
+    "patches of tangents": (patches, "patches", lambda: w6(2), (2, 1, 3, 20), jacobian),
+    "patches of a batch": (patches, "patches", lambda: w6(2), (2, 1, 3, 20), spread, REVERSE),
     "laplacian chain": (laplacian, "chain", lambda: mlp((2, 18, 17, 1), nn.SiLU), (5, 2), curvature),
     "laplacian chain, signed": (laplacian, "chain", lambda: mlp((2, 18, 17, 3)), (5, 2), weighted),
     "laplacian steps": (laplacian, "step", lambda: mlp((2, 140, 17, 1)), (3, 2), curvature),
@@ -72,16 +76,18 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch):
+def _alone(request, monkeypatch):
     """No other kernels, and one tile of those that have several."""
     for kind in (chooser.ChainKind, ConvKind):
         monkeypatch.setattr(kind, "offers", lambda self: [])
-    plain = LayersKind.offers
+    for kind in (LayersKind, PatchKind):
 
-    def fewer(self):
-        return [(kernels, tiles[:1], dots[:1]) for kernels, tiles, dots in plain(self)]
+        def fewer(self, plain=kind.offers):
+            return [(kernels, tiles[:1], dots[:1]) for kernels, tiles, dots in plain(self)]
 
-    monkeypatch.setattr(LayersKind, "offers", fewer)
+        monkeypatch.setattr(kind, "offers", fewer)
+    if "patches" not in request.node.name:
+        request.getfixturevalue("by_images")
 
 
 @pytest.fixture(params=CASES)

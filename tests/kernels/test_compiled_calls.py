@@ -88,6 +88,7 @@ CASES = {
     "convolution": (lambda: flat(nn.Tanh(), 4 * 9), (1, 2, 3, 3), SAMPLES, {"direct._direct"}),
     "pool": (lambda: flat(nn.MaxPool2d(2), 4), (1, 2, 3, 3), SAMPLES, {"pool._scatter"}),
     "image to image": (lambda: images(nn.Tanh()), (1, 2, 9, 1), SAMPLES, {"first._first", "band._dense"}),
+    "patches": (lambda: images(nn.Tanh()), (2, 2, 8, 9), SAMPLES, {"patches._patches"}),
 }  # fmt: skip
 
 

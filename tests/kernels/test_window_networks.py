@@ -15,6 +15,8 @@ from jactri.graph import read
 from jactri.kernels import band, conv, direct, first
 from jactri.kernels.support import Unfit
 
+pytestmark = pytest.mark.usefixtures("by_images")
+
 
 @pytest.fixture
 def launched(monkeypatch):
