@@ -15,18 +15,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Whole(nn.Module):
     """Encoder and decoder, the target being the source, under a causal mask."""
 
+    is_causal: bool | None = True
+
     def __init__(self):
         super().__init__()
         self.net = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(3))
 
     def forward(self, x):
-        return self.net(x, x.flip(1), tgt_mask=self.mask)
+        return self.net(x, x.flip(1), tgt_mask=self.mask, tgt_is_causal=self.is_causal)
 
 
 def encoder(**options):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **options)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
 
 NETS = {
@@ -40,8 +42,9 @@ def draw(dtype):
     return torch.randn(2, 3, 8, dtype=dtype)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "train") for name in NETS), ("encoder", "eval")]
+)
 def test_jacobians_and_gradients(name, mode):
     torch.manual_seed(0)
     net = NETS[name]().to(F64).train(mode == "train")
@@ -61,10 +64,29 @@ def test_jacobians_and_gradients(name, mode):
             assert_close(a, b, F64, length=200, factor=16.0)
 
 
+def test_a_mask_that_torch_looks_at():
+    """Whether it is causal, where nobody says so: a value is read."""
+    net = Whole().to(F64)
+    net.is_causal = None
+    step = jactri.compile(net, draw(F64), engine="fx", per_sample=True)
+    x = draw(F64)
+    assert_close(step(x), jactri.jacobian(net, x, per_sample=True), F64, length=60)
+    assert "a value is read" in step.reason
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
 def test_a_penalty_by_the_compiler():
     """A loss with a Jacobian: forward pass, sweep, loss and backward are two graphs."""
     torch.manual_seed(0)
-    net = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = Attention()
 
     def loss(x):
         J = jactri.jacobian(net, x, per_sample=True, create_graph=True)
