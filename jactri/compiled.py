@@ -278,6 +278,7 @@ class Compiled:
             plan = self._plans.get(self._key(inputs, None)[0], plan)
         return plan.explained(self._title())
 
+    @public
     def verify(self, *inputs: Any) -> float:
         """How far the compiled call is from the ordinary one at ``inputs``, relative to the largest entry.
 

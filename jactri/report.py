@@ -107,6 +107,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@public
 def explain(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -142,7 +143,6 @@ def explain(
     return replace(found, compiled=compile(func, *given, engine=engine, **options).explain())
 
 
-@public
 def _explained(
     func, inputs, strategy, per_sample, chunk_size, memory_limit, backend
 ) -> Explanation:

@@ -27,7 +27,7 @@ from .remedies import no_such
 
 
 def public(call: Callable) -> Callable:
-    """A public call: outside of inference mode, in which autograd records nothing.
+    """A public call, or method: outside of inference mode, in which autograd records nothing.
 
     For a keyword that it does not have, it says what to write instead. Within a function of torch.compile it runs as
     it is.

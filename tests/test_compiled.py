@@ -559,21 +559,3 @@ def test_nothing_of_a_call_is_kept():
     del x, J
     gc.collect()
     assert all(ref() is None for ref in alive)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_inside_of_torch_compile():
-    """A user's own torch.compile breaks its graph there."""
-    net, x = seeded(6, 9, 4), torch.randn(5, 6, dtype=F64)
-    compiled = compile(net, x)
-    calls = {
-        "jacobian": lambda x: jactri.jacobian(net, x.sin()) * 2,
-        "laplacian": lambda x: jactri.laplacian(lambda v: net(v).sum(-1), x.sin()) * 2,
-        "hessian": lambda x: jactri.func.hessian(lambda v: net(v).sum())(x.sin()) * 2,
-        "compiled": lambda x: compiled(x.sin()) * 2,
-    }
-    for call in calls.values():
-        wrapped = torch.compile(call, backend="eager")
-        for at in (x, x + 1):
-            torch.testing.assert_close(wrapped(at), call(at))
-        torch._dynamo.reset()

@@ -77,6 +77,8 @@ def test_explain_of_several_inputs_and_options():
     assert "fx runs" in str(found) and "one after another" in str(found)
     with pytest.raises(TypeError, match="inputs"):
         jactri.explain(func, [1.0], compiled=True)
+    with pytest.raises(TypeError, match="did you mean 'strategy'"):
+        jactri.explain(func, (x, u), strateg="auto")
     with pytest.raises(ValueError, match="engine must be one of"):
         jactri.explain(func, (x, u), compiled=True, engine="C")
 

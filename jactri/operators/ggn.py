@@ -99,6 +99,7 @@ class GGN:
             block.shape
         )
 
+    @public
     def __matmul__(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         """The product with ``{name: tensor}`` of the parameters' shapes, or with one more leading axis, a block."""
         if not isinstance(v, dict):
@@ -110,6 +111,7 @@ class GGN:
             turned = self._times(pushed if block else pushed.unsqueeze(0))
             return jac.T @ (turned if block else turned[0])
 
+    @public
     def diagonal(self) -> dict[str, Tensor]:
         """The diagonal of the matrix, ``{name: tensor}`` of the parameters' shapes, real.
 

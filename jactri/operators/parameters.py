@@ -119,6 +119,7 @@ class ParameterJacobian:
 
     # -- formed -----------------------------------------------------------------------------------
 
+    @public
     def dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The Jacobian itself: ``{name: (N, *out, *parameter)}``, in the parameter's dtype.
 
@@ -221,6 +222,7 @@ class ParameterJacobian:
 
     # -- products ---------------------------------------------------------------------------------
 
+    @public
     def __matmul__(self, v: dict[str, Tensor]) -> Tensor:
         """``J v`` for ``v`` ``{name: tensor}`` of the parameters' shapes: ``(N, *out)``.
 
@@ -307,6 +309,7 @@ class ParameterJacobian:
                 made[name] = t if block else t[0]
         return made
 
+    @public
     def gram(self) -> Tensor:
         """``J J^T`` over all parameters, ``(N, *out, N, *out)``: the NTK of the samples with themselves.
 
@@ -332,6 +335,7 @@ class ParameterJacobian:
                 total = total + made.to(total.dtype)
             return total.reshape(*a.shape, *b.shape)
 
+    @public
     def variance(self, v: dict[str, Tensor]) -> Tensor:
         """``J_n diag(v) J_n^T`` for every sample ``n``, ``(N, *out, *out)``.
 
@@ -376,6 +380,7 @@ class Transposed:
     def T(self) -> ParameterJacobian:
         return self._base
 
+    @public
     def __matmul__(self, u: Tensor) -> dict[str, Tensor]:
         return self._base._transposed(u)
 
