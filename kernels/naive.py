@@ -87,13 +87,14 @@ def patches(t: Tensor, matrices, factors, window, out: Tensor, place) -> Tensor:
             t = t * f.flatten(3).unsqueeze(1)
         if m is not None:
             t = t @ m
-    for seed in product(*map(range, t.shape[:4])):
-        for o, (i, j, c) in enumerate(product(*map(range, window))):
-            at = zip(place.first, place.step, seed[2:], (i, j), place.image, strict=True)
-            if all(0 <= first + step * p + q < n for first, step, p, q, n in at):
-                index = (*seed, i, j, c)
-                offset = sum(a * b for a, b in zip(index, place.strides, strict=True))
-                out[place.start + offset] = t[seed][o]
+    sizes = (*t.shape[:4], *window)
+    axes = torch.meshgrid(*(torch.arange(n, device=t.device) for n in sizes), indexing="ij")
+    at = place.start + sum(a * s for a, s in zip(axes, place.strides, strict=True))
+    there = torch.ones_like(at, dtype=torch.bool)
+    for a in range(2):
+        pixel = place.first[a] + place.step[a] * axes[2 + a] + axes[4 + a]
+        there &= (pixel >= 0) & (pixel < place.image[a])
+    out[at[there]] = t.reshape(sizes)[there]
     return out
 
 

@@ -35,8 +35,9 @@ def banded(sizes, reach, device):
     """A matrix without the entries of lines that are not connected."""
     (lines, *a), (lines_out, *b) = sizes
     m = torch.randn(lines * prod(a), lines_out * prod(b), device=device) / (lines * prod(a)) ** 0.5
-    at = torch.arange(lines_out) - reach[1] * torch.arange(lines)[:, None]
-    seen = ((at >= 0) & (at <= reach[0])).to(device)
+    first = reach[1] * torch.arange(lines, device=device)[:, None]
+    at = torch.arange(lines_out, device=device) - first
+    seen = (at >= 0) & (at <= reach[0])
     return m * seen.repeat_interleave(prod(a), 0).repeat_interleave(prod(b), 1)
 
 
