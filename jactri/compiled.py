@@ -431,10 +431,11 @@ def compile(
             warning.
         freeze: whether all that ``func`` holds is a constant of the graph, as it is when the graph is traced: **an
             update, in place or by replacement, is not seen**, until another trace (a second shape, ``.train()``);
-            `Compiled.verify` tells. The compiler computes with constants what it can, once, and packs matrices and
-            filters for its products. It costs a copy of them, and its code for a CPU is not cached on disk where
-            something is packed. The answer has no graph; what differentiates in weights (``create_graph``,
-            `parameter_jacobian`, `empirical_ntk`, weights as inputs) is refused.
+            `Compiled.verify` tells. ``"inductor"`` computes with constants what it can, once, and packs matrices and
+            filters for its products: on the CPU that was measured, products of matrices gained nothing by it. It costs
+            a copy of them, and its code for a CPU is not cached on disk where something is packed. The answer has no
+            graph; what differentiates in weights (``create_graph``, `parameter_jacobian`, `empirical_ntk`, weights as
+            inputs) is refused.
         options: those of ``of``, but for what is for one long call (``progress``, ``layout``, ``strict``,
             ``estimate``). Tensors among them may be updated in place.
 
