@@ -199,12 +199,12 @@ class Compiled:
             return made[:1] if self._options.get("return_output") else ()
 
         start = time.perf_counter()
-        reached, both = Reached(self.func, self._options), None
+        reached, both = Reached(self.func, self._options, self.of in calls.IN_WEIGHTS), None
         if self.freeze:
             self._check_frozen(flat, answer, reached)
         try:
             with backends.packaging(self.engine == "aot"):
-                traced = trace(call, flat, written, reached)
+                traced = trace(call, flat, written, reached, self.freeze)
                 if self.freeze:
                     traced = frozen(traced)
                 elif any(t.requires_grad for t in tree_leaves(answer)):

@@ -107,7 +107,9 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
     reached = Reached(func, options)
     try:
         with backends.packaging():
-            traced = trace(lambda *xs: call(tree_unflatten(xs, nested), None), flat, (), reached)
+            traced = trace(
+                lambda *xs: call(tree_unflatten(xs, nested), None), flat, (), reached, lasting=True
+            )
     except Untraceable as reason:
         raise RuntimeError(
             f"jactri.export of {calls.name(of)}: the call cannot be one graph: {reason}. In func, read no values in "

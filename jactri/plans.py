@@ -33,7 +33,7 @@ class Plan:
         self.built, self.seconds = built, seconds
         self._held = list(traced.held)
         self._states = [state(t) for t in traced.held]
-        self._at = [(t.data_ptr(), t.requires_grad) for t in traced.held]
+        self._at = [_at(t) for t in traced.held]
         # where modules hold each of them; nowhere: it is as it was
         found = [reached.places.get(id(t), []) for t in traced.held]
         self._places = [places[0] if places else None for places in found]
@@ -47,12 +47,12 @@ class Plan:
         found, at = self._held, self._at
         for k, place in enumerate(self._places):
             t = found[k] if place is None else place.table.get(place.name)
-            # of the same tensor in the same memory, all else is the same
-            if t is found[k] and (t.data_ptr(), t.requires_grad) == at[k]:
+            # of the same tensor in the same memory, laid out alike, all else is the same
+            if t is found[k] and _at(t) == at[k]:
                 continue
             if t is None or state(t) != self._states[k]:
                 return "a tensor that func holds" if place is None else f"the tensor {place.path}"
-            found[k], at[k] = t, (t.data_ptr(), t.requires_grad)
+            found[k], at[k] = t, _at(t)
         for table, name, first in self._tied:
             if table.get(name) is not first.table.get(first.name):
                 return f"with which tensor {name} is one"
@@ -76,6 +76,10 @@ class Plan:
             seconds=self.seconds,
             cuda_graph=self.cuda_graph,
         )
+
+
+def _at(t: Tensor) -> tuple:
+    return t.data_ptr(), t.requires_grad, t.shape, t.stride()
 
 
 def state(t: Tensor) -> tuple:

@@ -33,9 +33,12 @@ class Place(NamedTuple):
 
 
 class Reached:
-    """The modules that ``func`` and ``options`` reach, as they were when this was made."""
+    """The modules that ``func`` and ``options`` reach, as they were when this was made.
 
-    def __init__(self, func: Any, options: Any = ()):
+    ``in_weights``: what is computed has an axis for each parameter, also for those that func does not read.
+    """
+
+    def __init__(self, func: Any, options: Any = (), in_weights: bool = False):
         self.roots = [m for m in _walk((func, options)) if isinstance(m, nn.Module)]
         self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
         self._modes = [(m, m.training) for m in self.modules]
@@ -58,6 +61,7 @@ class Reached:
                             self.tensors[id(t)] = t
                             self.places.setdefault(id(t), []).append(Place(table, name, path))
         self._of = func, options
+        self._weights = self._parameters() if in_weights else None
         self._registered = {id(t) for m in self.modules for t in (m._parameters, m._buffers)}
 
     def contents(self) -> list[tuple[Any, dict]]:
@@ -103,7 +107,19 @@ class Reached:
         for table, name in self._empty:
             if table.get(name) is not None:
                 return f"the tensor {name}"
+        if self._weights is not None and self._weights != self._parameters():
+            return "the parameters"
         return None
+
+    def _parameters(self) -> list[tuple]:
+        """Which there are: names, shapes, which are to be differentiated, and which are one."""
+        first: dict[int, int] = {}
+        return [
+            (name, p.shape, p.requires_grad, first.setdefault(id(p), len(first)))
+            for m in self.modules
+            for name, p in m._parameters.items()
+            if p is not None
+        ]
 
     def called(self, t: Tensor) -> str:
         """What a tensor that a function holds is, for people."""

@@ -20,11 +20,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from .reached import Reached
-from .tracing import made_now, of_others
+from .tracing import made_now, of_others, stands_for_others, tracing
 
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
 
@@ -32,6 +33,9 @@ _PLAIN = (Tensor, Parameter)
 
 _DETACH = torch.ops.aten.detach.default
 _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+_SETS = (Tensor.data.__set__, Tensor.grad.__set__, Tensor.grad.__delete__)
 
 _NORMALISES = tuple(
     getattr(torch.ops.aten, name).default
@@ -86,11 +90,15 @@ def frozen(traced: Traced) -> Traced:
 
 
 def trace(
-    call: Callable[..., Any], inputs: Sequence[Tensor], written: Sequence[Tensor], reached: Reached
+    call: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    written: Sequence[Tensor],
+    reached: Reached,
+    lasting: bool = False,
 ) -> Traced:
     """The graph of ``call(*inputs)``. Of all tensors only those of ``written`` may be written to.
 
-    Raises Untraceable.
+    ``lasting``: what func holds stays as it is, so that its Python may read values there. Raises Untraceable.
     """
     for m in reached.modules:
         if any(c.__module__.startswith(_DISTRIBUTED) for c in type(m).__mro__):
@@ -111,7 +119,7 @@ def trace(
         for k, x in enumerate(inputs):
             if x.requires_grad:
                 xs[k] = given[k].detach().requires_grad_()
-        with _Unwritten(reached):
+        with _Unwritten(reached, lasting), _Unseen(reached, lasting):
             leaves, made = tree_flatten(call(*xs))
         spec.append(made)
         if not all(isinstance(t, Tensor) for t in leaves):
@@ -126,6 +134,7 @@ def trace(
     for name, before, registered in left:
         if registered or id(before) in read:
             raise Untraceable(f"func sets {name}, which the next call may read")
+    _check_statistics(graph)
     _plain(graph)
     _check_ops(graph, len(inputs), len(inputs) + len(written), held, reached)
     return Traced(graph, held, spec[0])
@@ -146,7 +155,7 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
         try:
             # what torch.compile compiled runs as it was before
             with (
-                of_others(reached.tensors.values()),
+                of_others(reached.tensors.values()) as others,
                 dynamo.patch(error_on_nested_fx_trace=False),
                 warnings.catch_warnings(),
             ):
@@ -154,7 +163,10 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
                 warnings.filterwarnings(
                     "ignore", message="The .grad attribute of a Tensor that is not"
                 )
-                graph = make_fx(flat, tracing_mode="fake")(*fakes)
+                try:
+                    graph = make_fx(flat, tracing_mode="fake")(*fakes)
+                finally:
+                    accumulated = _grads_put_back(others)
         except DataDependentOutputException as error:
             raise Untraceable(f"a value is read, by {error.func}") from error
         except DynamicOutputShapeException as error:
@@ -163,7 +175,18 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
             raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
         finally:
             left = reached.taken_out(before, _of_trace)
+        if accumulated is not None:
+            raise Untraceable(f"func writes to the .grad of {reached.called(accumulated)}")
     return graph, left
+
+
+def _grads_put_back(others: dict[int, tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Put back the .grad of tensors to which a backward accumulated some of the trace; one of them."""
+    found = None
+    for t, before in others.values():
+        if t.is_leaf and isinstance(t.grad, FakeTensor):
+            found, t.grad = t, before
+    return found
 
 
 def fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
@@ -171,19 +194,54 @@ def fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
 
 
 class _Unwritten(TorchDispatchMode):
-    """Raises Untraceable where a tensor that is not of the trace, and has values, would be written to."""
+    """Raises Untraceable where a tensor that is not of the trace would be written to, or its values read by Python.
 
-    def __init__(self, reached: Reached):
+    It may have others when the graph runs, unless what func holds is ``lasting``.
+    """
+
+    def __init__(self, reached: Reached, lasting: bool):
         super().__init__()
-        self.reached = reached
+        self.reached, self.lasting = reached, lasting
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable and not made_now():
-            for t, alias in _aliases(func, args, kwargs or {}):
-                real = isinstance(t, Tensor) and not isinstance(t, FakeTensor)
-                if real and alias.is_write:
+        kwargs = kwargs or {}
+        if made_now():
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for t, alias in _aliases(func, args, kwargs):
+                if alias.is_write and _real(t):
                     raise Untraceable(f"func writes to {self.reached.called(t)}")
+        held = [] if self.lasting else [t for t in tree_leaves((args, kwargs)) if _real(t)]
+        if not held:
+            return func(*args, **kwargs)
+        if torch.Tag.data_dependent_output in func.tags:
+            raise Untraceable(f"a value is read, of {self.reached.called(held[0])}")
+        stands_for_others(held)
+        found = func(*args, **kwargs)
+        for t in tree_leaves(found):
+            if isinstance(t, FakeTensor):  # fakes keep what follows from numbers
+                t.constant = None
+        return found
+
+
+class _Unseen(TorchFunctionMode):
+    """The same of what is no op: it reads memory, or puts other memory into a tensor."""
+
+    def __init__(self, reached: Reached, lasting: bool):
+        super().__init__()
+        self.reached, self.lasting = reached, lasting
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _SETS and _real(args[0]) and tracing():
+            raise Untraceable(f"func writes to {self.reached.called(args[0])}")
+        if func in _READS and not self.lasting and _real(args[0]) and tracing():
+            raise Untraceable(f"a value is read, of {self.reached.called(args[0])}")
         return func(*args, **(kwargs or {}))
+
+
+def _real(value: Any) -> bool:
+    """Whether something is a tensor that has values."""
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
 def _aliases(op, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -251,8 +309,6 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
             continue
         if _draws(node):
             raise Untraceable(f"func draws random numbers, by {node.target}")
-        if _updates_statistics(node):
-            raise Untraceable(f"{node.target} writes to running statistics")
         for given, alias in _aliases(node.target, node.args, node.kwargs):
             k = source.get(given) if isinstance(given, fx.Node) else None
             if k is None:
@@ -263,13 +319,17 @@ def _check_ops(graph, first: int, last: int, held, reached: Reached) -> None:
                 raise Untraceable(f"func writes to {what}")
 
 
-def _updates_statistics(node: fx.Node) -> bool:
-    """Whether an op is a normalisation of a batch whose schema does not tell that it writes to what it is given."""
-    if node.target not in _NORMALISES:
-        return False
-    names = [a.name for a in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return bool(given["training"]) and given["running_mean"] is not None
+def _check_statistics(graph: fx.GraphModule) -> None:
+    """Raise Untraceable for a normalisation of a batch whose schema does not tell that it writes to what it is given.
+
+    Also where nothing uses what it gives.
+    """
+    for node in graph.graph.nodes:
+        if node.target in _NORMALISES:
+            names = [a.name for a in node.target._schema.arguments]
+            given = dict(zip(names, node.args, strict=False)) | node.kwargs
+            if given["training"] and given["running_mean"] is not None:
+                raise Untraceable(f"{node.target} writes to running statistics")
 
 
 def _draws(node: fx.Node) -> bool:

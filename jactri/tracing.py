@@ -15,18 +15,34 @@ from torch.utils._python_dispatch import _disable_current_modes, _len_torch_disp
 
 _PROXY, _FAKE = _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FAKE
 
-_moving: ContextVar[frozenset[int] | None] = ContextVar("moving", default=None)
+_moving: ContextVar[dict[int, tuple[Tensor, Tensor | None]] | None] = ContextVar(
+    "moving", default=None
+)
 _making: ContextVar[bool] = ContextVar("making", default=False)
 
 
 @contextlib.contextmanager
 def of_others(tensors):
-    """A context in which these real tensors, too, stand for others in a trace: weights, which change."""
-    token = _moving.set(frozenset(map(id, tensors)))
+    """A context in which these real tensors, too, stand for others in a trace: weights, which change.
+
+    It gives what it keeps: by id, each of them and its .grad.
+    """
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    token = _moving.set(found)
+    stands_for_others(tensors)
     try:
-        yield
+        yield found
     finally:
         _moving.reset(token)
+
+
+def stands_for_others(tensors) -> None:
+    """The same of these, found in the course of it: whatever func holds may be written to in place."""
+    found = _moving.get()
+    if found is not None:
+        for t in tensors:
+            if id(t) not in found:
+                found[id(t)] = t, t.grad if t.is_leaf else None
 
 
 def tracing() -> bool:

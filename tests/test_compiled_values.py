@@ -1,0 +1,210 @@
+"""`jactri.compile`: values of what func holds, which no graph may keep, since they change in place."""
+
+import functools
+
+import pytest
+import torch
+from common import F64, seeded
+from tolerances import assert_same_tree
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import jactri
+
+compile = functools.partial(jactri.compile, engine="fx")
+
+X = torch.tensor([0.3, -1.2, 0.8], dtype=F64)
+
+
+def agree(compiled, func, x=X):
+    assert_same_tree(compiled(x), jactri.jacobian(func, x), F64, length=64)
+
+
+READ = {
+    "item": lambda x, p: x.sin() * p.item(),
+    "a number": lambda x, p: x.sin() * float(p.detach()),
+    "a list": lambda x, p: x.sin() * p.tolist(),
+    "an array": lambda x, p: x.sin() * float(p.detach().numpy()),
+    "text": lambda x, p: x.sin() * float(str(p.item())),
+    "an option": lambda x, p: torch.add(x.sin(), x.exp(), alpha=p.item()),
+    "what follows": lambda x, p: x.abs() ** int(p + 1),
+    "a range": lambda x, p: sum(x**k for k in range(1, 1 + int(p * 2))),
+    "an index": lambda x, p: x.sin()[p.long() - 1 :],
+    "a branch": lambda x, p: x.sin() if torch.equal(p, torch.full_like(p, 2)) else x.cos(),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "closure"])
+def test_values_of_held_tensors_that_python_reads(name, kind):
+    p, m = torch.tensor(2.0, dtype=F64), nn.Module()
+    if kind == "parameter":
+        m.p = p = nn.Parameter(p)
+    elif kind == "buffer":
+        m.register_buffer("p", p)
+
+    def func(x):
+        return READ[name](x, p if kind == "closure" else m.p)
+
+    compiled = compile(func, X)
+    for value in (2.0, 1.0, 3.0):
+        with torch.no_grad():
+            p.fill_(value)
+        agree(compiled, func)
+    assert compiled.graph is None
+
+
+@pytest.mark.parametrize("name", ["integer", "scalar of an integer tensor"])
+def test_integers_as_indices(name):
+    i = torch.tensor(1)
+    func = {
+        "integer": lambda x: x.sin()[i],
+        "scalar of an integer tensor": lambda x: x.sin().roll(int(i)) * x,
+    }[name]
+    compiled = compile(func, X)
+    i.fill_(2)
+    agree(compiled, func)
+
+
+def test_constants_may_be_read():
+    p = torch.tensor(2.0, dtype=F64)
+    compiled = compile(lambda x: x.sin() * p.item(), X, freeze=True)
+    assert compiled.graph is not None
+    agree(compiled, lambda x: x.sin() * 2)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda x, p: x * x * p,
+        lambda x, p: x.square() / p,
+        lambda x, p: p * x.sin() * p,
+        lambda x, p: x.sin().mul(p + 1),
+    ],
+    ids=["factor", "divisor", "twice", "sum"],
+)
+def test_scalar_tensors_that_are_written_in_place(func):
+    """What no module holds is as it was, but for writes in place: also where a derivative is scaled by it."""
+    p = torch.tensor(2.0, dtype=F64)
+    of_x = functools.partial(func, p=p)
+    compiled = compile(of_x, X, return_output=True)
+    p.fill_(3.0)
+    out, jac = compiled(X)
+    assert compiled.graph is not None
+    torch.testing.assert_close(out, of_x(X))
+    torch.testing.assert_close(jac, torch.autograd.functional.jacobian(of_x, X))
+
+
+@pytest.mark.parametrize("engine", ["fx", "inductor"])
+def test_tensors_that_are_laid_out_anew_in_place(engine):
+    w, q = torch.randn(2, 3, 3, dtype=F64).unbind()
+    net = seeded(3, 3)
+    wide = torch.randn(4, 3, dtype=F64)
+
+    def func(x):
+        return wide @ (net(x) @ w @ q).tanh()
+
+    compiled = jactri.compile(func, X, engine=engine)
+    q.t_()
+    agree(compiled, func)
+    net[0].weight.data = net[0].weight.data.t()
+    agree(compiled, func)
+    wide.resize_(2, 3)
+    agree(compiled, func)
+    assert compiled.graph is not None
+
+
+# -- what func writes --------------------------------------------------------------------------------
+
+
+def test_gradients_and_memory_that_func_sets():
+    w = nn.Parameter(torch.ones(3, dtype=F64))
+
+    def accumulates(x):
+        torch.autograd.backward((w * x.detach()).sum())
+        return x.sin() * w
+
+    def clears(x):
+        w.grad = None
+        return accumulates(x)
+
+    def halves(x):
+        w.data = w.data * 0.5
+        return x.sin() * w
+
+    for func in (accumulates, clears, halves):
+        w.grad = None
+        compiled = compile(func, X)
+        assert "writes to" in compiled.reason
+        assert not isinstance(w.grad, FakeTensor) and w.device.type == "cpu"
+    w.grad = None
+    compile(accumulates, X)(X)
+    torch.testing.assert_close(w.grad, 2 * X)  # of two ordinary calls
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.5, dtype=F64))
+
+
+def test_a_gradient_that_only_the_trace_would_make():
+    w, calls = nn.Parameter(torch.ones(3, dtype=F64)), []
+
+    def func(x):
+        calls.append(1)
+        if len(calls) == 2:  # the trace
+            torch.autograd.backward((w * x.detach()).sum())
+        return x.sin()
+
+    compiled = compile(func, X)
+    assert "the .grad of" in compiled.reason and w.grad is None
+
+
+def test_statistics_of_what_nothing_uses():
+    mean, var = torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64)
+
+    def func(x):
+        nn.functional.batch_norm(x, mean, var, training=True)
+        return x.sin()
+
+    x = torch.randn(5, 3, dtype=F64)
+    compiled = compile(func, x)
+    assert "running statistics" in compiled.reason
+    before = mean.clone()
+    compiled(x)
+    assert not torch.equal(mean, before)
+
+
+# -- the parameters of what differentiates in them ----------------------------------------------------
+
+
+def tie(net):
+    net[2].weight = net[0].weight
+
+
+CHANGES = {
+    "tied": tie,
+    "one more": lambda net: net.register_parameter("gain", nn.Parameter(torch.ones(2, dtype=F64))),
+    "unused, frozen": lambda net: net.unused.requires_grad_(False),
+    "unused, larger": lambda net: setattr(net, "unused", nn.Parameter(torch.ones(5, dtype=F64))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_change(change):
+    net, x = seeded(3, 3, 3), torch.randn(2, 3, dtype=F64)
+    net.unused = nn.Parameter(torch.ones(2, dtype=F64))
+    columns = compile(net, x, of=jactri.parameter_jacobian)
+    kernel = compile(net, x, of=jactri.empirical_ntk)
+    CHANGES[change](net)
+    assert_same_tree(columns(x), jactri.parameter_jacobian(net, x).dense(), F64, length=64)
+    rows = [
+        torch.cat([
+            g.flatten()
+            for g in torch.autograd.grad(
+                y, [p for p in net.parameters() if p.requires_grad], allow_unused=True,
+                retain_graph=True,
+            )
+            if g is not None
+        ])
+        for y in net(x).flatten()
+    ]  # fmt: skip
+    jac = torch.stack(rows).reshape(2, 3, -1)
+    torch.testing.assert_close(kernel(x), torch.einsum("aip,bjp->abij", jac, jac))
+    assert columns.graph is not None and kernel.graph is not None
