@@ -95,13 +95,19 @@ class Compiled:
                 how += ", one CUDA graph"
         return f"{self._title()}: {how}; traces: {self.traces}"
 
-    @public
     def __call__(self, *inputs: Any, out: Any = None) -> Any:
         """What the call returns at ``inputs``.
 
         ``out``: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
         returned. Other calls take none.
         """
+        if self._as_func and torch.is_inference_mode_enabled():  # where func's answer has no graph
+            with torch.inference_mode(False), torch.no_grad():
+                return self._answer(inputs, out)
+        return self._answer(inputs, out)
+
+    @public
+    def _answer(self, inputs: tuple, out: Any) -> Any:
         key, flat, nested = self._key(inputs, out)
         if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
             return self._call(inputs, out)

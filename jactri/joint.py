@@ -163,7 +163,7 @@ def differentiable(
             return tuple(grads)
 
     def run(tensors: list[Tensor]) -> Sequence[Tensor]:
-        with torch.enable_grad():
-            return CompiledCall.apply(*tensors)
+        with torch.enable_grad():  # which keeps no tensors of inference mode
+            return CompiledCall.apply(*[t.clone() if t.is_inference() else t for t in tensors])
 
     return run, (first, second)

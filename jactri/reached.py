@@ -2,13 +2,15 @@
 leave its own tensors in.
 
 Modules are those that the function is, is bound to, closes over, names among its globals, or is a partial of; also
-inside of lists, tuples, dictionaries and objects there. A `Place` is where a module holds a tensor.
+inside of lists, tuples, sets, dictionaries, and the attributes of functions and objects there. A `Place` is where a
+module holds a tensor.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -83,8 +85,12 @@ class Reached:
             out += [(str(k), before.get(k), id(found) in self._registered) for k in left]
             if not left:
                 continue
-            if isinstance(found, list):
-                found[:] = before.values()
+            if isinstance(found, (list, deque)):
+                found.clear()
+                found.extend(before.values())
+            elif isinstance(found, set):
+                found.clear()
+                found.update(before.values())
             elif isinstance(found, dict):
                 for k in left:
                     found.pop(k)
@@ -155,15 +161,18 @@ def _walk(found: Any, deep: bool = False, seen: dict | None = None, objects: int
 
 
 def _holder(found: Any) -> bool:
-    return isinstance(found, (dict, list, types.CellType)) and len(_items(found)) <= _FEW
+    holders = (dict, list, deque, set, types.CellType)
+    return isinstance(found, holders) and len(_items(found)) <= _FEW
 
 
-def _items(found: dict | list | types.CellType) -> dict:
+def _items(found: dict | list | deque | set | types.CellType) -> dict:
     """What something holds, by key."""
     if isinstance(found, dict):
         return dict(found)
-    if isinstance(found, list):
+    if isinstance(found, (list, deque)):
         return dict(enumerate(found))
+    if isinstance(found, set):
+        return {id(v): v for v in found}
     return {} if found == types.CellType() else {"a variable": found.cell_contents}
 
 
@@ -179,7 +188,7 @@ def _inside(found: Any) -> list[Any] | None:
         return list(_items(found).values())
     if isinstance(found, dict):
         return list(found.values()) if len(found) <= _FEW else []
-    if isinstance(found, (list, tuple)):
+    if isinstance(found, (list, tuple, deque, set)):
         return list(found) if len(found) <= _FEW else []
     return None
 
@@ -192,4 +201,4 @@ def _of_function(func: types.FunctionType) -> list[Any]:
         names.update(code.co_names)
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     named = [func.__globals__[n] for n in names if n in func.__globals__]
-    return [*(func.__closure__ or ()), *given, *named, getattr(func, "__wrapped__", None)]
+    return [*(func.__closure__ or ()), *given, *named, vars(func)]

@@ -1,5 +1,6 @@
 """`jactri.compile`: values of what func holds, which no graph may keep, since they change in place."""
 
+import collections
 import functools
 
 import pytest
@@ -208,3 +209,62 @@ def test_parameters_that_change(change):
     jac = torch.stack(rows).reshape(2, 3, -1)
     torch.testing.assert_close(kernel(x), torch.einsum("aip,bjp->abij", jac, jac))
     assert columns.graph is not None and kernel.graph is not None
+
+
+# -- inference mode ----------------------------------------------------------------------------------
+
+
+def test_tensors_of_inference_mode():
+    """jacobian has a graph there, too, if one is asked for; func itself has none."""
+    net = seeded(3, 4, 2)
+    weights = list(net.parameters())
+    step = compile(net, X, create_graph=True)
+    with torch.inference_mode():
+        x = X + 1
+        found = step(x)
+    for jac in (found, step(x)):
+        grads = torch.autograd.grad(jac.square().sum(), weights, allow_unused=True)
+        want = jactri.jacobian(net, X + 1, create_graph=True).square().sum()
+        want = torch.autograd.grad(want, weights, allow_unused=True)
+        for a, b, w in zip(grads, want, weights, strict=True):
+            zero = torch.zeros_like(w)
+            torch.testing.assert_close(zero if a is None else a, zero if b is None else b)
+
+    def loss(x):
+        return net(x).square().sum()
+
+    step = compile(loss, X, of=None)
+    with torch.inference_mode():
+        for x in (X, X.clone()):
+            found = step(x)
+            assert not found.requires_grad
+            torch.testing.assert_close(found, loss(x))
+
+
+# -- what a trace leaves -----------------------------------------------------------------------------
+
+
+def test_no_tensor_of_a_trace_stays_in_other_containers():
+    queue, found = collections.deque(maxlen=3), set()
+
+    def func(x):
+        queue.append(x * 2)
+        found.add(x * 3)
+        func.last = x * 4
+        return x.sin()
+
+    compiled = compile(func, X)
+    assert compiled.graph is not None and len(queue) == len(found) == 1
+    for t in (*queue, *found, func.last):
+        assert not isinstance(t, FakeTensor)
+    agree(compiled, func, X + 1)
+
+
+def test_modules_that_functions_hold():
+    def func(x):
+        return func.net(x)
+
+    func.net = seeded(3, 4, 2)
+    compiled = compile(func, X)
+    func.net[0].weight = nn.Parameter(torch.ones(4, 3, dtype=F64))
+    agree(compiled, func)
