@@ -23,7 +23,7 @@ from .constants import arbitrary
 from .kernels import launches
 from .kernels.support import Unfit
 from .plans import Eager, Plan, state
-from .reached import Reached
+from .reached import Reached, called
 from .running import public
 
 if TYPE_CHECKING:
@@ -177,8 +177,10 @@ class Compiled:
         """The answer of an ordinary call, and a plan for calls like it."""
         calls.check_count(self.of, len(inputs))
         with self._lock:
-            answer = self._call(inputs, out)
-            self._last = plan = self._plan(flat, nested, out, answer)
+            with called() as modules:
+                answer = self._call(inputs, out)
+            reached = Reached(self.func, self._options, modules, self.of in calls.IN_WEIGHTS)
+            self._last = plan = self._plan(flat, nested, out, answer, reached)
             self.traces += 1
             if self.traces > 1:
                 _log.info("compiled %s traced again: %s changed", self._name, changed)
@@ -189,7 +191,7 @@ class Compiled:
             return answer
         return self._with(answer[:1] if self._options.get("return_output") else (), out)
 
-    def _plan(self, flat, nested, out, answer) -> Plan | Eager:
+    def _plan(self, flat, nested, out, answer, reached: Reached) -> Plan | Eager:
         # these import torch._dynamo, which takes seconds
         from .joint import joint
         from .traced import Untraceable, frozen, trace
@@ -205,7 +207,7 @@ class Compiled:
             return made[:1] if self._options.get("return_output") else ()
 
         start = time.perf_counter()
-        reached, both = Reached(self.func, self._options, self.of in calls.IN_WEIGHTS), None
+        both = None
         if self.freeze:
             self._check_frozen(flat, answer, reached)
         try:
@@ -415,8 +417,9 @@ def compile(
     """A call of jactri for many inputs alike, traced once into one graph and compiled by PyTorch's compiler.
 
     The Python of ``func`` runs while tracing only. Tensors that ``func`` reaches through modules (that it is, is bound
-    to, closes over, names, or is a partial of) are looked up again at each call, so that an update, a replacement,
-    ``.train()`` or ``.eval()`` is seen. Everything else is as it was when the call was traced.
+    to, closes over, names, is a partial of, or calls) are looked up again at each call, so that an update, a
+    replacement, ``.train()`` or ``.eval()`` is seen. Everything else is as it was when the call was traced, but for
+    tensors that are written to in place.
 
     ``compile(func, x)(x)`` is ``jacobian(func, x)``, and ``compile(func, x, y)(x, y)`` is ``jacobian(func, (x, y))``.
     Other shapes, strides, dtypes, devices, grad modes or autocast trace again: that is counted in ``traces`` and logged

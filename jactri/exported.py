@@ -21,7 +21,7 @@ from torch.utils._pytree import (
 from . import backends, calls, engines, handover
 from .api import jacobian
 from .compiled import apart, dtypes
-from .reached import Reached
+from .reached import Reached, called
 from .running import computing, public
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def _module(func, of, options, flat: list[Tensor], nested: TreeSpec) -> tuple[An
     from .traced import Untraceable, frozen, trace  # imports torch._dynamo, which takes seconds
 
     call = calls.ordinary(of, func, options)
-    answer = call(tree_unflatten(flat, nested), None)
-    reached = Reached(func, options)
+    with called() as modules:
+        answer = call(tree_unflatten(flat, nested), None)
+    reached = Reached(func, options, modules)
     try:
         with backends.packaging():
             traced = trace(

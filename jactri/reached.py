@@ -2,19 +2,22 @@
 leave its own tensors in.
 
 Modules are those that the function is, is bound to, closes over, names among its globals, or is a partial of; also
-inside of lists, tuples, sets, dictionaries, and the attributes of functions and objects there. A `Place` is where a
-module holds a tensor.
+inside of lists, tuples, sets, dictionaries, and the attributes of functions and objects there; and those that are
+called. A `Place` is where a module holds a tensor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 _FEW = 1000
 """Items of a container that are looked at."""
@@ -34,15 +37,43 @@ class Place(NamedTuple):
     """For people: ``0.weight``."""
 
 
+@contextlib.contextmanager
+def called() -> Iterator[dict[nn.Module, None]]:
+    """The modules that are called in this context, in this thread; the keys of what fills meanwhile."""
+    found: dict[nn.Module, None] = {}
+    thread = threading.get_ident()
+
+    def enter(module, args):
+        if threading.get_ident() == thread:
+            found[module] = None
+
+    hook = register_module_forward_pre_hook(enter)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 class Reached:
-    """The modules that ``func`` and ``options`` reach, as they were when this was made.
+    """The modules that ``func`` and ``options`` reach, and those that are ``called``, as they were when this was made.
 
     ``in_weights``: what is computed has an axis for each parameter, also for those that func does not read.
     """
 
-    def __init__(self, func: Any, options: Any = (), in_weights: bool = False):
+    def __init__(
+        self,
+        func: Any,
+        options: Any = (),
+        called: Iterable[nn.Module] = (),
+        in_weights: bool = False,
+    ):
         self.roots = [m for m in _walk((func, options)) if isinstance(m, nn.Module)]
-        self.modules = list(dict.fromkeys(m for root in self.roots for m in root.modules()))
+        found = dict.fromkeys(m for root in self.roots for m in root.modules())
+        for root in called:
+            if root not in found:
+                self.roots.append(root)
+                found.update(dict.fromkeys(root.modules()))
+        self.modules = list(found)
         self._modes = [(m, m.training) for m in self.modules]
         self._children = [(m._modules, dict(m._modules)) for m in self.modules]
         self._empty = [
@@ -62,7 +93,7 @@ class Reached:
                             path = f"{prefix}.{name}" if prefix else name
                             self.tensors[id(t)] = t
                             self.places.setdefault(id(t), []).append(Place(table, name, path))
-        self._of = func, options
+        self._of = func, options, [*called]
         self._weights = self._parameters() if in_weights else None
         self._registered = {id(t) for m in self.modules for t in (m._parameters, m._buffers)}
 

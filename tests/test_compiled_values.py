@@ -268,3 +268,44 @@ def test_modules_that_functions_hold():
     compiled = compile(func, X)
     func.net[0].weight = nn.Parameter(torch.ones(4, 3, dtype=F64))
     agree(compiled, func)
+
+
+class Shared:
+    """Modules where a search by name does not come: of a class, in slots, deep inside."""
+
+    __slots__ = ("inner",)
+    net = seeded(3, 3)
+
+    def __init__(self):
+        self.inner = [{"net": [seeded(3, 3).eval()]}]
+
+    def __call__(self, x):
+        return self.inner[0]["net"][0](self.net(x))
+
+
+class Listing(nn.Module):
+    """A module that holds another in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Shared()
+
+    def forward(self, x):
+        return self.of(x)
+
+
+@pytest.mark.parametrize("kind", [Shared, Listing])
+def test_modules_that_are_only_called(kind):
+    func = kind()
+    shared = func if kind is Shared else func.of
+    deep = shared.inner[0]["net"][0]
+    deep.append(nn.Dropout(0.5).eval())
+    compiled = compile(func, X)
+    deep[0].weight = nn.Parameter(torch.ones(3, 3, dtype=F64))
+    agree(compiled, func)
+    Shared.net[0].bias = nn.Parameter(torch.ones(3, dtype=F64))
+    agree(compiled, func)
+    assert compiled.graph is not None
+    deep.train()
+    compiled(X)
+    assert "random" in compiled.reason
