@@ -12,6 +12,7 @@ import contextlib
 import functools
 import threading
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -49,7 +50,10 @@ def called() -> Iterator[dict[nn.Module, None]]:
 
     hook = register_module_forward_pre_hook(enter)
     try:
-        yield found
+        with warnings.catch_warnings():
+            # of modules of torch.compile, which are noted twice
+            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+            yield found
     finally:
         hook.remove()
 
