@@ -9,7 +9,18 @@ import sys
 import pytest
 import torch
 
-from benchmarks import checks, compare, machine, peers, peers_jax, plots, report, scaling, workloads
+from benchmarks import (
+    checks,
+    compare,
+    machine,
+    peers,
+    peers_jax,
+    penalty,
+    plots,
+    report,
+    scaling,
+    workloads,
+)
 from benchmarks.gpu import device as devices
 
 SIZES = {"batch": (1, 3), "width": (4, 8), "depth": (1, 2)}
@@ -50,6 +61,20 @@ def test_scaling_checks_and_times_every_point(tiny, capsys):
     assert flops == sorted(flops)
     assert report.table(found).count("\n| batch ") == report.table(found).count("\n| depth ") == 2
     assert "best torch peer" in capsys.readouterr().out
+
+
+def test_a_penalty_is_checked_and_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(penalty, "OF", {"W1-tanh": 2})
+    path = tmp_path / "penalty.json"
+    assert penalty.main(["--rounds", "1", "--no-compile", "--json", str(path)]) == 0
+    (found,) = json.loads(path.read_text())["results"]
+    assert (
+        set(found["errors"]) == {"jactri", "vmap(jacrev)"} and max(found["errors"].values()) < 1e-4
+    )
+    assert found["ratios"]["vmap(jacrev) / jactri"]["count"] == 1
+    assert "vmap(jacrev)" in capsys.readouterr().out
+    monkeypatch.setattr(penalty, "_ours", lambda net, x: 2 * penalty._func(net, x))
+    assert penalty.main(["--rounds", "1", "--no-compile"]) == 1
 
 
 def test_scaling_along_one_axis(tiny):
