@@ -20,6 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 import jactri
 
 from . import compare, timing
+from .record import write_json
 from .workloads import Workload, select
 
 OF = {"W1-tanh": 256, "W7": 4}
@@ -102,10 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             if s["median"] > 1:
                 print(f"  {pair} = {s['median']:.2f}  (p20 {s['p20']:.2f}, p80 {s['p80']:.2f})")
         if options.json:
-            options.json.write_text(
-                json.dumps({"kind": "penalty", "machine": about, "results": results}, indent=1)
-                + "\n"
-            )
+            write_json(options.json, {"kind": "penalty", "machine": about, "results": results})
     return int(any(e > FARTHEST for found in results for e in found["errors"].values()))
 
 
