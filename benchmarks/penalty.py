@@ -81,7 +81,7 @@ def measure(w: Workload, options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     return {
-        "workload": w.name, "title": w.title, "errors": errors,
+        "workload": w.name, "title": f"{w.title.split(', N=')[0]}, N={len(x)}", "errors": errors,
         "seconds": {name: asdict(table.spread(name)) for name in calls},
         "ratios": {f"{a} / {b}": asdict(table.ratio(a, b)) for a in calls for b in calls if a != b},
     }  # fmt: skip

@@ -16,8 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare, benchmarks.scaling or ``benchmarks.gpu lease``."""
-    return {"gpu": _gpu, "scaling": _scaling}.get(measured.get("kind"), _cpu)(measured)
+    """The table of one file of benchmarks.compare, scaling or penalty, or of ``benchmarks.gpu lease``."""
+    kinds = {"gpu": _gpu, "scaling": _scaling, "penalty": _penalty}
+    return kinds.get(measured.get("kind"), _cpu)(measured)
 
 
 WAYS = ("", ", compiled", ", aot")
@@ -46,6 +47,17 @@ def _cpu(measured: dict) -> str:
                 f"| {row['title']} | {_shape(row)} | {times} | {_median(row, peer)} ({peer}) | "
                 f"{' | '.join(_ratio(g['median']) if g else '-' for g in gains)} |"
             )
+    return "\n".join(lines)
+
+
+def _penalty(measured: dict) -> str:
+    """One row a network: the steps of a loss with a Jacobian in it."""
+    calls = list(measured["results"][0]["seconds"])
+    lines = [f"| gradient of a Jacobian's square in the weights, ms | {' | '.join(calls)} |"]
+    lines.append("|---" * (1 + len(calls)) + "|")
+    for row in measured["results"]:
+        times = " | ".join(_ms(row["seconds"][c]["median"]) for c in calls)
+        lines.append(f"| {row['title']} | {times} |")
     return "\n".join(lines)
 
 
@@ -323,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     files = [f for f in files if "results" in f]  # counts.json holds no times
     print("\n\n".join(map(table, files)))
+    files = [f for f in files if f.get("kind") != "penalty"]  # whose steps no plot has
     if options.plot:
         plot(files, options.plot)
     if options.plots:

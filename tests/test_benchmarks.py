@@ -73,6 +73,8 @@ def test_a_penalty_is_checked_and_timed(monkeypatch, tmp_path, capsys):
     )
     assert found["ratios"]["vmap(jacrev) / jactri"]["count"] == 1
     assert "vmap(jacrev)" in capsys.readouterr().out
+    assert report.main([str(path), "--plots", str(tmp_path)]) == 0
+    assert "32, Tanh, N=2 | " in capsys.readouterr().out
     monkeypatch.setattr(penalty, "_ours", lambda net, x: 2 * penalty._func(net, x))
     assert penalty.main(["--rounds", "1", "--no-compile"]) == 1
 

@@ -30,9 +30,10 @@ def test_python_blocks_run(capsys, tmp_path, monkeypatch):
     assert "fallbacks: none" in capsys.readouterr().out
 
 
-def test_the_measured_table_is_that_of_the_file():
+@pytest.mark.parametrize("file", ["cpu-2core", "compiled", "penalty"])
+def test_the_measured_tables_are_those_of_the_files(file):
     program = runpy.run_path(str(ROOT / "benchmarks/report.py"))
-    measured = json.loads((ROOT / "benchmarks/results/cpu-2core.json").read_text())
+    measured = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
     assert program["table"](measured) in README.read_text()
 
 
