@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from cases import ALL
-from common import F64, Cube, seeded
+from common import F64, Cube, seeded, torch_before
 from tolerances import assert_same_tree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,6 +62,8 @@ def test_every_op_at_other_values(case):
         assert_same_tree(compiled(*xs), want, inputs[0].dtype, length=64)
     assert compiled.traces == 1
     why = [words for words, names in EAGERLY.items() if repr(case) in names.split()]
+    if torch_before((2, 13)):  # whose fakes read other values
+        return
     assert (compiled.reason is None) == (not why)
     assert all(words in compiled.reason for words in why)
 

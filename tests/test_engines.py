@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from common import seeded
+from common import seeded, torch_before
 from tolerances import assert_same_tree
 from torch import nn
 from torch._inductor import cpp_builder
@@ -132,7 +132,9 @@ def test_weights_that_are_negated_lazily():
     net.scale = z.conj().imag
     x = torch.randn(2, 4)
     torch.testing.assert_close(compiled(x), jactri.jacobian(compiled.func, x))
-    assert "scale is negated or conjugated lazily" in compiled.reason
+    # an older compiler's answer is wrong before that is asked
+    assert torch_before((2, 13)) or "scale is negated or conjugated lazily" in compiled.reason
+    assert compiled.graph is None
 
 
 @needs_compiler

@@ -15,6 +15,7 @@ from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._pytree import tree_map
+from torch.utils.cpp_extension import CUDA_HOME
 
 import jactri
 from jactri import engines
@@ -32,7 +33,10 @@ def compiler():
 
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
-needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+needs_cmake = pytest.mark.skipif(
+    shutil.which("cmake") is None or (torch.version.cuda is not None and CUDA_HOME is None),
+    reason="needs cmake, and of a torch for CUDA its toolkit",
+)
 
 
 @pytest.fixture(scope="module")
