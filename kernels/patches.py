@@ -70,9 +70,9 @@ class Place:
 
 @triton.jit
 def _column(h, strides, LINE: tl.constexpr, C: tl.constexpr):
-    """Offsets of the columns of windows: LINE pixels a line, C channels."""
+    """Offsets of the columns of windows: LINE pixels a line, C channels; the last three strides are the windows'."""
     c, at = h % C, h // C
-    return at // LINE * strides[0] + at % LINE * strides[1] + c * strides[2]
+    return at // LINE * strides[3] + at % LINE * strides[4] + c * strides[5]
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def _patches(
     held = ()
     for p in tl.static_range(len(PIECES)):
         i = PIECES[p][0] + tl.arange(0, PIECES[p][1])
-        t = _formed(t_at, t_s, Z0, z0_at, i, i < PIECES[p][2], z0_s[3], SIZES[0][0], SIZES[0][1])
+        t = _formed(t_at, t_s, Z0, z0_at, i, i < PIECES[p][2], z0_s, SIZES[0][0], SIZES[0][1])
         held = held + (cut(t, M1.dtype.element_ty, PRECISION, True),)
     TILES: tl.constexpr = (H + BH - 1) // BH
     for h_start in range(0, H, BH):
@@ -157,10 +157,10 @@ def _patches(
             else:
                 for i_start in range(low * LINE, tl.minimum((high + 1) * LINE, I), BI):
                     i = i_start + tl.arange(0, BI)
-                    t = _formed(t_at, t_s, Z0, z0_at, i, i < I, z0_s[3], SIZES[0][0], SIZES[0][1])
+                    t = _formed(t_at, t_s, Z0, z0_at, i, i < I, z0_s, SIZES[0][0], SIZES[0][1])
                     at, mask = _part(M1, m1_s, i, i < padded1, h, H)
                     acc = multiply(t, at, m1_s[0], mask, acc, PRECISION, Z0 is not None)
-        acc = _scaled(acc, Z1, z1_at, h, h < H, z1_s[3], SIZES[1][0], SIZES[1][1])
+        acc = _scaled(acc, Z1, z1_at, h, h < H, z1_s, SIZES[1][0], SIZES[1][1])
         at, mask = _part(M2, m2_s, h, h < padded2, o, O)
         out = multiply(acc, at, m2_s[0], mask, out, PRECISION, True)
         if BZ > 0:
@@ -171,7 +171,7 @@ def _patches(
                 z = zeros + z_start + tl.arange(0, BZ)
                 mine = z < tl.minimum((pid + 1) * BM, R) * V
                 tl.store(OUT + z, tl.zeros((BZ,), OUT.dtype.element_ty), mask=mine)
-    out = _scaled(out, Z2, z2_at, o, o < O, z2_s[3], SIZES[2][0], SIZES[2][1])
+    out = _scaled(out, Z2, z2_at, o, o < O, z2_s, SIZES[2][0], SIZES[2][1])
     if BZ > 0:
         tl.debug_barrier()  # what other threads zeroed comes before what is stored now
     c, at = o % SIZES[2][1], o // SIZES[2][1]
@@ -237,7 +237,8 @@ def patches(
     a = m1[0] if m1 else m2
     first, middle, last = (None, *range(len(sizes)))[-3:]
     z = [None if i is None else factors[i] for i in (first, middle, last)]
-    z_s = [(0, 0, 0, (0, 0, 0)) if f is None else (*f.stride()[:3], f.stride()[3:]) for f in z]
+    # flat: triton 3.6 loses a 1 in the middle of a tuple within a tuple
+    z_s = [(0,) * 6 if f is None else f.stride() for f in z]
     size = [None if i is None else sizes[i][1:] for i in (first, middle, last)]
     H, O = matrices[-1].shape
     line, line_out = prod(sizes[0][1:]), prod(sizes[-2][1:])
