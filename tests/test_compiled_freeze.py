@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from common import F64, seeded, torch_before
+from common import F64, seeded
 from test_engines import needs_compiler
 from tolerances import assert_same_tree
 from torch import nn
@@ -67,12 +67,8 @@ def test_answers(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("name", "engine"), [("jacobian", "inductor"), ("jtj", "aot"), ("laplacian", "inductor")]
-)
+@pytest.mark.parametrize(("name", "engine"), [("jtj", "aot"), ("laplacian", "inductor")])
 def test_answers_of_compilers(name, engine):
-    if torch_before((2, 13)) and name == "jacobian":
-        pytest.skip("torch's own freezing gives NaN, so that the call runs eagerly")
     check(name, engine)
 
 
