@@ -12,6 +12,7 @@ costs next to nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .deferred import differentiable
 from .elsewhere import check_graph
 from .opaque import others
 from .running import computing, eagerly, prepare, recording
+from .tracing import making, own
 
 _RANDOMNESS = ("error", "different", "same")
 
@@ -398,8 +400,9 @@ def _generators(xs) -> list[Tensor]:
 
 
 def _check_unmoved(before, xs) -> None:
-    if all(map(torch.equal, before, _generators(xs))):
-        return
+    with making() if own() else contextlib.nullcontext():  # states are no values of func's
+        if all(map(torch.equal, before, _generators(xs))):
+            return
     raise RuntimeError(
         "jacfwd: func drew random numbers under randomness='error'. One draw serves the whole Jacobian here: pass "
         "randomness='same' if that is meant, or draw before and pass the numbers as an argument"
