@@ -10,7 +10,7 @@ from torch import nn
 
 import jactri
 from jactri import chooser
-from jactri.kernels import conv, direct, pool, rows
+from jactri.kernels import conv, direct, patches, pool, rows
 from jactri.kernels.support import Unfit
 
 
@@ -71,7 +71,9 @@ CASES = {
     ),
 }  # fmt: skip
 KERNELS = {
-    "rows": [(rows, "rows")], "conv": [(conv, "convolve"), (direct, "direct")], "pool": [(pool, "scatter")]
+    "rows": [(rows, "rows")],
+    # of small images the windows may be cheaper
+    "conv": [(conv, "convolve"), (direct, "direct"), (patches, "patches")], "pool": [(pool, "scatter")]
 }  # fmt: skip
 
 
