@@ -306,16 +306,7 @@ class Compiled:
 def _detached(run: engines.Run, traced: Traced) -> engines.Run:
     """Without the graphs of tensors that it returns as it was given them."""
     given = [k for k, n in enumerate(traced.results) if n.op == "placeholder"]
-    if not given:
-        return run
-
-    def detached(tensors):
-        found = list(run(tensors))
-        for k in given:
-            found[k] = found[k].detach()
-        return found
-
-    return detached
+    return _with_some(run, given, Tensor.detach)
 
 
 def _owned(run: engines.Run, given: list[Tensor]) -> engines.Run:
@@ -326,16 +317,23 @@ def _owned(run: engines.Run, given: list[Tensor]) -> engines.Run:
         for k, (a, b) in enumerate(both)
         if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     ]
-    if not again:
+    return _with_some(run, again, Tensor.clone)
+
+
+def _with_some(
+    run: engines.Run, which: list[int], change: Callable[[Tensor], Tensor]
+) -> engines.Run:
+    """With some of the results changed."""
+    if not which:
         return run
 
-    def owned(tensors):
+    def changed(tensors):
         found = list(run(tensors))
-        for k in again:
-            found[k] = found[k].clone()
+        for k in which:
+            found[k] = change(found[k])
         return found
 
-    return owned
+    return changed
 
 
 def dtypes(graph: fx.GraphModule) -> set[torch.dtype]:

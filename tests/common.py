@@ -3,6 +3,7 @@
 import collections
 import itertools
 import re
+import threading
 
 import torch
 from torch import nn
@@ -45,6 +46,15 @@ def ours_and_theirs(name):
 def torch_before(version):
     """Whether this torch is older: what it could not do yet is no reference."""
     return tuple(map(int, torch.__version__.split(".")[:2])) < version
+
+
+def in_threads(count, work):
+    """Run ``work(0)``, ``work(1)`` and so on at once."""
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
 
 
 class Cube(torch.autograd.Function):

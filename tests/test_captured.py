@@ -5,13 +5,12 @@ As on a device, a replay reads and writes the memory that the capture did, and r
 
 import contextlib
 import gc
-import threading
 import types
 import weakref
 
 import pytest
 import torch
-from common import F64, seeded
+from common import F64, in_threads, seeded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -258,11 +257,7 @@ def test_threads(device):
             if not torch.allclose(made(x), jactri.jacobian(net, x, per_sample=True)):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(2, work)
     assert not wrong and len(device.graphs) == 1
     assert torch.cuda.current_stream().waited  # the buffers are those of one call at a time
 

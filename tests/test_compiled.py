@@ -3,13 +3,12 @@
 import functools
 import gc
 import logging
-import threading
 import weakref
 
 import pytest
 import torch
 from cases import ALL
-from common import F64, Cube, seeded, torch_before
+from common import F64, Cube, in_threads, seeded, torch_before
 from tolerances import assert_same_tree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -546,11 +545,7 @@ def test_threads():
             if not torch.allclose(compiled(x), jactri.jacobian(net, x)):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

@@ -1,11 +1,10 @@
 """What runs a traced call: Inductor's code and AOTInductor packages give the answers of the ordinary call."""
 
 import shutil
-import threading
 
 import pytest
 import torch
-from common import seeded, torch_before
+from common import in_threads, seeded, torch_before
 from tolerances import assert_same_tree
 from torch import nn
 from torch._inductor import cpp_builder
@@ -163,11 +162,7 @@ def test_threads_share_a_package():
             if not torch.allclose(compiled(x), jactri.jacobian(net, x, per_sample=True), atol=1e-5):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(4, work)
     assert not wrong
 
 

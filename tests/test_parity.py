@@ -1,10 +1,10 @@
 """jactri.jacobian beside torch.autograd.functional.jacobian, call by call: the drop-in promise."""
 
 import functools
-import threading
 
 import pytest
 import torch
+from common import in_threads
 from tolerances import assert_same_tree
 from torch import nn
 from torch.autograd.functional import jacobian as torch_jacobian
@@ -450,11 +450,7 @@ def test_many_threads_at_once():
     def work(k):
         results[k] = jactri.jacobian(net, points[k])
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(points))]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(len(points), work)
     for x, j in zip(points, results, strict=True):
         assert_same_tree(j, torch_jacobian(net, x), F64)
 

@@ -176,8 +176,11 @@ def _dense(way):
     band.dense(torch.empty(64, 25, 1024), torch.empty(1024, dtype=torch.int32), (table, table))
 
 
-def _patches(config, channels=16, convolutions=3):
-    """W6 in reverse: the windows of two derivatives with a border, the answer with its zeros."""
+def _patches(config, channels=16, convolutions=3, last=False):
+    """W6 in reverse: the windows of two derivatives with a border, the answer with its zeros.
+
+    ``last``: a third derivative scales what is written, its channels before its pixels.
+    """
 
     def run(way):
         dtype, (c, hw, N), k = (
@@ -192,6 +195,9 @@ def _patches(config, channels=16, convolutions=3):
             image = torch.empty(N, hw + i - 1, hw + i - 1, c, dtype=dtype)
             strides = (*image.stride()[:3], *image.stride()[1:])
             factors.append(image.as_strided((N, hw, hw, i, i, c), strides))
+        border = torch.empty(N, 1, hw + k - 1, hw + k - 1, dtype=dtype)
+        (n, c, y, x), size = border.stride(), sizes[-1]
+        factors.append(border.as_strided((N, hw, hw, *size), (n, y, x, y, x, c)) if last else None)
         V = hw * hw
         place = patches.Place(
             (V * V, 0, hw * V + hw, V + 1, hw, 1, V), -(k // 2) * (hw + 1), (-(k // 2),) * 2, (1, 1), (hw, hw)
@@ -199,7 +205,7 @@ def _patches(config, channels=16, convolutions=3):
         patches.patches(
             torch.empty(widths[0], dtype=dtype).expand(N, 1, hw, hw, -1),
             [torch.empty(a, b, dtype=dtype) for a, b in pairwise(widths)],
-            [*factors, None], sizes, (2, 1), torch.empty(N * V * V, dtype=dtype), place,
+            factors, sizes, (2, 1), torch.empty(N * V * V, dtype=dtype), place,
             zeros=V, precision=way, config=config,
         )  # fmt: skip
 
@@ -327,6 +333,9 @@ for _i, _c in enumerate(patches.CONFIGS):
     CASES[f"patches/W6 144-400-49/{_i}"] = Case("patches", _patches(_c), _ways(_i))
 CASES["patches/two layers 144-25/0"] = Case(
     "patches", _patches(patches.CONFIGS[0], convolutions=2), MORE[:1], ("sm_90",)
+)
+CASES["patches/W6 scaled/0"] = Case(
+    "patches", _patches(patches.CONFIGS[0], last=True), MORE[:1], ("sm_90",)
 )
 CASES["patches/32 channels 288-800-49/0"] = Case(
     "patches", _patches(patches.CONFIGS[0], 32), MORE, ("sm_90",)

@@ -20,6 +20,8 @@ from jactri.kernels.rows import rows
 from jactri.kernels.support import Unfit
 
 F64 = torch.float64
+needs_compiler = pytest.mark.skipif(not engines.has_compiler(), reason="needs a C++ compiler")
+COMPILER = pytest.param("inductor", marks=needs_compiler)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +163,7 @@ def test_another_batch_has_launches_of_its_own(device):
     assert step.traces == 4
 
 
-@pytest.mark.skipif(not engines.has_compiler(), reason="needs a C++ compiler")
+@needs_compiler
 def test_inductor_leaves_them_as_they_are(device):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 12), nn.Softmax(1), nn.Linear(12, 8)).to(device)
@@ -176,10 +178,8 @@ def test_inductor_leaves_them_as_they_are(device):
     assert not any("kernel" in k.ops for k in part.kernels if k.fused)
 
 
-@pytest.mark.parametrize("engine", ["fx", "inductor"])
+@pytest.mark.parametrize("engine", ["fx", COMPILER])
 def test_frozen_weights(engine, device):
-    if engine == "inductor" and not engines.has_compiler():
-        pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
     net = wide(5, 16, 12, 3).to(device)
     x, y = torch.randn(2, 7, 5, device=device)
@@ -192,10 +192,8 @@ def test_frozen_weights(engine, device):
     assert distance(step(y), want) < 1e-5
 
 
-@pytest.mark.parametrize("engine", ["fx", "inductor"])
+@pytest.mark.parametrize("engine", ["fx", COMPILER])
 def test_kernels_in_what_a_loss_does_not_differentiate(engine, device):
-    if engine == "inductor" and not engines.has_compiler():
-        pytest.skip("needs a C++ compiler")
     torch.manual_seed(0)
     net = wide(5, 16, 12, 3).to(device)
     x, y = torch.randn(2, 7, 5, device=device)
