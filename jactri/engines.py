@@ -21,6 +21,7 @@ from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._pytree import tree_leaves
 
 from .compilation import TRACKED, Kernel, Part, of_artifact, of_graphs, of_package
+from .tracing import REFUSALS
 
 _log = logging.getLogger("jactri")
 
@@ -111,7 +112,7 @@ def build(
             try:
                 run, kernels = _BUILD[engine](graph, given, options)
                 return Built(run, engine, ops, kernels)
-            except InductorError as error:
+            except (InductorError, *REFUSALS) as error:
                 _log.warning(
                     "engine=%r cannot compile the graph, which runs as it is: %s", engine, error
                 )

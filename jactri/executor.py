@@ -22,6 +22,7 @@ from .products import multiply
 from .progress import Watch
 from .ranges import Marks
 from .sweep import Step, Sweep
+from .tracing import may_write
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
 """Value -> (data, whether the executor may overwrite it)."""
@@ -172,8 +173,7 @@ def chunks(
     Blocks in which all cut factors are tied are whole, the same in every chunk. ``ends``: (value, answer), where blocks
     may be written to directly; ``skip`` tells the chunks to leave out.
     """
-    # in-place writes are for blocks that autograd does not watch
-    writable = not torch.is_grad_enabled()
+    writable = may_write()
     items = sweep.steps
     steps = _steps if marks is None else _marked(marks)
     if backends.kernels_on(graph.values[sweep.seed].device):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .engines import Built, Run, build
 from .reached import Reached
 from .traced import Traced, Untraceable, fake, trace
+from .tracing import REFUSALS
 
 
 @dataclass
@@ -77,8 +78,14 @@ def joint(
     held = [*traced.held, *(t for t in found.held if id(t) not in known)]
     at = {id(t): len(inputs) + k for k, t in enumerate(held)}
     sources = [k for k, r in enumerate(needed) if r] + [at[id(w)] for w in weights]
-    graph = _functional(found, len(inputs), len(outs), held)
-    forward, backward = min_cut_rematerialization_partition(graph, (), num_fwd_outputs=len(outs))
+    try:
+        graph = _functional(found, len(inputs), len(outs), held)
+        forward, backward = min_cut_rematerialization_partition(
+            graph, (), num_fwd_outputs=len(outs)
+        )
+    except REFUSALS as error:  # of torch, on a graph that was traced
+        reason = f"its derivative is no graph: {type(error).__name__}: {error}"
+        raise Untraceable(reason.split("\n")[0]) from error
     gradients = [sources[k] for k in made["sources"]]
     return Joint(forward, backward, len(outs), made["differentiated"], held, gradients)
 

@@ -24,6 +24,7 @@ from .graph import Graph
 from .linear_map import Diagonal, Identity, LinearMap, Scale
 from .packed import LANES, channels_last
 from .sweep import Step, Sweep
+from .tracing import may_write
 
 GAIN = 4.0
 """A product is this much faster than a convolution of small images with as many multiplications."""
@@ -241,7 +242,7 @@ class Run:
         self._alike: dict[int, Block] = {}
         self._matrices: dict[tuple[int, Window], Tensor] = {}
         """By the id of an edge, which the graph holds, and the window that it is given."""
-        self.writable = not torch.is_grad_enabled()
+        self.writable = may_write()
 
     def chunks(self):
         """(first sample, samples, first line, lines) of all chunks."""

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from .reached import Reached
-from .tracing import made_now, of_others, stands_for_others, tracing
+from .tracing import REFUSALS, made_now, of_others, stands_for_others, tracing
 
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
 
@@ -41,12 +41,6 @@ _NORMALISES = tuple(
     getattr(torch.ops.aten, name).default
     for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 )
-
-_OF_FAKES = (
-    RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError,
-)  # fmt: skip
-"""What func and torch raise where there are no values."""
-
 
 _one_at_a_time = threading.RLock()
 """A trace sets what others read: options of torch and, through func, attributes of modules."""
@@ -171,7 +165,7 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
             raise Untraceable(f"a value is read, by {error.func}") from error
         except DynamicOutputShapeException as error:
             raise Untraceable(f"the shape of what {error.func} gives depends on values") from error
-        except _OF_FAKES as error:  # the ordinary call went well
+        except REFUSALS as error:  # the ordinary call went well
             raise Untraceable(f"{type(error).__name__}: {error}".split("\n")[0]) from error
         finally:
             left = reached.taken_out(before, _of_trace)

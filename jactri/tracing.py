@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
@@ -52,6 +53,14 @@ def tracing() -> bool:
     return _get_dispatch_mode(_PROXY) is not None or _get_dispatch_mode(_FAKE) is not None
 
 
+def may_write() -> bool:
+    """Whether blocks may be overwritten: not where autograd watches them, nor in a trace.
+
+    There the compiler decides what memory is used again; and the same written anew may have other strides.
+    """
+    return not torch.is_grad_enabled() and not tracing()
+
+
 def aside():
     """A context whose ops are not part of a trace."""
     return _disable_current_modes() if tracing() else contextlib.nullcontext()
@@ -79,6 +88,12 @@ def making():
 def made_now() -> bool:
     """Whether what is made now is what a graph will hold."""
     return _making.get()
+
+
+REFUSALS = (
+    RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError, ArithmeticError,
+)  # fmt: skip
+"""What torch raises where it cannot trace or compile, and func where there are no values."""
 
 
 def valued() -> bool:

@@ -12,6 +12,7 @@ from common import F64, seeded
 from test_engines import needs_compiler
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 import jactri
 from jactri.compilation import Kernel, _kernels
@@ -114,11 +115,12 @@ def test_of_what_runs_eagerly():
     assert "runs eagerly" in str(made) and compiled.reason in str(made)
 
 
-def test_where_the_compiler_fails(monkeypatch, caplog):
-    from torch._inductor.exc import InductorError
-
+@pytest.mark.parametrize(
+    "error", [InductorError(RuntimeError("no"), "no"), ValueError("Cannot view a tensor")]
+)
+def test_where_the_compiler_fails(monkeypatch, caplog, error):
     def fails(graph, like, options):
-        raise InductorError(RuntimeError("no"), "no")
+        raise error
 
     monkeypatch.setitem(jactri.engines._BUILD, "inductor", fails)
     monkeypatch.setattr(jactri.engines, "has_compiler", lambda: True)
@@ -185,6 +187,7 @@ def test_a_signature_is_compiled_once(options, graphs):
 SECOND = """
 import json, torch, jactri
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
 x = torch.randn(5, 3)

@@ -34,6 +34,13 @@ class Attention(nn.Module):
         return self.layer(x)
 
 
+def image():
+    """One whose sweep goes by windows, and multiplies them where they lie."""
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), last)
+
+
 def potential():
     return nn.Sequential(seeded(4, 9, 1, dtype=torch.float32), nn.Flatten(0))
 
@@ -41,6 +48,7 @@ def potential():
 CALLS = {
     "jacobian": (jactri.jacobian, network, (3, 1, 4), {"per_sample": True}),
     "attention": (jactri.jacobian, Attention, (2, 3, 8), {"per_sample": True}),
+    "image": (jactri.jacobian, image, (1, 1, 16, 16), {"per_sample": True}),
     "laplacian": (jactri.laplacian, potential, (5, 4), {}),
     "parameters": (jactri.parameter_jacobian, lambda: seeded(4, 9, 3, dtype=torch.float32), (5, 4), {}),
 }  # fmt: skip

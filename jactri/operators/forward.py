@@ -24,6 +24,7 @@ from ..graph import Graph, Value
 from ..layout import FREE, Layout, SplitSeed, unfolded
 from ..linear_map import Cut, LinearMap, Route
 from ..sweep import Step, Sweep, _follow, follow, peak_bytes, refine, sample_ties
+from ..tracing import may_write
 from . import fused
 from .curvature import Curvature, Seeds, Unary
 from .curves import Curves
@@ -152,8 +153,7 @@ class Run:
         self.blocks: Blocks = {}
         self.laplacians: dict[int, Tensor] = {}
         self.joined: dict[int, Tensor] = {}  # value -> both; its block is then a part of it
-        # in-place writes are for blocks that autograd does not watch
-        self.writable = not torch.is_grad_enabled()
+        self.writable = may_write()
 
     def layout(self, value: int) -> Layout:
         return self.layouts[value]
