@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri import backends
+from jactri._src.base import backends
 
 from .workloads import ALL, Workload
 

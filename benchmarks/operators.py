@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import jactri
-from jactri import backends
+from jactri._src.base import backends
 
 if TYPE_CHECKING:
     from .workloads import Workload

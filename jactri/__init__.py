@@ -1,27 +1,27 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
-from . import func
-from .api import jacobian, jacobian_of
-from .check import CheckReport, JacobianMismatch, check
-from .compiled import Compiled, compile
-from .custom import Rule, rule
-from .entries import Banded
-from .exported import export
-from .finite_difference import finite_difference
-from .opaque import FallbackError, fallback
-from .operators.diagonal import diagonal
-from .operators.divergence import divergence
-from .operators.ggn import GGN, ggn
-from .operators.gradient import gradient
-from .operators.gram import jjt, jtj
-from .operators.laplacian import bilaplacian, laplacian
-from .operators.ntk import empirical_ntk
-from .operators.parameters import ParameterJacobian, parameter_jacobian
-from .operators.vectors import jvp, vjp
-from .profiling import Profile, profile
-from .report import Explanation, explain
-from .sparsity import sparsity
-from .structure import Node
+from ._src.calls import func
+from ._src.calls.api import jacobian, jacobian_of
+from ._src.calls.diagonal import diagonal
+from ._src.calls.divergence import divergence
+from ._src.calls.finite_difference import finite_difference
+from ._src.calls.ggn import GGN, ggn
+from ._src.calls.gradient import gradient
+from ._src.calls.gram import jjt, jtj
+from ._src.calls.laplacian import bilaplacian, laplacian
+from ._src.calls.ntk import empirical_ntk
+from ._src.calls.parameters import ParameterJacobian, parameter_jacobian
+from ._src.calls.vectors import jvp, vjp
+from ._src.compile.compiled import Compiled, compile
+from ._src.compile.exported import export
+from ._src.read.opaque import FallbackError, fallback
+from ._src.read.structure import Node
+from ._src.run.entries import Banded
+from ._src.tools.check import CheckReport, JacobianMismatch, check
+from ._src.tools.custom import Rule, rule
+from ._src.tools.profiling import Profile, profile
+from ._src.tools.report import Explanation, explain
+from ._src.tools.sparsity import sparsity
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
-"""``python -m jactri``: see ``jactri.cli``."""
+"""``python -m jactri``: see ``cli``."""
 
-from jactri.cli import main
+from jactri.cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

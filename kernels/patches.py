@@ -1,7 +1,7 @@
 """The last one or two convolutions of a sweep by patches, from weights to the answer, in one launch.
 
 For every pixel of the seed, a row here, a block has the window of pixels that it reaches, a column for each channel of
-each (see `jactri.patches`): a convolution of windows is a matrix made of its weights alone, a derivative a window of
+each (see `patches`): a convolution of windows is a matrix made of its weights alone, a derivative a window of
 the image. With one matrix less, the first line goes:
 
     h[row, :] = (z0[row, :] * t[row, :]) @ m1

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jactri.operators.curves import UnknownCurvature, read_curves
+from jactri._src.second.curves import UnknownCurvature, read_curves
 
 
 def mlp(act, *sizes):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import jactri
-from jactri import backends
+from jactri._src.base import backends
 from jactri.kernels import support
 
 

@@ -1,4 +1,4 @@
-"""`jactri.captured` on a CPU: a stand-in for CUDA graphs records the ops of a capture, and a replay runs them again.
+"""`captured` on a CPU: a stand-in for CUDA graphs records the ops of a capture, and a replay runs them again.
 
 As on a device, a replay reads and writes the memory that the capture did, and reads no value in Python.
 """
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import jactri
-from jactri import captured, compiled
+from jactri._src.compile import captured, compiled
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from common import Cube
 from torch import nn
 
 import jactri
-from jactri import rules
-from jactri.linear_map import Diagonal
+from jactri._src import rules
+from jactri._src.maps.linear_map import Diagonal
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_explain_names_the_node_that_falls_back_not_the_sum_beside_it(strategy):
 
 
 def test_explain_computes_no_jacobian(net, monkeypatch):
-    from jactri import executor
+    from jactri._src.run import executor
 
     monkeypatch.setattr(executor, "_steps", lambda *a: pytest.fail("explain ran a sweep"))
     jactri.explain(net, torch.randn(2, 4))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from jactri import backends, chooser
+from jactri._src.base import backends
+from jactri._src.device import chooser
 from jactri.kernels.support import Unfit
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import jactri
-from jactri import cli, demo, doctor
+from jactri import demo
+from jactri.cli import commands as cli
+from jactri.cli import doctor
 from jactri.demo import main as demo_main
 from jactri.demo import measure
 

@@ -445,7 +445,9 @@ def test_who_watches_the_ops_sees_an_ordinary_call():
 def test_a_graph_that_is_wrong_is_not_used(monkeypatch, caplog):
     x = torch.randn(4, dtype=F64)
     monkeypatch.setattr(
-        jactri.engines, "_fx", lambda graph, like: lambda ts: [t * 2 for t in graph(*ts)]
+        jactri._src.compile.engines,
+        "_fx",
+        lambda graph, like: lambda ts: [t * 2 for t in graph(*ts)],
     )
     compiled = compile(torch.sin, x)
     assert "off by" in compiled.reason and "off by" in caplog.text
@@ -460,7 +462,9 @@ def test_what_is_computed_in_less_precision_is_compared_in_it(monkeypatch):
         return net(x.float()).double()
 
     monkeypatch.setattr(
-        jactri.engines, "_fx", lambda graph, like: lambda ts: [t * (1 + 1e-6) for t in graph(*ts)]
+        jactri._src.compile.engines,
+        "_fx",
+        lambda graph, like: lambda ts: [t * (1 + 1e-6) for t in graph(*ts)],
     )
     x = torch.randn(3, 4, dtype=F64)
     compiled = compile(narrow, x)

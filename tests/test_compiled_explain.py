@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 import jactri
-from jactri.compilation import Kernel, _kernels
+from jactri._src.compile.compilation import Kernel, _kernels
 
 
 def net():
@@ -122,8 +122,8 @@ def test_where_the_compiler_fails(monkeypatch, caplog, error):
     def fails(graph, like, options):
         raise error
 
-    monkeypatch.setitem(jactri.engines._BUILD, "inductor", fails)
-    monkeypatch.setattr(jactri.engines, "has_compiler", lambda: True)
+    monkeypatch.setitem(jactri._src.compile.engines._BUILD, "inductor", fails)
+    monkeypatch.setattr(jactri._src.compile.engines, "has_compiler", lambda: True)
     x = torch.randn(4, dtype=F64)
     compiled = jactri.compile(torch.sin, x)
     torch.testing.assert_close(compiled(x), torch.diag(x.cos()))

@@ -9,7 +9,7 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
-import jactri.joint
+import jactri._src.compile.joint
 
 compile = functools.partial(jactri.compile, engine="fx")
 
@@ -66,7 +66,7 @@ def tensors(answer):
 def test_gradients_are_those_of_the_ordinary_call(name, monkeypatch):
     of, make, options = CALLS[name]
     if name == "indices":
-        monkeypatch.setattr(jactri.constants, "KEPT", 0)  # each trace makes its own
+        monkeypatch.setattr(jactri._src.base.constants, "KEPT", 0)  # each trace makes its own
     func, options = make(), {**options, "create_graph": True}
     x = torch.randn(3, 4, dtype=F64, requires_grad=True)
     compiled = compile(func, x, of=of, **options)
@@ -291,7 +291,7 @@ def test_a_loss_of_autograd_s_own_derivatives():
 def test_a_wrong_gradient_is_not_used(monkeypatch):
     """The values are right, the graph of the backward is not."""
     net, x = seeded(4, 9, 4), torch.randn(3, 4, dtype=F64)
-    build = jactri.joint.build
+    build = jactri._src.compile.joint.build
     built = []
 
     def wrong(engine, graph, like):
@@ -300,7 +300,7 @@ def test_a_wrong_gradient_is_not_used(monkeypatch):
             return made
         return made._replace(run=lambda ts: [2 * t for t in made.run(ts)])
 
-    monkeypatch.setattr(jactri.joint, "build", wrong)
+    monkeypatch.setattr(jactri._src.compile.joint, "build", wrong)
     compiled = compile(lambda x: net(x).sin().sum(), x, of=None)
     assert len(built) == 2 and "of the gradients, tensor 0 is off by" in compiled.reason
     (got,) = torch.autograd.grad(compiled(x), net[0].weight)

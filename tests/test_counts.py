@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import counts, report
 from benchmarks.gpu.sizes import sized
-from jactri.executor import Store
+from jactri._src.run.executor import Store
 
 # filled memory is one more setting of torch that could change which ops run
 pytestmark = pytest.mark.clean_memory

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri.operators import diagonal as module
+from jactri._src.calls import diagonal as module
 
 
 def mlp(*widths):

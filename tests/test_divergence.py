@@ -11,10 +11,10 @@ from torch.func import jacrev, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri import kept
-from jactri.graph import read
-from jactri.operators import divergence as calls
-from jactri.operators.trace import chains
+from jactri._src.base import kept
+from jactri._src.calls import divergence as calls
+from jactri._src.read.graph import read
+from jactri._src.second.trace import chains
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

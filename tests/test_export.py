@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.cpp_extension import CUDA_HOME
 
 import jactri
-from jactri import engines
+from jactri._src.compile import engines
 from jactri.examples import kalman
 
 CPP = Path(__file__).parents[1] / "examples" / "cpp"

@@ -8,8 +8,8 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
-from jactri import folding
-from jactri.graph import read
+from jactri._src.plan import folding
+from jactri._src.read.graph import read
 
 F64 = torch.float64
 MODES = ["forward-mode", "reverse-mode"]

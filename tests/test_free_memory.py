@@ -7,7 +7,7 @@ from tolerances import assert_close
 from torch.autograd.functional import jacobian as truth_of
 
 import jactri
-from jactri import planning
+from jactri._src.plan import planning
 
 
 @pytest.fixture

@@ -407,4 +407,4 @@ def test_errors_of_the_function_pass(name):
 
     with pytest.raises(KeyError, match="mine"):
         getattr(jactri.func, name)(func)(x3())
-    assert not jactri.running.recording()
+    assert not jactri._src.prologue.running.recording()

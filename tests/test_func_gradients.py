@@ -10,7 +10,7 @@ from tolerances import assert_close, assert_gradients_close
 from torch.utils._pytree import tree_leaves
 
 import jactri
-from jactri import deferred
+from jactri._src.calls import deferred
 
 NAMES = ["jacrev", "jacfwd", "hessian"]
 
@@ -160,7 +160,7 @@ def test_jacobian_inside_of_a_backward_pass():
     (g,) = torch.autograd.grad(Implicit.apply(x).prod(), x)
     assert_close(g, truth, F64, length=9)
     with pytest.raises(ZeroDivisionError):  # an error on the way is the caller's to see
-        jactri.reentrant.aside(lambda: 1 / 0)
+        jactri._src.calls.reentrant.aside(lambda: 1 / 0)
 
 
 def test_backward_through_aux_and_jacobian_at_once(cheap):

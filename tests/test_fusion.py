@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from jactri.fusion import Fused, fuse
-from jactri.graph import read
-from jactri.sweep import Step, simulate
+from jactri._src.plan.fusion import Fused, fuse
+from jactri._src.plan.sweep import Step, simulate
+from jactri._src.read.graph import read
 
 MODES = [False, True]
 

@@ -11,7 +11,7 @@ from torch.autograd.functional import jacobian as truth_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri.operators import ways
+from jactri._src.meet import ways
 
 N = 3
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from common import F64
 
 import jactri
-from jactri.grids import sampled
+from jactri._src.maps.grids import sampled
 
 MODES, PADDINGS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 ALL = [

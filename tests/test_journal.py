@@ -13,7 +13,7 @@ from common import F64, MODES
 from tolerances import assert_close
 
 import jactri
-from jactri.journal import Journal, path_of
+from jactri._src.base.journal import Journal, path_of
 
 STRATEGIES = [*MODES, "mixed"]
 

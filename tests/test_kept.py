@@ -7,7 +7,8 @@ from torch import nn
 from torch.func import jacrev, vmap
 
 import jactri
-from jactri import kept, patches
+from jactri._src.base import kept
+from jactri._src.plan import patches
 
 
 def fused(p):

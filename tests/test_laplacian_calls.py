@@ -12,9 +12,9 @@ from torch.func import hessian, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri.operators import forward
-from jactri.operators import laplacian as calls
-from jactri.operators.points import Options
+from jactri._src.calls import laplacian as calls
+from jactri._src.calls.points import Options
+from jactri._src.second import forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jactri.layout import (
+from jactri._src.maps.layout import (
     FREE,
     Layout,
     SplitSeed,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import jactri
-from jactri.constants import constants
+from jactri._src.base.constants import constants
 
 
 def write(t):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import jactri
-from jactri import memory
-from jactri.memory import free_bytes, parse_bytes
+from jactri._src.base import memory
+from jactri._src.base.memory import free_bytes, parse_bytes
 
 MEASURE = """
 import ctypes, gc, sys, torch, jactri
@@ -195,7 +195,7 @@ def test_limited_results_are_the_same(strategy):
 def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
     strategy, per_sample, monkeypatch
 ):
-    from jactri import api
+    from jactri._src.calls import api
 
     spans = []
 
@@ -219,7 +219,7 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
 
 
 def test_functions_computed_as_a_whole_run_in_chunks_of_rows(monkeypatch):
-    from jactri import whole
+    from jactri._src.calls import whole
 
     blocks = []
 
@@ -357,7 +357,7 @@ def test_a_laplacian_keeps_its_limit(dtype):
 
 FAULTS = """
 import resource, torch
-from jactri.memory import hold
+from jactri._src.base.memory import hold
 
 def round_of_blocks():
     blocks = [torch.ones(1 << 18) for _ in range(10)]

@@ -10,11 +10,11 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
-from jactri import mixed
-from jactri.graph import read
-from jactri.planner import Asked, make_plan, seconds
-from jactri.rates import Rates, rough
-from jactri.sweep import follow
+from jactri._src.base.rates import Rates, rough
+from jactri._src.plan import mixed
+from jactri._src.plan.planner import Asked, make_plan, seconds
+from jactri._src.plan.sweep import follow
+from jactri._src.read.graph import read
 
 FLOPS_ONLY = Rates(1.0, float("inf"), 0.0)
 """Rates under which the predicted seconds are the flops."""

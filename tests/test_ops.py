@@ -16,7 +16,7 @@ from tolerances import (
 )
 
 import jactri
-import jactri.rules
+import jactri._src.rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -448,7 +448,9 @@ ELSEWHERE = {
 
 def nodes_with_rules():
     """By their names, those of Functions too."""
-    return {k if isinstance(k, str) else f"{k.__name__}Backward" for k in jactri.rules.REGISTRY}
+    return {
+        k if isinstance(k, str) else f"{k.__name__}Backward" for k in jactri._src.rules.REGISTRY
+    }
 
 
 @pytest.mark.clean_memory
@@ -492,4 +494,4 @@ def test_the_registry_holds_the_ops_of_the_common_networks():
         "MaxPool2DWithIndicesBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0",
         "ScaledDotProductFlashAttentionForCpuBackward0", "LogSoftmaxBackward0", "PowBackward0",
     }  # fmt: skip
-    assert not common - set(jactri.rules.REGISTRY)
+    assert not common - set(jactri._src.rules.REGISTRY)

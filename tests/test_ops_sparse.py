@@ -6,7 +6,7 @@ from cases import ALL
 from test_ops import F64, compare, ids, jacobian_rows, truth
 
 import jactri
-from jactri import pattern, planning
+from jactri._src.plan import pattern, planning
 
 MAIN = [case for case in ALL if not case.variant]
 

@@ -5,7 +5,7 @@ import torch
 from common import F64, MODES
 
 import jactri
-from jactri import opaque
+from jactri._src.read import opaque
 
 
 def rows(func, x):

@@ -11,9 +11,11 @@ from routing import ORDER, ROUTED, W6, D, N, inverse, write
 from test_ops import F64, ids, truth
 
 import jactri
-from jactri import api, owners, report
-from jactri.graph import UnsupportedGraph, read
-from jactri.operators import divergence, gram, recorded
+from jactri._src.calls import api, divergence, gram
+from jactri._src.parameters import recorded
+from jactri._src.plan import owners
+from jactri._src.read.graph import UnsupportedGraph, read
+from jactri._src.tools import report
 
 MAIN = [case for case in ALL if not case.variant]
 

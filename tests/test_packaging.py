@@ -78,7 +78,7 @@ def test_the_wheels_metadata(unpacked):
 def test_the_wheel_works_away_from_the_checkout(unpacked, tmp_path):
     code = (
         "import sys\n"
-        "import jactri, jactri.cli, jactri.demo, jactri.doctor, jactri.kernels, jactri.rules\n"
+        "import jactri, jactri.cli.commands, jactri.demo, jactri.cli.doctor, jactri.kernels, jactri._src.rules\n"
         "import torch\n"
         "for module in (jactri, jactri.kernels):\n"
         "    assert module.__file__.startswith(sys.argv[1]), module.__file__\n"

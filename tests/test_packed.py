@@ -6,8 +6,8 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from jactri import packed
-from jactri.convolution import Conv, Geometry
+from jactri._src.maps import packed
+from jactri._src.maps.convolution import Conv, Geometry
 
 SHAPES = [
     # batch, coarse and fine channels, image, kernel, stride, padding, dilation, output padding
@@ -38,7 +38,8 @@ def test_push_and_pull(shape, transposed, monkeypatch):
     for name in ("by_columns", "Packed"):
         real = getattr(packed, name)
         monkeypatch.setattr(
-            f"jactri.convolution.{name}", lambda *a, n=name, r=real: used.append(n) or r(*a)
+            f"jactri._src.maps.convolution.{name}",
+            lambda *a, n=name, r=real: used.append(n) or r(*a),
         )
     geometry = Geometry(stride, padding, dilation, transposed, extra, 1)
     x = torch.randn(batch, coarse if transposed else fine, *image, dtype=torch.float64)

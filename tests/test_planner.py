@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import jactri
-from jactri.graph import read
-from jactri.planner import make_plan
-from jactri.rates import Rates, measured
-from jactri.sweep import peak_bytes
+from jactri._src.base.rates import Rates, measured
+from jactri._src.plan.planner import make_plan
+from jactri._src.plan.sweep import peak_bytes
+from jactri._src.read.graph import read
 
 
 def graph_of(func, *shapes):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.functional import jacobian as truth_of
 
 import jactri
-from jactri.operators.vectors import pull, push
+from jactri._src.calls.vectors import pull, push
 
 
 class Attention(nn.Module):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.autograd import DeviceType
 
 import jactri
-from jactri import profiling, ranges
+from jactri._src.plan import ranges
+from jactri._src.tools import profiling
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import jactri
-from jactri import layers, ranges
-from jactri.fusion import Fused
-from jactri.profiling import named_layers
+from jactri._src.plan import ranges
+from jactri._src.plan.fusion import Fused
+from jactri._src.read import layers
+from jactri._src.tools.profiling import named_layers
 
 
 class Block(nn.Module):
@@ -199,7 +200,8 @@ def test_what_runs_as_one_has_one_range(monkeypatch):
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     x = torch.randn(7, 4)
     plain = jactri.jacobian(net, x, per_sample=True, strategy="reverse-mode")
-    from jactri import backends, executor, launch
+    from jactri._src.base import backends
+    from jactri._src.run import executor, launch
 
     monkeypatch.setattr(backends, "kernels_on", lambda device: True)
     kinds = []
@@ -224,7 +226,7 @@ def test_what_runs_as_one_has_one_range(monkeypatch):
     names, _ = traced(lambda: jactri.jacobian(net, x, per_sample=True, strategy="reverse-mode"))
     assert [n.split()[1] for n in names if n.startswith("jactri #")] == ["#0", "#1-4"]
     assert executor.launch is launch
-    monkeypatch.setattr("jactri.report.launch.described", lambda *_: ("triton", "test"))
+    monkeypatch.setattr("jactri._src.tools.report.launch.described", lambda *_: ("triton", "test"))
     rows = jactri.profile(net, x, per_sample=True, strategy="reverse-mode", repeats=1).steps
     assert [s.measured_ms is None for s in rows] == [False, True, True, True, False]
     assert "in a step below" in str(
@@ -268,7 +270,7 @@ def test_no_hooks_and_no_ranges(monkeypatch):
 
     for name in ("call", "Marks", "_range", "_kinds"):
         monkeypatch.setattr(ranges, name, never)
-    monkeypatch.setattr("jactri.executor.Marks", never)
+    monkeypatch.setattr("jactri._src.run.executor.Marks", never)
     monkeypatch.setattr(layers, "Layers", never)
     seen = []
     net, x = nn.Tanh(), torch.randn(3, requires_grad=True)
@@ -288,8 +290,8 @@ def test_a_call_asks_twice_however_long_it_is(depth, options):
 
     def note(frame, event, _):
         if event == "call" and frame.f_globals.get("__name__") in (
-            "jactri.ranges",
-            "jactri.layers",
+            "jactri._src.plan.ranges",
+            "jactri._src.read.layers",
         ):
             called[frame.f_code.co_name] += 1
 

@@ -44,7 +44,7 @@ def commands():
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_understood(line):
-    from jactri.cli import build_parser
+    from jactri.cli.commands import build_parser
 
     words = line.split("python -m jactri")[1].split()
     assert vars(build_parser().parse_args(words))  # argparse exits on words that it does not know

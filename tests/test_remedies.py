@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
-from jactri import planning
+from jactri._src.plan import planning
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 20, dtype=F64).view(5, 4)

@@ -5,10 +5,11 @@ import torch
 from cases import ALL
 
 import jactri
-from jactri import api, planning
-from jactri.graph import read
-from jactri.planner import make_plan
-from jactri.samples import halves, narrow, places, probe_mixing
+from jactri._src.calls import api
+from jactri._src.plan import planning
+from jactri._src.plan.planner import make_plan
+from jactri._src.plan.samples import halves, narrow, places, probe_mixing
+from jactri._src.read.graph import read
 
 SAMPLED = [
     c

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from cases.case import quietly
 
 import jactri
-from jactri.graph import read
-from jactri.operators import through
-from jactri.poles import suspects
+from jactri._src.plan import through
+from jactri._src.plan.poles import suspects
+from jactri._src.read.graph import read
 
 F64 = torch.float64
 inf, nan = math.inf, math.nan

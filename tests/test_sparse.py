@@ -11,9 +11,9 @@ from torch import nn
 from windows import DENSE_SAMPLES, FUNCTIONS
 
 import jactri
-from jactri import entries
-from jactri.graph import read
-from jactri.pattern import Trace, pattern_of, period
+from jactri._src.plan.pattern import Trace, pattern_of, period
+from jactri._src.read.graph import read
+from jactri._src.run import entries
 
 F64 = torch.float64
 LAYOUTS = [torch.sparse_coo, torch.sparse_csr, "banded"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import jactri
-from jactri import chooser
+from jactri._src.device import chooser
 
 from ..peers import BY_OPERATOR, JACTRI_COMPILE, OWN, TORCH, Peer, compiled
 from ..record import Record

@@ -24,7 +24,7 @@ CPU, what checks its own result) waits for the device: it is a `Wait`. The answe
 all is true, equal and 1 and that ``any`` is not, so that checks pass; None raises `Waited` instead.
 
 **Choices.** Events tell times by what was launched between them: by ``device.fastest`` a way of our own ("kernels",
-the first one that is tried) or torch's ("torch") wins when `jactri.chooser` times. The rates of the device and its
+the first one that is tried) or torch's ("torch") wins when `chooser` times. The rates of the device and its
 free memory are constants.
 
 **Captures.** Inside ``torch.cuda.graph`` what a real capture refuses is noted in ``device.refused``: waits, questions
@@ -58,7 +58,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import jactri
-from jactri import chooser, compiled, rates, traced, tracing
+from jactri._src.base import rates, tracing
+from jactri._src.compile import compiled, traced
+from jactri._src.device import chooser
 from jactri.kernels import launches, support
 
 from ..counts import extent, region

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from jactri import chooser
+from jactri._src.device import chooser
 
 from ..counts import Counter, Counts
 from . import fake

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from jactri import chooser
+from jactri._src.device import chooser
 from jactri.kernels.support import Unfit
 
 from . import fake

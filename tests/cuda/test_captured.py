@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import jactri
-from jactri import captured
+from jactri._src.compile import captured
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import re
 
 import torch
 
-from jactri import backends, chooser
+from jactri._src.base import backends
+from jactri._src.device import chooser
 
 
 def test_how_many_ways_are_compiled_at_the_first_use_is_told(device):

@@ -9,7 +9,7 @@ from torch import nn
 
 import jactri
 from benchmarks.gpu.sizes import sized
-from jactri import constants, kept
+from jactri._src.base import constants, kept
 from jactri.kernels import operands
 
 WORKLOADS = {s.workload.name: s.workload for s in sized([])}

@@ -10,7 +10,9 @@ import jactri
 from benchmarks.gpu.bench import own
 from benchmarks.gpu.device import precision
 from benchmarks.gpu.sizes import sized
-from jactri import backends, chooser, engines
+from jactri._src.base import backends
+from jactri._src.compile import engines
+from jactri._src.device import chooser
 from jactri.kernels import launches
 
 WORKLOADS = [s.workload for s in sized([])]

@@ -6,7 +6,7 @@ from benchmarks.counts import Counter
 from benchmarks.gpu.bench import own
 from benchmarks.gpu.sizes import sized
 from benchmarks.workloads import resized
-from jactri import chooser
+from jactri._src.device import chooser
 
 WORKLOADS = [s.workload for s in sized([])]
 

@@ -18,7 +18,8 @@ from benchmarks.gpu import cache, fake, prepare, suite, variants
 from benchmarks.gpu.bench import own
 from benchmarks.gpu.device import SETTINGS, precision
 from benchmarks.gpu.sizes import sized
-from jactri import backends, chooser
+from jactri._src.base import backends
+from jactri._src.device import chooser
 from jactri.kernels import linear
 
 WORKLOAD = "W9-ntk"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jactri import chooser, patching, planning
+from jactri._src.device import chooser
+from jactri._src.plan import patching, planning
 from jactri.kernels import support
 
 torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default torch allows convolutions tf32

@@ -10,7 +10,8 @@ from precision import WAYS, distance, limit
 from torch import nn
 
 import jactri
-from jactri import backends, batching, chooser
+from jactri._src.base import backends
+from jactri._src.device import batching, chooser
 from jactri.kernels import batched, naive
 from jactri.kernels.linear import Config
 

@@ -12,12 +12,12 @@ from test_window_networks import SIZE, w6
 from torch import nn
 
 import jactri
-from jactri import chooser
-from jactri.convolving import ConvKind
+from jactri._src.device import chooser
+from jactri._src.plan.convolving import ConvKind
+from jactri._src.plan.patching import PatchKind
+from jactri._src.second.fused import LayersKind
 from jactri.kernels import band, elementwise, first, laplacian, patches, pool, rows
 from jactri.kernels.support import Unfit
-from jactri.operators.fused import LayersKind
-from jactri.patching import PatchKind
 
 FORWARD, REVERSE = "forward-mode", "reverse-mode"
 
@@ -156,7 +156,7 @@ def test_the_faster_of_torch_and_a_kernel_is_taken(case, timed, monkeypatch):
     calls.clear()
     check()  # kernels are asked for
     assert calls and all(c.way is chooser.TORCH for c in of(name))
-    monkeypatch.setattr("jactri.backends.forced", lambda: False)
+    monkeypatch.setattr("jactri._src.base.backends.forced", lambda: False)
     check()
     calls.clear()
     check()
@@ -206,12 +206,12 @@ def test_explain_says_what_was_chosen(name, timed, device):
 def test_parts_are_compared_with_parts(name, most, timed, device, monkeypatch):
     """What is timed and checked is a part of a large problem, whichever of its axes is cut."""
     for at in (
-        "jactri.passes.CHECKED_ENTRIES",
-        "jactri.chooser.CHECKED_ROWS",
-        "jactri.operators.fused.CHECKED_ROWS",
+        "jactri._src.device.passes.CHECKED_ENTRIES",
+        "jactri._src.device.chooser.CHECKED_ROWS",
+        "jactri._src.second.fused.CHECKED_ROWS",
     ):
         monkeypatch.setattr(at, most)
-    monkeypatch.setattr("jactri.passes.TIMED_ENTRIES", 100 * most)
+    monkeypatch.setattr("jactri._src.device.passes.TIMED_ENTRIES", 100 * most)
     _, kernel, net, shape, call, *mode = CASES[name]
     f, x = net().to(device), torch.randn(shape, device=device)
     want = call(copy.deepcopy(f).double(), x.double(), "torch", *mode)
@@ -236,7 +236,7 @@ def test_bands_of_any_dtype_are_held_against_truth(dtype, timed, device):
 
 def test_what_decides_is_predicted_time():
     """Bytes count as flops do: a pass over 100 MB is worth timing, one over 100 kB is not."""
-    from jactri.passes import PassKind
+    from jactri._src.device.passes import PassKind
 
     def tunable(*size):
         return chooser._tunable(PassKind.of("rows", *size, (), torch.float32, torch.device("cuda")))

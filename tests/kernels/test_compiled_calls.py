@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jactri
-from jactri import chooser, engines
+from jactri._src.compile import engines
+from jactri._src.device import chooser
 from jactri.kernels import launches
 from jactri.kernels.rows import rows
 from jactri.kernels.support import Unfit

@@ -9,9 +9,9 @@ from test_end_to_end import MODES, _fresh, check  # noqa: F401
 from torch import nn
 
 import jactri
-from jactri import chooser
-from jactri.convolution import Conv, Geometry
-from jactri.convolving import ConvKind, Shape
+from jactri._src.device import chooser
+from jactri._src.maps.convolution import Conv, Geometry
+from jactri._src.plan.convolving import ConvKind, Shape
 from jactri.kernels import conv, direct, pool
 from jactri.kernels.support import Unfit
 
@@ -224,7 +224,7 @@ def test_the_fastest_way_wins_unless_kernels_are_asked_for(
     (report,) = chooser.chosen()
     assert report["channels"] == (4, 6) and report["tried"] == choice.tried
     # without the word, torch's way is torch's
-    monkeypatch.setattr("jactri.backends.forced", lambda: False)
+    monkeypatch.setattr("jactri._src.base.backends.forced", lambda: False)
     launched.clear()
     check(f, x, **options)
     assert bool(launched) == (best != "torch")

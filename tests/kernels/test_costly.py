@@ -8,7 +8,7 @@ from precision import distance
 from torch import nn
 
 import jactri
-from jactri import chooser
+from jactri._src.device import chooser
 from jactri.kernels import support
 from jactri.kernels.activations import DERIVATIVES
 

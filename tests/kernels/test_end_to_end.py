@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import jactri
-from jactri import backends, chooser, launch
+from jactri._src.base import backends
+from jactri._src.device import chooser
+from jactri._src.run import launch
 from jactri.kernels import chain as chains
 from jactri.kernels import elementwise, linear, rows
 from jactri.kernels.support import Unfit
@@ -129,7 +131,7 @@ def test_shapes_of_the_input(shape, mode, device):
 def test_the_last_step_writes_into_out(order, chunk, mode, device, monkeypatch):
     """No block is copied: the kernel writes the caller's tensor, in its own memory order."""
     copies = []
-    monkeypatch.setattr("jactri.executor.scatter", lambda *a, **k: copies.append(a))
+    monkeypatch.setattr("jactri._src.run.executor.scatter", lambda *a, **k: copies.append(a))
     f, x = mlp((10, 40, 24, 8)).to(device), torch.randn(5, 10, device=device)
     shape = (5, 8, 10)
     out = torch.full(shape, float("nan"), device=device)

@@ -9,7 +9,8 @@ from test_end_to_end import mlp
 from torch import nn
 
 import jactri
-from jactri import backends, chooser
+from jactri._src.base import backends
+from jactri._src.device import chooser
 from jactri.kernels import laplacian
 from jactri.kernels.support import Unfit
 

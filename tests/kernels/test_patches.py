@@ -11,7 +11,7 @@ from test_window_networks import truth
 from torch import nn
 
 import jactri
-from jactri import patches as swept
+from jactri._src.plan import patches as swept
 from jactri.kernels import naive
 from jactri.kernels import patches as kernels
 from jactri.kernels.patches import Place
@@ -317,7 +317,7 @@ def test_chunks(mode, device, launched, monkeypatch):
     for name, most, launches in (("four layers", 1 << 16, 4), ("two layers", 1 << 13, 4)):
         f, x, _ = made(name, 2, device)
         monkeypatch.setattr(swept, "CHUNK_BYTES", most)
-        monkeypatch.setattr("jactri.rates.BLOCK_BYTES", most)
+        monkeypatch.setattr("jactri._src.base.rates.BLOCK_BYTES", most)
         for per_sample in (True, False):
             launched.clear()
             run(f, x, per_sample, strategy=mode)

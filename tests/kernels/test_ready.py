@@ -10,7 +10,7 @@ from precision import distance
 from torch import nn
 
 import jactri
-from jactri import chooser
+from jactri._src.device import chooser
 from jactri.kernels import operands, support
 from jactri.kernels.support import Ready
 

@@ -9,7 +9,7 @@ from test_end_to_end import _fresh  # noqa: F401
 from torch import nn
 
 import jactri
-from jactri import chooser
+from jactri._src.device import chooser
 from jactri.kernels import conv, direct, patches, pool, rows
 from jactri.kernels.support import Unfit
 

@@ -8,9 +8,9 @@ import torch
 from test_ops import test_float32
 from test_real_networks import test_networks_are_right_without_fallbacks
 
-from jactri import launch
+from jactri._src.prologue.running import computing
+from jactri._src.run import launch
 from jactri.kernels import support
-from jactri.running import computing
 
 __all__ = ["test_float32", "test_networks_are_right_without_fallbacks"]
 

@@ -10,8 +10,8 @@ from test_end_to_end import MODES, _fresh  # noqa: F401
 from torch import nn
 
 import jactri
-from jactri import planning
-from jactri.graph import read
+from jactri._src.plan import planning
+from jactri._src.read.graph import read
 from jactri.kernels import band, conv, direct, first
 from jactri.kernels.support import Unfit
 

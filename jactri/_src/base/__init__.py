@@ -1,0 +1,1 @@
+"""What everything uses: memory, rates, progress, tensors that are kept."""

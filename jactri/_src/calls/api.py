@@ -1,0 +1,411 @@
+"""The calls: `jacobian`, a drop-in for ``torch.autograd.functional.jacobian``, and `jacobian_of`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import backends
+from ..base.classes import dressed, plain
+from ..base.elsewhere import FSDP, is_distributed
+from ..base.journal import Journal, identity, on_disk
+from ..base.progress import Watch, bar
+from ..plan.folding import fold
+from ..plan.owners import apart
+from ..plan.planner import MemoryLimitTooSmall
+from ..plan.planning import (
+    budget,
+    check_answer,
+    plan_for,
+    proof,
+    prove_by_probe,
+    small,
+    split_samples,
+)
+from ..prologue.arguments import (
+    ASSUME,
+    as_tuple,
+    block_shape,
+    check_batch,
+    check_options,
+    destinations,
+    form,
+    out_rows,
+)
+from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..read import handover
+from ..read.behind import reached
+from ..read.graph import UnsupportedGraph, read
+from ..read.opaque import refuse_or_log
+from ..run.answers import Answer
+from ..run.entries import Banded, Entries, check_pattern, nothing
+from ..run.executor import run
+from . import reentrant, whole
+from .strictness import check_dependence
+
+
+@public
+def jacobian(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    create_graph: bool = False,
+    strict: bool = False,
+    vectorize: bool = False,
+    strategy: str = "auto",
+    *,
+    per_sample: bool | str = False,
+    return_output: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    progress: bool = False,
+    resume: bool = True,
+    layout: torch.layout | str = torch.strided,
+) -> Any:
+    """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
+
+    ``func`` runs once, in eager PyTorch; the graph that autograd recorded is read into structured local Jacobians,
+    which are multiplied in the cheaper of the two orders. Ops without a structure are computed by autograd.
+    What of ``func`` is compiled by ``torch.compile`` runs eagerly (in all threads, while ``func`` runs). Within
+    autocast ``func`` is cast as ever; products of the Jacobian are in the dtypes that its graph has.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
+        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        create_graph: return a Jacobian that can be differentiated (in both directions).
+        strict: raise if an output does not depend on an input, instead of returning zeros.
+        vectorize: accepted for compatibility; jactri is always vectorized.
+        strategy: ``"forward-mode"`` (a column at a time: cheap for few inputs), ``"reverse-mode"`` (a row at a time:
+            cheap for few outputs) or ``"auto"``, which predicts the cost of both.
+        per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
+            one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
+            that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros. ``"assume"``: take
+            it for granted where the algebra of axes does not show it, as where samples share rounding or the step size
+            of a solver. What is returned is then ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of
+            outputs summed over the batch (with ``strategy="forward-mode"``, the derivative of output n where all
+            samples move alike), which is the Jacobian of each sample as far as they do not mix.
+        return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless
+            ``create_graph``.
+        chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the answer included;
+            by default half of what is free. Sizes the chunks.
+        out: a tensor, numpy array or ``numpy.memmap`` to write the Jacobian to, or tuples of them nested as the result
+            is; it is returned. It may be on the CPU for inputs on another device. Into a memmap, a Jacobian larger
+            than memory is streamed chunk by chunk.
+        backend: ``"torch"``; ``"triton"``, jactri's kernels wherever they cover a step (CUDA, or Triton's interpreter);
+            or ``"auto"``, the faster of the two.
+        progress: show a progress bar over the chunks.
+        resume: go on where an interrupted call left a memmap ``out`` (opened with mode ``"r+"``); with False, start
+            over. What was left is known by the file ``.progress`` beside the memmap's.
+        layout: ``torch.sparse_coo``: a sparse tensor of the same shape; ``torch.sparse_csr``: the matrix
+            ``(out.numel(), in.numel())``, under ``per_sample`` one a sample; ``"banded"``: a `Banded`. Only the entries
+            that `sparsity` finds are computed, zeros among them included.
+
+    Returns:
+        ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
+        is a tuple; a tensor where neither is. dtype and device of the input (of the output under
+        ``strategy="forward-mode"``). Strides are unspecified: use ``reshape``, not ``view``, on the result.
+        Tensor hooks are not run; entries that are zero by structure are zero, also where autograd gives a NaN.
+
+    Raises:
+        TypeError: inputs or outputs that are not tensors or tuples of them.
+        RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix
+            (the op is named); an ``out`` that does not fit.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend or layout, no
+            common batch axis under ``per_sample``; a sparse ``layout`` where every entry can be non-zero (the op is
+            named).
+        AssertionError: an unknown strategy.
+        IndexError: an empty tuple of inputs or outputs.
+
+    Cost:
+        One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
+        that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
+    """
+    check_options(strategy, chunk_size, out, create_graph)
+    kind = form(layout, out, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", "jacobian")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    if handover.transforming(xs):
+        if kind != "dense":
+            raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
+        return handover.jacobian(
+            eagerly(func),
+            xs,
+            tupled,
+            strategy,
+            strict,
+            per_sample,
+            return_output,
+            chunk_size,
+            out,
+        )
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
+    asked = Request(
+        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
+        out_rows(out, tupled_out, tupled), kind,
+    )  # fmt: skip
+    rows = compute(ys, leaves, asked)
+    answer = out
+    if out is None:
+        answer = nest(rows, tupled_out, tupled)
+        if kind == "dense":
+            answer = dressed(answer, (*(result if tupled_out else (result,)), *xs))
+    if not return_output:
+        return answer
+    return (result if create_graph else detached(result)), answer
+
+
+@public
+def jacobian_of(
+    outputs: Tensor | tuple[Tensor, ...],
+    inputs: Tensor | tuple[Tensor, ...],
+    create_graph: bool = False,
+    strict: bool = False,
+    *,
+    strategy: str = "auto",
+    per_sample: bool | str = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    progress: bool = False,
+    resume: bool = True,
+    layout: torch.layout | str = torch.strided,
+) -> Any:
+    """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
+
+    ``inputs`` are leaves or intermediate tensors that require grad. The graph is read, not consumed: it can be used
+    again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
+    is raised for an input that does not require grad, for one that none of the outputs was computed from (as by
+    ``torch.autograd.grad``), and by autograd if the graph was freed. Whether the graph has hooks on gradients cannot be
+    seen: where any hook was registered since the process began, finding out costs three backward passes.
+    """
+    check_options(strategy, chunk_size, out, create_graph)
+    kind = form(layout, out, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    for i, x in enumerate(xs):
+        if not x.requires_grad:
+            raise RuntimeError(
+                f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
+                "before computing outputs"
+            )
+    found = reached(ys, xs)
+    for i in range(len(xs) if ys else 0):
+        if i not in found:
+            raise RuntimeError(
+                f"inputs[{i}] of shape {tuple(xs[i].shape)} is not in the graph of outputs, which are independent of "
+                "it; pass the very tensor that they were computed from (a view or a copy of it, as x[0], is another). "
+                "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
+                + (f". It is a DTensor: {FSDP}" if is_distributed(xs[i]) else "")
+            )
+    asked = Request(
+        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
+        out_rows(out, tupled_out, tupled), kind, None,
+    )  # fmt: skip
+    rows = compute([plain(y) for y in ys], xs, asked)
+    if out is not None:
+        return out
+    answer = nest(rows, tupled_out, tupled)
+    return dressed(answer, (*ys, *xs)) if kind == "dense" else answer
+
+
+@dataclass(slots=True)
+class Request:
+    """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None.
+
+    ``form`` is that of the answer, as `entries.Entries` names it; ``handles`` that of `graph.read`.
+    """
+
+    strategy: str
+    create_graph: bool
+    strict: bool
+    per_sample: bool | str
+    chunk_size: int | None
+    memory_limit: int | str | None
+    progress: bool
+    backend: str
+    resume: bool
+    out: tuple | None
+    form: str = "dense"
+    handles: int | None = 0
+
+
+def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
+    """``J[j][i]`` for every output and input of a recorded computation."""
+    if not ys:
+        raise IndexError("outputs is an empty tuple: return at least one tensor")
+    if asked.strict:
+        check_dependence(ys, xs)
+    check_batch(asked.per_sample, ys, xs)
+    dests = None if asked.out is None else destinations(asked.out, ys, xs, asked.per_sample)
+    if reentrant.in_backward():
+        rows = reentrant.aside(lambda: _in_mode(ys, xs, asked, dests))
+    else:
+        rows = _in_mode(ys, xs, asked, dests)
+    if asked.strict and asked.create_graph:
+        for j, row in enumerate(rows):
+            for i, block in enumerate(row):
+                block = block.values if isinstance(block, Banded) else block
+                if not block.requires_grad:
+                    raise RuntimeError(
+                        f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
+                        "strict mode when create_graph=True."
+                    )
+    return rows
+
+
+def _in_mode(ys, xs, asked: Request, dests):
+    with computing(asked.create_graph, asked.backend):
+        return _rows(ys, xs, asked, dests)
+
+
+def _rows(ys, xs, asked: Request, dests):
+    strategy, per_sample, limit = asked.strategy, asked.per_sample, asked.memory_limit
+    if dests is None and asked.form == "dense":
+        check_answer(ys, xs, per_sample, limit)
+    try:
+        graph = read(ys, xs, handles=asked.handles)
+    except UnsupportedGraph as reason:
+        if asked.form != "dense":
+            raise ValueError(
+                f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
+            ) from None
+        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
+        return whole.rows(ys, xs, per_sample, asked.chunk_size, limit, dests, reason)
+    graph = fold(graph)
+    journal = None
+    if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
+        journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
+        # under one and the same limit, the chunks are those of the call that is resumed
+        limit = budget(limit or journal.limit, xs[0].device)
+    plan, summed, sparse = None, False, asked.form != "dense"
+    if per_sample:
+        plan = proof(graph, strategy, ys, xs, dests, sparse)
+        if not plan.tied and not sparse:
+            if per_sample == ASSUME:
+                strategy = "reverse-mode" if strategy == "auto" else strategy
+            elif not apart(graph):
+                prove_by_probe(graph, plan, ys, xs)
+            plan, summed = None, True
+        elif asked.chunk_size is not None or limit is not None or not small(plan):
+            plan = None
+    forward = strategy == "forward-mode"
+    options = (
+        strategy,
+        summed,
+        asked.chunk_size,
+        limit,
+        ys,
+        xs,
+        per_sample,
+        dests,
+        journal is not None,
+        sparse,
+    )
+    if sparse:
+        check_pattern(graph, ys, xs, per_sample)
+    try:
+        pieces = [(None, graph, plan or plan_for(graph, *options))]
+    except MemoryLimitTooSmall:
+        pieces = None if sparse else split_samples(graph, options)
+        if pieces is None:
+            raise
+        dests = dests or [
+            [zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
+        ]
+    if journal is not None:
+        journal.planned([(span, p.signature) for span, _, p in pieces], limit)
+    watched = asked.progress or journal is not None
+    with _watching(pieces, asked.progress, journal) if watched else _UNWATCHED as watch:
+        for span, part, part_plan in pieces:
+            answers = _run(part, part_plan, span, ys, xs, asked, dests, watch)
+            if span is not None:
+                for answer in answers.values():
+                    answer.finish()
+        if pieces[0][0] is not None:
+            return dests
+        return [
+            [
+                answers[j, i].finish()
+                if (j, i) in answers
+                else nothing(asked.form, y, x, per_sample)
+                if sparse
+                else zero_block(
+                    y, x, per_sample, y if forward else x, dests[j][i] if dests else None
+                )
+                for i, x in enumerate(xs)
+            ]
+            for j, y in enumerate(ys)
+        ]
+
+
+_UNWATCHED = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _watching(pieces, progress: bool, journal: Journal | None):
+    """What is told of every chunk."""
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if progress:
+            chunks = sum(len(s.selections()) for _, _, p in pieces for s in p.sweeps)
+            advance = stack.enter_context(bar(chunks))
+        if journal is not None:
+            stack.enter_context(journal)
+        yield Watch(advance, journal)
+
+
+def _run(graph, plan, span, ys, xs, asked: Request, dests, watch):
+    """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
+    per_sample, forward = asked.per_sample, asked.strategy == "forward-mode"
+    answers: dict[tuple[int, int], Answer] = {}
+    for sweep in plan.sweeps:
+        for k, target in enumerate(sweep.targets):
+            if target is None:
+                continue
+            j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
+            y, x, dest = ys[j], xs[i], dests[j][i] if dests else None
+            out, into = y.shape, x.shape
+            if span is not None:
+                out, into = (span[1], *out[1:]), (span[1], *into[1:])
+                dest = dest.narrow(0, *span)
+                if not per_sample:
+                    dest = dest.narrow(y.dim(), *span)
+            given = (
+                sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest,
+            )  # fmt: skip
+            pattern = sweep.patterns.get(target)
+            if pattern is None:
+                answers[j, i] = Answer(*given)
+            else:
+                patch = sweep.windows.get(target)
+                answers[j, i] = Entries(*given, pattern=pattern, form=asked.form, patch=patch)
+    run(graph, plan, answers, watch)
+    return answers
+
+
+def zero_block(
+    y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
+) -> Tensor:
+    """The block of an output that does not depend on an input."""
+    if dest is not None:
+        return dest.zero_()
+    return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)
+
+
+def nest(rows, tupled_out: bool, tupled: bool):
+    if tupled:
+        rows = tuple(tuple(row) for row in rows)
+    else:
+        rows = tuple(row[0] for row in rows)
+    return rows if tupled_out else rows[0]

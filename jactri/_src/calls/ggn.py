@@ -1,0 +1,162 @@
+"""Generalised Gauss-Newton products: J^T H J for the Hessian H of a loss in the output (Schraudolph 2002)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..maps.layout import Selection
+from ..parameters.inner import SECOND, Link
+from ..parameters.pairs import check_real, flat
+from ..parameters.recorded import Recorded
+from ..prologue.arguments import check_options
+from ..prologue.running import public
+from .parameters import ParameterJacobian, _same, _second, entries
+
+
+@public
+def ggn(
+    module: torch.nn.Module,
+    x: Tensor | tuple[Tensor, ...],
+    loss_hessian: Tensor | Callable[[Tensor], Tensor],
+    params: Any = None,
+    *,
+    per_sample: bool | str = True,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+) -> GGN:
+    """The generalised Gauss-Newton matrix ``sum_n J_n^T H_n J_n`` of a loss summed over samples, as an operator.
+
+    Args:
+        module, x, params, per_sample, create_graph, chunk_size, memory_limit: see `parameter_jacobian`.
+        loss_hessian: of the loss in the output, a sample at a time: a tensor ``(N, *out)`` (its diagonal), a tensor
+            ``(N, *out, *out)``, or a function of blocks ``(K, N, *out)`` that returns products of the same shape. For
+            the softmax's cross-entropy: ``torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)``; for half the
+            squared error, ones.
+
+    Returns:
+        a `GGN`: ``g @ v`` for ``v`` ``{name: tensor}``, and ``g.diagonal()``.
+
+    Raises:
+        RuntimeError: a Hessian of another shape, or a complex one; and what `parameter_jacobian` raises.
+
+    Cost:
+        a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
+    """
+    check_options("auto", chunk_size, None, create_graph)
+    run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
+    return GGN(ParameterJacobian(run, chunk_size, memory_limit), loss_hessian)
+
+
+class GGN:
+    """``sum_n J_n^T H_n J_n``: see `ggn`. ``jacobian`` is the `ParameterJacobian`, ``output`` the module's."""
+
+    def __init__(self, jacobian: ParameterJacobian, loss_hessian):
+        self.jacobian, self.hessian = jacobian, loss_hessian
+        shape = tuple(jacobian.output.shape)
+        if isinstance(loss_hessian, Tensor):
+            if tuple(loss_hessian.shape) not in (shape, (*shape, *shape[1:])):
+                raise RuntimeError(
+                    f"loss_hessian must have shape {shape} (its diagonal) or {(*shape, *shape[1:])}, got "
+                    f"{tuple(loss_hessian.shape)}"
+                )
+            check_real("loss_hessian", loss_hessian, "the output", jacobian.output)
+        elif not callable(loss_hessian):
+            raise TypeError(
+                f"loss_hessian must be a Tensor or a function, got {type(loss_hessian)}"
+            )
+
+    @property
+    def output(self) -> Tensor:
+        return self.jacobian.output
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.jacobian.names
+
+    def _times(self, block: Tensor) -> Tensor:
+        """``H`` times a block ``(K, N, *out)``."""
+        h, shape = self.hessian, self.jacobian.output.shape
+        if not isinstance(h, Tensor):
+            made = h(block)
+            if not isinstance(made, Tensor) or made.shape != block.shape:
+                got = tuple(made.shape) if isinstance(made, Tensor) else type(made)
+                raise RuntimeError(
+                    f"loss_hessian was called with a block of shape {tuple(block.shape)} and must return one like it, "
+                    f"got {got}"
+                )
+            check_real("what loss_hessian returned", made, "the output", block)
+            return made
+        if h.shape == shape:
+            return block * h
+        n, m = shape[0], prod(shape[1:])
+        return torch.einsum("nij,knj->kni", h.reshape(n, m, m), block.reshape(-1, n, m)).reshape(
+            block.shape
+        )
+
+    @public
+    def __matmul__(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The product with ``{name: tensor}`` of the parameters' shapes, or with one more leading axis, a block."""
+        if not isinstance(v, dict):
+            return NotImplemented
+        jac = self.jacobian
+        with jac._run.computing():
+            pushed = jac @ v
+            block = pushed.dim() > jac.output.dim()
+            turned = self._times(pushed if block else pushed.unsqueeze(0))
+            return jac.T @ (turned if block else turned[0])
+
+    @public
+    def diagonal(self) -> dict[str, Tensor]:
+        """The diagonal of the matrix, ``{name: tensor}`` of the parameters' shapes, real.
+
+        For a complex entry, the sum of the two that its real and its imaginary part have.
+        """
+        jac = self.jacobian
+        run = jac._run
+        with run.computing():
+            h, n, m = self.hessian, run.n, prod(run.out)
+            if not isinstance(h, Tensor):
+                eye = torch.eye(m, dtype=run.y.dtype, device=run.y.device).reshape(m, 1, *run.out)
+                h = self._times(eye.expand(m, n, *run.out)).reshape(m, n, m).permute(1, 2, 0)
+            if run.structure is None:
+                return self._formed(h.reshape(n, m, m) if h.numel() != n * m else h.reshape(n, m))
+            return self._contracted(h, h.numel() == n * m and h.shape == run.y.shape)
+
+    def _formed(self, h: Tensor) -> dict[str, Tensor]:
+        run, made = self.jacobian._run, {}
+        dense = self.jacobian.dense() if run.n and run.by_autograd else {}
+        for name, p in run.params.items():
+            if name not in dense:
+                made[name] = torch.zeros(p.shape, dtype=p.dtype.to_real(), device=p.device)
+                continue
+            j = flat(dense[name], run.n * prod(run.out)).reshape(*h.shape[:2], -1)
+            w = h.to(j.dtype)
+            hj = w.unsqueeze(-1) * j if w.dim() == 2 else w @ j
+            made[name] = (hj * j).sum((0, 1)).reshape(*p.shape, -1).sum(-1)
+        return made
+
+    def _contracted(self, h: Tensor, is_diagonal: bool) -> dict[str, Tensor]:
+        jac = self.jacobian
+        run = jac._run
+        batch, out = run.labels()
+        labels = (*batch, *out) if is_diagonal else (*batch, *out, *_second(out))
+        h = h.reshape([run.seeds[s % SECOND] for s in labels])
+
+        def third(left: Selection | None, right: Selection | None):
+            t = h
+            for i, s in enumerate(labels):
+                sel = left if s < SECOND else right
+                if sel and s % SECOND in sel:
+                    t = t.narrow(i, *sel[s % SECOND])
+            return t, labels
+
+        sels = jac._selections()
+        pairs = [(a, b) for a in sels for b in sels if a == b or not is_diagonal]
+        link = Link(_same((*batch, *out) if is_diagonal else batch), (), own=True)
+        return entries(jac, link, third, pairs)

@@ -1,0 +1,376 @@
+"""Gram matrices of the Jacobian: `jtj`, ``J^T M J``, and `jjt`, ``J M J^T``.
+
+One end of the Jacobian is contracted (the outputs in `jtj`, the inputs in `jjt`), the other is kept. Seeds at the
+contracted end come in chunks that are summed up, so that J is never there as a whole; seeds at the kept end need all of
+it. At a cut ``J = R F`` of the graph, ``R^T M R`` comes first where that is cheaper: a bottleneck, or a last Linear
+layer, whose ``W^T W`` all samples share. It is the order of a chain of matrix products (see `mixed`), by flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import backends
+from ..base.classes import dressed, plain
+from ..meet.contract import Network
+from ..meet.ways import Asked, between, gram, pairs, summed_up, weight_in
+from ..plan.owners import apart
+from ..plan.planning import proof, prove_by_probe
+from ..prologue.arguments import ASSUME, as_tuple, check_batch, check_options
+from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..read import handover
+from ..read.graph import UnsupportedGraph, read
+from ..read.opaque import refuse_or_log
+from . import whole
+from .api import Request, compute
+
+
+@public
+def jtj(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    weight: Tensor | tuple[Tensor | None, ...] | None = None,
+    create_graph: bool = False,
+    *,
+    per_sample: bool | str = False,
+    return_output: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+) -> Any:
+    """``J^T M J``: the metric that ``func`` pulls back to its inputs, a Gauss-Newton matrix.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors, over which is summed.
+        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        weight: M. None for the identity; a real tensor, of the output's shape for a diagonal or of ``out + out``;
+            nested as the outputs, None allowed for some. Under ``per_sample``, ``out`` is the shape of one sample, and
+            a weight of its own for each has N in front. For outputs ``(N, m)``, a weight of two axes is ``(m, m)``.
+        create_graph: the result can be differentiated, in the inputs and in the weight.
+        per_sample: as for `jacobian`: samples must not mix, and the result is one matrix for each. With ``"assume"``,
+            it is made of the Jacobians that `jacobian` then returns.
+        return_output: return ``(output, result)``; the output is detached unless ``create_graph``.
+        chunk_size: how many seeds run at once.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the result included.
+        backend: as for `jacobian`.
+
+    Returns:
+        ``G[i][k]`` of shape ``in_i + in_k`` (per sample: ``(N, *in_i, *in_k)``), a tensor for one input that is no
+        tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated).
+
+    Raises:
+        TypeError: inputs, outputs or weights that are not tensors (or None) or tuples of them.
+        RuntimeError: integer or complex inputs; complex outputs; a weight that does not match an output; under
+            ``per_sample``, samples that mix.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small, an unknown backend, no common batch axis
+            under ``per_sample``.
+
+    Cost:
+        The sweeps of a Jacobian and ``2 m n^2`` flops a sample, or less: of ``2 h^2 (m + n)`` and ``2 h n^2`` with a
+        value of ``h`` entries through which all goes. Chunks of J are summed up where J does not fit.
+    """
+    given = (func, inputs, weight, create_graph)
+    return _gram(
+        "jtj", *given, per_sample=per_sample, return_output=return_output, chunk_size=chunk_size,
+        memory_limit=memory_limit, backend=backend,
+    )  # fmt: skip
+
+
+@public
+def jjt(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    weight: Tensor | tuple[Tensor | None, ...] | None = None,
+    create_graph: bool = False,
+    *,
+    per_sample: bool | str = False,
+    return_output: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+) -> Any:
+    """``J M J^T``: the covariance M of the inputs, propagated to the outputs; a tangent kernel.
+
+    Arguments, errors and cost are those of `jtj`, with inputs and outputs exchanged: the sum is over the inputs,
+    ``weight`` is nested as they are, and of the shape of an input (a diagonal) or ``in + in``. Inputs may be complex:
+    then the sum is over their real and their imaginary parts, both with the same M.
+
+    Returns:
+        ``G[j][k]`` of shape ``out_j + out_k`` (per sample: ``(N, *out_j, *out_k)``), a tensor for one output that is
+        no tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated).
+    """
+    given = (func, inputs, weight, create_graph)
+    return _gram(
+        "jjt", *given, per_sample=per_sample, return_output=return_output, chunk_size=chunk_size,
+        memory_limit=memory_limit, backend=backend,
+    )  # fmt: skip
+
+
+def _gram(
+    kind, func, inputs, weight, create_graph, *, per_sample, return_output, chunk_size, memory_limit, backend
+):  # fmt: skip
+    check_options("auto", chunk_size, None, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", kind)
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    for w in weights:
+        if w is not None:
+            as_tuple(w, "weight", kind)
+    if handover.transforming((*xs, *(w for w in weights if w is not None))):
+        rows, tupled_out, result = _composed(
+            kind, eagerly(func), xs, weights, per_sample, chunk_size
+        )
+        return nested(kind, rows, tupled, tupled_out, result, return_output)
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
+    rows = rows_of(
+        kind, ys, leaves, weight, per_sample, create_graph, chunk_size, memory_limit, backend
+    )
+    rows = dressed(rows, (*(result if tupled_out else (result,)), *xs))
+    return nested(
+        kind, rows, tupled, tupled_out, result if create_graph else detached(result), return_output
+    )
+
+
+def rows_of(
+    kind,
+    ys,
+    xs,
+    weight,
+    per_sample: bool | str,
+    create_graph: bool,
+    chunk_size,
+    memory_limit,
+    backend,
+):
+    """``G[i][k]`` of a recorded computation, for all pairs of inputs (``jtj``) or outputs."""
+    if not ys:
+        raise IndexError("outputs is an empty tuple: return at least one tensor")
+    _check_real(kind, ys, xs)
+    check_batch(per_sample, ys, xs)
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
+    forms = check_weights(weights, *ends, per_sample)
+    with computing(create_graph, backend):
+        asked = Asked(kind, forms, bool(per_sample), chunk_size, memory_limit)
+        assume = per_sample == ASSUME
+        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, assume)
+
+
+def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bool):
+    """Nested as asked for."""
+    if not (tupled if kind == "jtj" else tupled_out):
+        rows = rows[0][0]
+    return (result, rows) if return_output else rows
+
+
+def _check_real(kind: str, ys, xs) -> None:
+    """Raise for complex numbers at an end that is kept, whose pairs no entry of the result could hold."""
+    for j, y in enumerate(ys):
+        if y.is_complex():
+            raise RuntimeError(
+                f"{kind} takes real outputs, but outputs[{j}] is {y.dtype}; return torch.view_as_real(output)"
+            )
+    for i, x in enumerate(xs if kind == "jtj" else ()):
+        if x.is_complex():
+            raise RuntimeError(
+                f"jtj takes real inputs, but inputs[{i}] is {x.dtype}; pass torch.view_as_real(x) and make it "
+                "complex inside of func"
+            )
+
+
+def check_weights(weights, of: str, tensors, per_sample: bool) -> tuple[str, ...]:
+    """The form of every weight: "identity", "diagonal" or "dense", with " a sample" for one of each.
+
+    Raises RuntimeError for a weight that does not match.
+    """
+    if len(weights) == 1 and weights[0] is None:
+        weights = weights * len(tensors)
+    if len(weights) != len(tensors):
+        raise RuntimeError(
+            f"weight must be nested as the {of}: got {len(weights)} for {len(tensors)} {of}"
+        )
+    return tuple(
+        _form(i, w, of, t, per_sample)
+        for i, (w, t) in enumerate(zip(weights, tensors, strict=True))
+    )
+
+
+def _form(i: int, weight: Tensor | None, of: str, t: Tensor, per_sample: bool) -> str:
+    if weight is None:
+        return "identity"
+    shape = tuple(t.shape[1:] if per_sample else t.shape)
+    allowed = {"dense": shape + shape, "diagonal": shape}
+    if per_sample:
+        n = t.shape[:1]
+        # of (N, m) and (m, m), the shape must not decide: it would change with the number of samples
+        each = {} if len(shape) == 1 else {"diagonal a sample": (*n, *shape)}
+        allowed = {**allowed, "dense a sample": (*n, *shape, *shape), **each}
+    if not shape:  # a number is its own diagonal
+        allowed = {k: v for k, v in allowed.items() if not k.startswith("dense")}
+    for form, want in allowed.items():
+        if weight.dim() == len(want):
+            if tuple(weight.shape) == want and weight.is_floating_point():
+                if weight.device != t.device:
+                    raise RuntimeError(
+                        f"weight for {of}[{i}] is on {weight.device}; expected {t.device}, as {of}[{i}] is"
+                    )
+                return form
+            break
+    wanted = ", ".join(f"{v} ({k})" for k, v in allowed.items())
+    raise RuntimeError(
+        f"weight for {of}[{i}] has shape {tuple(weight.shape)} and dtype {weight.dtype}; expected a floating-point "
+        f"tensor of one of the shapes {wanted}"
+        + (
+            "; pass a diagonal of each sample by torch.diag_embed"
+            if per_sample and len(shape) == 1
+            else ""
+        )
+    )
+
+
+def _ready(weights, tensors, create_graph: bool) -> list[Tensor | None]:
+    if len(weights) != len(tensors):
+        weights = weights * len(tensors)
+    out = []
+    for w, t in zip(weights, tensors, strict=True):
+        if w is not None:
+            w = plain(w)
+            w = (w if create_graph else w.detach()).to(t.dtype.to_real())
+        out.append(w)
+    return out
+
+
+def _rows(ys, xs, weights, asked: Asked, assume: bool):
+    """``G[i][k]`` for all pairs of kept ends."""
+    ends = (ys, xs) if asked.kind == "jtj" else (xs, ys)
+    half = not asked.dense or _symmetric(weights, asked)
+    per_sample = ASSUME if assume else asked.per_sample
+
+    def of_jacobians(rows):
+        if asked.kind == "jtj":
+            rows = list(zip(*rows, strict=True))
+        made = _of_jacobians(rows, ends, weights, asked, half)
+        return _finished(made, range(len(ends[1])), ends[1], asked, half)
+
+    try:
+        graph = read(ys, xs)
+    except UnsupportedGraph as reason:
+        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
+        return of_jacobians(
+            whole.rows(ys, xs, per_sample, asked.chunk_size, asked.limit, None, reason)
+        )
+    summed = False
+    if asked.per_sample:
+        plan = proof(graph, "auto", ys, xs)
+        summed = not plan.tied
+        if summed and assume:
+            request = Request(
+                "auto", torch.is_grad_enabled(), False, ASSUME, asked.chunk_size, asked.limit, False, None, True, None,
+            )  # fmt: skip
+            return of_jacobians(compute(ys, xs, request))
+        if summed and not apart(graph):
+            prove_by_probe(graph, plan, ys, xs)
+    kept = graph.inputs if asked.kind == "jtj" else graph.outputs
+    made = gram(graph, weights, asked, summed, half, xs[0].device)
+    return _finished(made, kept, ends[1], asked, half)
+
+
+def _symmetric(weights, asked: Asked) -> bool:
+    """Whether every weight is, and stays so: what is differentiated may be any matrix."""
+    for w, form in zip(weights, asked.forms, strict=True):
+        if form.startswith("dense"):
+            lead = int(form.endswith("sample"))
+            n = (w.dim() - lead) // 2
+            flat = w.flatten(lead + n).flatten(lead, lead + n - 1)
+            if (w.requires_grad and torch.is_grad_enabled()) or backends.capturing(w.device):
+                return False
+            if not torch.equal(flat, flat.mT):
+                return False
+    return True
+
+
+def _composed(kind, func, xs, weights, per_sample, chunk_size):
+    """By torch.func, of a whole Jacobian."""
+    shapes: list = []
+
+    def as_tuples(*args):
+        y = func(*args)
+        shapes[:] = [isinstance(y, tuple)]
+        return as_tuple(y, "outputs of the user-provided function", kind)[1]
+
+    ys, rows = handover.jacobian(
+        as_tuples, xs, True, "auto", False, per_sample, True, chunk_size, None
+    )
+    _check_real(kind, ys, xs)
+    ends = (ys, xs) if kind == "jtj" else (xs, ys)
+    forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)
+    asked = Asked(kind, forms, per_sample, chunk_size, None)
+    if kind == "jtj":
+        rows = list(zip(*rows, strict=True))
+    half = not asked.dense
+    made = _of_jacobians(rows, ends, _ready(weights, ends[0], True), asked, half)
+    made = _finished(made, range(len(ends[1])), ends[1], asked, half)
+    (tupled_out,) = shapes
+    result = ys if tupled_out else ys[0]
+    return made, tupled_out, result
+
+
+def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[int, int], Tensor]:
+    """The products of whole Jacobians ``rows[kept][contracted]``."""
+    contracted, kept = ends
+    lead = int(asked.per_sample)
+
+    def operand(network: Network, data: Tensor, end: Tensor, to: Tensor):
+        near, far = network.axes(end.shape), network.axes(to.shape)
+        if lead:
+            far[0] = list(near[0])
+        first, last = (near, far) if asked.kind == "jtj" else (far, near)
+        dims = [c for axis in (*first, *last[lead:]) for c in axis]
+        data = data.reshape([network.sizes[d] for d in dims])
+        return network.add(dims, (near, far), data), near, far
+
+    def products():
+        # the real and the imaginary part of a complex end are two, with one weight
+        parts = [
+            (c, end, part)
+            for c, end in enumerate(contracted)
+            for part in ((torch.real, torch.imag) if end.is_complex() else (torch.real,))
+        ]
+        for number, (c, end, part) in enumerate(parts):
+            for a, b in pairs(range(len(kept)), half):
+                network = Network()
+                left, right = (operand(network, part(rows[e][c]), end, kept[e]) for e in (a, b))
+                form = asked.forms[c]
+                middle = weight_in(network, form, weights[c], end.shape, asked.per_sample)
+                yield (a, b), number, network, between(network, left, middle, right)
+
+    return {pair: s.dense(asked.per_sample) for pair, s in summed_up(products()).items()}
+
+
+def _finished(made, values, kept, asked: Asked, half: bool):
+    """All pairs of kept ends, nested, in their shapes; exactly symmetric if the products are."""
+    lead = int(asked.per_sample)
+    rows: list[list[Tensor]] = []
+    for i, a in enumerate(values):
+        rows.append([])
+        for k, b in enumerate(values):
+            n, m = kept[i].dim() - lead, kept[k].dim() - lead
+            shape = (*kept[i].shape, *kept[k].shape[lead:])
+            dtype = torch.promote_types(kept[i].dtype, kept[k].dtype)
+            turned = [*range(lead), *range(lead + m, lead + m + n), *range(lead, lead + m)]
+            if (a, b) in made:
+                block = made[a, b]
+                if half and a == b:
+                    block = block + block.permute(turned)
+                    block = block / 2 if torch.is_grad_enabled() else block.mul_(0.5)
+                    made[a, b] = block  # what it was made of is not held
+            elif (b, a) in made:
+                block = made[b, a].permute(turned).clone()
+            else:
+                block = torch.zeros(shape, dtype=dtype, device=kept[i].device)
+            rows[i].append(block.to(dtype).reshape(shape))
+    return tuple(tuple(row) for row in rows)

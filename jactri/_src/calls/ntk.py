@@ -1,0 +1,108 @@
+"""The empirical neural tangent kernel, from the factors of parameter Jacobians."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parameters.inner import Link
+from ..parameters.recorded import Recorded
+from ..prologue.arguments import check_options
+from ..prologue.running import public
+from .parameters import ParameterJacobian, _second, inner
+
+COMPUTE = ("full", "trace", "diagonal")
+
+
+@public
+def empirical_ntk(
+    module: torch.nn.Module,
+    x1: Tensor | tuple[Tensor, ...],
+    x2: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    compute: str = "full",
+    params: Any = None,
+    per_sample: bool | str = True,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+) -> Tensor:
+    """The kernel ``J(x1) J(x2)^T`` of a module's Jacobians in its parameters (Jacot et al. 2018, arXiv:1806.07572).
+
+    The Jacobians are not formed: for a layer the kernel is the product of that of its cotangents and that of its inputs
+    (Novak et al. 2022, arXiv:2206.08720).
+
+    Args:
+        module, params, per_sample, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
+        x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
+        compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
+            sum, ``(N1, N2)``.
+        memory_limit: bytes (or ``"2GB"``) for factors and what is formed of them, the kernel excluded. Entries of the
+            output run in chunks under it, and parameters in ranges.
+
+    Raises:
+        ValueError: another ``compute``; and what `parameter_jacobian` raises.
+        RuntimeError: outputs of different shapes.
+
+    Cost:
+        two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
+        feature.
+    """
+    check(compute)
+    check_options("auto", chunk_size, None, create_graph)
+    xs = (x1,) if x2 is None else (x1, x2)
+    runs = [
+        Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=per_sample)
+        for x in xs
+    ]
+    return of_runs(runs, compute, chunk_size, memory_limit)
+
+
+def check(compute: str) -> None:
+    if compute not in COMPUTE:
+        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
+
+
+def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:
+    """The kernel of one forward pass with itself, or of two."""
+    with runs[0].computing():
+        return _kernel([ParameterJacobian(run, chunk_size, memory_limit) for run in runs], compute)
+
+
+def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
+    first, second = jacobians[0], jacobians[-1]
+    a, b = first._run, second._run
+    if a.out != b.out:
+        raise RuntimeError(
+            f"the outputs for x1 and x2 must have one shape behind the batch, got {a.out} and {b.out}"
+        )
+    n1, n2, out = a.n, b.n, a.out
+    m, axes = prod(out), len(out)
+    shapes = {"full": (*out, *out), "diagonal": out, "trace": ()}
+    if not (n1 and n2 and m):
+        return a.y.new_zeros((n1, n2, *shapes[compute]))
+    if a.structure is None or b.structure is None:
+        made = first._dense_gram(second).movedim(axes + 1, 1)
+        return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
+    (batch1, out1), (batch2, out2) = a.labels(), b.labels()
+    lead = (*batch1, *_second(batch2))
+    alike = [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
+    if compute == "full" or not alike:
+        made = inner(first, second, Link((), (*lead, *out1, *_second(out2))))
+        if compute != "full":
+            made = _reduced(made.reshape(n1, n2, m, m), compute)
+    elif compute == "diagonal":
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), (*lead, *out1)))
+    else:
+        made = inner(first, second, Link(tuple(zip(out1, out2, strict=True)), lead))
+    return made.reshape(n1, n2, *shapes[compute])
+
+
+def _reduced(kernel: Tensor, compute: str) -> Tensor:
+    if compute == "full":
+        return kernel
+    diagonal = kernel.diagonal(0, 2, 3)
+    return diagonal if compute == "diagonal" else diagonal.sum(-1)

@@ -1,0 +1,118 @@
+"""The batch convention of gradient, divergence and Laplacian, and what a caller passes to them, checked.
+
+An input of one axis is a single point; with more axes, the first is a batch of samples that must not influence one
+another. ``func`` sees exactly the tensor that is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..base import backends
+from ..base.remedies import instead_of
+from ..prologue.arguments import ASSUME, check_options, check_samples
+from ..prologue.running import prepare
+from .api import Request, compute
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a call, checked by `options`."""
+
+    create_graph: bool
+    chunk_size: int | None
+    memory_limit: int | str | None
+    backend: str
+    per_sample: bool | str = True
+
+    @property
+    def assume(self) -> bool:
+        """Whether it is the caller's word that samples do not mix."""
+        return self.per_sample == ASSUME
+
+
+def options(
+    x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str, per_sample=True
+) -> Options:
+    """Raises what the arguments deserve; ``name`` is the call's."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x of {name} must be a tensor, got {type(x)}{_one_tensor(x)}")
+    if not x.dtype.is_floating_point:
+        raise RuntimeError(
+            f"x of {name} must be a floating-point tensor, got {x.dtype}: convert it, as by x.float()"
+        )
+    check_options("auto", chunk_size, None, create_graph)
+    check_samples(per_sample, True)
+    backends.check_asked(backend, x.device, create_graph)
+    return Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+
+
+def _one_tensor(x) -> str:
+    if isinstance(x, (tuple, list)):
+        return (
+            "; of coordinates, make one tensor, lambda p: func(*p.split(1, -1)) at torch.cat(x, -1), and close over "
+            "inputs that are not differentiated: lambda x: func(x, t)"
+        )
+    return instead_of(x, "x", False)
+
+
+def batched(x: Tensor) -> bool:
+    """Whether the first axis of an input is samples."""
+    return x.dim() > 1
+
+
+def inner(x: Tensor) -> tuple[int, ...]:
+    """The shape of one point."""
+    return tuple(x.shape[1:]) if batched(x) else tuple(x.shape)
+
+
+def check_same(y: Tensor, x: Tensor, name: str) -> None:
+    """Raise unless an output has the shape of its input."""
+    if y.shape != x.shape:
+        raise RuntimeError(
+            f"{name} needs a func whose output has the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
+
+
+def evaluate(
+    func: Callable, x: Tensor, name: str, create_graph: bool, same: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``func`` at ``x``: its output as it is, and the ends of its graph, output and input.
+
+    ``same``: the output must have the shape of the input.
+    """
+    ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
+    if tupled:
+        raise TypeError(
+            f"func of {name} must return one tensor, got a tuple of {len(ys)}: call {name} for each"
+        )
+    (y,) = ys
+    if not y.dtype.is_floating_point:
+        raise RuntimeError(
+            f"func of {name} must return a floating-point tensor, got {y.dtype}, which has no derivative"
+        )
+    if same:
+        check_same(y, x, name)
+    if batched(x) and (y.dim() == 0 or y.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"x of {name} has shape {tuple(x.shape)}: a batch of {x.shape[0]} samples, for which func must return "
+            f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. Pass a single point as a tensor of one axis"
+        )
+    return result, y, leaf
+
+
+def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = None) -> Tensor:
+    """``(N, *out, *in)``, or ``(*out, *in)`` of a single point, by the machinery of `jactri.jacobian`."""
+    graph = asked.create_graph if create_graph is None else create_graph
+    request = Request(
+        "auto", graph, False, batched(x) and asked.per_sample, asked.chunk_size, asked.memory_limit, False,
+        "auto" if graph else asked.backend, True, None,
+    )  # fmt: skip
+    return compute((y,), (x,), request)[0][0]
+
+
+def result(y: Tensor, asked: Options) -> Tensor:
+    return y if asked.create_graph else y.detach()

@@ -1,0 +1,440 @@
+"""Products with the Jacobian: `jvp` and `vjp`, for one vector or a block of them in one sweep.
+
+The sweep is that of a Jacobian, from blocks that are given instead of an identity (see `sweep.follow_given`): all
+tangents are pushed, and all cotangents pulled, together. `push` and `pull` are the same on a recorded computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import backends
+from ..base.classes import dressed, plain
+from ..maps.linear_map import Identity
+from ..plan.planning import plan_for_given
+from ..plan.poles import finite, suspects
+from ..prologue.arguments import as_tuple, check_options
+from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..read import handover
+from ..read.graph import Graph, UnsupportedGraph, Value, read
+from ..read.opaque import Vmapped, refuse_or_log, why_not
+from ..read.unrecorded import guarded
+from ..run.answers import Store
+from ..run.executor import run
+from .api import Request, compute
+from .strictness import check_ends, check_varying
+
+Blocks = Sequence[Tensor | None]
+
+
+@public
+def jvp(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    tangents: Tensor | tuple[Tensor, ...] | None = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    *,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+) -> tuple[Any, Any]:
+    """The output of ``func`` at ``inputs``, and its Jacobian times ``tangents``: ``sum_i J[:, i] t_i``.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors. It runs once.
+        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        tangents: nested as ``inputs``; each of its input's shape, or each ``(K, *input)``: a block of K tangents, which
+            are pushed at once. For one input of a single element they may be left out: a one.
+        create_graph: the product can be differentiated, in the inputs and in the tangents; so can the output.
+        strict: raise for an input that no output depends on, for an output that depends on no input, and under
+            ``create_graph`` for a product that is constant.
+        chunk_size: how many of the K tangents run at once.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
+        backend: as for `jacobian`.
+
+    Returns:
+        ``(output, product)``: the product is nested as the output, of its shapes and dtypes, with K in front for
+        blocks. The output is detached unless ``create_graph``. Where an output does not depend on the inputs: zeros.
+
+    Raises:
+        TypeError: inputs, tangents or outputs that are not tensors or tuples of them.
+        RuntimeError: integer inputs; tangents that do not match the inputs (the argument, its shape and the shape
+            expected are named), or that are missing; blocks of different K; what ``strict`` forbids.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one tangent, an unknown backend.
+
+    Cost:
+        About as many flops as ``K`` forward passes, beside the one of ``func``.
+    """
+    check_options("auto", chunk_size, None, create_graph)
+    _, xs = as_tuple(inputs, "inputs", "jvp")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    ts = _given(tangents, "tangents", "jvp", "inputs", xs)
+    block = check_vectors("tangents", ts, "inputs", xs)
+    if handover.transforming((*xs, *ts)):
+        handover.refuse(strict=strict)
+        return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
+    if strict:
+        check_ends(ys, leaves, True)
+    with computing(create_graph):
+        blocks = ts if block else [t.unsqueeze(0) for t in ts]
+        made = push(
+            ys, leaves, blocks, create_graph,
+            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
+        )  # fmt: skip
+        product = _nested(made, block, tupled_out)
+    if strict and create_graph:
+        check_varying(made, "output")
+    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
+    return (result if create_graph else detached(result)), product
+
+
+@public
+def vjp(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    cotangents: Tensor | tuple[Tensor, ...] | None = None,
+    create_graph: bool = False,
+    strict: bool = False,
+    *,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+) -> tuple[Any, Any]:
+    """The output of ``func`` at ``inputs``, and ``cotangents`` times its Jacobian: ``sum_j c_j J[j, :]``.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors. It runs once.
+        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        cotangents: nested as the outputs; each of its output's shape, or each ``(K, *output)``: a block of K
+            cotangents, which are pulled at once. For one output of a single element they may be left out: a one.
+        create_graph: the product can be differentiated, in the inputs and in the cotangents; so can the output.
+        strict: raise for an input that no output depends on, for an output without a graph, and under
+            ``create_graph`` for a product that is constant.
+        chunk_size: how many of the K cotangents run at once.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
+        backend: as for `jacobian`.
+
+    Returns:
+        ``(output, product)``: the product is nested as the inputs, of their shapes and dtypes, with K in front for
+        blocks. The output is detached unless ``create_graph``. For an input that no output depends on: zeros.
+
+    Raises:
+        TypeError: inputs, cotangents or outputs that are not tensors or tuples of them.
+        RuntimeError: integer inputs; cotangents that do not match the outputs (the argument, its shape and the shape
+            expected are named), or that are missing; blocks of different K; what ``strict`` forbids.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one cotangent, an unknown backend.
+
+    Cost:
+        About as many flops as ``K`` backward passes to the inputs, beside the forward pass of ``func``.
+    """
+    check_options("auto", chunk_size, None, create_graph)
+    tupled, xs = as_tuple(inputs, "inputs", "vjp")
+    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    cs = None if cotangents is None else as_tuple(cotangents, "cotangents", "vjp")[1]
+
+    def ready(ys):
+        given = _given(cs, "cotangents", "vjp", "outputs", ys)
+        return given, check_vectors("cotangents", given, "outputs", ys)
+
+    if handover.transforming((*xs, *(cs or ()))):
+        handover.refuse(strict=strict)
+        return handover.vjp(eagerly(func), xs, tupled, ready, chunk_size)
+    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
+    if not ys:
+        raise IndexError("outputs is an empty tuple: return at least one tensor")
+    if strict:
+        check_ends(ys, leaves, False)
+    with computing(create_graph):
+        cs, block = ready(ys)
+        blocks = cs if block else [c.unsqueeze(0) for c in cs]
+        made = pull(
+            ys, leaves, blocks, create_graph,
+            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
+        )  # fmt: skip
+        product = _nested(made, block, tupled)
+    if strict and create_graph:
+        check_varying(made, "input")
+    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
+    return (result if create_graph else detached(result)), product
+
+
+def _given(vectors, name: str, call: str, of: str, tensors) -> tuple[Tensor, ...]:
+    """The caller's vectors; where there are none, a one for a single number. Raises RuntimeError for more."""
+    if vectors is not None:
+        return as_tuple(vectors, name, call)[1]
+    if len(tensors) != 1 or tensors[0].numel() != 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise RuntimeError(
+            f"{name} of {call} can be left out only where the {of} are one tensor with a single element, but they have "
+            f"the shapes {shapes}; pass {name}, nested as the {of}"
+        )
+    return (torch.ones_like(tensors[0]),)
+
+
+def check_vectors(name: str, vectors, of: str, tensors) -> bool:
+    """Whether ``vectors`` are blocks, with an axis K in front. Raises RuntimeError where they do not match."""
+    if len(vectors) != len(tensors):
+        raise RuntimeError(
+            f"{name} must be nested as the {of}: got {len(vectors)} for {len(tensors)} {of}"
+        )
+    columns = None
+    for i, (v, t) in enumerate(zip(vectors, tensors, strict=True)):
+        want = tuple(t.shape)
+        block = v.dim() == t.dim() + 1
+        if tuple(v.shape[block:]) != want:
+            raise RuntimeError(
+                f"{name}[{i}] has shape {tuple(v.shape)}; expected {want}, the shape of {of}[{i}], or (K, "
+                f"{', '.join(map(str, want))}) for a block of K {name}"
+            )
+        if not (v.is_floating_point() or v.is_complex()):
+            raise RuntimeError(
+                f"{name}[{i}] has dtype {v.dtype}; expected that of {of}[{i}], {t.dtype}"
+            )
+        if v.is_complex() and not t.is_complex():
+            raise RuntimeError(f"{name}[{i}] is complex ({v.dtype}), but {of}[{i}] is {t.dtype}")
+        if v.device != t.device:
+            raise RuntimeError(
+                f"{name}[{i}] is on {v.device}; expected {t.device}, as {of}[{i}] is"
+            )
+        own = v.shape[0] if block else None
+        if i and own != columns:
+            raise RuntimeError(
+                f"{name}[0] is {_kind(columns)} and {name}[{i}] is {_kind(own)}; pass blocks of one size K for all "
+                f"{of}, or one vector for each"
+            )
+        columns = own
+    return columns is not None
+
+
+def _kind(columns: int | None) -> str:
+    return "one vector" if columns is None else f"a block of K = {columns}"
+
+
+def _nested(made: list[Tensor], block: bool, tupled: bool):
+    made = tuple(made if block else [m.squeeze(0) for m in made])
+    return made if tupled else made[0]
+
+
+def push(
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    tangents: Blocks,
+    create_graph: bool = False,
+    *,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+    graph: Graph | None = None,
+) -> list[Tensor]:
+    """``J t`` of a recorded computation: blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output.
+
+    None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
+    """
+    return _multiply(
+        ys, xs, tangents, False, create_graph, chunk_size, memory_limit, backend, graph
+    )
+
+
+def pull(
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    cotangents: Blocks,
+    create_graph: bool = False,
+    *,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+    graph: Graph | None = None,
+) -> list[Tensor]:
+    """``c J`` of a recorded computation: blocks ``(K, *y)`` of cotangents, one an output, to ``(K, *x)``, one an input.
+
+    None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
+    """
+    return _multiply(
+        ys, xs, cotangents, True, create_graph, chunk_size, memory_limit, backend, graph
+    )
+
+
+def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, backend, graph):
+    seeds, ends = (ys, xs) if reverse else (xs, ys)
+    columns = next(b.shape[0] for b in blocks if b is not None)
+    blocks = [
+        None if b is None else _ready(b, t, create_graph)
+        for b, t in zip(blocks, seeds, strict=True)
+    ]
+    with computing(create_graph, backend):
+        if not columns:
+            return [e.new_zeros(0, *e.shape) for e in ends]
+        try:
+            graph = graph or read(ys, xs)
+        except UnsupportedGraph as reason:
+            shapes = [x.shape for x in xs]
+            refuse_or_log("the function", ys[0].shape, shapes, f"holds {reason}")
+            whole = _pulled if reverse else _pushed
+            return whole(ys, xs, blocks, columns, reason)
+        starts = graph.outputs if reverse else graph.inputs
+        total: list[Tensor | None] = [None] * len(ends)
+        for part, given in _apart(graph, starts, blocks, reverse):
+            seeds = list(given)
+            plan = plan_for_given(
+                part, seeds, columns, reverse, chunk_size, memory_limit, xs[0].device
+            )
+            (sweep,) = plan.sweeps
+            stores = {
+                k: Store(sweep.layouts[v], part.values[v])
+                for k, v in enumerate(sweep.targets)
+                if v is not None
+            }
+            run(
+                part,
+                plan,
+                {(0, k) if reverse else (k, 0): s for k, s in stores.items()},
+                None,
+                given,
+            )
+            for k, store in stores.items():
+                made = store.block()
+                total[k] = made if total[k] is None else total[k] + made
+        if not reverse and suspects(graph) and not all(finite(t) for t in total if t is not None):
+            rows = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
+            pairs = zip(total, rows, strict=True)
+            total = [t if t is None else torch.where(t.isfinite(), t, r) for t, r in pairs]
+        return [
+            e.new_zeros(columns, *e.shape) if t is None else t
+            for t, e in zip(total, ends, strict=True)
+        ]
+
+
+def _by_jacobian(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
+    """`push` by the rows of the Jacobian: as autograd has it where a pole lies behind a selection (see `poles`)."""
+    asked = Request(
+        "reverse-mode", create_graph, False, False, chunk_size, memory_limit, False, "torch", False, None
+    )  # fmt: skip
+    made = []
+    for y, row in zip(ys, compute(ys, xs, asked), strict=True):
+        total = sum(
+            t.flatten(1) @ block.reshape(y.numel(), -1).t()
+            for t, block in zip(tangents, row, strict=True)
+            if t is not None
+        )
+        made.append(total.reshape(-1, *y.shape).to(y.dtype))
+    return made
+
+
+def _ready(block: Tensor, like: Tensor, create_graph: bool) -> Tensor:
+    """A block as the sweep takes it."""
+    block = plain(block)
+    if block.is_inference():
+        block = block.clone()
+    if not create_graph:
+        block = block.detach()
+    return block.to(like.dtype)
+
+
+def _apart(graph: Graph, starts, blocks, reverse: bool):
+    """The graph and the given blocks, by value, of the sweeps to run: in a sweep, no seed lies on another's way."""
+    seeds = [(v, b) for v, b in zip(starts, blocks, strict=True) if v is not None and b is not None]
+    if len(seeds) < 2:
+        return [(graph, dict(seeds))] if seeds else []
+    if reverse:
+        # every output gets a copy of itself at the end, which nothing else depends on
+        values, n = list(graph.values), len(graph.values)
+        for v, _ in seeds:
+            old = values[v]
+            values.append(Value("output", old.shape, old.dtype, old.device, ((v, Identity()),)))
+        key = (graph.key, tuple(v for v, _ in seeds))
+        ends = list(range(n, n + len(seeds)))
+        whole = Graph(values, graph.inputs, ends, key, graph.layers)
+        return [(whole, {n + i: b for i, (_, b) in enumerate(seeds)})]
+    leaves: dict[int, Tensor] = {}
+    for v, block in seeds:
+        if not graph.values[v].sources:
+            leaves[v] = leaves[v] + block if v in leaves else block
+    inner = [(graph, {v: block}) for v, block in seeds if graph.values[v].sources]
+    return [(graph, leaves), *inner] if leaves else inner
+
+
+def _pulled(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
+    """`pull` by autograd, for what the blocks of the engine do not represent."""
+    live = [(y, b) for y, b in zip(ys, blocks, strict=True) if b is not None and y.requires_grad]
+    if not live:
+        return [x.new_zeros(columns, *x.shape) for x in xs]
+    ends = [y for y, _ in live]
+    graph = torch.is_grad_enabled()
+    why = (reason.why or why_not(ends)) if graph else None
+    if why is None:
+        return _rows(lambda cs: _gradients(ends, xs, cs, graph), live)
+    with torch.no_grad():
+        made = _rows(lambda cs: _gradients(ends, xs, cs, False), live)
+    return guarded(made, [*ends, *(b for _, b in live)], why)
+
+
+def _pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
+    """`push` by autograd: the derivative of ``c J`` in c, in which it is linear."""
+    # what hooks, and backwards of sparse tensors, make of a cotangent need not be recorded
+    if reason.graph is not None or not reason.twice or why_not(ys) is not None:
+        return [_by_rows(y, xs, blocks, columns, reason) for y in ys]
+    with torch.enable_grad():
+        cs = [torch.zeros_like(y, requires_grad=True) for y in ys]
+        ends = [(y, c) for y, c in zip(ys, cs, strict=True) if y.requires_grad]
+        if not ends:
+            return [y.new_zeros(columns, *y.shape) for y in ys]
+        pulled = _gradients(*([e[0] for e in ends], xs, [e[1] for e in ends]), True)
+    live = [
+        (g, b) for g, b in zip(pulled, blocks, strict=True) if b is not None and g.requires_grad
+    ]
+    if not live:
+        return [y.new_zeros(columns, *y.shape) for y in ys]
+    starts = [g for g, _ in live]
+    return _rows(lambda ts: _gradients(starts, cs, ts, torch.is_grad_enabled()), live)
+
+
+def _by_rows(y: Tensor, xs, blocks, columns: int, reason: UnsupportedGraph) -> Tensor:
+    """`push` to one output where ``c J`` cannot be differentiated: by the rows of the Jacobian.
+
+    The gradient of a complex tensor is the one whose real pairs are the gradient in real pairs, see "Autograd for
+    Complex Numbers" in PyTorch's notes.
+    """
+    n = y.numel()
+    units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
+    parts = []
+    for unit in (units, 1j * units) if y.is_complex() else (units,):
+        total = torch.zeros(columns, n, dtype=y.real.dtype, device=y.device)
+        for g, t in zip(_pulled([y], xs, [unit], n, reason), blocks, strict=True):
+            if t is not None:
+                pairs = [
+                    torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in (t, g)
+                ]
+                total = total + pairs[0].reshape(columns, -1) @ pairs[1].reshape(n, -1).mT
+        parts.append(total)
+    made = torch.complex(*parts) if y.is_complex() else parts[0]
+    return made.reshape(columns, *y.shape)
+
+
+def _gradients(ys, xs, cs, create_graph: bool) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        ys, xs, cs, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def _rows(product, live) -> list[Tensor]:
+    """``product`` for every row of blocks; ``live``: (tensor of the computation, its block)."""
+    flat = torch.cat([b.reshape(len(b), t.numel()) for t, b in live], 1)  # of the widest dtype
+    sizes = [t.numel() for t, _ in live]
+
+    def one_row(row):
+        parts = []
+        for part, (t, _) in zip(row.split(sizes), live, strict=True):
+            if part.is_complex() and not t.is_complex():
+                part = part.real
+            parts.append(part.to(t.dtype).view(t.shape))
+        return product(parts)
+
+    name = " ".join(dict.fromkeys(t.grad_fn.name() for t, _ in live))
+    return list(Vmapped(one_row, f"the whole function ({name})")(flat))

@@ -1,0 +1,1 @@
+"""A call as one graph for PyTorch's compiler, and as a package."""

@@ -1,0 +1,1 @@
+"""Which kernel or library runs a step; jactri.kernels is known here."""

@@ -1,0 +1,1 @@
+"""Linear maps, and the algebra of their axes."""

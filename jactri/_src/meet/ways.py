@@ -1,0 +1,434 @@
+"""How a Gram matrix of the Jacobian is computed (see `gram`): the ways, what they cost, and how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..base.memory import free_bytes, parse_bytes
+from ..base.rates import rough
+from ..plan import mixed
+from ..plan.planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
+from ..plan.poles import met, suspects
+from ..plan.samples import narrow, places
+from ..plan.sweep import Sweep, follow, itemsize
+from ..read.graph import Graph
+from ..run.answers import Store
+from ..run.executor import chunks
+from .contract import Axes, Network, Operand, Sum, Unaligned
+
+LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for; ``forms`` are those of the weights."""
+
+    kind: str
+    forms: tuple[str, ...]
+    per_sample: bool
+    chunk_size: int | None
+    limit: int | str | None
+
+    @property
+    def dense(self) -> bool:
+        return any(f.startswith("dense") for f in self.forms)
+
+
+@dataclass
+class Way:
+    """How to compute: ``near`` are the sweeps between the contracted ends and the kept ones, or a cut; ``far`` those
+    between the cut and the kept ones.
+
+    ``summing``: the near seeds are at the contracted ends, and chunks of them are summed up.
+    """
+
+    cut: int | None
+    near: list[Sweep]
+    far: list[Sweep]
+    summing: bool
+    seconds: float = 0.0
+    held: float = 0.0
+    """Bytes of the blocks that are there as a whole."""
+    result: float = 0.0
+    """Bytes of the products, among them the answer, once more for what is made of it."""
+    answer: float = 0.0
+    plain: bool = False
+    """Whether zeros are written out, as blocks have no letters in common."""
+    ready: dict[int | None, Way] = field(default_factory=dict)
+    """By chunk size: the way with its chunks, where memory does not decide them."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all goes from the outputs to the inputs, as autograd does."""
+        return self.cut is None and all(s.reverse for s in self.near)
+
+
+_Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
+"""(value, value) -> sweep, the value at its end, data: the block between both, whichever of them has the seed."""
+
+
+_known: dict[tuple, list[Way]] = {}
+
+
+def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
+    """All ways that are worth a look, the cheapest first."""
+    key = (graph.key, asked.kind, asked.forms, asked.per_sample, summed)
+    if key not in _known:
+        if len(_known) >= 256:
+            _known.pop(next(iter(_known)), None)
+        # a cut must be worth its further products
+        _known[key] = sorted(
+            _found(graph, asked, summed), key=lambda w: w.seconds * (1 if w.cut is None else 1.2)
+        )
+    return _known[key]
+
+
+def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
+    reverse = asked.kind == "jtj"
+    ends = [[v for v in dict.fromkeys(e) if v is not None] for e in (graph.outputs, graph.inputs)]
+    contracted, kept = ends if reverse else ends[::-1]
+    if not (contracted and kept):
+        return []
+    ways = []
+    rates = rough(graph.values[kept[0]].device.type)
+    for cut in [None, *(() if summed else _cuts(graph))]:
+        far: list[Sweep] = []
+        to = kept
+        if cut is not None:
+            to = [cut]
+            seeded = [follow(graph, k, not reverse, [cut], i) for i, k in enumerate(kept)]
+            far = min(
+                [follow(graph, cut, reverse, list(kept))], seeded, key=lambda s: seconds(s, rates)
+            )
+        for chunked in (True, False):
+            seeds, targets = (contracted, to) if chunked else (to, contracted)
+            near = [
+                follow(graph, v, reverse == chunked, list(targets), i, summed)
+                for i, v in enumerate(seeds)
+            ]
+            way = Way(cut, near, far, chunked and not asked.dense)
+            try:
+                if _predict(graph, way, asked) or summed:
+                    ways.append(way)
+            except Unaligned:
+                # it runs with zeros written out, which must not be those between samples
+                if cut is None and (summed or not asked.per_sample):
+                    way.seconds, way.summing, way.plain = float("inf"), False, True
+                    ways.append(way)
+    return ways
+
+
+def _cuts(graph: Graph) -> list[int]:
+    found = mixed.cuts(graph)
+    return sorted(found, key=lambda v: prod(graph.values[v].shape))[: mixed.MOST_CUTS]
+
+
+def _size(graph: Graph, sweeps: list[Sweep]) -> float:
+    """Bytes of the blocks at the ends of sweeps."""
+    return sum(
+        sweep.layouts[t].numel() * itemsize(graph, t)
+        for sweep in sweeps
+        for t in sweep.targets
+        if t is not None
+    )
+
+
+def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
+    """The blocks between both ends of sweeps; ``made``: their data, by sweep and value."""
+    out: _Blocks = {}
+    for i, sweep in enumerate(sweeps):
+        for t in sweep.targets:
+            if t is not None:
+                entry = sweep, t, None if made is None else made[i, t]
+                out[sweep.seed, t] = out[t, sweep.seed] = entry
+    return out
+
+
+def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
+    """Fill in what a way costs and holds; whether it keeps samples apart that are to be.
+
+    Raises Unaligned where its blocks have no letters in common.
+    """
+    half = not asked.dense
+    made = list(_products(graph, way, _blocks(way.near), None, asked, half))
+    sums = summed_up(iter(made))
+    if way.cut is not None:
+        more = list(_around(graph, way, _blocks(way.far), sums[way.cut, way.cut], half))
+        made += more
+        sums = {**sums, **summed_up(iter(more))}
+    size = {
+        pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
+        for pair, s in sums.items()
+    }
+    way.answer = sum(size.values()) - size.get((way.cut, way.cut), 0.0)
+    way.result = sum(size.values()) + way.answer  # what is made symmetric is there twice
+    rates = rough(graph.values[way.near[0].seed].device.type)
+    flops = sum(network.flops for _, _, network, _ in made)
+    way.seconds = seconds([*way.near, *way.far], rates)
+    way.seconds += predict(flops, way.result, len(made), rates)
+    way.held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
+    way.held *= 1 + SLACK
+    return not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
+
+
+_Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]
+"""(kept values, the contracted end, network, product)."""
+
+
+def _products(
+    graph: Graph, way: Way, near: _Blocks, weights, asked: Asked, half: bool, sel=None, seed=None, plain=False
+) -> _Made:  # fmt: skip
+    """The products of near blocks over every contracted end (or ``seed`` alone), for pairs of the others.
+
+    Without weights, they have no data.
+    """
+    ends = graph.outputs if asked.kind == "jtj" else graph.inputs
+    others = graph.inputs if asked.kind == "jtj" else graph.outputs
+    to = [way.cut] if way.cut is not None else [v for v in dict.fromkeys(others) if v is not None]
+    planned = weights is None
+    for c, end in enumerate(ends):
+        if end is None or seed not in (None, end):
+            continue
+        for a, b in pairs(to, half):
+            if (end, a) not in near or (end, b) not in near:
+                continue
+            network = Network()
+            left, right = (
+                _block(network, graph, near[end, v], v, sel, plain, planned) for v in (a, b)
+            )
+            weight = None if planned else weights[c]
+            shape = graph.values[end].shape
+            middle = weight_in(network, asked.forms[c], weight, shape, asked.per_sample)
+            yield (a, b), c, network, between(network, left, middle, right)
+
+
+def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool) -> _Made:
+    """The products at a cut, between far blocks."""
+    kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
+    planned = middle.made.data is None
+    for a, b in pairs(kept, half):
+        network = Network()
+        left, right = (
+            _block(network, graph, far[way.cut, v], v, None, False, planned) for v in (a, b)
+        )
+        inner = network.copy(middle.network, middle.made)
+        yield (a, b), 0, network, between(network, left, inner, right)
+
+
+def pairs(kept, half: bool):
+    """All pairs of kept ends, or those of which the others are the transposes."""
+    return [(a, b) for i, a in enumerate(kept) for b in kept[i if half else 0 :]]
+
+
+Part = tuple[Operand, Axes, Axes]
+"""A block in a network, its contracted end and its kept end."""
+
+
+def between(network: Network, left: Part, middle: Operand, right: Part) -> Operand:
+    """``left^T middle right``, where the left and the right are blocks from the kept end to the contracted one."""
+    network.identify(left[1], middle.ends[0])
+    network.identify(right[1], middle.ends[1])
+    unit = not middle.dims and middle.data is None
+    parts = [left[0], right[0]] if unit else [left[0], middle, right[0]]
+    return network.multiply(parts, (left[2], right[2]))
+
+
+def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
+    """The sums over contracted ends, and over the chunks of each, by kept values."""
+    parts: dict[tuple, Sum] = {}
+    for pair, c, network, product in made:
+        parts.setdefault((pair, c), Sum()).add(network, product)
+    total: dict[tuple[int, int], Sum] = {}
+    for (pair, _), part in parts.items():
+        total.setdefault(pair, Sum()).merge(part)
+    return total
+
+
+def _block(
+    network: Network, graph: Graph, entry, value: int, sel, plain: bool, planned: bool
+) -> Part:
+    """The block between a contracted end and ``value`` in a network."""
+    sweep, target, data = entry
+    operand = network.block(sweep, target, graph.values[target], data, sel, plain, planned)
+    seed, end = operand.ends
+    return (operand, end, seed) if sweep.seed == value else (operand, seed, end)
+
+
+def weight_in(
+    network: Network, form: str, weight: Tensor | None, shape, per_sample: bool
+) -> Operand:
+    """M; its ends are those of the contracted value, twice."""
+    rows = network.axes(shape)
+    if not form.startswith("dense"):
+        columns = [list(axis) for axis in rows]
+        dims = [] if form == "identity" else rows
+    else:
+        columns = network.axes(shape)
+        if per_sample:
+            columns[0] = list(rows[0])
+        dims = [*rows, *columns[per_sample:]]
+    if per_sample and form in ("dense", "diagonal"):
+        dims = dims[1:]
+    dims = [c for axis in dims for c in axis]
+    if weight is not None:
+        weight = weight.reshape([network.sizes[c] for c in dims])
+    return network.add(dims, (rows, columns), weight)
+
+
+def gram(
+    graph: Graph, weights, asked: Asked, summed: bool, half: bool, device: torch.device
+) -> dict[tuple[int, int], Tensor]:
+    """The products, by pairs of kept values; of all pairs, or ``half``, which their transposes complete.
+
+    ``summed``: a probe has shown that samples do not mix.
+    """
+    if asked.per_sample and not _ways(graph, asked, summed):
+        summed = True  # shown by a plan, that none of the ways can follow
+    if asked.limit is not None:
+        limit = parse_bytes(asked.limit)
+    else:
+        largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
+        limit = float("inf") if largest < LARGE else max(free_bytes(device) // 2, LARGE)
+    return _run(graph, weights, asked, summed, half, limit)
+
+
+def _run(
+    graph: Graph, weights, asked: Asked, summed: bool, half: bool, limit: float
+) -> dict[tuple[int, int], Tensor]:
+    """The products, by pairs of kept values, by the cheapest way that the memory allows.
+
+    Samples run in ranges if the cheapest way fits so and not else, before a way that costs more is taken.
+    """
+    ways = _ways(graph, asked, summed)
+    if not ways:
+        return {}
+    if not ways[0].by_rows and met(graph, suspects(graph, seeds=True)):
+        ways = [w for w in ways if w.by_rows]
+    ready = _fitting(graph, ways[:1], asked, limit)
+    if ready is None and asked.per_sample and not summed:
+        made = _in_ranges(graph, ways[0], weights, asked, half, limit)
+        if made is not None:
+            return made
+    if ready is None:
+        needs: list[float] = []
+        ready = _fitting(graph, ways, asked, limit, needs)
+        if ready is None:
+            raise MemoryLimitTooSmall(
+                f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(min(needs)) + 1} with "
+                "the result; raise memory_limit"
+            )
+    return _computed(graph, ready, weights, asked, half)
+
+
+def _fitting(
+    graph: Graph, ways: list[Way], asked: Asked, limit: float, needs: list[float] | None = None
+) -> Way | None:
+    """The first way that fits the memory limit, with its chunks; what each of the others ``needs``."""
+    for way in ways:
+        try:
+            return _cut(graph, way, limit, asked.chunk_size)
+        except MemoryLimitTooSmall as error:
+            if needs is not None:
+                needs.append(way.held + way.result + error.need * (2 if way.summing else 1))
+    return None
+
+
+def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float):
+    """The products of ranges of samples, the longest that fit the memory limit; None where there are none."""
+    ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
+    n = graph.values[ends[0]].shape[0]
+    where = places(graph, [*way.near, *way.far])
+    if where is None or any(where.get(v) != (0, 1) for v in ends):
+        return None
+    limit -= way.answer
+    count = n
+    while count > 1:
+        count = (count + 1) // 2
+        part = narrow(graph, where, 0, count)
+        if part is None:
+            return None
+        if _fitting(part, _ways(part, asked, False)[:1], asked, limit) is not None:
+            break
+    else:
+        return None
+    parts = []
+    for start in range(0, n, count):
+        length = min(count, n - start)
+        mine = [
+            w.narrow(0, start, length) if form.endswith("sample") else w
+            for w, form in zip(weights, asked.forms, strict=True)
+        ]
+        part = narrow(graph, where, start, length)
+        parts.append(_run(part, mine, asked, False, half, limit))
+    return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
+
+
+def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
+    """A way with the chunks of its sweeps. Raises MemoryLimitTooSmall."""
+    if limit == float("inf") and chunk_size in way.ready:
+        return way.ready[chunk_size]
+    free = limit - way.held - way.result
+    device = graph.values[way.near[0].seed].device.type
+
+    def chosen(sweep: Sweep, summing: bool) -> Sweep:
+        sweep = replace(sweep)
+        # the copy of a chunk for its product
+        options = free / 2 if summing else free, chunk_size
+        sweep.chunks = choose_chunks(graph, sweep, *options, device)
+        if summing and len(sweep.selections()) * 2 * way.result > sweep.bytes:
+            # to add up the result again and again costs more than blocks that leave the cache
+            sweep.chunks = choose_chunks(graph, sweep, *options, "any")
+        return sweep
+
+    ready = replace(
+        way,
+        near=[chosen(s, way.summing) for s in way.near],
+        far=[chosen(s, False) for s in way.far],
+    )
+    if limit == float("inf"):
+        way.ready[chunk_size] = ready
+    return ready
+
+
+def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
+    def chunked() -> _Made:
+        for sweep in way.near:
+            ends = [t for t in sweep.targets if t is not None]
+            for sel, blocks in chunks(graph, sweep):
+                near = _blocks([sweep], {(0, t): blocks[t][0] for t in ends})
+                yield from _products(graph, way, near, weights, asked, half, sel, sweep.seed)
+
+    if way.summing:
+        total = summed_up(chunked())
+    else:
+        near = _blocks(way.near, stored(graph, way.near))
+        total = summed_up(_products(graph, way, near, weights, asked, half, plain=way.plain))
+    if way.cut is not None:
+        far = _blocks(way.far, stored(graph, way.far))
+        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half))
+    return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
+
+
+def stored(graph: Graph, sweeps: list[Sweep]) -> dict[tuple[int, int], Tensor | None]:
+    """The whole blocks at the ends of sweeps, by sweep and value; None where they are ones."""
+    out = {}
+    for i, sweep in enumerate(sweeps):
+        ends = [t for t in dict.fromkeys(sweep.targets) if t is not None]
+        if not sweep.chunks:
+            for _, blocks in chunks(graph, sweep):
+                out.update({(i, t): blocks[t][0] for t in ends})
+            continue
+        stores = {t: Store(sweep.layouts[t], graph.values[t]) for t in ends}
+        for sel, blocks in chunks(graph, sweep, list(stores.items())):
+            for t, store in stores.items():
+                mine = {f: r for f, r in sel.items() if f not in sweep.layouts[t].tied}
+                if not any(start for f, (start, _) in sel.items() if f not in mine):
+                    store.put(*blocks[t], mine)
+        out.update({(i, t): store.block() for t, store in stores.items()})
+    return out

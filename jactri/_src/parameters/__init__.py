@@ -1,0 +1,1 @@
+"""Where parameters are used; factors of their Jacobian, and inner products of these."""

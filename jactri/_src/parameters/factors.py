@@ -1,0 +1,391 @@
+"""The Jacobian in a parameter as a sum of pieces: cotangents times what the layer saw, and what is made of them.
+
+A `Piece` is ``C``, or ``C`` times ``a``, or ``C`` put into the rows of an index, with labelled axes (see `uses`). An
+outer product for a Linear layer, whose ``T`` tokens, if it has some, are summed (Goodfellow 2015, arXiv:1510.01799);
+for a convolution ``a`` are the patches of its input (Rochette et al. 2019, arXiv:1912.06015).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..maps.entrywise import selected
+from ..maps.layout import Selection, convert, one
+from ..read.graph import Graph
+from ..run.executor import blocks_of
+from .labels import Labels, aligned, contract, multiply, settled
+from .uses import Role, Structure, Use
+
+
+@dataclass
+class Piece:
+    """One term of the Jacobian in a parameter whose axes have the labels ``axes``.
+
+    Labels below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose label is
+    ``row``.
+    ``origin``: the block that ``c`` is, if it is one as it was.
+    """
+
+    c: Tensor
+    cl: Labels
+    axes: tuple[Labels, ...]
+    sizes: dict[int, int]
+    a: Tensor | None = None
+    al: Labels = ()
+    index: Tensor | None = None
+    il: Labels = ()
+    row: int = -1
+    origin: object = None
+
+    @property
+    def operands(self) -> list[tuple[Tensor, Labels]]:
+        return [(self.c, self.cl)] if self.a is None else [(self.c, self.cl), (self.a, self.al)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t, _ in self.operands)
+
+    def narrow(self, axis: int, start: int, length: int) -> Piece | None:
+        """A range of one axis of the parameter, or None where labels do not allow that."""
+        if len(self.axes[axis]) != 1:
+            return None
+        (label,) = self.axes[axis]
+        if label == self.row or sum(label in axis for axis in self.axes) > 1:
+            return None
+
+        def cut(t: Tensor, labels: Labels) -> Tensor:
+            return t.narrow(labels.index(label), start, length) if label in labels else t
+
+        a = None if self.a is None else cut(self.a, self.al)
+        return replace(
+            self, c=cut(self.c, self.cl), a=a, sizes={**self.sizes, label: length}, origin=None
+        )
+
+
+def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict[int, list[Piece]]:
+    """The pieces of every parameter (by its value), for a selection of the output's entries."""
+    blocks = blocks_of(graph, structure.sweep, sel)
+    seeds = len(structure.sweep.layout.seed)
+    found: dict[int, list[Piece]] = {}
+    for use in structure.uses:
+        block = blocks[use.value]
+        if use.pull is None:
+            piece = _piece(graph, use, block, sel or {}, seeds)
+            if sel and _diagonal(piece, seeds):
+                piece = _spread(piece, use.sizes, sel, seeds)
+        else:
+            piece = _pulled(graph, structure, use, block, sel or {})
+        found.setdefault(use.root, []).append(piece)
+    found = {root: _merged(pieces) for root, pieces in found.items()}
+    if structure.inner:
+        _through(graph, structure, found, sel or {})
+    return found
+
+
+# -- one use ------------------------------------------------------------------------------------------
+
+
+def _cut(t: Tensor, labels: Labels, sel: Selection) -> Tensor:
+    """The selected part of a tensor, along labels of the seed of which it has all entries."""
+    for label, (start, length) in sel.items():
+        if label in labels and t.shape[labels.index(label)] != length:
+            t = t.narrow(labels.index(label), start, length)
+    return t
+
+
+def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int) -> Piece:
+    value = graph.values[use.value]
+    sizes = {**use.sizes, **{label: length for label, (_, length) in sel.items()}}
+    roles, steps, outer, index, row = [], [], None, None, -1
+    own = {label for axis in use.axes for label in axis}
+    factor = 1.0
+    il: Labels = ()
+    for role in use.roles:
+        edge = graph.values[role.owner].sources[role.edge][1]
+        if role.kind == "scale":
+            factor *= edge.factor
+        elif role.kind == "rows":
+            *lead, row = role.labels
+            il = tuple(lead)
+            index = edge.index.reshape([use.sizes[s] for s in il])
+            index = _cut(index, il, sel)
+        elif role.kind == "diagonal":
+            full = graph.values[role.owner].shape
+            for function, d in edge.factors(True):
+                d = d.expand(full).reshape([use.sizes[s] for s in role.labels])
+                roles.append(_thin(_cut(d, role.labels, sel), role.labels))
+                steps.append(function)
+        else:
+            t = _seen(role, edge, use.sizes)
+            outer = _thin(_cut(t, role.labels, sel), role.labels)
+    known = own.union(il, range(seeds), *(labels for _, labels in roles))
+    if outer is not None:
+        known.update(outer[1])
+    whole = [
+        sel[s][1] if s in sel and i < use.free else use.sizes[s]
+        for i, s in enumerate(use.cotangent)
+    ]
+    c = one(value).expand(whole) if block is None else block.reshape(whole)
+    c, cl = _thin(_cut(c, use.cotangent, sel), use.cotangent, known)
+    origin = None
+    if not roles and factor == 1.0:
+        origin = "ones" if block is None else block
+    if selected in steps:  # in the order of a pull, which a product does not know
+        for function, (t, labels) in zip(steps, roles, strict=True):
+            out = tuple(sorted(set(cl).union(labels)))
+            c, cl = function(aligned(c, cl, out), aligned(t, labels, out), False), out
+        roles = []
+    if roles:
+        keep = set(cl).union(*(labels for _, labels in roles))
+        kept = own.union(il, range(seeds), outer[1] if outer else ())
+        out = tuple(sorted(keep & kept))
+        c, cl = multiply([(c, cl), *roles], out), out
+    elif outer is None and index is None:
+        c, cl = settled(c, cl, own.union(range(seeds)))
+    if factor != 1.0:
+        c = c * factor
+    if outer is not None:
+        # the labels that nothing else has are summed once and for all
+        t, labels = settled(*outer, own.union(cl, range(seeds)))
+        if labels != outer[1]:
+            origin = None
+        if own.intersection(labels).difference(cl):
+            return Piece(c, cl, use.axes, sizes, t, labels, origin=origin)
+        out = tuple(sorted((set(cl) | set(labels)) & own.union(range(seeds))))
+        return Piece(contract(c, cl, t, labels, out), out, use.axes, sizes)
+    return Piece(c, cl, use.axes, sizes, None, (), index, il, row, origin)
+
+
+def _thin(t: Tensor, labels: Labels, known=None) -> tuple[Tensor, Labels]:
+    """Without the axes along which all entries are one (expanded), unless that changes a sum over them."""
+    if 0 not in t.stride():
+        return t, labels
+    for i in range(len(labels) - 1, -1, -1):
+        if t.stride(i) == 0 and t.shape[i] > 1 and (known is None or labels[i] in known):
+            t, labels = t.select(i, 0), labels[:i] + labels[i + 1 :]
+    return t, labels
+
+
+def _seen(role: Role, edge, sizes) -> Tensor:
+    """What an edge multiplies cotangents by, one axis a label."""
+    shape = [sizes[s] for s in role.labels]
+    if role.kind == "matrix":
+        return edge.partner.reshape(shape)
+    return patches(edge.x, edge.geometry, edge.kernel).reshape(shape)
+
+
+def patches(x: Tensor, geometry, kernel) -> Tensor:
+    """What every window of a convolution sees: ``(N, C, *kernel, *windows)``."""
+    spatial = len(kernel)
+    if spatial == 2:
+        cut = F.unfold(x, kernel, geometry.dilation, geometry.padding, geometry.stride)
+        windows = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                x.shape[2:],
+                geometry.padding,
+                geometry.dilation,
+                kernel,
+                geometry.stride,
+                strict=True,
+            )
+        ]
+        return cut.reshape(*x.shape[:2], *kernel, *windows)
+    if any(geometry.padding):
+        x = F.pad(x, [p for p in reversed(geometry.padding) for _ in range(2)])
+    for a in range(spatial):
+        k, s, d = kernel[a], geometry.stride[a], geometry.dilation[a]
+        first = torch.arange(0, x.shape[2 + 2 * a] - d * (k - 1), s, device=x.device)
+        index = torch.arange(k, device=x.device).mul(d).unsqueeze(1) + first
+        x = x.index_select(2 + 2 * a, index.flatten()).unflatten(2 + 2 * a, index.shape)
+    order = [0, 1, *range(2, 2 + 2 * spatial, 2), *range(3, 3 + 2 * spatial, 2)]
+    return x.permute(order)
+
+
+def _pulled(graph: Graph, structure: Structure, use: Use, block: Tensor | None, sel) -> Piece:
+    """The edge called for the cotangents of a sample at a time: the others are zero."""
+    sweep, batch = structure.sweep, structure.batch
+    value, layout = graph.values[use.value], sweep.layouts[use.value]
+    edge = graph.values[use.pull[0]].sources[use.pull[1]][1]
+    only = layout.drop(layout.tied - batch)
+    full = convert(
+        block, layout, only, sel, torch.empty((), dtype=value.dtype, device=value.device)
+    )
+    seeds = [(label, sel[label][1] if label in sel else n) for label, n in enumerate(only.seed)]
+    sizes = {**use.sizes, **dict(seeds)}
+    if full is None:
+        full = torch.ones(1, *value.shape, dtype=value.dtype, device=value.device)
+    labels = tuple(sorted(batch))
+    ties = [t for axis in only.axes for _, t in axis]
+    fine = [n for axis in only.axes for n, _ in axis]
+    view = full.reshape(full.shape[0], *fine)
+    rows = []
+    for number in range(prod([sizes[s] for s in labels])):
+        rest, mask = number, torch.zeros_like(view)
+        inside, source = mask, view
+        for label in reversed(labels):
+            rest, at = divmod(rest, sizes[label])
+            dim = 1 + ties.index(label)
+            inside, source = inside.narrow(dim, at, 1), source.narrow(dim, at, 1)
+        inside.copy_(source)
+        rows.append(edge.pull(mask.reshape(full.shape), False)[0])
+    free = [label for label, _ in seeds if label not in batch]
+    found = torch.stack(rows).reshape(
+        *(sizes[s] for s in labels), *(sizes[s] for s in free), *graph.values[use.root].shape
+    )
+    own = tuple([label for axis in use.axes for label in axis])
+    return Piece(found, (*labels, *free, *own), use.axes, sizes)
+
+
+# -- the uses of one parameter ------------------------------------------------------------------------
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    """Uses of one form as one, their sum: a step of a recurrent net is one token."""
+    if len(pieces) < 2:
+        return pieces
+    groups: dict[tuple, list[Piece]] = {}
+    for p in pieces:
+        shapes = tuple(p.c.shape), () if p.a is None else tuple(p.a.shape)
+        groups.setdefault((p.cl, p.al, p.il, p.axes, p.row, shapes, p.c.dtype), []).append(p)
+    out = []
+    for same in groups.values():
+        first = same[0]
+        if len(same) == 1:
+            out.append(first)
+        elif first.a is None and first.index is None:
+            out.append(replace(first, c=sum(p.c for p in same), origin=None))
+        else:
+            step = max(first.sizes) + 1
+            merged = replace(
+                first, c=torch.stack([p.c for p in same]), cl=(step, *first.cl), origin=None,
+                sizes={**first.sizes, step: len(same)},
+            )  # fmt: skip
+            if first.a is not None:
+                merged.a, merged.al = torch.stack([p.a for p in same]), (step, *first.al)
+            if first.index is not None:
+                merged.index, merged.il = torch.stack([p.index for p in same]), (step, *first.il)
+            out.append(merged)
+    return out
+
+
+def _spread(piece: Piece, full: dict[int, int], sel: Selection, seeds: int) -> Piece:
+    """A piece with a diagonal, of whose rows some are selected: the parameter keeps all of its entries.
+
+    The diagonal becomes a matrix of zeros and ones, a factor of the cotangents.
+    """
+    axes, sizes, count = [], dict(piece.sizes), max(piece.sizes) + 1
+    c, cl = piece.c, piece.cl
+    for axis in piece.axes:
+        own = []
+        for label in axis:
+            if label < seeds and label in sel:
+                start, length = sel[label]
+                rows = torch.eye(full[label], dtype=c.dtype, device=c.device)
+                out = (*(s for s in cl if s != label), label, count)
+                c, cl = contract(c, cl, rows.narrow(0, start, length), (label, count), out), out
+                sizes[count] = full[label]
+                label, count = count, count + 1
+            own.append(label)
+        axes.append(tuple(own))
+    return replace(piece, c=c, cl=cl, axes=tuple(axes), sizes=sizes, origin=None)
+
+
+def _through(graph: Graph, structure: Structure, found: dict[int, list[Piece]], sel) -> None:
+    """Replace the pieces of what is made of parameters by those of the parameters, formed."""
+    seeds = [sel[s][1] if s in sel else n for s, n in enumerate(structure.sweep.layout.seed)]
+    count = prod(seeds)
+    blocks = {}
+    for root in structure.inner:
+        value = graph.values[root]
+        dense = formed(found.pop(root), seeds, value.shape, value.dtype, value.device)
+        blocks[root] = dense.reshape(count, *value.shape)
+    for v in range(max(blocks), -1, -1):
+        sources = graph.values[v].sources
+        if v not in blocks or not sources:
+            continue
+        block = blocks.pop(v)
+        for s, edge in sources:
+            pulled, _ = edge.pull(block, False)
+            blocks[s] = blocks[s] + pulled if s in blocks else pulled
+    for leaf, block in blocks.items():
+        shape = graph.values[leaf].shape
+        sizes = dict(enumerate([*seeds, *shape]))
+        axes = tuple((len(seeds) + a,) for a in range(len(shape)))
+        piece = Piece(block.reshape(*seeds, *shape), tuple(sizes), axes, sizes)
+        found[leaf] = _merged([*found.get(leaf, []), piece])
+
+
+# -- formed -------------------------------------------------------------------------------------------
+
+
+def formed(pieces: list[Piece], seeds: list[int], shape, dtype, device) -> Tensor:
+    """The Jacobian ``(*seeds, *shape)`` itself."""
+    zero = bool(pieces) and _diagonal(pieces[0], len(seeds))
+    make = torch.zeros if zero or not pieces else torch.empty
+    out = make((*seeds, *shape), dtype=dtype, device=device)
+    write(pieces, out, len(seeds), cleared=zero)
+    return out
+
+
+def _diagonal(piece: Piece, seeds: int) -> bool:
+    """Whether the piece vanishes but on diagonals: a label of the output is one of the parameter."""
+    return any(label < seeds for axis in piece.axes for label in axis)
+
+
+def write(pieces: list[Piece], out: Tensor, seeds: int, cleared: bool = False, add=False) -> None:
+    """Write the Jacobian into ``out``, which has the axes of the output and then those of the parameter.
+
+    ``cleared``: it holds zeros. ``add``: what it holds is a part of the sum.
+    """
+    if not add and not cleared and (not pieces or _diagonal(pieces[0], seeds)):
+        out.zero_()
+    for piece in pieces:
+        view, labels = _window(piece, out, seeds)
+        if piece.index is None and not add and view.dtype == piece.c.dtype:
+            multiply(piece.operands, labels, view)
+        else:
+            made = (
+                multiply(piece.operands, labels) if piece.index is None else _in_rows(piece, labels)
+            )
+            view.add_(made) if add else view.copy_(made)
+        add = True
+
+
+def _window(piece: Piece, out: Tensor, seeds: int) -> tuple[Tensor, Labels]:
+    """The part of the result in which a piece lies, as a view with one axis a label."""
+    names = [*range(seeds), *(label for axis in piece.axes for label in axis)]
+    view = out.view([piece.sizes[s] for s in names])
+    for label in range(seeds):
+        while names.count(label) > 1:
+            i = names.index(label)
+            j = names.index(label, i + 1)
+            view = view.diagonal(0, i, j)
+            names = [n for k, n in enumerate(names) if k not in (i, j)] + [label]
+    return view, tuple(names)
+
+
+def _in_rows(piece: Piece, out: Labels) -> Tensor:
+    """Cotangents added to the rows that an index names, with axes ``out``."""
+    il, row, sizes = piece.il, piece.row, piece.sizes
+    kept = [s for s in il if s in out]
+    number = piece.index
+    stride = sizes[row]
+    for s in reversed(kept):
+        i = il.index(s)
+        at = torch.arange(sizes[s], device=number.device).view(-1, *[1] * (len(il) - 1 - i))
+        number = number + at * stride
+        stride = stride * sizes[s]
+    rest = tuple([s for s in out if s not in il and s != row])
+    source = aligned(*settled(piece.c, piece.cl, {*il, *rest}), (*il, *rest))
+    source = source.expand([sizes[s] for s in (*il, *rest)]).reshape(
+        prod([sizes[s] for s in il]), -1
+    )
+    total = source.new_zeros(stride, source.shape[1]).index_add_(0, number.reshape(-1), source)
+    total = total.reshape([sizes[s] for s in (*kept, row, *rest)])
+    return aligned(total, (*kept, row, *rest), out)

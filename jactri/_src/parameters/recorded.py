@@ -1,0 +1,476 @@
+"""One forward pass of a module, read as the graph from its parameters to its output."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..base.classes import leaf_and_given, plain
+from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
+from ..base.memory import free_bytes, parse_bytes
+from ..base.tracing import own
+from ..maps.layout import Selection
+from ..plan.owners import apart_behind
+from ..plan.samples import REMEDY, halves, probe_mixing
+from ..plan.sweep import itemsize, peak_bytes
+from ..prologue.arguments import ASSUME, check_samples
+from ..prologue.running import computing, record
+from ..read import handover
+from ..read.behind import leaves_behind, reached
+from ..read.graph import Graph, UnsupportedGraph, read
+from ..read.opaque import Opaque, refuse_or_log
+from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
+
+LARGE = 1 << 26
+"""Predicted bytes from which the free memory is looked up."""
+
+_structures: dict[tuple, Structure | SamplesMix] = {}
+_STRUCTURES_KEPT = 64
+
+
+def chosen(module, params) -> dict[str, Tensor]:
+    """The parameters that a call is about, by name. Raises for what is not one of the module's, or frozen."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, got {type(module).__name__}; wrap a function in a "
+            "module, or write it as one of parameters for jactri.func.jacrev: lambda p: "
+            "torch.func.functional_call(net, p, x)"
+        )
+    named = dict(module.named_parameters())
+    if not named:
+        raise ValueError(f"the module {type(module).__name__} has no parameters")
+    if params is None:
+        found = {name: p for name, p in named.items() if p.requires_grad}
+        if not found:
+            raise RuntimeError(
+                f"all {len(named)} parameters of {type(module).__name__} are frozen (requires_grad is False); call "
+                "requires_grad_() on those that are meant"
+            )
+        return found
+    if isinstance(params, (str, Tensor)):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be names or tensors, got {type(params).__name__}")
+    every = dict(module.named_parameters(remove_duplicate=False))
+    names = {id(p): name for name, p in named.items()}
+    found = {}
+    for item in params:
+        if isinstance(item, str):
+            if item not in every:
+                close = difflib.get_close_matches(item, every, 3) or list(every)[:5]
+                raise ValueError(
+                    f"params: {type(module).__name__} has no parameter {item!r}; names like it: {', '.join(close)}"
+                )
+            name = item
+        elif isinstance(item, Tensor):
+            if id(item) not in names:
+                raise ValueError(
+                    f"params: a tensor of shape {tuple(item.shape)} is no parameter of {type(module).__name__}; pass "
+                    "names, or the very tensors of module.parameters()"
+                )
+            name = names[id(item)]
+        else:
+            raise TypeError(f"params must hold names or tensors, got {type(item).__name__}")
+        p = every[name]
+        if not p.requires_grad:
+            raise RuntimeError(
+                f"params: {name!r} is frozen (requires_grad is False), so the output has no graph to it; call "
+                "requires_grad_() on it first"
+            )
+        if any(p is q for q in found.values()):
+            raise ValueError(f"params: {name!r} is given twice, or shared with one that is given")
+        found[name] = p
+    if not found:
+        raise ValueError("params is empty: pass at least one name, or None for all")
+    return found
+
+
+@contextlib.contextmanager
+def _buffers_kept(module):
+    """Put back the buffers that a forward pass in training mode writes to; gives what may be put back."""
+    saved = [
+        (m, name, b, b.clone(), b._version)
+        for m in module.modules()
+        if m.training and not own()  # whose ops write nothing
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for m, name, b, copy, version in saved:
+                if b._version != version:
+                    b.copy_(copy)
+                elif b.layout is torch.strided and all(b.stride()):
+                    # native ops write to statistics without telling; those are dense
+                    if b.device.type != "cpu":  # to compare would wait for the device
+                        b.data.copy_(copy)
+                    elif not torch.equal(b, copy):
+                        b.copy_(copy)
+                m._buffers[name] = b
+
+
+class Recorded:
+    """The output ``y`` of one forward pass, the graph to its parameters, and the structure of their uses.
+
+    Without ``read`` the graph is read later, by `read`; at once where buffers are put back, which it needs.
+    ``graph`` is None where blocks cannot follow (complex values), and where the batch or the output is empty;
+    ``structure`` then is, too.
+    """
+
+    def __init__(
+        self, module, x, params, create_graph: bool, call: str, read: bool = True, per_sample=True
+    ):
+        check_samples(per_sample, True)
+        self.assume = per_sample == ASSUME
+        self.module, self.params = module, chosen(module, params)
+        xs = x if isinstance(x, tuple) else (x,)
+        for i, t in enumerate(xs):
+            if not isinstance(t, Tensor):
+                where = f"x[{i}]" if isinstance(x, tuple) else "x"
+                raise TypeError(
+                    f"x of {call} must be a Tensor or a tuple of Tensors, but {where} has type {type(t)}"
+                )
+            if t.dim() == 0:
+                raise ValueError(
+                    "x needs a batch of samples on its first axis, but it is 0-dimensional"
+                )
+        if not xs:
+            raise IndexError("x is an empty tuple: pass at least one tensor")
+        if handover.transforming([*xs, *self.params.values()]):
+            raise RuntimeError(
+                f"{call} is not available inside of a torch.func transform; use torch.func.functional_call there"
+            )
+        self.create_graph = create_graph
+        self._was_read = False
+        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module) as written:
+            ends = [
+                leaf_and_given(t, create_graph) if _differentiable(t) else (_ordinary(t),) * 2
+                for t in xs
+            ]
+            leaves = [leaf for leaf, _ in ends]
+            y, self.handles = record(module, *(given for _, given in ends))
+            self.params = _after_forward(module, self.params)
+            if any(p._backward_hooks for p in self.params.values()):
+                self.handles = None
+            self._check_output(y, leaves, module)
+            y = plain(y)
+            self.y, self.n, self.leaves = y, y.shape[0], leaves
+            self.out = tuple(y.shape[1:])
+            self.watched = [(name, p, p._version) for name, p in self.params.items()]
+            self.watched += [("x", t, t._version) for t in leaves]
+            self.by_autograd, self.reason = False, None
+            """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
+            self.graph: Graph | None = None
+            self.structure: Structure | None = None
+            if read or written:
+                self._read()
+
+    @staticmethod
+    def _check_output(y, leaves, module) -> None:
+        name = type(module).__name__
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the output of {name} must be a Tensor, but it has type {type(y)}; wrap the module in one that "
+                "returns the tensor that is meant"
+            )
+        if not _differentiable(y):
+            raise RuntimeError(
+                f"the output of {name} has dtype {y.dtype}: only real floating-point outputs have one"
+            )
+        n = leaves[0].shape[0]
+        for i, t in enumerate(leaves):
+            if t.shape[0] != n:
+                raise ValueError(
+                    f"x[{i}] has {t.shape[0]} samples on its first axis, and x[0] has {n}"
+                )
+        if y.dim() == 0 or y.shape[0] != n:
+            raise ValueError(
+                f"the output of {name} needs the batch of samples on its first axis, but has shape "
+                f"{tuple(y.shape)} for {n} samples; for one sample, pass x.unsqueeze(0)"
+            )
+
+    # -- structure --------------------------------------------------------------------------------
+
+    def read(self) -> Recorded:
+        """Raises RuntimeError where samples mix."""
+        if not self._was_read:
+            with torch.inference_mode(False):
+                self._read()
+        return self
+
+    def _read(self) -> None:
+        with computing(self.create_graph):
+            self._find()
+        self._was_read = True  # not where that raised
+
+    def _find(self) -> None:
+        y, leaves = self.y, self.leaves
+        if not (y.numel() and y.requires_grad):
+            return
+        real = [t for t in leaves if t.requires_grad]
+        try:
+            self.graph = graph = read([y], [*self.params.values(), *real], handles=self.handles)
+        except UnsupportedGraph as reason:
+            shapes = [p.shape for p in self.params.values()]
+            refuse_or_log("the module", y.shape, shapes, f"holds {reason}")
+            if real and not self.assume:
+                with torch.no_grad():
+                    leak = probe_mixing([y], real)
+                if leak is not None:
+                    raise _mixing(f"it holds {reason}, and {leak}") from None
+            missing = set(range(len(self.params))) - reached([y], list(self.params.values()))
+            self._check_reached(missing)
+            self.by_autograd, self.reason = True, reason
+            if reason.graph is None:
+                return
+            self.graph = graph = reason.graph  # for the proof that samples do not mix
+        count = len(self.params)
+        starts = graph.inputs[:count]
+        self.values = dict(zip(self.params, starts, strict=True))
+        self._check_reached({i for i, s in enumerate(starts) if s is None})
+        (seed,) = graph.outputs
+        if seed is None or all(s is None for s in starts):
+            self.graph = None
+            return
+        data = [s for s in graph.inputs[count:] if s is not None]
+        whole = [t for t in leaves if not t.requires_grad]
+        picked = looked_up(graph, self.n, whole) if whole and not real else []
+        # in the mode of what comes: the graph's maps keep what they compute
+        self.structure = self._structure(graph, seed, starts, data, picked, real)
+        if self.by_autograd:
+            self.graph = self.structure = None
+
+    def _check_reached(self, missing: set[int]) -> None:
+        """Raise where weights of other tensors stand in for the parameters that the output does not depend on.
+
+        That is where it depends on leaves of which none is the module's, and where one is a flat parameter of FSDP's.
+        """
+        if not missing:
+            return
+        own = {id(p) for p in self.module.parameters()}
+        found = leaves_behind(self.y, self.leaves)
+        foreign = [t for t in found if id(t) not in own]
+        flat = any(getattr(t, "_is_flat_param", False) for t in foreign)
+        if not foreign or not (flat or len(foreign) == len(found)):
+            return
+        names = [name for i, name in enumerate(self.params) if i in missing]
+        shapes = ", ".join(str(tuple(t.shape)) for t in foreign[:3])
+        raise RuntimeError(
+            f"the output of {type(self.module).__name__} does not depend on its parameters {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}, but on {len(foreign)} other tensors that require grad (shapes "
+            f"{shapes}{', ...' if len(foreign) > 3 else ''}): its weights live elsewhere. For those, use "
+            "jactri.jacobian_of(output, tensors), or a module that they are parameters of"
+            + (f"; {WRAPPED}" if flat else "")
+        )
+
+    def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
+        key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
+        found = _remembered(key, lambda: find(graph, seed, starts, data, picked))
+        if not isinstance(found, SamplesMix):
+            return found
+        # values decide, those of this call
+        if not (self.assume or apart_behind(graph, seed, data, picked)):
+            if not opened and (opened := _keep_samples(graph, self.n)):
+                return self._structure(graph, seed, starts, data, picked, real, opened)
+            value = graph.values[found.value]
+            why = f"the op {value.op} (output {tuple(value.shape)}) does not keep the batch axis"
+            if not real:
+                raise _mixing(why)
+            if (leak := probe_mixing([self.y], real, graph)) is not None:
+                raise _mixing(f"{why}, and {leak}")
+        return _remembered((key, "whole"), lambda: unstructured(graph, seed, starts))
+
+    @property
+    def reached(self) -> bool:
+        """Whether the output depends on a parameter, and neither is empty."""
+        return self.by_autograd or self.structure is not None
+
+    def computing(self):
+        """With a graph if one is asked for."""
+        return computing(self.create_graph)
+
+    # -- chunks -----------------------------------------------------------------------------------
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The sizes of the output's labels, those of its samples first."""
+        return self.structure.sweep.layout.seed
+
+    def labels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The labels of the samples, and of the rest of the output."""
+        batch = self.structure.batch
+        every = range(len(self.seeds))
+        return tuple(s for s in every if s in batch), tuple(s for s in every if s not in batch)
+
+    def budget(self, memory_limit) -> float:
+        if memory_limit is not None:
+            return float(parse_bytes(memory_limit))
+        return max(free_bytes(self.y.device) / 2, float(LARGE))
+
+    def selections(
+        self, chunk_size: int | None, memory_limit, share: float = 0.4
+    ) -> list[Selection | None]:
+        """The output's entries in the pieces that are computed at once: None for all.
+
+        Samples are never cut: what an entry of the output needs is about what the forward pass holds. ``share``: of the
+        memory that blocks may take.
+        """
+        sweep, structure = self.structure.sweep, self.structure
+        _, out = self.labels()
+        sizes = {s: self.seeds[s] for s in out}
+        total = prod(sizes.values())
+
+        def cut(count: int) -> dict[int, int]:
+            chunks, room = {}, count
+            for s in reversed(out):
+                take = min(sizes[s], max(room, 1))
+                take = -(-sizes[s] // -(-sizes[s] // take))
+                room //= sizes[s]
+                if take < sizes[s]:
+                    chunks[s] = take
+            return chunks
+
+        def need(chunks: dict[int, int]) -> float:
+            at_once = prod([chunks.get(s, n) for s, n in sizes.items()])
+            blocks = peak_bytes(self.graph, sweep, chunks)
+            return blocks + structure.extra * at_once + structure.patches
+
+        count = total if chunk_size is None else min(chunk_size, total)
+        if count == total and memory_limit is None and need({}) <= LARGE:
+            return [None]
+        limit = share * self.budget(memory_limit)
+        while need(cut(count)) > limit:
+            if count == 1:
+                raise ValueError(
+                    f"memory_limit leaves {int(limit)} bytes for the factors, and those of one output entry need "
+                    f"{int(need(cut(1)))}; raise memory_limit, or pass fewer samples"
+                )
+            count //= 2
+        sels: list[Selection] = [{}]
+        for s, size in cut(count).items():
+            sels = [
+                {**sel, s: (start, min(size, sizes[s] - start))}
+                for sel in sels
+                for start in range(0, sizes[s], size)
+            ]
+        return [sel or None for sel in sels]
+
+    def factor_bytes(self) -> float:
+        """Bytes of the blocks at all uses, those that are one counted once."""
+        sweep = self.structure.sweep
+        owner: dict[int, int] = {}
+        for step in sweep.steps:
+            owner[step.value] = step.value
+            if step.shares:
+                owner[step.value] = owner.get(step.terms[0].other, sweep.seed)
+        held = {owner[t] for t in sweep.targets if t in owner} - {sweep.seed}
+        return sum(sweep.layouts[v].numel() * itemsize(self.graph, v) for v in held)
+
+    def kinds(self) -> dict[str, list[str]]:
+        """What the uses of every parameter are, in words."""
+        structure, found = self.structure, {}
+        for name, value in self.values.items():
+            uses = [u for u in structure.uses if u.root == value]
+            words = [kind_of(u) for u in uses]
+            if value in structure.formed:
+                words.append("formed")
+            counted = dict.fromkeys(words)
+            found[name] = [
+                word if words.count(word) == 1 else f"{words.count(word)} times {word}"
+                for word in counted
+            ] or ["not used"]
+        return found
+
+    def check_unchanged(self) -> None:
+        """Raise if something was written to since the forward pass, or freed."""
+        for name, t, version in self.watched:
+            check_here(t, name)
+            if t._version != version:
+                raise RuntimeError(
+                    f"{name} was modified in place after the forward pass (an optimizer's step?), so its Jacobian "
+                    "cannot be computed any more; call parameter_jacobian again, or .dense() before the step"
+                )
+
+
+def _after_forward(module, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters with which the module ran: FSDP puts whole ones in the place of its distributed ones."""
+    if not any(map(is_distributed, params.values())):
+        return params
+    every = dict(module.named_parameters(remove_duplicate=False))
+    params = {name: every.get(name, p) for name, p in params.items()}
+    spread = [name for name, p in params.items() if is_distributed(p)]
+    if spread:
+        raise RuntimeError(
+            f"parameters are DTensors after the forward pass ({', '.join(spread[:4])}"
+            f"{', ...' if len(spread) > 4 else ''}), so a process has a part of their numbers only: {FSDP}; for tensor "
+            "parallel weights, use a module with the whole ones (full_tensor())"
+        )
+    return params
+
+
+def _mixing(why: str) -> RuntimeError:
+    return RuntimeError(
+        f"samples mix: {why}. A Jacobian a sample does not exist then; make the samples independent (BatchNorm: call "
+        "eval(); attention: batch_first=True)" + REMEDY
+    )
+
+
+def _remembered(key: tuple, make) -> Structure | SamplesMix:
+    """What ``make()`` returns or raises of samples that mix, remembered."""
+    found = _structures.get(key)
+    if found is None:
+        try:
+            found = make()
+        except SamplesMix as mix:
+            found = mix.with_traceback(None)
+        if len(_structures) >= _STRUCTURES_KEPT:
+            _structures.pop(next(iter(_structures)), None)
+        _structures[key] = found
+    return found
+
+
+def _differentiable(t: Tensor) -> bool:
+    return t.dtype.is_floating_point
+
+
+def _ordinary(t: Tensor) -> Tensor:
+    return t.clone() if t.is_inference() else t
+
+
+def _keep_samples(graph: Graph, n: int) -> tuple:
+    """Let ops that are called instead of understood keep the axes of samples that a probe finds unmixed.
+
+    A random cotangent on half of the samples must leave exact zeros on the others; see `samples.halves`. Returns which
+    edges, and their axes.
+    """
+    found = []
+    for v, value in enumerate(graph.values):
+        for e, (s, edge) in enumerate(value.sources):
+            source = graph.values[s].shape
+            if not isinstance(edge, Opaque) or edge.kept(source, value.shape):
+                continue
+            for a in range(min(len(source), len(value.shape))):
+                if source[a] == value.shape[a] == n and _unmixed(edge, value, a, n):
+                    edge.keep(((a, a),))
+                    found.append((v, e, a))
+                    break
+    return tuple(found)
+
+
+def _unmixed(edge: Opaque, value, axis: int, n: int) -> bool:
+    noise = torch.arange(1, prod(value.shape) + 1, dtype=torch.float64, device=value.device)
+    noise = noise.mul(2.399963).sin().to(value.dtype).view(value.shape)
+    for mask in halves(n, value.device):
+        shape = [1] * len(value.shape)
+        shape[axis] = n
+        pulled, _ = edge.pull((noise * mask.view(shape)).unsqueeze(0), False)
+        if bool((pulled.movedim(axis + 1, 0)[~mask] != 0).any()):
+            return False
+    return True

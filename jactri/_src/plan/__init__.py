@@ -1,0 +1,1 @@
+"""Plans, which hold no tensors: sweeps, patterns, windows, samples, order by cost."""

@@ -1,0 +1,330 @@
+"""Mixed mode: partial Jacobians between cut points, multiplied where they meet. Pure: it holds no tensor.
+
+A *cut* is a value through which every path from an input to an output goes: with it, ``dy/dx = dy/dc dc/dx``. A
+bottleneck is worth cutting at: an autoencoder 784-32-784 needs 32 seeds in each half and one product, not 784 seeds
+all the way. `best` is the dynamic program of matrix chain multiplication (Griewank and Walther, Evaluating
+Derivatives, 2nd edition, SIAM 2008, section 10.3: vertex elimination on a chain) over the cuts: every segment
+between two of them is a forward sweep, a reverse sweep, or a product of two shorter ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+from ..maps.layout import FREE, Layout
+from ..read.graph import Graph
+from .sweep import Sweep, follow, itemsize
+
+MOST_CUTS = 8
+"""Cuts that `best` considers, the narrowest: it makes two sweeps for every pair of them."""
+
+Letter = int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One partial Jacobian: the block of ``value`` in a sweep or product that was made."""
+
+    made: Sweep
+    value: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.made.layouts[self.value]
+
+
+@dataclass(frozen=True)
+class Product:
+    """How two pieces are multiplied: a letter for each dim of both blocks and of the result.
+
+    Letters are those of an einsum: one that both blocks and the result have is a batch index, one that the result
+    lacks is summed. ``first`` and ``second`` name the dims of the blocks after they are split to these letters.
+    """
+
+    first: tuple[Letter, ...]
+    second: tuple[Letter, ...]
+    out: tuple[Letter, ...]
+    sizes: tuple[int, ...]
+    """By letter."""
+    seeds: tuple[Letter, ...]
+    """The letter of each seed factor of the result."""
+    free: int
+    """How many letters of the result are seeds; those of the value's axes follow."""
+
+    @property
+    def groups(self) -> dict[str, tuple[Letter, ...]]:
+        """The letters by their part in a batched product; rows are those of ``second``, columns of ``first``."""
+        a, b = set(self.first), set(self.second)
+        return {
+            "batch": tuple(c for c in self.out if c in a and c in b),
+            "rows": tuple(c for c in self.out if c not in a),
+            "inner": tuple(c for c in self.first if c not in self.out),
+            "columns": tuple(c for c in self.out if c not in b),
+        }
+
+    def copies(self, sel: dict[Letter, int]) -> int:
+        """Elements that are copied to bring operands and result into the order of a batched product, or out of it.
+
+        ``sel``: by letter, how much of it a chunk takes. Blocks are taken to be contiguous.
+        """
+        g = self.groups
+        total = 0
+        for dims, parts in (
+            (self.first, (g["batch"], g["inner"], g["columns"])),
+            (self.second, (g["batch"], g["rows"], g["inner"])),
+            ((*g["batch"], *g["rows"], *g["columns"]), (self.out[: self.free],)),
+        ):
+            if not all(_merge(dims, part) for part in parts):
+                total += prod(sel.get(c, self.sizes[c]) for c in dims)
+        return total
+
+
+def _merge(dims, part) -> bool:
+    """Whether dims that are contiguous in the order of ``dims`` merge to one in the order of ``part``."""
+    at = [dims.index(c) for c in part]
+    return all(b == a + 1 for a, b in itertools.pairwise(at))
+
+
+@dataclass
+class Join(Sweep):
+    """Products of partial Jacobians at a cut, as the last stage of a sweep in reverse from ``seed``.
+
+    ``first``: by target, the piece between it and the cut; ``second``: the piece between the cut and the seed.
+    """
+
+    at: int = -1
+    second: Piece | None = None
+    first: dict[int, Piece] = field(default_factory=dict)
+    products: dict[int, Product] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> float:
+        return sum(2.0 * prod(p.sizes) for p in self.products.values())
+
+    @property
+    def bytes(self) -> float:
+        return self.peak_bytes({})
+
+    itemsizes: dict[int, int] = field(default_factory=dict)
+
+    def peak_bytes(self, chunks: dict[int, int], copies: bool = False) -> float:
+        """Bytes of the results with the largest chunk in flight; with the ``copies`` that the last one makes."""
+        sel = {f: (0, c) for f, c in chunks.items()}
+        total, last = 0.0, 0.0
+        for v, p in self.products.items():
+            total += self.layouts[v].numel(sel) * self.itemsizes[v]
+            if copies:
+                taken = {p.seeds[f]: c for f, c in chunks.items()}
+                last = max(last, p.copies(taken) * self.itemsizes[v])
+        return total + last
+
+
+class _Letters:
+    """Dims of a block, and the axes of both of its ends, as letters that can be split and renamed together."""
+
+    def __init__(self, sizes: list[int], piece: Piece):
+        self.sizes = sizes
+        sweep, layout = piece.made, piece.layout
+        of_seed = [self._new(n) for n in sweep.layout.seed]
+        self.value: list[list[Letter]] = []
+        for axis in layout.axes:
+            self.value.append(
+                [of_seed[t] if t != FREE else self._new(n) for n, t in axis if n != 1]
+            )
+        self.seed = [[of_seed[t] for _, t in axis if t != FREE] for axis in sweep.layout.axes]
+        self.dims = [of_seed[s] for s in layout.free] + [c for axis in self.value for c in axis]
+        self.source, self.target = (
+            (self.value, self.seed) if sweep.reverse else (self.seed, self.value)
+        )
+
+    def _new(self, size: int) -> Letter:
+        self.sizes.append(size)
+        return len(self.sizes) - 1
+
+    def replace(self, old: Letter, new: list[Letter]) -> None:
+        for letters in (self.dims, *self.value, *self.seed):
+            if old in letters:
+                at = letters.index(old)
+                letters[at : at + 1] = new
+
+    def split(self, letter: Letter, first: int) -> None:
+        """Split a letter so that its leading part has the size ``first``."""
+        parts = [self._new(first), self._new(self.sizes[letter] // first)]
+        self.replace(letter, parts)
+
+
+def product(first: Piece, second: Piece) -> tuple[Product, Layout, Layout] | None:
+    """How ``second`` (cut to target) times ``first`` (source to cut) is computed.
+
+    Returns it with the layout of the result as the block of the source in a reverse sweep from the target, and the
+    identity layout of that sweep; None where the two factor the cut's axes in ways that have nothing in common.
+    """
+    sizes: list[int] = []
+    a, b = _Letters(sizes, first), _Letters(sizes, second)
+    for mine, theirs in zip(a.target, b.source, strict=True):
+        i = 0
+        while i < len(mine):
+            if i == len(theirs):
+                return None
+            m, n = sizes[mine[i]], sizes[theirs[i]]
+            if m > n and m % n == 0:
+                a.split(mine[i], n)
+            elif n > m and n % m == 0:
+                b.split(theirs[i], m)
+            elif m != n:
+                return None
+            i += 1
+        for p, q in zip(list(mine), list(theirs), strict=True):
+            b.replace(q, [p])
+    seeds = [c for axis in b.target for c in axis]
+    index = {c: s for s, c in enumerate(seeds)}
+    identity = Layout(
+        tuple(tuple((sizes[c], index[c]) for c in axis) or ((1, FREE),) for axis in b.target),
+        tuple(sizes[c] for c in seeds),
+    )
+    layout = Layout(
+        tuple(
+            tuple((sizes[c], index.get(c, FREE)) for c in axis) or ((1, FREE),) for axis in a.source
+        ),
+        identity.seed,
+    )
+    values = [c for axis in a.source for c in axis]
+    out = [c for c in seeds if c not in values] + values
+    used = {c: i for i, c in enumerate(dict.fromkeys((*a.dims, *b.dims)))}
+
+    def short(letters):
+        return tuple(used[c] for c in letters)
+
+    found = Product(
+        short(a.dims), short(b.dims), short(out), tuple(sizes[c] for c in used), short(seeds),
+        len(out) - len(values),
+    )  # fmt: skip
+    return found, layout, identity
+
+
+def cuts(graph: Graph) -> list[int]:
+    """The values, other than inputs and outputs, through which every path from an input to an output goes."""
+    values = graph.values
+    ins = {v for v in graph.inputs if v is not None}
+    outs = {v for v in graph.outputs if v is not None}
+    up, down = set(), set(ins)
+    for v in range(len(values)):
+        if any(s in down for s, _ in values[v].sources):
+            down.add(v)
+    for v in range(len(values) - 1, -1, -1):
+        if v in outs or v in up:
+            up.add(v)
+            up.update(s for s, _ in values[v].sources)
+    on = [v for v in range(len(values)) if v in up and v in down]
+    if not on:
+        return []
+    first, last = max(i for i in ins if i in up), min(o for o in outs if o in down)
+    reach = [0] * (len(values) + 1)  # the furthest end of an edge that starts before a value
+    for v in on:
+        for s, _ in values[v].sources:
+            if s in down:
+                reach[s] = max(reach[s], v)
+    found, furthest = [], 0
+    for v in on:
+        if first < v < last and furthest <= v:
+            found.append(v)
+        furthest = max(furthest, reach[v])
+    return found
+
+
+def narrow_cuts(graph: Graph) -> list[int]:
+    """The cuts at which meeting can pay: those that are narrower than both ends."""
+    ends = [
+        sum(prod(graph.values[v].shape) for v in side if v is not None)
+        for side in (graph.inputs, graph.outputs)
+    ]
+    return [v for v in cuts(graph) if prod(graph.values[v].shape) < min(ends)]
+
+
+@dataclass
+class Table:
+    """All partial Jacobians between two levels, by (target, source), and what has to be made for them, in order."""
+
+    pieces: dict[tuple[int, int], Piece]
+    makes: list[Sweep]
+    seconds: float
+    name: str
+
+
+def best(
+    graph: Graph, at: list[int], seconds: Callable[[Sweep], float], joined: bool = False
+) -> Table | None:
+    """The cheapest way to the Jacobians of all outputs, by a dynamic program over the cuts ``at``.
+
+    ``seconds`` predicts the time of a sweep or product. ``joined``: a product is the last stage in any case; None if
+    it must be and cannot.
+    """
+    if len(at) > MOST_CUTS:
+        at = sorted(sorted(at, key=lambda v: prod(graph.values[v].shape))[:MOST_CUTS])
+    levels = [
+        [v for v in dict.fromkeys(graph.inputs) if v is not None],
+        *([v] for v in at),
+        [v for v in dict.fromkeys(graph.outputs) if v is not None],
+    ]
+    n = len(levels)
+    tables: dict[tuple[int, int], Table | None] = {}
+    for span in range(1, n):
+        for a in range(n - span):
+            b = a + span
+            options = (
+                [] if joined and span == n - 1 else _sweeps(graph, levels[a], levels[b], seconds)
+            )
+            for c in range(a + 1, b):
+                table = _join(graph, tables[a, c], tables[c, b], levels[c][0], seconds)
+                if table is not None:
+                    options.append(table)
+            tables[a, b] = min(options, key=lambda t: t.seconds, default=None)
+    return tables[0, n - 1]
+
+
+def _sweeps(graph: Graph, sources, targets, seconds) -> list[Table]:
+    """Forward and reverse from one level to another."""
+    out = []
+    for reverse, name in ((False, "forward"), (True, "reverse")):
+        seeds, ends = (targets, sources) if reverse else (sources, targets)
+        made = [follow(graph, seed, reverse, list(ends), i) for i, seed in enumerate(seeds)]
+        pieces = {}
+        for sweep in made:
+            for end in sweep.targets:
+                if end is not None:
+                    pair = (sweep.seed, end) if reverse else (end, sweep.seed)
+                    pieces[pair] = Piece(sweep, end)
+        out.append(Table(pieces, made, sum(seconds(s) for s in made), name))
+    return out
+
+
+def _join(graph: Graph, below: Table | None, above: Table | None, at: int, seconds) -> Table | None:
+    """The products of two tables at a cut, or None where their blocks cannot be multiplied."""
+    if below is None or above is None:
+        return None
+    pieces: dict[tuple[int, int], Piece] = {}
+    joins: list[Sweep] = []
+    for i, (target, _) in enumerate(above.pieces):
+        second, join = above.pieces[target, at], None
+        for (_, source), first in below.pieces.items():
+            found = product(first, second)
+            if found is None:
+                return None
+            how, layout, identity = found
+            if join is None:
+                join = Join(True, i, target, identity, [], {}, [], at=at, second=second)
+                joins.append(join)
+            elif join.layout != identity:  # one refinement of the target's axes serves all sources
+                return None
+            join.targets.append(source)
+            join.layouts[source] = layout
+            join.first[source], join.products[source] = first, how
+            join.itemsizes[source] = itemsize(graph, source)
+            pieces[target, source] = Piece(join, source)
+    total = below.seconds + above.seconds + sum(seconds(j) for j in joins)
+    shape = "x".join(map(str, graph.values[at].shape))
+    name = f"({below.name} to {shape}, {above.name} from there)"
+    return Table(pieces, [*below.makes, *above.makes, *joins], total, name)

@@ -1,0 +1,482 @@
+"""Graph + sizes + byte budget -> Plan. Pure: it holds no tensor.
+
+The planner counts flops and bytes of the sweeps (see `sweep`) in both directions and, where the graph has a
+bottleneck, of products of partial Jacobians that meet there (see `mixed`), takes the cheapest, and decides how many
+seeds run at once. The executor runs exactly what is planned here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil, prod
+from typing import NamedTuple, NoReturn
+
+from ..base.rates import Rates, rough
+from ..maps.layout import FREE
+from ..read.graph import Graph
+from . import mixed, patches, patching, poles
+from . import sweep as sweeping
+from .fusion import fuse
+from .pattern import Trace, colours_of, has_windows, pattern_of
+from .sweep import Sweep, follow, follow_given, itemsize, simulate, untied_targets
+
+CACHE_BYTES = 1 << 22
+"""On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
+
+INDEX_BYTES = 48
+"""What the place of an entry takes while it is looked up."""
+
+SLACK = 0.15
+"""The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
+
+
+class MemoryLimitTooSmall(ValueError):
+    """One seed alone needs more than the memory limit allows: ``need`` bytes."""
+
+    need = 0.0
+
+
+@dataclass
+class Plan:
+    """What the executor runs: sweeps in one direction, over inputs (forward) or outputs (reverse).
+
+    In mixed mode the sweeps are products, one an output (see `mixed.Join`), of the ``parts``, which run before them.
+    """
+
+    strategy: str
+    reverse: bool
+    sweeps: list[Sweep]
+    reason: str
+    seconds: dict[str, float]
+    """Predicted time of each way that was compared."""
+    tied: bool
+    """Whether the samples of every answer stay tied to the seed's: they do not mix."""
+    parts: list[Sweep] = field(default_factory=list)
+    suspects: tuple[tuple[int, int], ...] = ()
+    """The edges that must be finite for any other order than reverse (see `poles`)."""
+
+    @property
+    def signature(self) -> list:
+        """What decides which chunk comes when."""
+        return [
+            self.strategy,
+            [[s.index, sorted(s.chunks.items()), bool(s.patterns)] for s in self.sweeps],
+        ]
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in (*self.parts, *self.sweeps))
+
+    @property
+    def bytes(self) -> float:
+        return sum(s.bytes for s in (*self.parts, *self.sweeps))
+
+    @cached_property
+    def peak(self) -> float:
+        return max((s.peak for s in (*self.parts, *self.sweeps)), default=0.0)
+
+
+def choose_chunks(
+    graph: Graph,
+    sweep: Sweep,
+    limit: float,
+    chunk_size: int | None,
+    device: str,
+    answer: Asked | None = None,
+) -> dict[int, int]:
+    """How many indices of each free seed factor to run at once.
+
+    The last factors stay whole as long as possible. The seeds at once are at most ``chunk_size``; else as many
+    as keep the predicted `footprint` under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
+    Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
+    """
+    freed = set()
+    for lay in sweep.layouts.values():
+        freed.update(lay.free)
+    factors = sorted(freed)
+    sizes = [sweep.layout.seed[f] for f in factors]
+    total = prod(sizes)
+
+    def cut(count: int) -> dict[int, int]:
+        return cut_seeds(factors, sizes, count)
+
+    if total <= 1 or sweep.windows:
+        if needs(graph, sweep, {}, answer) > limit:
+            _refuse(needs(graph, sweep, {}, answer), limit, sweep)
+        return {}
+    if chunk_size is not None:
+        return cut(chunk_size) if chunk_size < total else {}
+    widest = max(
+        (lay.numel() / total * itemsize(graph, v) for v, lay in sweep.layouts.items()), default=0.0
+    )
+    count = total
+    ends = sum(
+        sweep.layouts[t].numel() * itemsize(graph, t) for t in sweep.targets if t is not None
+    )
+    # a block that is written once and not read again gains nothing from a cache
+    if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
+        some = max(1, int(CACHE_BYTES // max(widest, 1)))
+        if ceil(total / some) * _weights(graph, sweep) < sweep.bytes:
+            count = some
+    chunks = cut(count) if count < total else {}
+    while needs(graph, sweep, chunks, answer) > limit:
+        if count <= 1:
+            _refuse(needs(graph, sweep, cut(1), answer), limit, sweep)
+        count = max(1, count // 2)
+        chunks = cut(count)
+    return chunks
+
+
+def cut_seeds(factors: list[int], sizes: list[int], count: int) -> dict[int, int]:
+    """At most ``count`` indices at once of seed factors, in equal chunks; the last factors stay whole if they can."""
+    chunks, room = {}, max(1, count)
+    for f, n in reversed(list(zip(factors, sizes, strict=True))):
+        take = min(n, room)
+        take = ceil(n / ceil(n / take))
+        room = max(1, room // n)
+        if take < n:
+            chunks[f] = take
+    return chunks
+
+
+def _weights(graph: Graph, sweep: Sweep) -> float:
+    """Bytes of the weights that every chunk reads."""
+    return float(
+        sum(
+            graph.values[t.owner].sources[t.edge][1].entries * itemsize(graph, s.value)
+            for s in sweep.steps
+            for t in s.terms
+        )
+    )
+
+
+def _refuse(need: float, limit: float, sweep: Sweep) -> NoReturn:
+    instead = "" if sweep.given else ", or pass out= to write the answer elsewhere"
+    error = MemoryLimitTooSmall(
+        f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(need) + 1} with its "
+        f"answer; raise memory_limit{instead}"
+    )
+    error.need = need
+    raise error
+
+
+def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
+    """The bytes that must be free for a sweep: its `footprint`, and `SLACK`."""
+    return footprint(graph, sweep, chunks, answer) + SLACK * peak_bytes(graph, sweep, chunks)
+
+
+class Asked(NamedTuple):
+    """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
+
+    per_sample: bool
+    given: bool
+    sparse: bool = False
+    kernels: str = ""
+    """The backend by which kernels run the blocks: "auto", "triton" where they are asked for, or none."""
+
+
+def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
+    """Predicted bytes of live blocks at the worst moment of a sweep or product."""
+    if isinstance(sweep, mixed.Join):
+        return sweep.peak_bytes(chunks, copies=True)
+    if sweep.windows:
+        return patches.peak_bytes(graph, sweep)
+    return sweeping.peak_bytes(graph, sweep, chunks)
+
+
+def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool) -> float:
+    """Bytes of the Jacobian between the seed of a sweep and a target."""
+    seed, value = graph.values[sweep.seed].shape, graph.values[target].shape
+    numel = prod(seed) * prod(value)
+    if per_sample:
+        numel //= seed[0]
+    return float(numel * itemsize(graph, target))
+
+
+def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
+    """Predicted bytes that a sweep takes at its worst, its part of the answer included (None: blocks are the answer).
+
+    Chunks are written to an answer that is there from the start; a block that comes whole becomes the answer if it
+    has its form, and is copied to it at the end if not.
+    """
+    peak = peak_bytes(graph, sweep, chunks)
+    targets = {t for t in sweep.targets if t is not None}
+    if sweep.patterns:
+        return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
+    if sweep.given and chunks:
+        return peak + sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
+    if answer is None or answer.given:
+        return peak
+    whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
+    if chunks:
+        return peak + whole
+    shares = {s.value: s.shares for s in sweep.steps}
+    keep = frozenset()
+    if answer.per_sample and not sweep.summed and sweep.layout.axes:
+        keep = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
+    end = 0.0
+    for t in targets:
+        layout = sweep.layouts[t]
+        if not shares.get(t, False):
+            end += layout.numel() * itemsize(graph, t)
+        if shares.get(t, False) or layout.tied != keep:
+            end += answer_bytes(graph, sweep, t, answer.per_sample)
+    return max(peak, end)
+
+
+def _stored(graph: Graph, sweep: Sweep, targets) -> float:
+    """Bytes of the whole blocks from which entries are read."""
+    if sweep.windows:
+        return sum(patches.block_bytes(graph, sweep, t) for t in targets)
+    return sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
+
+
+def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> float:
+    """Bytes while the entries of blocks are put in their places."""
+    total = _stored(graph, sweep, targets)
+    for t in targets:
+        size, pattern = itemsize(graph, t), sweep.patterns[t]
+        nnz = pattern.nnz
+        shape = graph.values[t].shape
+        each = pattern.sample(shape[0]) if shape else None  # the places are those of one sample
+        total += nnz * size + (each or pattern).nnz * INDEX_BYTES
+        if answer is not None and answer.kernels and not answer.sparse and pattern.bands:
+            total -= (each or pattern).nnz * INDEX_BYTES + nnz * size  # written out from the block
+        if answer is not None and answer.sparse:
+            axes = len(graph.values[t].shape) + len(graph.values[sweep.seed].shape)
+            total += nnz * (size + 8 * axes)
+        elif answer is None or not answer.given:
+            total += answer_bytes(graph, sweep, t, answer is not None and answer.per_sample)
+    return total
+
+
+def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> float:
+    """Predicted time, for ranking plans only. With a ``graph``, that of the steps as kernels run them together."""
+    flops, moved, steps = sum(s.flops for s in sweeps), 0.0, 0
+    for s in sweeps:
+        if s.windows and s.items:
+            moved += sum(i.bytes for i in s.items)
+            steps += len(s.items)
+        elif graph is not None and s.steps and not s.windows:
+            s.items = s.items or fuse(graph, s)
+            moved += sum(i.bytes for i in s.items)
+            steps += len(s.items)
+        else:
+            moved += s.bytes
+            steps += len(s.steps) or 1
+    return predict(flops, moved, steps, rates)
+
+
+def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
+    """Predicted seconds of some steps: blocks are read and written, one operation after the other."""
+    return rates.seconds(flops, 2 * written, steps)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a sweep is chosen under."""
+
+    limit: float
+    chunk_size: int | None
+    device: str
+    rates: Rates
+    answer: Asked | None
+
+    @property
+    def kernels(self) -> str:
+        return "" if self.answer is None else self.answer.kernels
+
+    def seconds(self, graph: Graph, *sweeps: Sweep) -> float:
+        """Predicted time as the sweeps run here."""
+        return seconds(list(sweeps), self.rates, graph if self.kernels else None)
+
+    def fits(self, graph: Graph, sweep: Sweep) -> bool:
+        """Whether some chunks of the sweep fit the memory limit."""
+        if self.limit == float("inf"):
+            return True
+        try:
+            choose_chunks(graph, sweep, self.limit, self.chunk_size, self.device, self.answer)
+        except MemoryLimitTooSmall:
+            return False
+        return True
+
+
+def _direction(graph: Graph, reverse: bool, summed: bool, traces, budget: _Budget) -> list[Sweep]:
+    """The sweeps of one direction, with no chunks yet."""
+    ends = graph.outputs if reverse else graph.inputs
+    sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+    return sweeps if traces is None else [_fewer(graph, s, traces, budget) for s in sweeps]
+
+
+def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
+    """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
+    answer = budget.answer
+    per_sample, sparse = (
+        answer is not None and answer.per_sample,
+        answer is not None and answer.sparse,
+    )
+    splits, colours = colours_of(traces, sweep, per_sample)
+    patterns = {}
+    if sparse or colours:
+        for k, t in enumerate(sweep.targets):
+            if t is not None:
+                pair = (traces[k], sweep.seed) if sweep.reverse else (traces[sweep.index], t)
+                patterns[t] = pattern_of(*pair)
+    if colours:
+        fewer = follow(
+            graph, sweep.seed, sweep.reverse, sweep.targets, sweep.index, False, splits, colours
+        )
+        fewer.patterns = patterns
+        small = patches.by_patches(graph, fewer)
+        whole = None
+        if small is not None and budget.kernels:
+            both = not per_sample and graph.values[small.seed].shape[0] > 1
+            small.items = patching.fuse(graph, small, not sparse, both)
+            whole = patching.tail_of(small)
+        if small is not None and budget.kernels == "triton" and whole is None:
+            fewer.why = "by images, as kernels are asked for"
+        elif small is not None:
+            mine, theirs = budget.seconds(graph, small), budget.seconds(graph, fewer)
+            if (
+                budget.kernels and not sparse and whole is None
+            ):  # entries are put in their places one by one, bands written out
+                moved = sum(
+                    p.nnz * (INDEX_BYTES + 2 * itemsize(graph, t)) for t, p in patterns.items()
+                )
+                mine += moved / budget.rates.bandwidth
+            if mine < theirs and budget.fits(graph, small):
+                small.why = (
+                    f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
+                )
+                return small
+            fewer.why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
+        if fewer.columns() < sweep.columns() and (sparse or budget.fits(graph, fewer)):
+            return fewer
+    if sparse:
+        sweep.patterns = patterns
+    return sweep
+
+
+def make_plan(
+    graph: Graph,
+    strategy: str = "auto",
+    summed: bool = False,
+    limit: float = float("inf"),
+    chunk_size: int | None = None,
+    device: str = "cpu",
+    rates: Rates | None = None,
+    answer: Asked | None = None,
+) -> Plan:
+    """Choose the order of accumulation (the cheapest prediction under "auto") and the chunks of every sweep.
+
+    "auto" compares forward, reverse and, where the graph has a cut narrower than both ends, mixed mode; "mixed" takes
+    mixed mode wherever there is a cut. Samples that are only known by a probe not to mix (``summed``) are not followed
+    through cuts.
+    """
+    rates = rates or rough(device)
+    both = strategy in ("auto", "mixed")
+    ways: dict[str, list[Sweep]] = {}
+    sparse = answer is not None and answer.sparse
+    traces = None
+    if sparse or (answer is not None and not summed and has_windows(graph)):
+        traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
+    budget = _Budget(limit, chunk_size, device, rates, answer)
+    if both or strategy == "reverse-mode":
+        ways["reverse-mode"] = _direction(graph, True, summed, traces, budget)
+    if both or strategy == "forward-mode":
+        ways["forward-mode"] = _direction(graph, False, summed, traces, budget)
+    cost = {name: budget.seconds(graph, *sweeps) for name, sweeps in ways.items()}
+    table = None
+    if both and not summed and not sparse and all(ways.values()):
+        table = _meeting(graph, strategy, budget)
+    if table is not None:
+        cost["mixed"] = table.seconds
+    for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
+        parts, sweeps = _stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
+        if (
+            chosen == "mixed"
+            and _untied(graph, sweeps)
+            and not _untied(graph, ways["reverse-mode"])
+        ):
+            continue  # a proof that samples do not mix is worth more
+        try:
+            _cut(graph, parts, sweeps, limit, chunk_size, device, answer)
+        except MemoryLimitTooSmall as error:
+            refused = error
+            continue
+        break
+    else:
+        raise refused
+    reason = "asked for" if chosen == strategy else "predicted " + _compare(cost, chosen)
+    if chosen == "mixed":
+        reason += f", {table.name}"
+    tied = not _untied(graph, sweeps)
+    suspects = () if chosen == "reverse-mode" else poles.suspects(graph, seeds=True)
+    return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, parts, suspects)
+
+
+def plan_given(
+    graph: Graph,
+    seeds: list[int],
+    columns: int,
+    reverse: bool,
+    limit: float = float("inf"),
+    chunk_size: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
+    targets = list(graph.inputs if reverse else graph.outputs)
+    sweep = follow_given(graph, seeds, columns, reverse, targets)
+    sweep.alone = True
+    sweep.chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
+    sweep.peak = footprint(graph, sweep, sweep.chunks, None)
+    strategy = "reverse-mode" if reverse else "forward-mode"
+    return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False)
+
+
+def _cut(graph: Graph, parts, sweeps, limit, chunk_size, device: str, answer: Asked | None) -> None:
+    """Choose the chunks of all stages, and predict their peaks: what earlier stages leave stays until the end."""
+    for sweep in sweeps:
+        sweep.alone = len(sweeps) == 1 and not parts
+    held = 0.0
+    for part in parts:
+        part.chunks = choose_chunks(graph, part, limit - held, None, device)
+        part.peak = held + peak_bytes(graph, part, part.chunks)
+        held += sum(part.layouts[t].numel() * itemsize(graph, t) for t in {*part.targets} - {None})
+    for sweep in sweeps:
+        sweep.chunks = choose_chunks(graph, sweep, limit - held, chunk_size, device, answer)
+        sweep.peak = held + footprint(graph, sweep, sweep.chunks, answer)
+        if answer is not None and not answer.given:
+            held += sum(
+                answer_bytes(graph, sweep, t, answer.per_sample) for t in {*sweep.targets} - {None}
+            )
+
+
+def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
+    return any(untied_targets(graph, sweep) for sweep in sweeps)
+
+
+def _meeting(graph: Graph, strategy: str, budget: _Budget) -> mixed.Table | None:
+    """The cheapest mixed plan, or None where there is no cut that is worth a look."""
+    at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
+    return mixed.best(graph, at, lambda s: budget.seconds(graph, s), joined=True) if at else None
+
+
+def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:
+    """The parts of a mixed plan, and the products that are the answers: one for each output."""
+    last: dict[int, mixed.Join] = {target: p.made for (target, _), p in table.pieces.items()}
+    ends = {id(m) for m in last.values()}
+    parts = [m for m in table.makes if id(m) not in ends]
+    sweeps = []
+    for j, v in enumerate(graph.outputs):
+        if v in last:
+            join = last[v]
+            targets = [i if i in join.first else None for i in graph.inputs]
+            sweeps.append(replace(join, index=j, targets=targets))
+    return parts, sweeps
+
+
+def _compare(cost: dict[str, float], chosen: str) -> str:
+    others = [f"{t * 1e3:.3g} ms for {n}" for n, t in cost.items() if n != chosen]
+    return f"{cost[chosen] * 1e3:.3g} ms against " + " and ".join(others)

@@ -1,0 +1,147 @@
+"""Samples of a batch: whether they influence one another, and the computation of a range of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..maps.layout import FREE
+from ..maps.linear_map import Cut
+from ..read.graph import Graph, Value
+from ..read.opaque import why_not
+from .sweep import Sweep
+from .through import pull_outputs
+
+
+def halves(n: int, device) -> Iterator[Tensor]:
+    """Masks over ``n`` samples such that every two samples are told apart by one of them, both ways round."""
+    index = torch.arange(n, device=device)
+    for bit in range(max(n - 1, 0).bit_length()):
+        mask = (index >> bit) & 1 == 1
+        yield mask
+        yield ~mask
+
+
+REMEDY = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
+"""What a refusal of samples that mix ends with."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What a probe found: derivatives in the input of ``sample``, of other samples' outputs.
+
+    ``size``: the largest of them, by the largest within samples.
+    """
+
+    size: float
+    sample: int
+
+    def __str__(self) -> str:
+        return (
+            f"a probe found derivatives across samples, {self.size:.1e} times as large as those within (in the input "
+            f"of sample {self.sample})"
+        )
+
+
+def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
+    """The largest derivative of an output of one sample in the input of another, or None.
+
+    A random cotangent on half of the samples must leave exactly zero gradient on the other half. The halves are
+    the bits of the sample's number, so any two samples are separated: ``2 log2(N)`` backward passes an output. In grad
+    mode, where the result will be differentiated, the gradient of what was left must be zero too: twice as many. A
+    NaN counts as mixing. The caller's random state is not used.
+
+    ``through``: pull through this graph, whose last inputs are ``inputs``: autograd would run the caller's hooks on
+    gradients, which are not to see what means nothing, nor to hide what is there.
+    """
+    n = outputs[0].shape[0]
+    within, across, sample = 0.0, 0.0, None
+    # what must not be differentiated will not be
+    graph = torch.is_grad_enabled() and why_not(outputs) is None
+    for j, y in enumerate(outputs):
+        if not y.requires_grad:
+            continue
+        noise = _noise(y)
+        for mask in halves(n, y.device):
+            weight = noise * mask.view(-1, *([1] * (y.dim() - 1)))
+            if through is None:
+                grads = _gradients(y, inputs, weight, graph)
+            else:
+                only = [weight if k == j else None for k in range(len(outputs))]
+                # in the mode that the maps will be used in: they keep what they compute
+                found = pull_outputs(through, only, through.inputs[-len(inputs) :])
+                grads = [g if graph else g.detach() for g in found.values() if g.numel()]
+            sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
+            within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
+            far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]
+            left = [(g * _noise(g))[~mask.to(g.device)].sum() for g in grads if g.requires_grad]
+            if left:
+                far += [g.abs().reshape(n, -1).amax(1) for g in _gradients(sum(left), inputs)]
+            for size in far:
+                if bool((size != 0).any()) and not float(size.max()) <= across:
+                    across, sample = float(size.max()), int(size.argmax())
+    if sample is None:
+        return None
+    return Leak(across / within if within else float("inf"), sample)
+
+
+def _noise(y: Tensor) -> Tensor:
+    gen = torch.Generator(device=y.device).manual_seed(0)
+    noise = torch.rand(y.shape, generator=gen, device=y.device, dtype=torch.float32)
+    return noise.add_(0.5).to(y.dtype)
+
+
+def _gradients(y, inputs, weight=None, create_graph: bool = False) -> list[Tensor]:
+    """The gradients in the inputs on which ``y`` depends."""
+    grads = torch.autograd.grad(
+        y, inputs, weight, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return [g for g in grads if g is not None and g.numel()]
+
+
+def places(graph: Graph, sweeps: list[Sweep]) -> dict[int, tuple[int, int]] | None:
+    """Where the samples are in every value of the sweeps: (axis, entries of the axis a sample), or None.
+
+    None unless the samples stay tied to the seed, in order, through every sweep: then ranges of them can be run one
+    after the other.
+    """
+    where: dict[int, tuple[int, int]] = {}
+    for sweep in sweeps:
+        if len(sweep.layout.axes[0]) != 1 or sweep.layout.axes[0][0][1] == FREE:
+            return None
+        batch = sweep.layout.axes[0][0][1]
+        for value, layout in sweep.layouts.items():
+            place = None
+            for a, axis in enumerate(layout.axes):
+                if axis[0][1] == batch:
+                    place = a, layout.shape[a] // axis[0][0]
+            if place is None or where.setdefault(value, place) != place:
+                return None
+    return where
+
+
+def narrow(
+    graph: Graph, where: dict[int, tuple[int, int]], start: int, length: int
+) -> Graph | None:
+    """The graph of samples ``start`` to ``start + length``, or None where a map cannot be cut."""
+    cuts = {v: Cut(a, start * n, length * n) for v, (a, n) in where.items()}
+    values, key = [], []
+    for v, value in enumerate(graph.values):
+        if v not in cuts:  # on no way from an input to an output
+            values.append(value)
+            key.append(None)
+            continue
+        sources = []
+        for s, edge in value.sources:
+            if s in cuts:
+                edge = edge.narrow(cuts[s], cuts[v], graph.values[s].shape, value.shape)
+                if edge is None:
+                    return None
+                sources.append((s, edge))
+        shape = cuts[v].shape(value.shape)
+        values.append(Value(value.op, shape, value.dtype, value.device, tuple(sources)))
+        key.append((value.op, shape, value.dtype, tuple((s, m.key) for s, m in sources)))
+    return Graph(values, graph.inputs, graph.outputs, (tuple(key), graph.key), graph.layers)

@@ -1,0 +1,1 @@
+"""What every public call does first: its arguments, modes and graph."""

@@ -1,0 +1,146 @@
+"""What a caller passes, checked: each error is the type that torch raises, and names what was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..base.remedies import instead_of, nearest, of_shape
+from ..run.entries import FORMS
+
+STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
+
+
+def check_options(strategy, chunk_size, out, create_graph) -> None:
+    if strategy not in STRATEGIES:
+        raise AssertionError(
+            f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
+            + nearest(strategy, STRATEGIES)
+        )
+    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+    if out is not None and create_graph:
+        raise RuntimeError(
+            "out= and create_graph=True exclude each other: a result written in place has no graph"
+        )
+
+
+def form(layout, out, create_graph: bool) -> str:
+    """The form of the answer."""
+    kind = FORMS.get(layout)
+    if kind is None:
+        raise ValueError(
+            f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
+            + (f", did you mean torch.sparse_{layout}?" if layout in ("coo", "csr") else "")
+        )
+    if kind != "dense" and out is not None:
+        raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
+    return kind
+
+
+def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does."""
+    if isinstance(value, Tensor):
+        return False, (value,)
+    tupled = isinstance(value, tuple)
+    values = value if tupled else (value,)
+    for i, v in enumerate(values):
+        if not isinstance(v, Tensor):
+            where = f"value at index {i} has" if tupled else f"given {name} has"
+            raise TypeError(
+                f"The {name} of {call} must be a Tensor or a tuple of Tensors, but the {where} type {type(v)}"
+                + instead_of(v, name, tupled)
+            )
+    return tupled, values
+
+
+ASSUME = "assume"
+"""As ``per_sample``: that samples do not mix is the caller's word."""
+
+
+def check_samples(per_sample, needed: bool = False) -> None:
+    """Raise ValueError for a ``per_sample`` that is no option; ``needed``: of a call that is for samples only."""
+    if (isinstance(per_sample, str) and per_sample != ASSUME) or (needed and not per_sample):
+        options = 'True or "assume"' if needed else 'True, False or "assume"'
+        raise ValueError(f"per_sample must be {options}, got {per_sample!r}")
+
+
+def check_batch(per_sample, ys, xs) -> None:
+    """Under ``per_sample``, all inputs and outputs must have the same number of samples on their first axis."""
+    check_samples(per_sample)
+    if not per_sample:
+        return
+    n = None
+    for name, tensors in (("inputs", xs), ("outputs", ys)):
+        for i, t in enumerate(tensors):
+            if t.dim() == 0:
+                raise ValueError(
+                    f"per_sample=True needs a batch axis, but {name}[{i}] is 0-dimensional; "
+                    "add one with unsqueeze(0), or drop per_sample"
+                )
+            n = t.shape[0] if n is None else n
+            if t.shape[0] != n:
+                raise ValueError(
+                    f"per_sample=True needs one batch size on the first axis of all inputs and outputs, but "
+                    f"{name}[{i}] has shape {tuple(t.shape)} and inputs[0] has {n} samples"
+                )
+
+
+def block_shape(y: Tensor, x: Tensor, per_sample: bool) -> tuple[int, ...]:
+    """The shape of one Jacobian block."""
+    return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)
+
+
+def out_rows(out, tupled_out: bool, tupled: bool):
+    """``out`` with both tuple levels."""
+    if out is None:
+        return None
+    rows = out if tupled_out else (out,)
+    return tuple(row if tupled else (row,) for row in rows)
+
+
+def destinations(out, ys, xs, per_sample: bool) -> list[list[Tensor]]:
+    """The caller's ``out`` as tensors. Raises for what does not fit the results."""
+    if len(out) != len(ys) or any(len(row) != len(xs) for row in out):
+        raise RuntimeError(
+            "out must be nested as the result is: a tuple level for each of outputs and inputs"
+        )
+    return [
+        [
+            destination(out[j][i], y, x, block_shape(y, x, per_sample), f"output {j}, input {i}")
+            for i, x in enumerate(xs)
+        ]
+        for j, y in enumerate(ys)
+    ]
+
+
+def destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) -> Tensor:
+    dest = given
+    if isinstance(given, numpy.ndarray):
+        if not given.flags.writeable:
+            raise RuntimeError(
+                f"out for {name} is a read-only array; open a memmap with mode 'r+' or 'w+'"
+            )
+        try:
+            dest = torch.from_numpy(given)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"out for {name} must have dtype {x.dtype}; numpy's array of {given.dtype} cannot be a tensor: {error}"
+            ) from None
+    if not isinstance(dest, Tensor):
+        raise TypeError(f"out must hold tensors or numpy arrays, got {type(given)} for {name}")
+    if (
+        tuple(dest.shape) != want
+        or dest.dtype != x.dtype
+        or dest.device not in (x.device, torch.device("cpu"))
+    ):
+        raise RuntimeError(
+            f"out for {name} must have shape {want}, dtype {x.dtype} and device {x.device} (or cpu), "
+            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}{of_shape(dest, y, x)}"
+        )
+    if dest.requires_grad:
+        raise RuntimeError(f"out for {name} requires grad; pass a detached tensor")
+    return dest

@@ -1,0 +1,172 @@
+"""What surrounds every call: how the caller's function is run, and in which context jactri's own products are.
+
+The function runs as the caller would run it, in grad mode and with the caller's autocast, but eagerly: what of it
+torch.compile compiled is one node to autograd, whose graph cannot be read (and whose backward fails at a second batch
+size). Products run outside of autocast: they belong to the graph, whose dtypes are the function's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ...kernels.support import Ready
+from ..base import backends
+from ..base.classes import PLAIN, leaf_and_given, plain
+from ..base.remedies import no_such
+from ..plan import ranges
+from ..read.layers import watching
+from .arguments import as_tuple
+
+
+def public(call: Callable) -> Callable:
+    """A public call, or method: outside of inference mode, in which autograd records nothing.
+
+    For a keyword that it does not have, it says what to write instead. Within a function of torch.compile it runs as
+    it is.
+    """
+    known = frozenset(inspect.signature(call).parameters)
+
+    @functools.wraps(call)
+    def called(*args, **options):
+        if not known.issuperset(options):
+            raise no_such(next(o for o in options if o not in known), call, known)
+        if torch.compiler.is_dynamo_compiling():  # what is traced of a call leaves its modes behind
+            return torch.compiler.disable(call)(*args, **options)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return call(*args, **options)
+        return call(*args, **options)
+
+    return called
+
+
+class computing:
+    """The context of jactri's own products: with a graph if one is asked for, and never in autocast's precision.
+
+    They share what they make of matrices for kernels, and forget it with the context. ``backend``: that of the call;
+    None leaves it as it is.
+    """
+
+    __slots__ = ("_autocast", "_backend", "_create_graph", "_grad", "_ready", "_token")
+
+    def __init__(self, create_graph: bool, backend: str | None = None):
+        self._create_graph, self._backend, self._autocast = create_graph, backend, None
+
+    def __enter__(self) -> None:
+        self._token = None if self._backend is None else backends.asked.set(self._backend)
+        self._ready = backends.ready.set(Ready())
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(self._create_graph)
+        if torch._C._is_any_autocast_enabled():
+            self._autocast = torch._C._DisableAutocast()
+            self._autocast.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(*error)
+        torch._C._set_grad_enabled(self._grad)
+        backends.ready.reset(self._ready)
+        if self._token is not None:
+            backends.asked.reset(self._token)
+
+
+# -- the caller's function ------------------------------------------------------------------------
+
+
+def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
+    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result.
+
+    Outputs and inputs are of the plain class (see classes.py).
+    """
+    if not xs:
+        raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    grad = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(True)
+    try:
+        leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
+        if watching():
+            result, handles = ranges.call(record, func, given)
+        else:
+            result, handles = record(func, *given)
+        if handles:
+            for leaf in leaves:
+                leaf._jactri_handles = handles  # see graph.read
+        tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+        if not PLAIN.issuperset(map(type, ys)):
+            ys = tuple(map(plain, ys))
+    finally:
+        torch._C._set_grad_enabled(grad)
+    return ys, leaves, tupled_out, result
+
+
+_recording = threading.local()
+
+
+def record(call, *args):
+    """Call a function for its graph, which will be read: what it returns, and how many hooks it registered."""
+    before, _recording.now = recording(), True
+    number = RemovableHandle.next_id
+    try:
+        return _eager(call, args, {}), RemovableHandle.next_id - number
+    finally:
+        _recording.now = before
+
+
+def recording() -> bool:
+    """Whether this runs inside of a function whose graph will be read."""
+    return getattr(_recording, "now", False)
+
+
+def eagerly(func: Callable) -> Callable:
+    """A function that runs as `record` runs it, for those who call it themselves, as torch.func's transforms."""
+
+    @functools.wraps(func, updated=())
+    def called(*args, **kwargs):
+        return _eager(func, args, kwargs)
+
+    return called
+
+
+class _Eager:
+    """Calls functions; meanwhile those of torch.compile run as they were before.
+
+    The stance of the compiler is one for all threads: the first to come sets it, and the last to go puts it back.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._stance = threading.Lock(), 0, None
+
+    def __call__(self, func, args, kwargs):
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled
+            return func(*args, **kwargs)
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+            # within a compiled function, whose frames are compiled as they are called
+            return torch.compiler.disable(self)(func, args, kwargs)
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    stance, self._stance = self._stance, None
+                    stance.__exit__(None, None, None)
+
+
+_eager = _Eager()
+
+
+def detached(result: Any):
+    return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()

@@ -1,0 +1,1 @@
+"""Autograd's graph, read; what is private to torch is known here."""

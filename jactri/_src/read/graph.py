@@ -1,0 +1,495 @@
+"""The only reader of autograd's graph: nodes, edges and saved values become a `Graph` of linear maps.
+
+Each value of the graph lists the values that it depends on and, for each, the `LinearMap` of that dependence.
+Nodes that no input reaches are not read. Rules (see `rules`) turn one autograd node into one or more values;
+a node without a rule becomes `Opaque` maps, which call the node itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ...kernels.support import Factor
+from ..base.classes import PLAIN, plain
+from ..base.elsewhere import (
+    DISTRIBUTED,
+    check_graph,
+    check_here,
+    check_saved,
+    check_value,
+    is_distributed,
+)
+from ..maps.contraction import Expand, Sum
+from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
+from ..maps.mask import Mask
+from ..rules import REGISTRY, Record, normal_axis, of_function
+from ..rules.axes import kept_by
+from . import layers
+from .behind import handles_of
+from .opaque import Opaque, OpaqueCall, refuse_or_log
+from .unrecorded import ERROR, MARKED, Unrecorded
+
+_ACCUMULATE = torch._C._functions.AccumulateGrad
+_IDENTITY = Identity()
+_NUMBERS = frozenset((int, float, bool, str, type(None)))
+
+Source = tuple[int, LinearMap]
+
+
+class UnsupportedGraph(Exception):
+    """The graph holds what blocks cannot represent (complex, sparse, nested values), or hooks that change gradients.
+
+    ``graph`` is what can be read of it nevertheless; ``linear``: whether gradients are linear in cotangents; ``why``:
+    why they must not be differentiated, or None; ``twice``: whether their dependence on cotangents is recorded.
+    """
+
+    graph: Graph | None = None
+    linear = True
+    twice = True
+    why: str | None = None
+
+
+class Value:
+    """One tensor of the computation that depends on an input."""
+
+    __slots__ = ("device", "dtype", "op", "shape", "sources")
+
+    def __init__(self, op: str, shape: Shape, dtype, device, sources: tuple[Source, ...]):
+        self.op, self.shape, self.sources = op, shape, sources
+        self.dtype, self.device = dtype, device
+
+
+class Graph:
+    """Values in an order in which sources come first, and where the inputs and outputs are among them.
+
+    ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
+    output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
+    names the layers of values while somebody looks (see layers.py), and is None else. ``recorded`` is the graph as it
+    was read, where this one was made of it (see folding.py), and None else.
+    """
+
+    __slots__ = ("inputs", "key", "layers", "outputs", "recorded", "values")
+
+    def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
+        self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
+        self.layers, self.recorded = layers, None  # itself would be a cycle
+
+
+class Reader:
+    """Builds a `Graph`. Rules see it with the node that is being read: its saved values, sources and shape."""
+
+    record: Record | None
+    """That of the current node."""
+    hooks = True
+    """Whether hooks on gradients are looked for."""
+    constants = False
+    """Whether the node has an operand without a graph, whose memory may be gone (see elsewhere.py)."""
+
+    def __init__(self):
+        self.values: list[Value] = []
+        self._key: list[object] = []
+        # nodes of distances: the value, and what emits its square
+        self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
+        self.smooth: set[int] = set()  # products that were read as such squares
+        self.outputs: Sequence[Tensor] = ()
+
+    def _turn_to(self, node, src: list[int | None]) -> None:
+        """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first.
+
+        What is asked of a node is asked once: attributes of autograd's nodes are made anew at every look.
+        """
+        self.node, self.src, self.name = node, src, node.name()
+        self._known: dict[str, object] = {}  # what was read of it
+        self.meta = meta = node._input_metadata
+        first = meta[0]
+        self.shape: Shape = tuple(first.shape)
+        self.dtype, self.device = first.dtype, first.device
+        if len(meta) > 1 or self.dtype.is_complex or first.is_nested_tensor:
+            for m in meta:
+                if m.is_nested_tensor:
+                    raise UnsupportedGraph(f"a nested tensor from {self.name}")
+                if m.dtype.is_complex:
+                    raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {self.name}")
+
+    def refuse(self, what: str) -> NoReturn:
+        """For rules: autograd computes a function whose graph holds this."""
+        raise UnsupportedGraph(what)
+
+    # -- the current node -------------------------------------------------------------------------
+
+    def saved(self, name: str):
+        """A value that the node saved for its backward, as it is. Raises what torch raises if it was freed.
+
+        Each is read once: hooks may compute it anew.
+        """
+        if name in self._known:
+            return self._known[name]
+        value = getattr(self.node, "_saved_" + name)
+        kind = value.__class__
+        if kind in PLAIN:
+            if self.constants:
+                check_here(value, "a tensor")
+        elif kind not in _NUMBERS:
+            value = plain(value)
+            if self.constants:
+                check_value(value)
+        self._known[name] = value
+        return value
+
+    def check_memory(self) -> None:
+        """Raise if what the node saved is gone: for rules that call the node."""
+        if self.constants:
+            check_saved(self.node, self.saved)
+
+    def has(self, name: str) -> bool:
+        return hasattr(self.node, "_saved_" + name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A saved tensor that the rule cannot do without."""
+        value = self.saved(name)
+        if value is None:
+            raise MissingValue(name)
+        return value
+
+    def axis(self, name: str, ndim: int) -> int:
+        """A saved dimension, counted from 0."""
+        return normal_axis(self.saved(name), ndim)
+
+    def axes(self, name: str, ndim: int) -> Shape:
+        """Saved dimensions counted from 0; none given means all."""
+        dims = self.saved(name)
+        if dims is None or len(dims) == 0:
+            return tuple(range(ndim))
+        return tuple(sorted(normal_axis(d, ndim) for d in dims))
+
+    def per_axis(self, name: str, ndim: int, default: Shape = ()) -> Shape:
+        """A saved list with an entry for each of ``ndim`` axes.
+
+        Autograd saves it as the caller gave it: one entry may stand for all axes, and none for ``default``.
+        """
+        found = tuple(self.saved(name)) or default
+        return found * ndim if len(found) == 1 else found
+
+    def unsupported(self, what: str) -> NoReturn:
+        """The node holds what blocks cannot follow, nor autograd through its backward."""
+        reason = UnsupportedGraph(f"{what} ({self.name})")
+        reason.twice = False
+        raise reason
+
+    def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
+        """The values of a node's outputs, by its rule or by calling it."""
+        self._turn_to(node, src)
+        self.record = record = REGISTRY.get(self.name) or of_function(node)
+        if record is not None and record.read is not None:
+            mark = len(self.values)
+            try:
+                ids = record.read(self)
+            except MissingValue:
+                ids = None
+            if ids is not None:
+                return ids if ids.__class__ is tuple else (ids,)
+            del self.values[mark:], self._key[mark:]
+        return self.opaque()
+
+    # -- values -----------------------------------------------------------------------------------
+
+    def emit(
+        self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None
+    ) -> int:
+        """Add a value; ``dtype`` defaults to the node's. Returns its index."""
+        return self._add(op or self.name, shape, dtype or self.dtype, self.device, tuple(sources))
+
+    def _add(self, op, shape, dtype, device, sources) -> int:
+        values = self.values
+        values.append(Value(op, shape, dtype, device, sources))
+        if len(sources) == 1:
+            s, m = sources[0]
+            self._key.append((op, shape, dtype, s, m.key))
+        else:
+            self._key.append((op, shape, dtype, tuple([(s, m.key) for s, m in sources])))
+        return len(values) - 1
+
+    def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
+        """A value with one source; shape and dtype are the source's unless given."""
+        values, op = self.values, self.name
+        v = values[source]
+        shape, dtype = v.shape if shape is None else shape, v.dtype
+        self._key.append((op, shape, dtype, source, linear_map.key))  # as `_add` does
+        values.append(Value(op, shape, dtype, v.device, ((source, linear_map),)))
+        return len(values) - 1
+
+    def view(self, source: int, shape: Shape) -> int:
+        old = self.values[source].shape
+        return source if old == shape else self.single(source, View(old, shape), shape)
+
+    def permute(self, source: int, dims: Shape) -> int:
+        if dims == tuple(range(len(dims))):
+            return source
+        old = self.values[source].shape
+        return self.single(source, Permute(dims), tuple(old[d] for d in dims))
+
+    def expand(self, source: int, shape: Shape) -> int:
+        """Broadcast to ``shape``."""
+        old = self.values[source].shape
+        if old == shape:
+            return source
+        aligned = (1,) * (len(shape) - len(old)) + old
+        source = self.view(source, aligned)
+        axes = tuple(a for a, (m, n) in enumerate(zip(aligned, shape, strict=True)) if m != n)
+        return self.single(source, Expand(axes, shape), shape) if axes else source
+
+    def sum(self, source: int, axes: Shape, keepdim: bool = False) -> int:
+        shape = self.values[source].shape
+        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        if axes:
+            source = self.single(source, Sum(tuple(axes), shape), kept)
+        if keepdim:
+            return source
+        return self.view(source, tuple(n for a, n in enumerate(shape) if a not in axes))
+
+    def diagonal(
+        self,
+        source: int,
+        derivative: Callable[[], Tensor] | Tensor,
+        fresh: bool = False,
+        activation: Callable[[], Factor | None] | None = None,
+    ) -> int:
+        """Scaling by a derivative; ``fresh=True`` where the callable returns memory that nobody else holds."""
+        return self.single(source, Diagonal(derivative, fresh, activation))
+
+    def mask(
+        self,
+        source: int,
+        derivative: Callable[[], Tensor] | Tensor,
+        keep: Callable[[], Tensor] | None = None,
+        fresh: bool = False,
+        activation: Callable[[], Factor | None] | None = None,
+    ) -> int:
+        """`diagonal` for an op that selects in its own backward, by ``keep`` or by a derivative of 0 and 1."""
+        return self.single(source, Mask(derivative, fresh, activation, keep))
+
+    def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
+        """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""
+        node, name = self.node, self.name
+        return lambda: function(name, lambda key: plain(getattr(node, "_saved_" + key)))
+
+    def scale(self, source: int, factor: float) -> int:
+        return source if factor == 1 else self.single(source, Scale(factor))
+
+    def cast(self, source: int) -> int:
+        """To the dtype and device of the node's output."""
+        v = self.values[source]
+        if v.dtype == self.dtype and v.device == self.device:
+            return source
+        edge = Cast((v.dtype, v.device), (self.dtype, self.device))
+        return self._add(self.name, v.shape, self.dtype, self.device, ((source, edge),))
+
+    def match(self, source: int) -> int:
+        """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
+        v = self.values[source]
+        if v.shape == self.shape and v.dtype == self.dtype and v.device == self.device:
+            return source
+        return self.cast(self.expand(source, self.shape))
+
+    def add(self, terms: Sequence[Source], shape: Shape | None = None) -> int:
+        """The sum of terms of one shape (the node's unless given), in their dtype; a lone identity adds nothing."""
+        source, edge = terms[0]
+        if len(terms) == 1 and isinstance(edge, Identity):
+            return source
+        v = self.values[source]  # the node's first output may be one that nobody asked for
+        shape = self.shape if shape is None else shape
+        return self._add(self.name, shape, v.dtype, v.device, tuple(terms))
+
+    def plus(self, ids: Sequence[int | None]) -> int:
+        """The sum of values, each broadcast and cast to the node's output."""
+        if len(ids) == 1:
+            return self.match(ids[0])
+        return self.add([(self.match(s), _IDENTITY) for s in ids if s is not None])
+
+    def opaque(self, kept: dict[tuple[int, int], Kept] | None = None) -> tuple[int, ...]:
+        """Values for each output of the node that call the node itself.
+
+        A rule that knows the axes which an edge leaves unmixed gives them in ``kept``, by (output, edge).
+        """
+        ids = self.called(kept)
+        shapes = [self.values[s].shape for s in self.src if s is not None]
+        refuse_or_log(self.name, tuple(self.meta[0].shape), shapes)
+        return ids
+
+    def called(self, kept: dict[tuple[int, int], Kept] | None = None) -> tuple[int, ...]:
+        """As `opaque`, whatever the mode of the fallback."""
+        if getattr(self.node, "_forward_cls", None) is Unrecorded:
+            raise RuntimeError(self.node.why)
+        self.check_memory()
+        shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
+        call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
+        ids = []
+        for nr, m in enumerate(self.meta):
+            if not (m.dtype.is_floating_point or m.dtype.is_complex):
+                ids.append(None)
+                continue
+            sources = []
+            for edge, s in enumerate(self.src):
+                if s is not None:
+                    v = self.values[s]
+                    if kept is None:
+                        pairs = kept_by(self.name, v.shape, tuple(m.shape))
+                    else:
+                        pairs = kept.get((nr, edge), ())
+                    sources.append((s, Opaque(call, nr, edge, v, pairs)))
+            ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
+        return tuple(ids)
+
+
+class _NamingReader(Reader):
+    """A reader that notes which layer every value comes from, too."""
+
+    def __init__(self, log: layers.Layers):
+        super().__init__()
+        self.log, self.layers = log, {}
+
+    def visit(self, node, src):
+        mark = len(self.values)
+        ids = super().visit(node, src)
+        self.layers.update(dict.fromkeys(range(mark, len(self.values)), self.log.of(node)))
+        return ids
+
+
+class MissingValue(Exception):
+    """A rule needs a tensor that the node did not save."""
+
+
+def read(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    reader: Reader | None = None,
+    handles: int | None = 0,
+) -> Graph:
+    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
+
+    ``reader``: one that has read nothing yet, and that notes more than the graph holds. ``handles``: how many hooks
+    were registered while the graph was recorded, None if that is not known; for inputs of a call, that is noted.
+    """
+    try:
+        graph = _read(outputs, inputs, reader)
+        if reader is None or reader.hooks:
+            handles = handles_of(inputs) if handles == 0 else handles
+            if handles != 0:
+                from .hooks import check  # reads the graph again
+
+                check(graph, outputs, inputs)
+        return graph
+    except UnsupportedGraph:
+        check_graph(outputs)  # the engine will run
+        raise
+
+
+def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None) -> Graph:
+    log = layers.noted() if (watched := layers.watching()) and reader is None else None
+    if reader is None:
+        reader = Reader() if log is None else _NamingReader(log)
+    reader.outputs = [y for y in outputs if y.requires_grad]
+    leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
+    # node of an input that is not -> output -> value
+    wanted: dict[object, dict[int, int | None]] = {}
+    for x in inputs:
+        _refuse(x)
+        if x.grad_fn is not None:
+            wanted.setdefault(x.grad_fn, {})[x.output_nr] = None
+        elif x.requires_grad:
+            leaves[id(x)] = None
+
+    def leaf(x: Tensor) -> int | None:
+        value = leaves.get(id(x), -1)
+        if value is None and x.numel():  # nothing depends on an empty input
+            value = leaves[id(x)] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
+        return None if value == -1 else value
+
+    # an interior input ends the search behind it, unless another input may lie there
+    stops = wanted if len(wanted) == 1 and not leaves else ()
+    done: dict[object, tuple[int | None, ...] | None] = {}
+    for y in outputs:
+        _refuse(y)
+        if y.grad_fn is not None:
+            _walk(y.grad_fn, reader, leaves, leaf, wanted, stops, done)
+    ends: list[int | None] = []
+    for y in outputs:
+        if y.grad_fn is None:
+            ends.append(leaf(y) if y.requires_grad else None)
+        else:
+            ids = done[y.grad_fn]
+            ends.append(None if ids is None else ids[y.output_nr])
+    starts = [
+        leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
+    ]
+    key = (tuple(reader._key), tuple(starts), tuple(ends))
+    names = None if not watched else {} if log is None else reader.layers
+    return Graph(reader.values, starts, ends, key, names)
+
+
+def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
+    """Read all nodes behind ``root``, producers first, without recursion; ``done`` gets their values."""
+    opened: dict[object, tuple] = {}
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        edges = opened.get(node)
+        if edges is None:
+            if node in done:
+                stack.pop()
+                continue
+            edges = opened[node] = () if node in stops else node.next_functions
+            for p, _ in edges:
+                if p is None or p in done:
+                    continue
+                if p.__class__ is _ACCUMULATE:
+                    x = p.variable
+                    check_here(x)
+                    done[p] = (leaf(x),) if id(x) in leaves else None
+                elif p not in opened:
+                    stack.append(p)
+            if stack[-1] is not node:
+                continue
+        stack.pop()
+        if node in done:
+            continue
+        src: list[int | None] = []
+        active = constants = False
+        for p, nr in edges:
+            ids = done[p] if p is not None else None
+            if ids is None:
+                constants = constants or p is None
+                src.append(None)
+            else:
+                src.append(ids[nr])
+                active = active or ids[nr] is not None
+        if not active and node.__class__ is ERROR:
+            raise RuntimeError(MARKED)
+        reader.constants = constants
+        ids = reader.visit(node, src) if active else None
+        if active and (0 in reader.shape or len(ids) > 1):  # what is empty carries no derivative
+            values = reader.values
+            ids = tuple([i if i is not None and 0 not in values[i].shape else None for i in ids])
+        if node in wanted:
+            meta = node._input_metadata
+            made = [None] * len(meta) if ids is None else list(ids)
+            for nr in wanted[node]:
+                m = meta[nr]
+                if made[nr] is None and 0 not in m.shape:
+                    made[nr] = reader._add("input", tuple(m.shape), m.dtype, m.device, ())
+                wanted[node][nr] = made[nr]
+            ids = tuple(made)
+        done[node] = ids
+
+
+def _refuse(x: Tensor) -> None:
+    if x.__class__ is not Tensor and is_distributed(x):
+        raise UnsupportedGraph(DISTRIBUTED)
+    if x.layout is not torch.strided:
+        raise UnsupportedGraph(f"a tensor with layout {x.layout}")
+    if x.dtype.is_complex:
+        raise UnsupportedGraph(f"a complex tensor ({x.dtype})")

@@ -1,0 +1,240 @@
+"""Hooks on gradients. For autograd they are a part of the function, and so they are here.
+
+The maps of a graph are those of its ops; a hook that changes what it gets makes another function of it. No node tells
+whether it has hooks. But every one that is registered takes a number, so that a function which registers none costs
+nothing. Else one cotangent is pulled twice: by autograd, which runs hooks, and by the nodes alone, called one after the
+other. Where that differs, autograd computes, as for other graphs that blocks cannot follow.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.modules._functions import BackwardHookFunction
+from torch.utils.hooks import RemovableHandle
+
+from ..base.constants import arbitrary
+from ..base.elsewhere import check_graph
+from .behind import nodes_behind
+from .graph import Graph, Reader, UnsupportedGraph, read
+
+_FSDP = "torch.distributed.fsdp"
+MODULE_HOOKS = BackwardHookFunction._backward_cls
+"""What a module with backward hooks leaves in the graph, around its inputs and around its outputs."""
+
+
+class ChangedByHook(UnsupportedGraph):
+    """Hooks of the graph, which is ``graph`` without them, change gradients."""
+
+    def __init__(self, at: str, linear: bool, why: str | None, graph: Graph):
+        super().__init__(f"a hook that changes gradients, at {at}")
+        self.linear, self.why, self.graph = linear, why, graph
+
+
+def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
+    """Raise ChangedByHook where hooks on the graph between ``xs`` and ``ys`` change gradients, and warn.
+
+    Raises RuntimeError for hooks that give something else each time.
+    """
+    ys = [y for y in ys if y.requires_grad and y.numel()]
+    if not ys or _tracked() or only_look(ys):
+        return
+    first, second = (
+        [arbitrary(y.shape, y).roll(k).reshape(y.shape) * (1 - 2 * k) for y in ys] for k in (0, 1)
+    )
+    check_graph(ys)
+    with torch.no_grad():
+        reader = _Nodes()
+        nodes = read(ys, xs, reader)
+        try:
+            given = _by_autograd(ys, xs, first)
+        except (
+            RuntimeError
+        ) as error:  # of an op that has no backward: there is nothing to compare with
+            if "not implemented" not in str(error):
+                raise
+            return
+        pulled = _pulled(nodes, first)
+        plain, noise = [pulled.get(v) for v in nodes.inputs], _noise(pulled)
+        # what acts on positive gradients only does so on one of these
+        against = _by_autograd(ys, xs, [-c for c in first])
+        if _alike(given, plain, noise) and _alike(against, _times(-1, plain), noise):
+            return
+        if not _alike(_by_autograd(ys, xs, first), given):
+            raise RuntimeError(
+                "a hook on gradients (of Tensor.register_hook, say) gives another result each time that it runs, as "
+                "one that removes itself does: no Jacobian can be had row by row; register one that stays as it is"
+            )
+        both = _by_autograd(ys, xs, [a + b for a, b in zip(first, second, strict=True)])
+        summed = [_add(a, b) for a, b in zip(given, _by_autograd(ys, xs, second), strict=True)]
+        linear = _alike(both, summed) and _alike(against, _times(-1, given))
+        at = _where(nodes, reader, ys, xs, first)
+    why = None
+    if torch.is_grad_enabled() and not _recorded(ys, xs, first):
+        why = (
+            f"a hook on gradients, at {at}, computes what autograd does not record (under no_grad, or of detached "
+            "tensors), so what it gives has no derivative; write it in torch's ops, or call without it"
+        )
+    warnings.warn(
+        f"a hook on gradients, at {at}, changes them: as in torch.autograd, that is a part of the function, whose "
+        "Jacobian autograd computes row by row",
+        stacklevel=2,
+    )
+    raise ChangedByHook(at, linear, why, graph)
+
+
+class _Nodes(Reader):
+    """A reader that understands no op: every node is called."""
+
+    hooks = False
+
+    def __init__(self):
+        super().__init__()
+        self.edges: dict[int, GradientEdge] = {}
+        """Of every value."""
+
+    def visit(self, node, src):
+        self._turn_to(node, src)
+        ids = self.called()
+        self.edges.update({v: GradientEdge(node, nr) for nr, v in enumerate(ids) if v is not None})
+        return ids
+
+
+def _by_autograd(ys, xs, cotangents) -> list[Tensor | None]:
+    return list(torch.autograd.grad(ys, xs, cotangents, retain_graph=True, allow_unused=True))
+
+
+def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
+    """The gradients in all values of a graph of `_Nodes`, each called once, with those in all of its outputs.
+
+    As autograd's engine does: some nodes (that of group_norm, in torch 2.13) give another result output by output.
+    """
+    found: dict[int, Tensor] = {}
+
+    def add(v: int, g: Tensor) -> None:
+        found[v] = found[v] + g if v in found else g
+
+    for v, c in zip(graph.outputs, cotangents, strict=True):
+        if v is not None:
+            add(v, c)
+    values, v = graph.values, len(graph.values) - 1
+    while v >= 0:
+        sources = values[v].sources
+        if not sources:
+            v -= 1
+            continue
+        call, given = sources[0][1].call, {}
+        while v >= 0 and values[v].sources and values[v].sources[0][1].call is call:
+            if v in found:
+                given[values[v].sources[0][1].nr] = found[v]
+            v -= 1
+        if not given:
+            continue
+        grads = call.edges(call.cotangents(given))
+        for s, edge in sources:
+            if (g := grads[edge.edge]) is not None:
+                add(s, g.sum_to_size(values[s].shape).to(values[s].dtype))
+    return found
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _times(factor: float, found: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if g is None else factor * g for g in found]
+
+
+def _noise(found: dict[int, Tensor]) -> float:
+    """How far gradients may be off that cancel: the rounding of the largest on the way."""
+    sizes = [
+        torch.finfo(g.dtype).eps * g.abs().nan_to_num(posinf=0).max()
+        for g in found.values()
+        if g.numel()
+    ]
+    return 4 * max(map(float, sizes), default=0.0)
+
+
+def _alike(found, wanted, noise: float = 0.0) -> bool:
+    """Whether gradients are the same but for rounding, in which only the order of sums differs."""
+    for a, b in zip(found, wanted, strict=True):
+        if a is None and b is None:
+            continue
+        a = torch.zeros_like(b) if a is None else a
+        b = torch.zeros_like(a) if b is None else b.to(a.dtype)
+        size = torch.maximum(a.abs(), b.abs())
+        size = torch.where(size.isfinite(), size, 0.0)
+        if not a.numel():
+            continue
+        bound = torch.finfo(a.dtype).eps ** (2 / 3) * size.max() + noise
+        same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= bound)
+        if not bool(same.all()):
+            return False
+    return True
+
+
+def _where(graph: Graph, reader: _Nodes, ys, xs, cotangents) -> str:
+    """The op that autograd leaves with other gradients than the node itself, the one nearest to the outputs."""
+    found = _pulled(graph, cotangents)
+    ends = {
+        **reader.edges,
+        **{v: x for v, x in zip(graph.inputs, xs, strict=True) if v is not None},
+    }
+    order = sorted(ends.keys() & found.keys(), reverse=True)
+    grads = _by_autograd(ys, [ends[v] for v in order], cotangents)
+    other = next(
+        (v for v, g in zip(order, grads, strict=True) if not _alike([g], [found[v]])), None
+    )
+    users = [u.op for u in graph.values if any(s == other for s, _ in u.sources)]
+    return users[-1] if users else "an input"
+
+
+def _recorded(ys, xs, cotangents) -> bool:
+    """Whether autograd knows that gradients are linear in the cotangents: ``g = (dg / dc) c``, all of it."""
+    with torch.enable_grad():
+        cs = [c.detach().requires_grad_() for c in cotangents]
+        found = torch.autograd.grad(ys, xs, cs, create_graph=True, allow_unused=True)
+        weighed = [(g * arbitrary(g.shape, g)).sum() for g in found if g is not None]
+        if not weighed:
+            return True
+        total = sum(w.double() for w in weighed)
+        if not total.requires_grad:
+            return False
+        back = torch.autograd.grad(total, cs, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        again = sum((b * c).sum().double() for b, c in zip(back, cs, strict=True) if b is not None)
+        return _alike([total.detach().to(weighed[0].dtype)], [torch.as_tensor(again)])
+
+
+# -- hooks that are known not to look at gradients ------------------------------------------------
+
+
+def only_look(ys: Sequence[Tensor]) -> bool:
+    """Whether there are no hooks at all, or they are FSDP's."""
+    return RemovableHandle.next_id == 0 or _sharded(ys, nodes_behind(ys))
+
+
+def _tracked() -> bool:
+    """Whether torch's own tracker of modules is on, as FlopCounterMode's is.
+
+    Its hooks only look, and ``torch.autograd.grad`` refuses to run them.
+    """
+    known = sys.modules.get("torch.utils.module_tracker")
+    return known is not None and any(
+        isinstance(getattr(hook, "__self__", None), known.ModuleTracker)
+        for hook in torch.nn.modules.module._global_forward_pre_hooks.values()
+    )
+
+
+def _sharded(ys: Sequence[Tensor], nodes) -> bool:
+    """Whether the graph is one of FSDP, whose hooks change no gradient, but free weights after a backward pass."""
+    if _FSDP not in sys.modules:
+        return False
+    hooks = [h for y in ys for h in (y._backward_hooks or {}).values()]
+    found = [getattr(h, "func", h) for h in hooks] + [getattr(n, "_forward_cls", n) for n in nodes]
+    return any(getattr(f, "__module__", "").startswith(_FSDP) for f in found)

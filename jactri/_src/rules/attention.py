@@ -1,0 +1,121 @@
+"""Scaled dot-product attention, analytic in both directions and differentiable.
+
+The fused kernels have no derivative of their backward, so torch cannot push tangents through them. Here the
+node becomes its parts, ``S = scale * q k^T + mask``, ``P = softmax(S)``, ``O = P v``, each its own value: queries
+stay apart for tangents of q, batch and heads for tangents of k and v. P is computed again from q, k and the mask.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..maps.linear_map import Identity
+from ..maps.low_rank import Softmax
+from ..maps.maps import Batched, Once, wide
+from . import rule
+
+aten = torch.ops.aten
+
+# node: (name of the saved mask or None, place of the mask among the edges or None, name of the first output)
+KINDS = {
+    "ScaledDotProductFlashAttentionForCpuBackward0": ("attn_mask", None),
+    "ScaledDotProductFlashAttentionBackward0": (None, None),
+    "ScaledDotProductEfficientAttentionBackward0": ("attn_bias", 3),
+    "ScaledDotProductCudnnAttentionBackward0": ("attn_bias", None),
+    "ScaledDotProductFusedAttentionOverrideableBackward0": ("attn_bias", 3),
+}
+
+
+@rule(
+    "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
+    "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention",
+    "ScaledDotProductFusedAttentionOverrideable",
+)  # fmt: skip
+def attention(g):
+    mask_name, mask_edge = KINDS[g.name]
+    q, k, v = g.tensor("query"), g.tensor("key"), g.tensor("value")
+    mask = g.saved(mask_name) if mask_name else None
+    causal = g.saved("is_causal")
+    if g.saved("dropout_p") != 0 or q.dim() != 4:
+        return batch_and_heads(g)
+    b, heads, t, d = q.shape
+    groups, s, width = k.shape[1], k.shape[2], v.shape[3]
+    if (
+        v.shape[1] != groups
+        or heads % groups
+        or k.shape[0] != b
+        or tuple(g.shape) != (b, heads, t, width)
+    ):
+        return batch_and_heads(g)
+    if causal and t != s and g.name != "ScaledDotProductFlashAttentionForCpuBackward0":
+        return batch_and_heads(g)  # kernels differ in which corner of the mask they align
+    scale = g.saved("scale")
+    scale = 1 / math.sqrt(d) if scale is None else scale
+
+    # heads that share keys are rows of one product: (batch * groups, heads / groups * queries, ...)
+    n, rows = b * groups, heads // groups * t
+
+    def flat(x: Tensor, length: int) -> Tensor:
+        return x.reshape(n, length, x.shape[-1])
+
+    p = Once(lambda: probabilities(q, k, mask, causal, scale, groups).reshape(n, rows, s))
+    p_like = Once(lambda: p().to(q.dtype))
+    scores: list[int] = []
+    if g.src[0] is not None:
+        x = g.view(g.src[0], (n, rows, d))
+        keys = Once(lambda: flat(k, s).transpose(1, 2) * scale)
+        scores.append(g.single(x, Batched(keys, "right"), (n, rows, s)))
+    if g.src[1] is not None:
+        x = g.permute(g.view(g.src[1], (n, s, d)), (0, 2, 1))
+        queries = Once(lambda: flat(q, rows) * scale)
+        scores.append(g.single(x, Batched(queries, "left"), (n, rows, s)))
+    if mask_edge is not None and len(g.src) > mask_edge and g.src[mask_edge] is not None:
+        x = g.cast(g.expand(g.src[mask_edge], (b, heads, t, s)))
+        scores.append(g.view(x, (n, rows, s)))
+    outs: list[int] = []
+    if scores:
+        total = g.add([(i, Identity()) for i in scores], (n, rows, s))
+        weights = g.single(total, Softmax(p, 2))
+        values = Once(lambda: flat(v, s))
+        outs.append(g.single(weights, Batched(values, "right"), (n, rows, width)))
+    if g.src[2] is not None:
+        x = g.view(g.src[2], (n, s, width))
+        outs.append(g.single(x, Batched(p_like, "left"), (n, rows, width)))
+    out = g.view(g.add([(i, Identity()) for i in outs], (n, rows, width)), g.shape)
+    # the other outputs (logsumexp, random state) carry no gradient
+    return (out,) + (None,) * (len(g.meta) - 1)
+
+
+def probabilities(q, k, mask, causal: bool, scale: float, groups: int) -> Tensor:
+    """``softmax(scale * q k^T + mask)`` of shape (batch, heads, queries, keys), in at least float32."""
+    b, heads, t, d = q.shape
+    s = k.shape[2]
+    left = wide(q).reshape(b, groups, -1, d) * scale
+    scores = (left @ wide(k).transpose(-1, -2)).reshape(b, heads, t, s)
+    if causal:
+        above = torch.ones(t, s, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, -math.inf)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -math.inf)
+        else:
+            scores = scores + wide(mask)
+    # rows that are masked as a whole attend to nothing (0, not NaN)
+    return aten._safe_softmax(scores, -1)
+
+
+def batch_and_heads(g):
+    """The node is called as it is; it keeps the batch and, where they are not shared, the heads."""
+    kept = {}
+    for edge, source in enumerate(g.src):
+        own = () if source is None else g.values[source].shape
+        pairs = []
+        for a in range(2):
+            if len(own) != 4 or len(g.shape) != 4 or own[a] != g.shape[a]:
+                break
+            pairs.append((a, a))
+        kept[0, edge] = tuple(pairs)
+    return g.opaque(kept)

@@ -1,0 +1,201 @@
+"""Writes into a part of a tensor: ``out[:, 0] = f(x)``.
+
+Autograd records such a write as a CopySlices node, which does not show where it wrote. The node itself tells:
+applied to the numbers 1, 2, 3, ... it returns, for every entry of the source, the number of the place that it went
+to. If those places are a regular slice of the result, the write is a `Place`, and else a `Put`; other numbers must
+confirm it, exactly. A view by strides is asked in the same way where each of its entries comes from.
+"""
+
+from __future__ import annotations
+
+from math import nan, prod
+
+import torch
+from torch import Tensor
+
+from ..base.backends import captured
+from ..base.tracing import aside, tracing, valued
+from . import rule
+from .index import pick, put
+from .shape import piece, place
+
+_EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
+"""Integers below these bounds are exact."""
+
+
+@rule("torch::autograd::CopySlices")
+def copy_slices(g):
+    shape, meta = g.shape, g.meta[0]
+    n = prod(shape)
+    if n >= _EXACT.get(meta.dtype, 0) or n == 0 or not valued() or captured(meta.device):
+        return None
+    traced = tracing()
+    ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
+    weights = _pulled(g, ones)
+    with torch.no_grad():
+        poisoned = _pulled(g, ones * nan)[0]
+        keep = None if poisoned is None else poisoned.isnan().to(meta.dtype)
+    with torch.no_grad(), aside():
+        number, scramble = _numbers(shape, meta)
+        places, confirm = (_pulled(g, c) for c in (number, scramble))
+        factors = _pulled(g, torch.ones_like(number)) if traced else weights
+        terms = []
+        for edge, s in enumerate(g.src):
+            if s is None:
+                continue
+            w, factor, place, seen = weights[edge], factors[edge], places[edge], confirm[edge]
+            if w is None:
+                continue
+            if edge == 0:  # what was there before, scaled where it was not replaced
+                if w.shape != shape or not torch.equal(seen, factor * scramble):
+                    return None
+                terms.append(lambda s=s, w=w: g.mask(s, w, lambda: keep))
+                continue
+            found = _where(factor, place, seen, scramble)
+            if found is None:
+                return None
+            # where it went is the same for other values, the factor need not be
+            alike = not traced and not w.requires_grad and bool((w == w.reshape(-1)[0]).all())
+            scale = w.reshape(-1)[0].item() if alike else w
+            terms.append(lambda s=s, w=w, a=scale, at=found: _written(g, s, tuple(w.shape), a, *at))
+    return g.plus([emit() for emit in terms])
+
+
+def _pulled(g, c: Tensor) -> tuple[Tensor | None, ...]:
+    """The node applied to a cotangent: the gradient of each edge."""
+    g.check_memory()
+    out = g.node(c)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _numbers(shape, meta) -> tuple[Tensor, Tensor]:
+    """1, 2, 3, ..., and a fixed scramble of them: what is confirmed must not depend on the caller's random state."""
+    number = torch.arange(1, prod(shape) + 1, dtype=meta.dtype, device=meta.device).reshape(shape)
+    return number, (number * 7919 + 13).remainder(8191) + 1
+
+
+@rule("AsStrided")
+def as_strided(g):
+    """A view by strides: a slice, or any entries, some of them twice."""
+    (s,) = g.src
+    shape, meta = g.shape, g.meta[0]
+    old = g.values[s].shape
+    if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype, 0) or prod(shape) == 0:
+        return None
+    if captured(meta.device):
+        return None
+    with aside():
+        found = _read(g, old)
+    if found is None or (found[1] is None and not valued()):
+        return None
+    index, slices = found
+    if slices is None:
+        return pick(g, s, index)
+    value = s
+    for axis, (_, start, length, step) in enumerate(slices):
+        value = piece(g, value, axis, start, length, step)
+    order = [a for a, *_ in slices if a is not None]
+    if order != sorted(order):
+        value = g.view(value, tuple(shape[a] for a in order))
+        value = g.permute(value, tuple(sorted(range(len(order)), key=order.__getitem__)))
+    return g.view(value, shape)
+
+
+def _read(g, old: tuple[int, ...]):
+    """Which entries of a value of shape ``old`` a view has: (flat places, these as `regular` slices or None)."""
+    shape, meta = g.shape, g.meta[0]
+    with torch.enable_grad():  # the transpose of the transpose says where an entry comes from
+        u = torch.zeros(shape, dtype=meta.dtype, device=meta.device, requires_grad=True)
+        (back,) = _pulled(g, u)
+
+    def read(t):
+        return torch.autograd.grad(back, u, t, retain_graph=True)[0]
+
+    with torch.no_grad():
+        number, scramble = _numbers(old, meta)
+        index = read(number).long() - 1
+        if bool((index < 0).any()):  # outside of the value, in its memory
+            return None
+        _, cotangent = _numbers(shape, meta)
+        spread = torch.zeros_like(scramble).reshape(-1)
+        spread.index_add_(0, index.reshape(-1), cotangent.reshape(-1))
+        if not (
+            torch.equal(read(scramble), scramble.reshape(-1)[index])
+            and torch.equal(_pulled(g, cotangent)[0], spread.view(old))
+        ):
+            return None
+        return index, regular(index, old)
+
+
+def _where(factor: Tensor, place: Tensor, seen: Tensor, scramble: Tensor):
+    """Where a source went that was scaled by ``factor``: (flat places, these as `regular` slices or None).
+
+    None if it is not seen to have gone there.
+    """
+    if not bool((factor != 0).all()):
+        return None
+    index = (place / factor).round().long() - 1
+    if bool((index < 0).any()) or bool((index >= scramble.numel()).any()):
+        return None
+    if not torch.equal(scramble.reshape(-1)[index] * factor, seen):
+        return None
+    return index, regular(index, tuple(scramble.shape))
+
+
+def _written(g, source: int, sizes, factor, index: Tensor, slices) -> int:
+    """A source where it went, scaled by a number or a tensor."""
+    value = g.expand(source, sizes)
+    value = g.diagonal(value, factor) if isinstance(factor, Tensor) else g.scale(value, factor)
+    return put(g, value, index) if slices is None else _placed(g, value, sizes, slices)
+
+
+def regular(index: Tensor, shape: tuple[int, ...]):
+    """``index`` (flat positions in ``shape``) as slices: for each axis (source axis or None, start, length, step).
+
+    None if the positions are not such a slice.
+    """
+    first = int(index.reshape(-1)[0])
+    steps = {}
+    for a, size in enumerate(index.shape):
+        if size > 1:
+            steps[a] = int(index.select(a, 1).reshape(-1)[0]) - first
+    slices, unit, rest = [], prod(shape), first
+    left = dict(steps)
+    for size in shape:
+        unit //= size
+        start, rest = divmod(rest, unit)
+        mine = [a for a, s in left.items() if s >= unit and s % unit == 0]
+        if len(mine) > 1:
+            return None
+        if not mine:
+            slices.append((None, start, 1, 1))
+            continue
+        a = mine[0]
+        step = left.pop(a) // unit
+        if start + (index.shape[a] - 1) * step >= size:
+            return None
+        slices.append((a, start, index.shape[a], step))
+    if left:
+        return None
+    # the slices must give exactly these positions
+    built = torch.zeros_like(index)
+    unit = prod(shape)
+    for size, (a, start, length, step) in zip(shape, slices, strict=True):
+        unit //= size
+        if a is None:
+            built += start * unit
+        else:
+            along = (start + step * torch.arange(length, device=index.device)) * unit
+            built += along.view(-1, *[1] * (index.dim() - a - 1))
+    return slices if torch.equal(built, index) else None
+
+
+def _placed(g, value: int, sizes, slices) -> int:
+    """A value of shape ``sizes`` in a slice of the result, zeros around it."""
+    order = [a for a, *_ in slices if a is not None]
+    order += [a for a in range(len(sizes)) if a not in order]  # axes of size 1 that went nowhere
+    value = g.permute(value, tuple(order))
+    value = g.view(value, tuple(length for _, _, length, _ in slices))
+    for axis, (size, (_, start, _, step)) in enumerate(zip(g.shape, slices, strict=True)):
+        value = place(g, value, axis, start, size, step)
+    return value

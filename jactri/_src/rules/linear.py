@@ -1,0 +1,155 @@
+"""Matrix products: a Linear layer is one matrix that all samples share; attention multiplies a matrix a sample."""
+
+from __future__ import annotations
+
+import torch
+
+from ..maps.linear_map import Functional, keep_all_but
+from ..maps.maps import Batched
+from ..maps.sparse_product import SparseMatMul, matmul
+from . import rule
+
+
+def product(g, a, b, left: str, right: str, shape) -> list[int]:
+    """``a @ b`` for 2-D or 3-D operands; ``left`` and ``right`` name them among what autograd saved."""
+    terms = []
+    for s, other, name, side in ((a, b, right, "right"), (b, a, left, "left")):
+        if s is not None:
+            edge = matmul(g.tensor(name), side)
+            if other is not None and edge.__class__ is SparseMatMul:
+                g.unsupported("a sparse tensor that depends on the input")
+            terms.append(g.single(s, edge, shape))
+    return terms
+
+
+def _accumulated(g, terms: list[int]) -> int:
+    """``beta * bias + alpha * terms``."""
+    alpha = g.saved("alpha")
+    if alpha != 1:
+        terms = [g.scale(t, alpha) for t in terms]
+    if g.src[0] is not None:
+        terms.append(g.scale(g.src[0], g.saved("beta")))
+    return g.plus(terms)
+
+
+@rule("Mm", "Bmm")
+def mm(g):
+    a, b = g.src
+    return g.plus(product(g, a, b, "self", "mat2", g.shape))
+
+
+@rule("Addmm", "SparseAddmm")
+def addmm(g):
+    _, a, b = g.src
+    return _accumulated(g, product(g, a, b, "mat1", "mat2", g.shape))
+
+
+@rule("Baddbmm")
+def baddbmm(g):
+    _, a, b = g.src
+    return _accumulated(g, product(g, a, b, "batch1", "batch2", g.shape))
+
+
+@rule("Addbmm")
+def addbmm(g):
+    """``sum_b batch1[b] @ batch2[b]``."""
+    _, a, b = g.src
+    if a is None and b is None:
+        return _accumulated(g, [])
+    shape = (g.values[b if a is None else a].shape[0], *g.shape)
+    return _accumulated(g, [g.sum(t, (0,)) for t in product(g, a, b, "batch1", "batch2", shape)])
+
+
+def _matrix_vector(g, matrix, vector, name_m: str, name_v: str) -> list[int]:
+    """``matrix @ vector``, each as a product of matrices."""
+    terms, (m,) = [], g.shape
+    if matrix is not None:
+        column = g.tensor(name_v).unsqueeze(-1)
+        terms.append(g.view(g.single(matrix, matmul(column, "right"), (m, 1)), (m,)))
+    if vector is not None:
+        row = g.view(vector, (1, *g.values[vector].shape))
+        terms.append(g.view(g.single(row, matmul(g.tensor(name_m).t(), "right"), (1, m)), (m,)))
+    return terms
+
+
+@rule("Mv")
+def mv(g):
+    return g.plus(_matrix_vector(g, *g.src, "self", "vec"))
+
+
+@rule("Addmv")
+def addmv(g):
+    return _accumulated(g, _matrix_vector(g, *g.src[1:], "mat", "vec"))
+
+
+@rule("Addr")
+def addr(g):
+    """``vec1[:, None] * vec2[None, :]``."""
+    terms, (m, n) = [], g.shape
+    for s, shape, partner in ((g.src[1], (m, 1), "vec2"), (g.src[2], (1, n), "vec1")):
+        if s is not None:
+            other = g.tensor(partner)
+            other = other if partner == "vec2" else other.unsqueeze(-1)
+            terms.append(g.diagonal(g.expand(g.view(s, shape), (m, n)), other))
+    return _accumulated(g, terms)
+
+
+@rule("Dot", "Vdot")
+def dot(g):
+    second = "tensor" if g.name == "DotBackward0" else "other"
+    terms = []
+    for s, partner in zip(g.src, (second, "self"), strict=True):
+        if s is not None:
+            terms.append(g.sum(g.diagonal(s, g.tensor(partner)), (0,)))
+    return g.plus(terms)
+
+
+@rule("LinalgCross")
+def cross(g):
+    """``a x b``, linear in each; its transpose in ``a`` is ``c -> b x c``."""
+    axis = g.axis("dim", len(g.shape))
+    kept = keep_all_but((axis,), len(g.shape))
+    terms = []
+    for s, partner, sign in zip(g.src, ("other", "self"), (1, -1), strict=True):
+        if s is None:
+            continue
+        p = g.tensor(partner)
+
+        def push(t, p=p, sign=sign):
+            return sign * t.cross(p.expand_as(t), dim=axis + 1)
+
+        def pull(c, p=p, sign=sign):
+            return -sign * c.cross(p.expand_as(c), dim=axis + 1)
+
+        terms.append(g.single(g.match(s), Functional("cross", push, pull, kept)))
+    return g.plus(terms)
+
+
+@rule("Trilinear")
+def bilinear(g):
+    """``sum_ij x[n, i] w[o, i, j] z[n, j]``, as nn.Bilinear asks for it: a matrix for each of the three."""
+    pattern = tuple(tuple(g.saved(name)) for name in ("expand1", "expand2", "expand3", "sumdim"))
+    if pattern != ((1, 3), (0,), (1, 2), (2, 3)):
+        return None
+    x, w, z = g.src
+    (n, o), terms = g.shape, []
+    for s, formula, names in ((x, "oij,nj->nio", ("i2", "i3")), (z, "oij,ni->njo", ("i2", "i1"))):
+        if s is not None:
+            partners = [g.tensor(name) for name in names]
+            edge = Batched(lambda f=formula, p=partners: torch.einsum(f, *p), "right")
+            row = g.view(s, (n, 1, g.values[s].shape[1]))
+            terms.append(g.view(g.single(row, edge, (n, 1, o)), (n, o)))
+    if w is not None:
+        pairs = (g.tensor("i1").unsqueeze(2) * g.tensor("i3").unsqueeze(1)).flatten(1)
+        flat = g.view(w, (o, pairs.shape[1]))
+        terms.append(g.permute(g.single(flat, matmul(pairs.t(), "right"), (o, n)), (1, 0)))
+    return g.plus(terms)
+
+
+@rule(
+    "Coalesce", "SparseCompressedTensor", "SparseCooTensorWithDimsAndTensors", "SparseLogSoftmax", "SparseMask",
+    "SparseSampledAddmm", "SparseSoftmax", "SparseSparseMatmul", "SparseSum", "ToDense", "ToSparse.0-1", "ToSparseBsc",
+    "ToSparseBsr", "ToSparseCsc", "ToSparseCsr", "Values",
+)  # fmt: skip
+def sparse(g):
+    g.unsupported("a sparse tensor that depends on the input")

@@ -1,0 +1,478 @@
+"""Answers of which only the entries of a pattern are computed: filled into zeros, or returned sparse.
+
+A sweep with colours (see `pattern`) leaves a block in which every entry of the pattern has a place of its own: the
+number of the seed is taken modulo the colours. Here entries are read from there, sample by sample where samples do not
+mix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..base import backends
+from ..base.constants import fixed
+from ..base.tracing import may_write
+from ..device import chooser
+from ..device.passes import Pass, PassKind
+from ..maps.layout import Layout, Selection, scatter
+from ..plan.patches import Window, images, put
+from ..plan.pattern import Pattern, Trace, pattern_of
+from ..plan.sweep import Sweep, factors_of
+from ..read.graph import Graph
+from .answers import Answer, Store
+
+FORMS = {
+    torch.strided: "dense",
+    torch.sparse_coo: "coo",
+    torch.sparse_csr: "csr",
+    "banded": "banded",
+}
+"""By the ``layout`` of a call."""
+
+ROWS_BYTES = 1 << 26
+"""Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
+
+
+@dataclass(frozen=True)
+class Banded:
+    """A Jacobian whose rows hold the entries of a pattern only.
+
+    ``values`` is ``(*out, W)`` with the most entries of a row on the last axis, for ``per_sample`` Jacobians with the
+    samples first, as in ``out``. ``columns``, of the shape of one sample's values, gives the flat index in the input
+    (of one sample) of each, and -1 where a row has fewer; there ``values`` are 0. ``shape`` is that of the Jacobian.
+    """
+
+    values: Tensor
+    columns: Tensor
+    shape: tuple[int, ...]
+
+    def to_dense(self) -> Tensor:
+        """The Jacobian itself."""
+        width = self.columns.shape[-1]
+        rows = prod(self.columns.shape[:-1])
+        samples = prod(self.values.shape[:-1]) // max(rows, 1)
+        n = prod(self.shape) // max(samples * rows, 1)
+        columns = self.columns.reshape(1, rows, width).expand(samples, -1, -1)
+        values = self.values.reshape(samples, rows, width)
+        dense = values.new_zeros(
+            samples, rows, n + 1
+        )  # what is nowhere goes to a column of its own
+        dense = dense.scatter(2, columns.remainder(n + 1), values)
+        return dense[..., :n].reshape(self.shape)
+
+
+def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
+    """The coloured seed, ``(colours, *shape)``: one where the index, modulo the colours, is the colour."""
+    layout, factors = sweep.layout, factors_of(sweep)
+    sel = sel or {}
+
+    def make() -> tuple[Tensor, ...]:
+        block = torch.ones((), dtype=like.dtype, device=like.device)
+        for j, f in enumerate(layout.free):
+            start, length = sel.get(f, (0, layout.seed[f]))
+            i = [g for _, g in factors].index(f)
+            colours = torch.arange(start, start + length, device=like.device)
+            here = torch.arange(factors[i][0], device=like.device) % layout.seed[f]
+            shape = [1] * (len(layout.free) + len(factors))
+            shape[j], shape[len(layout.free) + i] = length, factors[i][0]
+            block = block * (here == colours[:, None]).to(like.dtype).view(shape)
+        return (block,)
+
+    chosen = tuple(sorted((f, r) for f, r in sel.items() if f in layout.free))
+    (block,) = fixed(("seed", layout, sweep.summed, chosen, like.dtype, like.device), make)
+    sizes, at = [], len(layout.free)
+    for axis in layout.axes:
+        if len(axis) > 1:  # one axis again
+            block = block.expand(
+                *block.shape[:at], *(n for n, _ in axis), *block.shape[at + len(axis) :]
+            )
+        sizes.append(prod(block.shape[at : at + len(axis)]))
+        at += len(axis)
+    return block.reshape(layout.columns(sel), *sizes).expand(-1, *layout.shape)
+
+
+def blocks(sweep: Sweep, layout: Layout, out, into, pattern: Pattern) -> tuple[int, Pattern]:
+    """How many blocks of entries there are, one a sample, and the pattern of one; 0 for one of all samples."""
+    n = (out[:1] or (0,))[0]
+    each = pattern.sample(n) if n and into[:1] == out[:1] else None
+    if each is not None and (n == 1 or layout.axes[0] == sweep.layout.axes[0]):
+        return n, each
+    return 0, pattern
+
+
+def band(
+    pattern: Pattern, many: int, both: bool, seeds: int, reverse: bool, dtype, device
+) -> PassKind | None:
+    """What the choice depends on of how ``many`` blocks of a pattern are written out; None where no kernel does.
+
+    ``both``: with the samples on both sides.
+    """
+    if pattern.bands is None:
+        return None
+    rows, columns = pattern.shape
+    how = (rows, columns, pattern.bands, reverse, both)
+    read, written = seeds * rows, rows * columns * (many if both else 1)
+    return PassKind.of("band", 1, many, read, written, how, dtype, device)
+
+
+class Entries(Answer):
+    """A Jacobian of which the entries of ``pattern`` are known. ``form``: "dense", "coo", "csr" or "banded".
+
+    ``patch``: the window of the target, if the sweep runs by patches.
+    """
+
+    def __init__(self, *answer, pattern: Pattern, form: str, patch: Window | None = None):
+        super().__init__(*answer)
+        self.patch = patch
+        self.final, self.form = self.layout, form
+        self.samples, self.pattern = blocks(self.sweep, self.layout, self.out, self.into, pattern)
+        self.made: Tensor | None = None
+
+    @property
+    def both(self) -> bool:
+        """Whether the samples are on both sides."""
+        return not self.per_sample and self.samples > 1
+
+    def sized(self, n: int) -> tuple[int, ...]:
+        """The shape of a dense answer of ``n`` samples, flat at either end."""
+        rows, columns = self.pattern.shape
+        return (n, rows, n, columns) if self.both else (n, rows, columns)
+
+    def target(self) -> Tensor | None:
+        """The caller's tensor, if a kernel can write a dense answer there."""
+        out, like = self.dest, self.like
+        if out is None or (out.dtype, out.device) != (like.dtype, like.device):
+            return None
+        return out if out.is_contiguous() else None
+
+    def take(self, made: Tensor, written: bool) -> None:
+        """What a kernel has made: the dense answer (``written``: in the caller's tensor), or the block of patches."""
+        if self.form == "dense":
+            self.made = self._given(made, written)
+        else:
+            self.store = made
+
+    def formed(self, block: Tensor) -> Tensor:
+        """The dense answer out of patches, of the first samples."""
+        return self._formed(lambda place: block.reshape(len(block), -1).index_select(1, place))
+
+    def _formed(self, values) -> Tensor:
+        """The dense answer of the first samples, of the ``values`` at a place: (samples, entries)."""
+        place, target, start = self._index()
+        found, many = values(place), max(self.samples, 1)
+        n = len(found)
+        if self.both and n < many:  # fewer columns
+            columns = self.pattern.shape[1]
+            target = target // (many * columns) * (n * columns) + target % columns
+        return self._dense(found, None, target, start).view(self.sized(n))
+
+    def window(self, sel):
+        return None
+
+    def _allocate(self) -> Tensor:
+        return Store._allocate(self)
+
+    def put_patches(self, data: Tensor, chunk) -> None:
+        """The block of a chunk of a sweep by patches."""
+        seed = self.out if self.sweep.reverse else self.into
+        self.store = put(self.store, data, chunk, seed)
+
+    def put(self, data, own, sel) -> None:
+        if own and not sel:
+            self.store = data
+        else:
+            scatter(self.part(sel), self.final, data, self.layout, sel)
+
+    def _place(self, entries) -> numpy.ndarray:
+        """Where each entry is in the block (of a sample)."""
+        sweep, layout = self.sweep, self.final
+        seed, value = entries.column, entries.row
+        if sweep.reverse:
+            seed, value = value, seed
+        if sweep.windows:
+            return self._patch_place(seed, value)
+        size = prod(layout.shape[1:] if self.samples else layout.shape)
+        return self._colour(seed) * size + value
+
+    def _colour(self, seed: numpy.ndarray) -> numpy.ndarray:
+        """Which of the seeds that ran holds each seed (of a sample)."""
+        layout, factors = self.final, factors_of(self.sweep)
+        if self.samples > 1:
+            factors = factors[1:]
+        found, unit, k = numpy.zeros_like(seed), 1, 1
+        for n, f in reversed(factors):
+            if f in layout.free:
+                found += (seed // unit) % n % layout.seed[f] * k
+                k *= layout.seed[f]
+            unit *= n
+        return found
+
+    def _patch_place(self, seed: numpy.ndarray, value: numpy.ndarray) -> numpy.ndarray:
+        """Where each entry is in the patches of a sample (see `patches`)."""
+        ends = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
+        (h, w), (height, width) = map(images, ends)
+        window, channels = self.patch, ends[1][1]
+        y, x = seed // w % h, seed % w
+        i = value // width % height - window.stride[0] * y - window.offset[0]
+        j = value % width - window.stride[1] * x - window.offset[1]
+        inside = seed * window.size[0] + i
+        return (inside * window.size[1] + j) * channels + value // (width * height)
+
+    def _index(self) -> tuple[Tensor, ...]:
+        """The place of every entry in the block, and where it goes: as the form of the answer needs it."""
+        device = self.like.device
+        copies = 1 if self.per_sample else max(self.samples, 1)
+
+        def make() -> tuple[Tensor, ...]:
+            entries = self.pattern.entries()
+            found = [self._place(entries)]
+            if self.form == "dense":
+                found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
+                found.append(entries.start)
+            else:
+                found += [entries.row, entries.column, entries.start]
+            made = tuple(torch.from_numpy(t).to(device) for t in found)
+            if self.form != "banded":
+                return made
+            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
+
+        key = (
+            self.form, self.pattern.key, self.sweep.layout, self.final, self.sweep.reverse, self.samples, copies,
+            device, self.patch,
+        )  # fmt: skip
+        return fixed(key, make)
+
+    def _values(self, place: Tensor) -> Tensor:
+        """``(samples or 1, entries)``."""
+        if self.patch is not None:
+            return self.store.reshape(len(self.store), -1).index_select(1, place)
+        block = self._of_samples(self.block())
+        return block.reshape(block.shape[0], -1).index_select(1, place)
+
+    def _of_samples(self, block: Tensor) -> Tensor:
+        return block.transpose(0, 1) if self.samples else block.unsqueeze(0)
+
+    def finish(self):
+        if self.made is not None:
+            return self.made
+        if self.form == "dense" and (made := self._written_out()) is not None:
+            return made
+        place, *where = self._index()
+        values = self._values(place)
+        if values.dtype != self.like.dtype or values.device != self.like.device:
+            values = values.to(device=self.like.device, dtype=self.like.dtype)
+        if self.form == "dense":
+            made = self._dense(values, self.dest, *where)
+            return self._given(made, made is self.dest)
+        shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
+        return {"coo": self._coo, "csr": self._csr, "banded": self._banded}[self.form](
+            values, shape, *where
+        )
+
+    def _written_out(self) -> Tensor | None:
+        """The dense answer, written from the block by a kernel in one pass; None where that is torch's."""
+        like, reverse, samples = self.like, self.sweep.reverse, self.samples
+        if self.patch is not None or not backends.kernels_on(like.device):
+            return None
+        block = self.block()
+        if (block.dtype, block.device) != (like.dtype, like.device):
+            return None
+        many = max(samples, 1)
+        kind = band(self.pattern, many, self.both, len(block), reverse, like.dtype, like.device)
+        if kind is None:
+            return None
+        from ...kernels.band import dense
+
+        def make() -> tuple[Tensor, ...]:
+            seeds = numpy.arange(self.pattern.shape[not reverse])
+            colour = torch.from_numpy(self._colour(seeds)).to(like.device, torch.int32)
+            found = (self.pattern.supports[t] for t in self.pattern.bands)
+            supports = (torch.from_numpy(t.T if reverse else t).to(like.device) for t in found)
+            return (colour, *(t.to(torch.uint8) for t in supports))
+
+        rows, columns = self.pattern.shape
+
+        def kernel(n: int, out: Tensor | None) -> Tensor:
+            key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, samples
+            colour, *supports = fixed((*key, like.device), make)
+            out = block.new_empty(self.sized(n)) if out is None else out.view(self.sized(n))
+            values = self._of_samples(block)[:n]
+            target = out.transpose(1, -1) if reverse else out
+            dense(values.reshape(n, len(block), -1), colour, tuple(supports), out=target)
+            return out
+
+        def steps(n: int, dtype: torch.dtype | None) -> Tensor:
+            dtype = dtype or block.dtype
+            return self._formed(lambda place: self._values(place)[:n].to(dtype))
+
+        out = self.target()
+        entries = max(rows * columns * (many if self.both else 1), block.numel() // many)
+        made = chooser.run(Pass(kind, many, entries, kernel, steps), out)
+        return None if made is None else self._given(made, out is not None)
+
+    def _given(self, dense: Tensor, written: bool) -> Tensor:
+        """A dense answer in the caller's tensor, if there is one; ``written``: it is there."""
+        if written:
+            return self.dest
+        dense = dense.view(*self.out, *(self.into[1:] if self.per_sample else self.into))
+        return dense if self.dest is None else self.dest.copy_(dense)
+
+    def _dense(self, values: Tensor, dest: Tensor | None, target: Tensor, start: Tensor) -> Tensor:
+        """Zeros around the ``values`` of some samples, in ``dest`` if it is contiguous."""
+        rows, columns = self.pattern.shape
+        many = len(values)
+        width = columns * (1 if self.per_sample else many)
+        step = rows * width + (0 if self.per_sample else columns)
+        if not may_write():
+            at = target + step * torch.arange(many, device=target.device)[:, None]
+            flat = values.new_zeros(many * rows * width)
+            return flat.index_copy(0, at.reshape(-1), values.reshape(-1))
+        if dest is None or not dest.is_contiguous() or dest.device != values.device:
+            dest = values.new_empty(many * rows * width)
+        flat, each = dest.view(-1), max(rows, 1)
+        if dest.device.type == "cpu":
+            each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
+        if each >= rows:
+            # from its first row to its last, no sample reaches into another
+            span = max(0, (rows - 1) * width + columns)
+            flat.zero_().as_strided((many, span), (step, 1)).index_copy_(1, target, values)
+            return dest
+        ends = [*range(0, rows, each), rows]
+        places = start[ends].tolist()
+        for i, own in enumerate(values):
+            for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        return dest
+
+    def _blocks(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, row, column) of every entry, row by row, of all samples."""
+        many = max(self.samples, 1)
+        sample = torch.arange(many, device=row.device).repeat_interleave(len(row))
+        return sample, row.repeat(many), column.repeat(many)
+
+    def _coo(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+        rows, columns = self.pattern.shape
+        sample, row, column = self._blocks(row, column)
+        index = [unravel(sample * rows + row, self.out)]
+        if self.per_sample:
+            index.append(unravel(column, self.into[1:]))
+        else:
+            index.append(unravel(sample * columns + column, self.into))
+        return Coo.apply(values.reshape(-1), torch.cat(index), shape)
+
+    def _csr(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+        rows, columns = self.pattern.shape
+        many = max(self.samples, 1)
+        if self.per_sample:
+            ends, place = (t.expand(many, -1).contiguous() for t in (start, column))
+            size = (many, rows, columns)
+            return torch.sparse_csr_tensor(ends, place, values, size, check_invariants=False)
+        sample, _, column = self._blocks(row, column)
+        first = start[:-1] + (torch.arange(many, device=row.device) * len(row))[:, None]
+        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(row))])
+        size = (many * rows, many * columns)
+        return torch.sparse_csr_tensor(
+            ends, sample * columns + column, values.reshape(-1), size, check_invariants=False
+        )
+
+    def _banded(self, values: Tensor, shape, row, column, start, width: Tensor) -> Banded:
+        rows, columns = self.pattern.shape
+        width = int(width)
+        at = row * width + torch.arange(len(row), device=row.device) - start[row]
+        band = values.new_zeros(len(values), rows * width).index_copy(1, at, values)
+        where = column.new_full((rows * width,), -1).index_copy(0, at, column)
+        if self.per_sample:
+            return Banded(band.view(*self.out, width), where.view(*self.out[1:], width), shape)
+        many = max(self.samples, 1)
+        offset = torch.arange(many, device=row.device)[:, None] * columns
+        where = torch.where(where < 0, where, where + offset)
+        return Banded(band.view(*self.out, width), where.view(*self.out, width), shape)
+
+
+class Coo(torch.autograd.Function):
+    """``torch.sparse_coo_tensor`` of coalesced indices; torch 2.13 cannot differentiate its own from eight axes on."""
+
+    @staticmethod
+    def forward(ctx, values, index, shape):
+        ctx.save_for_backward(index)
+        return torch.sparse_coo_tensor(
+            index, values, shape, is_coalesced=True, check_invariants=False
+        )
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        if g.layout is torch.strided:
+            return g[tuple(index)], None, None
+        g = g.coalesce()
+        if torch.equal(g.indices(), index):
+            return g.values(), None, None
+        strides = torch.tensor([prod(g.shape[a + 1 :]) for a in range(g.dim())], device=g.device)
+        given, wanted = strides @ g.indices(), strides @ index
+        at = torch.searchsorted(given, wanted).clamp(max=max(len(given) - 1, 0))
+        found = given[at] == wanted if len(given) else torch.zeros_like(wanted, dtype=torch.bool)
+        values = g.values()[at] if len(given) else g.values().new_zeros(len(wanted))
+        return torch.where(found, values, 0.0), None, None
+
+
+def unravel(flat: Tensor, shape) -> Tensor:
+    """The index on every axis: ``(axes, entries)``."""
+    found = flat.new_empty(len(shape), len(flat))
+    for a in reversed(range(len(shape))):
+        n = max(shape[a], 1)  # an empty axis has no entries
+        found[a] = flat % n
+        flat = flat // n
+    return found
+
+
+def check_pattern(graph: Graph, ys, xs, per_sample: bool) -> None:
+    """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
+    for i, v in enumerate(graph.inputs):
+        trace = None if v is None else Trace(graph, v)
+        for j, end in enumerate(graph.outputs):
+            pattern = None if trace is None or end is None else pattern_of(trace, end)
+            if pattern is None or not ys[j].numel() or not xs[i].numel():
+                continue
+            whole, n = pattern, xs[i].shape[0] if per_sample else 0
+            if per_sample and (pattern := pattern.sample(n)) is None:
+                op = graph.values[trace.lost(end)]
+                raise ValueError(
+                    f"a sparse Jacobian for each sample needs samples that are known not to mix, and the op {op.op} "
+                    f"(output {tuple(op.shape)}) mixes them, as far as is known; drop per_sample, or use "
+                    "layout=torch.strided"
+                )
+            if pattern.nnz == prod(pattern.shape) > 1:
+                op = graph.values[trace.lost(end, n > 1)]
+                what = "of a sample's Jacobian" if whole is not pattern else "of the Jacobian"
+                raise ValueError(
+                    f"layout asks for a sparse result, but every entry {what} of output {j} by input {i} can be "
+                    f"non-zero, as far as is known: the op {op.op} (output {tuple(op.shape)}) mixes all that it is "
+                    "given; use layout=torch.strided"
+                )
+
+
+def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool):
+    """The sparse Jacobian of an output that does not depend on an input."""
+    shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
+    samples = len(x) if per_sample else 1
+    rows, columns = prod(y.shape) // max(samples, 1), prod(x.shape) // max(samples, 1)
+    if form == "coo":
+        return torch.sparse_coo_tensor(
+            size=shape, dtype=x.dtype, device=x.device, check_invariants=False
+        ).coalesce()
+    if form == "banded":
+        own = y.shape[1:] if per_sample else y.shape
+        where = torch.empty((*own, 0), dtype=torch.int64, device=x.device)
+        return Banded(x.new_empty((*y.shape, 0)), where, shape)
+    lead = (samples,) if per_sample else ()
+    ends = torch.zeros((*lead, rows + 1), dtype=torch.int64, device=x.device)
+    return torch.sparse_csr_tensor(
+        ends, ends[..., :0], x.new_empty((*lead, 0)), (*lead, rows, columns), check_invariants=False
+    )

@@ -1,0 +1,1 @@
+"""Second order: curvature of ops, the forward Laplacian."""

@@ -1,0 +1,329 @@
+"""`explain`: the plan as a table, from the very objects that the executor runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from ..base import backends
+from ..base.memory import si
+from ..compile.compilation import Compilation
+from ..compile.compiled import compile
+from ..device import batching, chooser
+from ..maps.layout import FREE, Layout
+from ..plan import patching
+from ..plan.folding import fold
+from ..plan.fusion import Fused, fuse
+from ..plan.mixed import Join
+from ..plan.owners import apart
+from ..plan.planner import MemoryLimitTooSmall, Plan
+from ..plan.planning import answer_bytes, plan_for, proof, prove_by_probe, split_samples
+from ..plan.ranges import layer_of, op_of, opaque_of
+from ..plan.sweep import Sweep
+from ..prologue.arguments import ASSUME, as_tuple, check_batch
+from ..prologue.running import computing, prepare, public
+from ..read.graph import Graph, UnsupportedGraph, read
+from ..run import launch
+from ..run.entries import band, blocks
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of a sweep. ``columns`` seeds are carried in all; ``flops`` and ``bytes`` are predicted."""
+
+    op: str
+    structure: str
+    direction: str
+    shape: tuple[int, ...]
+    columns: int
+    tied: str
+    flops: float
+    bytes: float
+    backend: str
+    why: str
+    fallback: bool
+    layer: str = ""
+    """Of which module, where that was noted (see layers.py)."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns; ``str()`` of it is the table."""
+
+    steps: tuple[StepReport, ...]
+    direction: str
+    reason: str
+    flops: float
+    bytes: float
+    peak_bytes: float
+    chunks: int
+    answer_bytes: int
+    naive_flops: float
+    fallbacks: tuple[str, ...]
+    note: str = ""
+    compiled: Compilation | None = None
+    """What the compiler made of the call, if that was asked for."""
+
+    def __str__(self) -> str:
+        head = (
+            "step",
+            "op",
+            "structure",
+            "shape",
+            "seeds",
+            "tied axes",
+            "flops",
+            "bytes",
+            "backend",
+        )
+        rows = [
+            (
+                str(i), s.op, s.structure, "x".join(map(str, s.shape)) or "scalar", str(s.columns), s.tied,
+                si(s.flops), si(s.bytes), f"{s.backend} ({s.why})",
+            )
+            for i, s in enumerate(self.steps)
+        ]  # fmt: skip
+        widths = [max(len(r[c]) for r in (head, *rows)) for c in range(len(head))]
+        lines = [f"{self.direction}: {self.reason}"]
+        lines += [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+            for r in (head, *rows)
+        ]
+        ratio = self.naive_flops / self.flops if self.flops else float("inf")
+        lines.append(
+            f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B with the answer's "
+            f"{si(self.answer_bytes)}B, {self.chunks} chunk{'s' if self.chunks != 1 else ''}"
+        )
+        lines.append(
+            f"one backward pass a row: {si(self.naive_flops)}flop"
+            + (f", {ratio:.3g} times as many" if self.flops else "")
+        )
+        lines.append("fallbacks: " + (", ".join(self.fallbacks) if self.fallbacks else "none"))
+        if self.note:
+            lines.append(self.note)
+        if self.compiled is not None:
+            lines.append(str(self.compiled))
+        return "\n".join(lines)
+
+
+@public
+def explain(
+    func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    strategy: str = "auto",
+    per_sample: bool | str = False,
+    chunk_size: int | None = None,
+    memory_limit: int | str | None = None,
+    backend: str = "auto",
+    compiled: bool = False,
+    engine: str = "inductor",
+) -> Explanation:
+    """How `jactri.jacobian` would compute the Jacobian of ``func`` at ``inputs``, without computing it.
+
+    Runs ``func`` once. Print the result: a row a step with op, structure, shape of the value, seeds carried, which axes
+    are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
+    of one backward pass a row. Steps that one kernel runs say so; how it was chosen stands at the last of them.
+    Arguments and errors are those of `jacobian`.
+
+    ``compiled=True`` compiles the call, too, as `jactri.compile` does by ``engine``, and adds what came of it: the
+    kernels with the ops that each fuses, the calls left to libraries, the time it took, what is looked up again at each
+    call, or why the call runs eagerly. It costs what compiling costs. A call that is compiled already, of any ``of``,
+    tells the same by its method ``explain``.
+    """
+    options = {
+        "strategy": strategy, "per_sample": per_sample, "chunk_size": chunk_size,
+        "memory_limit": memory_limit, "backend": backend,
+    }  # fmt: skip
+    found = _explained(func, inputs, **options)
+    if not compiled:
+        return found
+    _, given = as_tuple(inputs, "inputs", "explain")
+    return replace(found, compiled=compile(func, *given, engine=engine, **options).explain())
+
+
+def _explained(
+    func, inputs, strategy, per_sample, chunk_size, memory_limit, backend
+) -> Explanation:
+    """The plan of a call."""
+    _, given = as_tuple(inputs, "inputs", "explain")
+    backends.check_asked(backend, given[0].device if given else None, False)
+    ys, xs, _, _ = prepare(func, given, False)
+    check_batch(per_sample, ys, xs)
+    with computing(False, backend):
+        if not all(t.numel() for t in (*xs, *ys)):
+            return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
+        try:
+            graph = fold(read(ys, xs))
+        except UnsupportedGraph as reason:
+            return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
+        summed = False
+        if per_sample:
+            alone = proof(graph, strategy, ys, xs)
+            summed = not alone.tied
+            if summed and per_sample == ASSUME:
+                strategy = "reverse-mode" if strategy == "auto" else strategy
+            elif summed and not apart(graph):
+                prove_by_probe(graph, alone, ys, xs)
+        options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample
+        try:
+            return describe(graph, plan_for(graph, *options), ys, xs, per_sample)
+        except MemoryLimitTooSmall:
+            pieces = split_samples(graph, (*options, None, False, False))
+            if pieces is None:
+                raise
+            options = strategy, summed, chunk_size, None, ys, xs, per_sample
+            report = describe(graph, plan_for(graph, *options, bounded=False), ys, xs, per_sample)
+            longest = max(length for (_, length), _, _ in pieces)
+            return replace(
+                report,
+                peak_bytes=max(plan.peak for _, _, plan in pieces),
+                chunks=sum(len(s.selections()) for _, _, plan in pieces for s in plan.sweeps),
+                note=f"{len(pieces)} ranges of up to {longest} samples run one after another",
+            )
+
+
+def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
+    return Explanation(
+        (), direction, reason, 0.0, 0.0, 0.0, 0, answer_bytes(ys, xs, per_sample), 0.0,
+        ("the whole function",) if "whole" in direction else (),
+    )  # fmt: skip
+
+
+def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
+    """The report of a plan."""
+    steps = steps_of(graph, plan)
+    sweeps = [p for p in (*plan.parts, *plan.sweeps) if not isinstance(p, Join)]
+    # per sample, one backward pass of the batch's sum serves all samples
+    rows = sum(y.numel() // (y.shape[0] if per_sample else 1) for y in ys)
+    values = (graph.recorded or graph).values
+    naive = float(rows) * sum(
+        m.work(values[s].shape, v.shape, True) * prod(values[s].shape)
+        for v in values
+        for s, m in v.sources
+        if m.structure not in ("view", "identity")
+    )
+    return Explanation(
+        tuple(steps),
+        plan.strategy,
+        plan.reason,
+        plan.flops,
+        plan.bytes,
+        plan.peak,
+        sum(len(s.selections()) for s in plan.sweeps),
+        answer_bytes(ys, xs, per_sample),
+        naive,
+        tuple(sorted({op for sweep in sweeps for s in sweep.steps for op in opaque_of(graph, s)})),
+        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.colours)),
+    )
+
+
+def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
+    """How many seeds run as one, and what writes the answer out."""
+    sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
+    columns = max(sweep.layouts[t].columns() for t in sweep.targets if t is not None)
+    seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
+    found = f"{columns} colours for {seeds} seeds that never meet in one entry"
+    if sweep.why:
+        found += ", " + sweep.why
+    seed = graph.values[sweep.seed]
+    if backends.kernels_on(seed.device) and not sweep.windows:
+        for t, pattern in sweep.patterns.items():
+            ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
+            samples, each = blocks(sweep, sweep.layouts[t], *ends, pattern)
+            both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns()
+            kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
+            if kind is not None:
+                found += ", written out by {} ({})".format(*chooser.described(kind))
+    return found
+
+
+def steps_of(graph: Graph, plan: Plan) -> list[StepReport]:
+    """The steps of a plan, in the order in which it runs its stages."""
+    steps = []
+    for sweep in (*plan.parts, *plan.sweeps):
+        if isinstance(sweep, Join):
+            steps += [_product(graph, sweep, v) for v in sweep.first]
+            continue
+        fused = _fused(graph, sweep)
+        steps += [_step(graph, sweep, s, fused.get(s.value)) for s in sweep.steps]
+    return steps
+
+
+def _fused(graph: Graph, sweep: Sweep) -> dict[int, tuple[str, str]]:
+    """What kernels run together: value -> backend and why."""
+    if not backends.kernels_on(graph.values[sweep.seed].device):
+        return {}
+    if sweep.windows:
+        tail = patching.tail_of(sweep)
+        if tail is None:
+            return {}
+        backend, why = patching.described(graph, sweep, tail)
+        below = "in the step below" if backend == "triton" else why
+        return {s.value: (backend, why if s is tail.steps[-1] else below) for s in tail.steps}
+    found = {}
+    for item in fuse(graph, sweep):
+        if isinstance(item, Fused):
+            backend, why = launch.described(graph, sweep, item)
+            for step in item.steps[:-1]:
+                found[step.value] = backend, "in the step below" if backend == "triton" else why
+            found[item.value] = backend, why
+    return found
+
+
+def _product(graph: Graph, join: Join, source: int) -> StepReport:
+    """The product of two partial Jacobians."""
+    value, layout, p = graph.values[source], join.layouts[source], join.products[source]
+    at = "x".join(map(str, graph.values[join.at].shape))
+    ran = "torch.mm", "two partial Jacobians"
+    if p.groups["batch"]:
+        sizes = (prod(p.sizes[c] for c in letters) for letters in p.groups.values())
+        ran = batching.described(*sizes, value.dtype, value.device)
+    return StepReport(
+        "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), 2.0 * prod(p.sizes),
+        float(layout.numel() * value.dtype.itemsize), *ran, False,
+    )  # fmt: skip
+
+
+def _tied(layout: Layout) -> str:
+    return (
+        ",".join(str(a) for a, axis in enumerate(layout.axes) if any(t != FREE for _, t in axis))
+        or "-"
+    )
+
+
+def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
+    edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
+    structures = []
+    for t, edge in zip(step.terms, edges, strict=True):
+        free = t.route.axis is not None and edge.name == "matmul"
+        structures.append(edge.structure + (", no product" if free else ""))
+    op, opaque = op_of(graph, step), bool(opaque_of(graph, step))
+    device = graph.values[step.value].device.type
+    if opaque:
+        backend, why = "autograd", "no rule"
+    elif fused is not None:
+        backend, why = fused
+    elif any(e.name == "matmul" for e in edges) and step.flops:
+        backend, why = backends.product_choice(device, graph.values[step.value].dtype, step.flops)
+    else:
+        mixes = any(e.structure == "convolution" for e in edges)
+        backend, why = (
+            "torch",
+            "view" if not step.flops else "convolution" if mixes else "elementwise",
+        )
+    columns = step.layout.columns()
+    if sweep.windows:
+        size = sweep.windows[step.value].size
+        structures.append(f"patches of {'x'.join(map(str, size))}")
+        columns = prod(size) * graph.values[sweep.seed].shape[1]
+    structure = ", ".join([" + ".join(structures[: len(edges)]), *structures[len(edges) :]])
+    return StepReport(
+        op, structure, "reverse-mode" if sweep.reverse else "forward-mode",
+        graph.values[step.value].shape, columns, _tied(step.layout), step.flops,
+        step.bytes, backend, why, opaque, layer_of(graph, step),
+    )  # fmt: skip

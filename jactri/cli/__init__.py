@@ -1,0 +1,5 @@
+"""``python -m jactri`` and ``jactri``: see `commands`."""
+
+from .commands import main
+
+__all__ = ["main"]

@@ -1,1 +1,0 @@
-"""What is computed from Jacobians without forming them: products, traces, second derivatives, parameters."""
