@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jactri
 from jactri._src.base import kept
 from jactri._src.calls import divergence as calls
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 from jactri._src.second.trace import chains
 
 pytestmark = pytest.mark.usefixtures("one_thread")

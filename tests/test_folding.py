@@ -9,7 +9,7 @@ from torch import nn
 
 import jactri
 from jactri._src.plan import folding
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 F64 = torch.float64
 MODES = ["forward-mode", "reverse-mode"]

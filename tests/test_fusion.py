@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from jactri._src.plan.fusion import Fused, fuse
 from jactri._src.plan.sweep import Step, simulate
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 MODES = [False, True]
 

@@ -14,7 +14,7 @@ from jactri._src.base.rates import Rates, rough
 from jactri._src.plan import mixed
 from jactri._src.plan.planner import Asked, make_plan, seconds
 from jactri._src.plan.sweep import follow
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 FLOPS_ONLY = Rates(1.0, float("inf"), 0.0)
 """Rates under which the predicted seconds are the flops."""

@@ -14,7 +14,8 @@ import jactri
 from jactri._src.calls import api, divergence, gram
 from jactri._src.parameters import recorded
 from jactri._src.plan import owners
-from jactri._src.read.graph import UnsupportedGraph, read
+from jactri._src.read.graph import UnsupportedGraph
+from jactri._src.read.reading import read
 from jactri._src.tools import report
 
 MAIN = [case for case in ALL if not case.variant]

@@ -11,7 +11,7 @@ import jactri
 from jactri._src.base.rates import Rates, measured
 from jactri._src.plan.planner import make_plan
 from jactri._src.plan.sweep import peak_bytes
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 
 def graph_of(func, *shapes):

@@ -9,7 +9,7 @@ from jactri._src.calls import api
 from jactri._src.plan import planning
 from jactri._src.plan.planner import make_plan
 from jactri._src.plan.samples import halves, narrow, places, probe_mixing
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 SAMPLED = [
     c

@@ -14,7 +14,7 @@ from cases.case import quietly
 import jactri
 from jactri._src.plan import through
 from jactri._src.plan.poles import suspects
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 
 F64 = torch.float64
 inf, nan = math.inf, math.nan

@@ -12,7 +12,7 @@ from windows import DENSE_SAMPLES, FUNCTIONS
 
 import jactri
 from jactri._src.plan.pattern import Trace, pattern_of, period
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 from jactri._src.run import entries
 
 F64 = torch.float64

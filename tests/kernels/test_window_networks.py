@@ -11,7 +11,7 @@ from torch import nn
 
 import jactri
 from jactri._src.plan import planning
-from jactri._src.read.graph import read
+from jactri._src.read.reading import read
 from jactri.kernels import band, conv, direct, first
 from jactri.kernels.support import Unfit
 

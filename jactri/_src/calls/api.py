@@ -30,7 +30,6 @@ from ..plan.planning import (
 from ..prologue.arguments import (
     ASSUME,
     as_tuple,
-    block_shape,
     check_batch,
     check_options,
     destinations,
@@ -40,8 +39,9 @@ from ..prologue.arguments import (
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..read import handover
 from ..read.behind import reached
-from ..read.graph import UnsupportedGraph, read
+from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
+from ..read.reading import read
 from ..run.answers import Answer
 from ..run.entries import Banded, Entries, check_pattern, nothing
 from ..run.executor import run
@@ -321,7 +321,7 @@ def _rows(ys, xs, asked: Request, dests):
         if pieces is None:
             raise
         dests = dests or [
-            [zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
+            [whole.zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
         ]
     if journal is not None:
         journal.planned([(span, p.signature) for span, _, p in pieces], limit)
@@ -340,7 +340,7 @@ def _rows(ys, xs, asked: Request, dests):
                 if (j, i) in answers
                 else nothing(asked.form, y, x, per_sample)
                 if sparse
-                else zero_block(
+                else whole.zero_block(
                     y, x, per_sample, y if forward else x, dests[j][i] if dests else None
                 )
                 for i, x in enumerate(xs)
@@ -392,15 +392,6 @@ def _run(graph, plan, span, ys, xs, asked: Request, dests, watch):
                 answers[j, i] = Entries(*given, pattern=pattern, form=asked.form, patch=patch)
     run(graph, plan, answers, watch)
     return answers
-
-
-def zero_block(
-    y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
-) -> Tensor:
-    """The block of an output that does not depend on an input."""
-    if dest is not None:
-        return dest.zero_()
-    return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)
 
 
 def nest(rows, tupled_out: bool, tupled: bool):

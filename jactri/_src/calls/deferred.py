@@ -15,7 +15,8 @@ from torch import Tensor
 from ..plan.planning import plan_for
 from ..prologue.running import computing
 from ..read.behind import Outside
-from ..read.graph import UnsupportedGraph, read
+from ..read.graph import UnsupportedGraph
+from ..read.reading import read
 from .api import Request, compute
 
 _CHEAP = 1e-3

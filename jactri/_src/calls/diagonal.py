@@ -29,8 +29,9 @@ from ..plan.sweep import Sweep, follow, itemsize
 from ..prologue.arguments import as_tuple, check_options
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..read import handover
-from ..read.graph import Graph, UnsupportedGraph, Value, read
+from ..read.graph import Graph, UnsupportedGraph, Value
 from ..read.opaque import refuse_or_log
+from ..read.reading import read
 from ..run.entries import factors_of
 from ..run.executor import chunks
 from .vectors import pull

@@ -12,8 +12,9 @@ from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
 from ..prologue.running import computing, eagerly, public
 from ..read import handover
-from ..read.graph import Graph, UnsupportedGraph, read
+from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping
+from ..read.reading import read
 from ..second.trace import chains, traces
 from . import points
 from .diagonal import diagonal_of

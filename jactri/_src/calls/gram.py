@@ -23,8 +23,9 @@ from ..plan.planning import proof, prove_by_probe
 from ..prologue.arguments import ASSUME, as_tuple, check_batch, check_options
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..read import handover
-from ..read.graph import UnsupportedGraph, read
+from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
+from ..read.reading import read
 from . import whole
 from .api import Request, compute
 

@@ -20,8 +20,9 @@ from ..plan.poles import finite, suspects
 from ..prologue.arguments import as_tuple, check_options
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..read import handover
-from ..read.graph import Graph, UnsupportedGraph, Value, read
+from ..read.graph import Graph, UnsupportedGraph, Value
 from ..read.opaque import Vmapped, refuse_or_log, why_not
+from ..read.reading import read
 from ..read.unrecorded import guarded
 from ..run.answers import Store
 from ..run.executor import run

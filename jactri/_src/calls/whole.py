@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..base.elsewhere import check_local
 from ..base.memory import free_bytes, parse_bytes
@@ -22,8 +23,6 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: Unsupporte
     gradients. ``reason`` says which. Under ``per_sample`` a probe decides whether samples mix (of
     hooks; the rest is proven as ever), and RuntimeError is raised if they do.
     """
-    from .api import zero_block
-
     check_local(ys, xs)
     if per_sample and not reason.linear:
         raise RuntimeError(
@@ -95,3 +94,12 @@ def rows_at_once(y, xs, memory_limit) -> int:
     budget = free_bytes(y.device) // 2 if memory_limit is None else parse_bytes(memory_limit)
     ends = y.numel() * y.element_size() + sum(x.numel() * x.element_size() for x in xs)
     return max(1, budget // (10 * ends))
+
+
+def zero_block(
+    y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
+) -> Tensor:
+    """The block of an output that does not depend on an input."""
+    if dest is not None:
+        return dest.zero_()
+    return torch.zeros(block_shape(y, x, per_sample), dtype=like.dtype, device=like.device)

@@ -2,7 +2,7 @@
 
 A chain of products can be run in one launch (`kernels.chain`), step by step (`kernels.linear`), in a mixture, or by
 torch; for convolutions see `convolving`, for sweeps by patches `patching`, for what takes one pass over memory
-`passes`, for Laplacians `operators.fused`. On a GPU the few ways that cover a shape are timed once for each device,
+`passes`, for Laplacians `second.fused`. On a GPU the few ways that cover a shape are timed once for each device,
 dtype, precision, sizes, seeds and power of two of rows, if the problem is predicted to take `WORTH` seconds; a way may
 only win if its result, on the data at hand, is at most twice as far from float64 as torch's. What it makes of matrices
 counts in its time, as in the first chunk of a call. Below that, or with ``JACTRI_TUNE=0``, the way with the fewest

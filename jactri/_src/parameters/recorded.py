@@ -22,8 +22,9 @@ from ..prologue.arguments import ASSUME, check_samples
 from ..prologue.running import computing, record
 from ..read import handover
 from ..read.behind import leaves_behind, reached
-from ..read.graph import Graph, UnsupportedGraph, read
+from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import Opaque, refuse_or_log
+from ..read.reading import read
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
 
 LARGE = 1 << 26

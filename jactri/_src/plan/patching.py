@@ -22,7 +22,6 @@ from ..device.passes import CHECKED_ENTRIES
 from ..maps.convolution import Conv
 from ..maps.linear_map import Diagonal, Identity
 from ..read.graph import Graph
-from ..run.entries import Entries
 from . import patches
 from .fusion import edge_of, selects
 from .patches import images
@@ -30,6 +29,7 @@ from .sweep import Step, Sweep
 
 if TYPE_CHECKING:
     from ...kernels.patches import Place
+    from ..run.entries import Entries
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from ...kernels.support import Factor
 from ..base.classes import PLAIN, plain
 from ..base.elsewhere import (
     DISTRIBUTED,
-    check_graph,
     check_here,
     check_saved,
     check_value,
@@ -29,7 +28,6 @@ from ..maps.mask import Mask
 from ..rules import REGISTRY, Record, normal_axis, of_function
 from ..rules.axes import kept_by
 from . import layers
-from .behind import handles_of
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
 
@@ -363,32 +361,10 @@ class MissingValue(Exception):
     """A rule needs a tensor that the node did not save."""
 
 
-def read(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    reader: Reader | None = None,
-    handles: int | None = 0,
+def follow(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
 ) -> Graph:
-    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
-
-    ``reader``: one that has read nothing yet, and that notes more than the graph holds. ``handles``: how many hooks
-    were registered while the graph was recorded, None if that is not known; for inputs of a call, that is noted.
-    """
-    try:
-        graph = _read(outputs, inputs, reader)
-        if reader is None or reader.hooks:
-            handles = handles_of(inputs) if handles == 0 else handles
-            if handles != 0:
-                from .hooks import check  # reads the graph again
-
-                check(graph, outputs, inputs)
-        return graph
-    except UnsupportedGraph:
-        check_graph(outputs)  # the engine will run
-        raise
-
-
-def _read(outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None) -> Graph:
+    """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph."""
     log = layers.noted() if (watched := layers.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..base.constants import arbitrary
 from ..base.elsewhere import check_graph
 from .behind import nodes_behind
-from .graph import Graph, Reader, UnsupportedGraph, read
+from .graph import Graph, Reader, UnsupportedGraph, follow
 
 _FSDP = "torch.distributed.fsdp"
 MODULE_HOOKS = BackwardHookFunction._backward_cls
@@ -50,7 +50,7 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
     check_graph(ys)
     with torch.no_grad():
         reader = _Nodes()
-        nodes = read(ys, xs, reader)
+        nodes = follow(ys, xs, reader)
         try:
             given = _by_autograd(ys, xs, first)
         except (

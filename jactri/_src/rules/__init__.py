@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 class Record:
     """What is known of one op: ``read`` emits its linear maps, ``curve`` gives its second-order terms (see
-    `operators.curves`). Each may be missing."""
+    `second.curves`). Each may be missing."""
 
     __slots__ = ("curve", "read")
 

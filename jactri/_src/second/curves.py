@@ -20,7 +20,8 @@ from ..maps.low_rank import LogSoftmax, Project, Softmax
 from ..maps.maps import Fixed, Once, Sample, Transpose
 from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take
 from ..maps.sparse_product import SparseMatMul
-from ..read.graph import Graph, Reader, read
+from ..read.graph import Graph, Reader
+from ..read.reading import read
 from ..rules import REGISTRY, Record, node_names
 from ..rules.elementwise import BINARY, UNARY, Zero
 from ..rules.norm import BATCH_NORMS, statistics
@@ -471,6 +472,3 @@ def batch_norm(r):
     if training or any(r.active(1, 2)):
         return None
     return flat(r)
-
-
-from . import equations  # noqa: E402, F401 - registration

@@ -15,8 +15,9 @@ from torch._C import _len_torch_dispatch_stack
 
 from ..maps.linear_map import Identity
 from ..maps.mask import Mask
-from ..read.graph import Reader, read
+from ..read.graph import Reader
 from ..read.opaque import Opaque
+from ..read.reading import read
 from ..read.structure import Bent, Node, Output, Structure, said
 from ..rules import REGISTRY, Record
 from ..second.curvature import Curvature, Unary, as_they_are, full

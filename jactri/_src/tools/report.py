@@ -26,7 +26,8 @@ from ..plan.ranges import layer_of, op_of, opaque_of
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, as_tuple, check_batch
 from ..prologue.running import computing, prepare, public
-from ..read.graph import Graph, UnsupportedGraph, read
+from ..read.graph import Graph, UnsupportedGraph
+from ..read.reading import read
 from ..run import launch
 from ..run.entries import band, blocks
 

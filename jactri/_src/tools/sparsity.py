@@ -12,7 +12,8 @@ from ..calls.api import nest
 from ..plan.pattern import Trace, pattern_of
 from ..prologue.arguments import as_tuple, check_batch
 from ..prologue.running import computing, prepare, public
-from ..read.graph import UnsupportedGraph, read
+from ..read.graph import UnsupportedGraph
+from ..read.reading import read
 from ..run.entries import unravel
 
 

@@ -1,0 +1,35 @@
+"""Autograd's graph, read, and its hooks looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..base.elsewhere import check_graph
+from .behind import handles_of
+from .graph import Graph, Reader, UnsupportedGraph, follow
+from .hooks import check
+
+
+def read(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    reader: Reader | None = None,
+    handles: int | None = 0,
+) -> Graph:
+    """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
+
+    ``reader``: one that has read nothing yet, and that notes more than the graph holds. ``handles``: how many hooks
+    were registered while the graph was recorded, None if that is not known; for inputs of a call, that is noted.
+    """
+    try:
+        graph = follow(outputs, inputs, reader)
+        if reader is None or reader.hooks:
+            handles = handles_of(inputs) if handles == 0 else handles
+            if handles != 0:
+                check(graph, outputs, inputs)
+        return graph
+    except UnsupportedGraph:
+        check_graph(outputs)  # the engine will run
+        raise
