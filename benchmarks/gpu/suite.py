@@ -116,6 +116,10 @@ class Noted:
         self.record.write()
 
 
+APART = ("kernels", "budgets", "cuda", "clients")
+"""Folders of tests that are run apart."""
+
+
 def smoke(kernel: str) -> list[str]:
     """pytest's arguments for the few tests of a module of kernels/."""
     file, which = SMOKE[kernel]
@@ -125,7 +129,7 @@ def smoke(kernel: str) -> list[str]:
 def whole(device: str) -> tuple[list[str], dict[str, str]]:
     """pytest's arguments for the main suite on a device, and the files left out with the reason."""
     left_out: dict[str, str] = {}
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted(f for f in (ROOT / "tests").rglob("test_*.py") if f.parent.name not in APART)
     for file in files:
         imported = re.findall(r"^\s*(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
         lacking = [m for m in NEEDS if m in imported and importlib.util.find_spec(m) is None]

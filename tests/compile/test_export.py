@@ -21,7 +21,7 @@ import jactri
 from jactri._src.compile import engines
 from jactri.examples import kalman
 
-CPP = Path(__file__).parents[1] / "examples" / "cpp"
+CPP = Path(__file__).parents[2] / "examples" / "cpp"
 ROW = {"per_sample": True, "return_output": True}
 
 

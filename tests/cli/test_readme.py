@@ -8,7 +8,7 @@ import runpy
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"
 
 

@@ -353,7 +353,7 @@ def test_doctor_fails_for_an_old_torch(monkeypatch, capsys):
 
 
 def test_doctor_knows_what_setup_cfg_asks_for():
-    setup = Path(__file__).parents[1] / "setup.cfg"
+    setup = Path(__file__).parents[2] / "setup.cfg"
     parser = configparser.ConfigParser()
     parser.read(setup)
     extras = parser["options.extras_require"]

@@ -11,7 +11,7 @@ from pool import LIMIT, run
 from jactri.kernels import support
 
 if support.interpreted():
-    raise pytest.UsageError("tests/compile compiles: run it without TRITON_INTERPRET")
+    raise pytest.UsageError("tests/budgets compiles: run it without TRITON_INTERPRET")
 
 from cases import CASES, jobs
 

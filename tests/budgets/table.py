@@ -1,4 +1,4 @@
-"""``PYTHONPATH=. python tests/compile/table.py [PATTERN] [--write] [--loops]``: what kernels use, for their authors.
+"""``PYTHONPATH=. python tests/budgets/table.py [PATTERN] [--write] [--loops]``: what kernels use, for their authors.
 
 ``--loops`` prints what each loop costs a multiprocessor of sm_90 (see `sass`), the code outside of them first.
 

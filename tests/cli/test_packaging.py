@@ -14,7 +14,7 @@ import pytest
 
 import jactri
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "jactri", "kernels")
 
 

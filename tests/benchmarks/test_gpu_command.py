@@ -17,7 +17,7 @@ from benchmarks.gpu.sizes import GOALS, bound_ms, distance, problem, sized, trut
 from benchmarks.peers import Peer
 from benchmarks.record import Record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CARD = {
     "tf32_flops_per_s": 400e12, "ieee_flops_per_s": 50e12, "bf16_flops_per_s": 800e12, "copy_bytes_per_s": 3e12
 }  # fmt: skip
