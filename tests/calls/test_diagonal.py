@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
+from jactri._src.base.cache import Cache
 from jactri._src.calls import diagonal as module
 
 
@@ -115,7 +116,7 @@ def test_every_way_in_every_chunk(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, "_found", only)
             for chunk_size in (None, 1, 2, 3, 7):
-                patch.setattr(module, "_known", {})
+                patch.setattr(module, "_known", Cache())
                 got = jactri.diagonal(func, x, chunk_size=chunk_size)
                 assert_close(got, want, F64, length=100)
         if not seen:

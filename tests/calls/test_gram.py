@@ -11,6 +11,7 @@ from torch.autograd.functional import jacobian as truth_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
+from jactri._src.base.cache import Cache
 from jactri._src.meet import ways
 
 N = 3
@@ -248,9 +249,9 @@ def test_every_way(name, monkeypatch):
 
                 with monkeypatch.context() as patch:
                     patch.setattr(ways, "_found", only)
-                    patch.setattr(ways, "_known", {})
+                    patch.setattr(ways, "_known", Cache())
                     check(kind, name, "diagonal", per_sample)
-                    patch.setattr(ways, "_known", {})
+                    patch.setattr(ways, "_known", Cache())
                     check(kind, name, "identity", per_sample, chunk_size=2)
                 k += 1
             assert count > 1 or "across" in name

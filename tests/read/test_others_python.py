@@ -5,6 +5,7 @@ import torch
 from common import F64, MODES
 
 import jactri
+from jactri._src.base.cache import Cache
 from jactri._src.read import opaque
 
 
@@ -173,7 +174,7 @@ def test_what_is_found_for_an_op_holds_for_its_options_too(order, monkeypatch):
     def distances(p):
         return lambda v: torch.special.entr(torch.renorm(v.exp(), p, 0, 1.0))
 
-    monkeypatch.setattr(opaque, "_verified", {})
+    monkeypatch.setattr(opaque, "_verified", Cache())
     for p in order:
         torch.testing.assert_close(
             jactri.jacobian(distances(p), x, strategy="reverse-mode"), rows(distances(p), x)

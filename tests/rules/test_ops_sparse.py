@@ -6,6 +6,7 @@ from cases import ALL
 from test_ops import F64, compare, ids, jacobian_rows, truth
 
 import jactri
+from jactri._src.base.cache import Cache
 from jactri._src.plan import pattern, planning
 
 MAIN = [case for case in ALL if not case.variant]
@@ -14,7 +15,7 @@ MAIN = [case for case in ALL if not case.variant]
 @pytest.fixture(autouse=True)
 def _always_coloured(monkeypatch):
     monkeypatch.setattr(pattern, "WORTH", 1.0)
-    monkeypatch.setattr(planning, "_plans", {})
+    monkeypatch.setattr(planning, "_plans", Cache())
 
 
 @pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.classes import dressed
 from ..base.elsewhere import check_local
 from ..base.memory import free_bytes, parse_bytes
@@ -162,16 +163,12 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, memory_limit) -> T
 LARGE = 1 << 26
 """Bytes of the Jacobian that are there at once, at most; predicted bytes from which the free memory is looked up."""
 
-_known: dict[object, list[Way]] = {}
+_known: Cache[tuple, list[Way]] = Cache()
 
 
 def _ways(graph: Graph) -> list[Way]:
     """All ways that are worth a look, the cheapest first."""
-    if graph.key not in _known:
-        if len(_known) >= 256:
-            _known.pop(next(iter(_known)), None)
-        _known[graph.key] = sorted(_found(graph), key=lambda w: w.seconds)
-    return _known[graph.key]
+    return _known.of(graph.key, lambda: sorted(_found(graph), key=lambda w: w.seconds))
 
 
 def _found(graph: Graph) -> list[Way]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ...kernels import launches
 from ...kernels.support import Unfit
 from ..base import backends
+from ..base.cache import Cache
 from ..base.constants import arbitrary
 from ..calls.api import jacobian
 from ..prologue.running import public
@@ -65,7 +66,7 @@ class Compiled:
         self._options, self._call = options, calls.ordinary(of, func, options)
         self._create_graph = bool(options.get("create_graph"))
         self._as_func = of is None or of in calls.OF_FUNCTIONS  # in grad mode, with a graph
-        self._plans: dict[tuple, Plan | Eager] = {}
+        self._plans: Cache[tuple, Plan | Eager] = Cache(_KEPT)
         self._lock = threading.RLock()
         self._last: Plan | Eager | None = None
 
@@ -188,8 +189,6 @@ class Compiled:
             self.traces += 1
             if self.traces > 1:
                 _log.info("compiled %s traced again: %s changed", self._name, changed)
-            if len(self._plans) >= _KEPT and key not in self._plans:
-                self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
         if out is None:
             return answer

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..base.cache import Cache
 from ..base.memory import free_bytes, parse_bytes
 from ..base.rates import rough
 from ..plan import mixed
@@ -73,20 +74,18 @@ _Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
 """(value, value) -> sweep, the value at its end, data: the block between both, whichever of them has the seed."""
 
 
-_known: dict[tuple, list[Way]] = {}
+_known: Cache[tuple, list[Way]] = Cache()
 
 
 def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
     """All ways that are worth a look, the cheapest first."""
-    key = (graph.key, asked.kind, asked.forms, asked.per_sample, summed)
-    if key not in _known:
-        if len(_known) >= 256:
-            _known.pop(next(iter(_known)), None)
+
+    def make() -> list[Way]:
         # a cut must be worth its further products
-        _known[key] = sorted(
-            _found(graph, asked, summed), key=lambda w: w.seconds * (1 if w.cut is None else 1.2)
-        )
-    return _known[key]
+        ways = _found(graph, asked, summed)
+        return sorted(ways, key=lambda w: w.seconds * (1 if w.cut is None else 1.2))
+
+    return _known.of((graph.key, asked.kind, asked.forms, asked.per_sample, summed), make)
 
 
 def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
 from ..base.memory import free_bytes, parse_bytes
@@ -30,8 +31,7 @@ from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
 LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
 
-_structures: dict[tuple, Structure | SamplesMix] = {}
-_STRUCTURES_KEPT = 64
+_structures: Cache[tuple, Structure | SamplesMix] = Cache(64)
 
 
 def chosen(module, params) -> dict[str, Tensor]:
@@ -273,7 +273,7 @@ class Recorded:
 
     def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
         key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
-        found = _remembered(key, lambda: find(graph, seed, starts, data, picked))
+        found = _structures.of(key, lambda: _found(graph, seed, starts, data, picked))
         if not isinstance(found, SamplesMix):
             return found
         # values decide, those of this call
@@ -286,7 +286,7 @@ class Recorded:
                 raise _mixing(why)
             if (leak := probe_mixing([self.y], real, graph)) is not None:
                 raise _mixing(f"{why}, and {leak}")
-        return _remembered((key, "whole"), lambda: unstructured(graph, seed, starts))
+        return _structures.of((key, "whole"), lambda: unstructured(graph, seed, starts))
 
     @property
     def reached(self) -> bool:
@@ -423,18 +423,12 @@ def _mixing(why: str) -> RuntimeError:
     )
 
 
-def _remembered(key: tuple, make) -> Structure | SamplesMix:
-    """What ``make()`` returns or raises of samples that mix, remembered."""
-    found = _structures.get(key)
-    if found is None:
-        try:
-            found = make()
-        except SamplesMix as mix:
-            found = mix.with_traceback(None)
-        if len(_structures) >= _STRUCTURES_KEPT:
-            _structures.pop(next(iter(_structures)), None)
-        _structures[key] = found
-    return found
+def _found(*given) -> Structure | SamplesMix:
+    """What `find` returns, or raises of samples that mix."""
+    try:
+        return find(*given)
+    except SamplesMix as mix:
+        return mix.with_traceback(None)
 
 
 def _differentiable(t: Tensor) -> bool:

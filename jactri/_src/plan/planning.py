@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import inf
 
 from ..base import backends, rates
+from ..base.cache import Cache
 from ..base.memory import free_bytes, hold, parse_bytes, si
 from ..read.graph import Graph
 from .owners import joins
@@ -14,8 +15,7 @@ from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
 
-_plans: dict[tuple, Plan] = {}
-_PLANS_KEPT = 256
+_plans: Cache[tuple, Plan] = Cache()
 
 _LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
@@ -184,8 +184,6 @@ def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device, bounde
     if plan is None:
         plan = make(float("inf"))
         hold(plan.peak, device)
-        if len(_plans) >= _PLANS_KEPT:
-            _plans.pop(next(iter(_plans)), None)
         _plans[key] = plan
     if bounded and chunk_size is None and not small(plan):
         limit = budget(None, device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..maps.contraction import MatMul, Sum
 from ..maps.convolution import Conv, ConvWeight
 from ..maps.linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
@@ -59,7 +60,7 @@ Addcmul Addr Glu LogSoftmax Logsumexp MseLoss Mul Nansum SafeSoftmax Softmax Var
 )
 """Ops whose derivative is finite where their operands are: they count beside a pole, whose value may not be."""
 
-_known: dict[object, tuple[Edge, ...]] = {}
+_known: Cache[tuple, tuple[Edge, ...]] = Cache()
 
 
 def suspects(
@@ -71,11 +72,7 @@ def suspects(
     none, for blocks of identity seeds.
     """
     key = graph.key, masks, seeds, *bent
-    if key not in _known:
-        if len(_known) >= 256:
-            _known.pop(next(iter(_known)), None)
-        _known[key] = _suspects(graph, frozenset(bent), masks, seeds)
-    return _known[key]
+    return _known.of(key, lambda: _suspects(graph, frozenset(bent), masks, seeds))
 
 
 def _suspects(graph: Graph, bent: frozenset[int], masks: bool, seeds: bool) -> tuple[Edge, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.classes import plain
 from ..base.constants import arbitrary
 from ..base.remedies import untwice
@@ -87,18 +88,9 @@ def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") ->
 
 # What was found of torch's own nodes, by what determines them. Of others nothing is remembered: two functions may
 # share a name, and one of them may have several modes.
-_KEPT = 4096
-_verified: dict[Hashable, None] = {}
-_no_vmap: dict[Hashable, None] = {}
-_pushable: dict[Hashable, bool] = {}
+_verified: Cache[Hashable, bool] = Cache(4096)  # whether its vmap rule is sound
+_pushable: Cache[Hashable, bool] = Cache(4096)
 _scalars: dict[type, tuple[str, ...]] = {}
-
-
-def remember(known: dict, key: Hashable, value=None) -> None:
-    """Add to a dict that keeps the last ones only."""
-    if len(known) >= _KEPT:
-        known.pop(next(iter(known)), None)
-    known[key] = value
 
 
 def builtin(node) -> bool:
@@ -156,7 +148,7 @@ class Vmapped:
         sound = self._sound
         if key is not None:
             key = key, tuple(block.shape), block.dtype
-            sound = True if key in _verified else False if key in _no_vmap else None
+            sound = _verified.get(key)
         # a check costs a row, and reads a value
         unknown = sound is None
         if unknown and (block.shape[0] == 2 or backends.capturing(block.device)):
@@ -167,7 +159,7 @@ class Vmapped:
             if unknown and sound is not None:
                 self._sound = sound
                 if key is not None:
-                    remember(_verified if sound else _no_vmap, key)
+                    _verified[key] = sound
             if sound:
                 return out
         rows = [one_row(row) for row in block.unbind(0)]
@@ -448,7 +440,7 @@ class Opaque(LinearMap):
             out, known = None, False
         self._pushable = known
         if key is not None:
-            remember(_pushable, key, known)
+            _pushable[key] = known
         return out
 
     def _twice(self, t: Tensor, create_graph: bool) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.tracing import may_write
 from ..maps.contraction import Sum
 from ..maps.layout import FREE, Layout, SplitSeed, unfolded
@@ -51,8 +52,7 @@ class Course:
     """What kernels run together (see `fused`), filled in where kernels run."""
 
 
-_courses: dict[tuple, Course] = {}
-_COURSES_KEPT = 256
+_courses: Cache[tuple, Course] = Cache()
 
 
 def course(graph: Graph, curves: Curves, batch: bool, seeds: int | None, samples=None) -> Course:
@@ -62,13 +62,7 @@ def course(graph: Graph, curves: Curves, batch: bool, seeds: int | None, samples
     `narrowed`, and has no key of its own.
     """
     key = (graph.key, tuple((v, c.key) for v, c in curves.items()), batch, seeds, samples)
-    found = _courses.get(key)
-    if found is None:
-        found = _course(graph, curves, batch, seeds)
-        if len(_courses) >= _COURSES_KEPT:
-            _courses.pop(next(iter(_courses)), None)
-        _courses[key] = found
-    return found
+    return _courses.of(key, lambda: _course(graph, curves, batch, seeds))
 
 
 def _course(graph: Graph, curves: Curves, batch: bool, seeds: int | None) -> Course:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.kept import kept
 from ..maps.contraction import MatMul
 from ..maps.linear_map import Diagonal, Identity, LinearMap, Scale, View
@@ -41,17 +42,12 @@ class Chain:
     diagonals: tuple[tuple[int, ...], ...]
 
 
-_known: dict[tuple, list[Chain] | None] = {}
+_known: Cache[tuple, list[Chain] | None] = Cache()
 
 
 def chains(graph: Graph, batch: bool) -> list[Chain] | None:
     """The terms of a graph from one input to one output, or None where it is not of this form. Remembered."""
-    key = graph.key, batch
-    if key not in _known:
-        if len(_known) >= 256:
-            _known.pop(next(iter(_known)), None)
-        _known[key] = _terms(graph, batch)
-    return _known[key]
+    return _known.of((graph.key, batch), lambda: _terms(graph, batch))
 
 
 def _terms(graph: Graph, batch: bool) -> list[Chain] | None:
