@@ -17,6 +17,8 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -383,7 +385,7 @@ def _find(target: str) -> Callable:
             f"{target!r} is not MODULE:FUNCTION; pass for example model.py:net or package.module:net"
         )
     module = _import_file(where) if where.endswith(".py") else _import_module(where)
-    value: object = module
+    value: Any = module
     for part in name.split("."):
         try:
             value = getattr(value, part)
@@ -398,7 +400,7 @@ def _find(target: str) -> Callable:
     return value
 
 
-def _offers(module: object) -> str:
+def _offers(module: ModuleType) -> str:
     own = [
         name
         for name, value in vars(module).items()
@@ -410,7 +412,7 @@ def _offers(module: object) -> str:
     return f"it offers {', '.join(sorted(own)[:12])}" if own else "it has no functions of its own"
 
 
-def _import_file(where: str) -> object:
+def _import_file(where: str) -> ModuleType:
     path = Path(where).resolve()
     if not path.is_file():
         raise UserError(
@@ -430,7 +432,7 @@ def _import_file(where: str) -> object:
     return module
 
 
-def _import_module(where: str) -> object:
+def _import_module(where: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(where)

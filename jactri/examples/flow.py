@@ -166,11 +166,11 @@ def run(quick: bool) -> Found:
 
 
 def tell(found: Found) -> Iterator[str]:
-    rows = [
-        ["the flow, untrained", found.before],
-        ["one normal distribution", found.normal],
-        ["the flow, trained", found.after],
-        ["the density they come from: the best there is", found.best],
+    rows: list[tuple[str, float]] = [
+        ("the flow, untrained", found.before),
+        ("one normal distribution", found.normal),
+        ("the flow, trained", found.after),
+        ("the density they come from: the best there is", found.best),
     ]
     yield from common.table(
         [f"log-likelihood a point, {JUDGED} unseen points", "nats"],

@@ -178,7 +178,8 @@ def run(quick: bool) -> Found:
 
     truth, sightings = simulate(100 if quick else 300)
     first = START + DOUBT * torch.randn(2, dtype=torch.float64)
-    found, spent = {}, {way: [] for way in WAYS}
+    found = {}
+    spent: dict[str, list[float]] = {way: [] for way in WAYS}
     engine = "fx" if quick else "aot"  # which compiles for some seconds, and calls no Python
     filters = {way: tuple(linearised(way, func, engine) for func in (net, tip)) for way in WAYS}
     for _ in range(2 if quick else 7):  # in turns, so that a busy machine slows all alike

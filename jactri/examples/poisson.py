@@ -84,7 +84,7 @@ def timed(func: Solution, points: Tensor, rounds: int) -> dict[str, float]:
         "jactri.laplacian": lambda: jactri.laplacian(func, points, create_graph=True),
         "nested autograd.grad": lambda: laplacian_by_autograd(func, points),
     }
-    spent = {name: [] for name in ways}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             begun = time.perf_counter()
@@ -154,10 +154,10 @@ def run(quick: bool) -> Found:
 def tell(found: Found) -> Iterator[str]:
     difference = (found.predicted - found.truth).abs().max() / found.truth.abs().max()
     adam = found.steps.index(found.switch)
-    rows = [
-        ["before training", found.residuals[0], found.errors[0]],
-        ["after Adam", found.residuals[adam], found.errors[adam]],
-        ["after L-BFGS", found.residuals[-1], found.errors[-1]],
+    rows: list[tuple[str, float, float]] = [
+        ("before training", found.residuals[0], found.errors[0]),
+        ("after Adam", found.residuals[adam], found.errors[adam]),
+        ("after L-BFGS", found.residuals[-1], found.errors[-1]),
     ]
     yield from common.table(
         ["relative, root mean square", "equation's residual", "error of u (L2)"],

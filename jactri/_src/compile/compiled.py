@@ -96,7 +96,7 @@ class Compiled:
             how = f"{self.engine} runs {len(ops)} ops, "
             how += f"{kernels} of them kernels of jactri, " if kernels else ""
             how += f"traced in {traced:.2g} s, compiled in {built:.2g} s"
-            if self._last.cuda_graph:
+            if isinstance(self._last, Plan) and self._last.cuda_graph:
                 how += ", one CUDA graph"
         return f"{self._title()}: {how}; traces: {self.traces}"
 
@@ -123,14 +123,15 @@ class Compiled:
             )
         plan = self._plans.get(key)
         if plan is None:
-            held = "the shapes, strides, dtypes, devices or modes"
-        elif plan.__class__ is Eager:
-            held = plan.changed()
-            if held is None:
+            changed = "the shapes, strides, dtypes, devices or modes"
+            return self._planned(key, inputs, flat, nested, out, changed)
+        if isinstance(plan, Eager):
+            why = plan.changed()
+            if why is None:
                 return self._call(inputs, out)
-        else:
-            held = plan.held()
-        if held.__class__ is str:
+            return self._planned(key, inputs, flat, nested, out, why)
+        held = plan.held()
+        if isinstance(held, str):
             return self._planned(key, inputs, flat, nested, out, held)
         found = plan.run([*flat, *(() if out is None else tree_leaves(out)), *held])
         answer = found[0] if plan.leaf else tree_unflatten(found, plan.spec)
@@ -138,6 +139,7 @@ class Compiled:
 
     def _key(self, inputs: tuple, out: Any) -> tuple[tuple, Sequence[Tensor], Any]:
         """What tells calls apart that need plans of their own; the inputs as one list, and their nesting."""
+        key: tuple
         try:
             key = tuple([
                 (x.__class__, x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg())
@@ -380,7 +382,7 @@ def _apart_in_gradients(
     inside: Iterable[torch.dtype],
 ) -> str | None:
     """What of the gradients of ``got`` in ``ends`` differs from those of ``want`` by more than rounding."""
-    both = []
+    both: list[list[Tensor]] = []
     for ys in (got, want):
         live = [y for y in ys if y.requires_grad]
         cotangents = [arbitrary(y.shape, y) for y in live]
@@ -393,7 +395,7 @@ def _apart_in_gradients(
         both.append(
             [torch.zeros_like(x) if g is None else g for x, g in zip(ends, grads, strict=True)]
         )
-    off = apart(*both, inside)
+    off = apart(both[0], both[1], inside)
     return None if off is None else f"of the gradients, {off}"
 
 

@@ -230,7 +230,8 @@ def _inside(found: Any) -> list[Any] | None:
 
 def _of_function(func: types.FunctionType) -> list[Any]:
     given = [*(func.__defaults__ or ()), *(func.__kwdefaults__ or {}).values()]
-    names, codes = set(), [func.__code__]
+    names: set[str] = set()
+    codes = [func.__code__]
     while codes:  # those of functions inside it, too
         code = codes.pop()
         names.update(code.co_names)

@@ -68,9 +68,9 @@ class Batched:
     right: Tensor
 
     def kind(self) -> BatchKind:
-        return BatchKind.of(
-            *self.left.shape, self.right.shape[2], self.left.dtype, self.left.device
-        )
+        batch, rows, inner = self.left.shape
+        columns = self.right.shape[2]
+        return BatchKind.of(batch, rows, inner, columns, self.left.dtype, self.left.device)
 
     def _within(self, entries: int) -> Batched:
         (_, m, k), n = self.left.shape, self.right.shape[2]

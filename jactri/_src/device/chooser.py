@@ -17,8 +17,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,10 +48,15 @@ _SLACK = {"fp32": 2.0**-22, "tf32": 1e-3}
 class Kind(Protocol):
     """What a choice depends on: hashable."""
 
-    device: torch.device
-    dtype: torch.dtype
-    precision: str
-    """See `_SLACK`; "" where nothing is multiplied by anything but derivatives."""
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def precision(self) -> str:
+        """See `_SLACK`; "" where nothing is multiplied by anything but derivatives."""
 
     @property
     def flops(self) -> float: ...
@@ -234,7 +240,7 @@ class Way:
 
     kernels: Kernels
     dot: str = ""
-    config: object = None
+    config: Any = None
 
     def __str__(self) -> str:
         names = " + ".join(n if c == 1 else f"{c} {n}s" for n, c in self._counted())
@@ -390,7 +396,8 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
     checked = tuple(slice(0, n) for n in truth.shape)
     slack = _SLACK.get(kind.precision, 2 * torch.finfo(kind.dtype).eps)
     bound = 2 * _distance(few.torch(), truth) + slack
-    tried: dict[str, float | str] = {"torch": _milliseconds(lambda: problem.torch())}
+    by_torch = _milliseconds(lambda: problem.torch())
+    tried: dict[str, float | str] = {"torch": by_torch}
     best, fastest = None, float("inf")
     better: tuple[str, ...] = ()
     for composition, configs, multiply in kind.offers():
@@ -407,7 +414,7 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
                         _refused[kind, way] = f"off by {off:.1e}, {bound:.1e} allowed"
                         tried[str(way)] = _refused[kind, way]
                         continue
-                    times[dot] = _milliseconds(lambda way=way: problem.launch(way))
+                    times[dot] = _milliseconds(partial(problem.launch, way))
                 except Unfit as error:
                     _refused[kind, way] = tried[str(way)] = str(error)
                     continue
@@ -415,13 +422,13 @@ def _tuned(kind: Kind, problem: Problem) -> Choice | None:
                 if times[dot] < fastest:
                     best, fastest = way, times[dot]
             if len(times) > 1:  # which parts are faster depends on the device, not on the tile
-                better = (min(times, key=times.get),)
-    if best is None or tried["torch"] <= fastest:
-        why = f"{tried['torch']:.3g} ms measured"
+                better = (min(times, key=times.__getitem__),)
+    if best is None or by_torch <= fastest:
+        why = f"{by_torch:.3g} ms measured"
         if best is not None:
             why += f", {best} {fastest:.3g} ms"
         return Choice(TORCH, why, tried, best)
-    return Choice(best, f"{fastest:.3g} ms measured, torch {tried['torch']:.3g} ms", tried)
+    return Choice(best, f"{fastest:.3g} ms measured, torch {by_torch:.3g} ms", tried)
 
 
 def _distance(got: Tensor, truth: Tensor) -> float:

@@ -125,7 +125,8 @@ class MatMul(LinearMap):
     name = "matmul"
 
     def __init__(self, partner: Tensor, side: str = "right"):
-        self.partner, self.side, self.key = partner, side, (MatMul, side, partner.dim())
+        self.partner, self.side = partner, side
+        self.key = (MatMul, side, partner.dim())  # type: ignore[misc]
 
     @property
     def uniform(self):

@@ -7,6 +7,7 @@ and a place takes the sum over all products of taps. Derivatives at the borders,
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ def sampled(x: Tensor, grid: Tensor, options: Options) -> Tensor:
     """Images ``(N, C, *size)`` at the places of a grid ``(N, *out, axes)``, whose last axis counts from the last."""
     size = x.shape[2:]
     axes = [_taps(grid[..., -1 - a], n, options) for a, n in enumerate(size)]
-    flat, total = x.flatten(2), 0
+    flat: Tensor = x.flatten(2)
+    total: Any = 0
     for taps in product(*axes):
-        index, weight = 0, 1
+        index: Any = 0
+        weight: Any = 1
         for (i, w), n in zip(taps, size, strict=True):
             if options[1] == ZEROS:
                 w = torch.where((i >= 0) & (i < n), w, 0)

@@ -65,7 +65,8 @@ class Layout:
         seeds are summed (its factor is not a seed at all): the classic trick for unmixed samples. Factors in
         ``colours`` have that many seeds, each the sum of all with its index modulo their number (see `pattern`).
         """
-        axes, seed = [], []
+        axes: list[tuple[tuple[int, int], ...]] = []
+        seed: list[int] = []
         for a, size in enumerate(shape):
             if a == summed or size == 1:
                 axes.append(((size, FREE),))
@@ -177,7 +178,7 @@ class Layout:
             return self
         mine, theirs = _positions(self), _positions(other)
         common = frozenset(t for t in mine if theirs.get(t) == mine[t])
-        axes = []
+        axes: list[tuple[tuple[int, int], ...]] = []
         for size, a in zip(self.shape, self.axes, strict=True):
             ties = {t for _, t in a if t in common}
             if not ties:
@@ -240,7 +241,7 @@ def scatter(
         data = _ones(source.shape, target)
     fine, _ = factor_view(data, source, source, sel)
     free = set(to.free)
-    names: list[object] = [("s", s) for s in to.free] + [("v", i) for i in range(len(ties))]
+    names = [*(("s", s) for s in to.free), *(("v", i) for i in range(len(ties)))]
     for i, tie in enumerate(ties):
         if tie not in free:
             continue

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy
 import torch
@@ -77,7 +78,7 @@ class LinearMap:
     """Whether a block that all samples share (expanded over them) is multiplied once, and shared again."""
 
     @property
-    def key(self) -> object:
+    def key(self) -> Any:
         """Hashable: with the shapes on both sides it determines every route."""
         return type(self)
 
@@ -279,7 +280,8 @@ class Diagonal(Elementwise):
         along: int | None = None,
     ):
         self._derivative, self._fresh, self._activation = derivative, fresh, activation
-        self.along, self.key = along, Diagonal if along is None else (Diagonal, along)
+        self.along = along
+        self.key = Diagonal if along is None else (Diagonal, along)  # type: ignore[misc]
         self._value = derivative if isinstance(derivative, Tensor) else None
 
     def factor(self, uses: int = 1) -> Factor:

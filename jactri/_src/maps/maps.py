@@ -208,7 +208,8 @@ class Batched(MatMul):
     __slots__ = ("_make",)
 
     def __init__(self, make: Callable[[], Tensor], side: str):
-        self._make, self.side, self.key = make, side, (MatMul, side, 3)
+        self._make, self.side = make, side
+        self.key = (MatMul, side, 3)  # type: ignore[misc]
 
     @property
     def partner(self) -> Tensor:

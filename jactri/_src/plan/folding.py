@@ -88,14 +88,15 @@ def _folded(
 
     Whether a weight changed is known by reading it and its copy: where scaling a block costs less, it is not done.
     """
-    if first.__class__ is Conv:
-        if after.__class__ is Diagonal:
+    made: LinearMap | None = None
+    if isinstance(first, Conv):
+        if isinstance(after, Diagonal):
             if prod(first.shape) > seeds * prod(end):
                 return None
             return first.scaled(after.d.reshape(-1).expand(middle[1]))
-        made = first.then(after) if after.__class__ is Conv else None
-    else:
-        made = _product(first, after) if after.__class__ is MatMul else None
+        made = first.then(after) if isinstance(after, Conv) else None
+    elif isinstance(first, MatMul) and isinstance(after, MatMul):
+        made = _product(first, after)
     if made is None:
         return None
     apart = sum(
@@ -108,7 +109,7 @@ def _product(first: MatMul, after: MatMul) -> MatMul | None:
     p, q = first.partner, after.partner
     if not (first.uniform and after.uniform and _weight(p) and _weight(q)):
         return None
-    rows, inner, columns = *p.shape, q.shape[1]
+    (rows, inner), columns = p.shape, q.shape[1]
     if rows * columns >= inner * (rows + columns):
         return None
     key = "product", q.shape, q.stride(), q.storage_offset()

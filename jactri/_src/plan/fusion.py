@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..maps.layout import Layout
-from ..maps.linear_map import LinearMap
 from ..maps.mask import Mask
 from ..maps.selection import Picked
 from ..read.graph import Graph
@@ -66,8 +66,8 @@ class Fused:
 Item = Step | Fused
 
 
-def edge_of(graph: Graph, step: Step, term: int = 0) -> LinearMap:
-    """The map of one term of a step."""
+def edge_of(graph: Graph, step: Step, term: int = 0) -> Any:
+    """The map of one term of a step. Its name tells its class."""
     t = step.terms[term]
     return graph.values[t.owner].sources[t.edge][1]
 
@@ -148,7 +148,8 @@ def _schedule(
         elif step.value not in absorbed:
             items.append(step)
     keep = {t for t in sweep.targets if t is not None}
-    seen, rows, out = set(keep), set(keep), []
+    seen, rows = set(keep), set(keep)
+    out: list[Item] = []
     for item in reversed(items):
         frees = tuple(dict.fromkeys(v for v in item.reads if v not in seen))
         seen.update(frees)

@@ -11,6 +11,7 @@ many small images; an activation multiplies by the windows of its derivative, a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -50,12 +51,17 @@ class Window:
         """The window of a sum."""
         if self.stride != other.stride:
             return None
-        offset = tuple(map(min, self.offset, other.offset))
+        offset = _pair(map(min, self.offset, other.offset))
         ends = [
             max(a + n, b + m)
             for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
         ]
-        return Window(self.stride, offset, tuple(e - o for e, o in zip(ends, offset, strict=True)))
+        return Window(self.stride, offset, _pair(e - o for e, o in zip(ends, offset, strict=True)))
+
+
+def _pair(values: Iterable[int]) -> Pair:
+    a, b = values
+    return a, b
 
 
 def images(shape) -> Pair | None:
@@ -86,16 +92,16 @@ def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
     reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
     if _spreads(edge, reverse):
         return Window(
-            tuple(s * t for s, t in zip(stride, at.stride, strict=True)),
-            tuple(s * o - p for s, o, p in zip(stride, at.offset, padding, strict=True)),
-            tuple(s * (n - 1) + r + 1 for s, n, r in zip(stride, at.size, reach, strict=True)),
+            _pair(s * t for s, t in zip(stride, at.stride, strict=True)),
+            _pair(s * o - p for s, o, p in zip(stride, at.offset, padding, strict=True)),
+            _pair(s * (n - 1) + r + 1 for s, n, r in zip(stride, at.size, reach, strict=True)),
         )
     if stride != (1, 1):
         return None  # which pixels are hit differs from pixel to pixel of the seed
     return Window(
         at.stride,
-        tuple(o + p - r for o, p, r in zip(at.offset, padding, reach, strict=True)),
-        tuple(n + r for n, r in zip(at.size, reach, strict=True)),
+        _pair(o + p - r for o, p, r in zip(at.offset, padding, reach, strict=True)),
+        _pair(n + r for n, r in zip(at.size, reach, strict=True)),
     )
 
 
@@ -347,7 +353,7 @@ class Run:
                 )
             ]
             d = F.pad(d.permute(0, 2, 3, 1), (0, 0, low[1], high[1], low[0], high[0])).contiguous()
-            corner = tuple(o + b for o, b in zip(at.offset, low, strict=True))
+            corner = _pair(o + b for o, b in zip(at.offset, low, strict=True))
             self._padded[key] = d, corner, given  # what is kept here keeps its id
         d, (y, x), _ = self._padded[key]
         n0, n, line, lines = chunk

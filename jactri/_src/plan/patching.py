@@ -284,11 +284,11 @@ class Patched:
         (H, W), (h, w), at = images(seed), images(value), self.sweep.windows[tail.value]
         if not tail.dense:
             y, x, c = _size(graph, self.sweep, tail.value)
-            strides, step = [1], 1
+            steps, step = [1], 1
             for size in (c, x, y, W, H, seed[1]):
                 step *= size
-                strides.insert(0, step)
-            return Place(tuple(strides), line * strides[2], (0, 0), (0, 0), (y, x))
+                steps.insert(0, step)
+            return Place(tuple(steps), line * steps[2], (0, 0), (0, 0), (y, x))
         ends = prod(seed[1:]), prod(value[1:])
         rows, columns = ends if self.sweep.reverse else ends[::-1]
         width = columns * (n if tail.both else 1)

@@ -91,7 +91,7 @@ def choose_chunks(
     as keep the predicted `footprint` under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
     Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
     """
-    freed = set()
+    freed: set[int] = set()
     for lay in sweep.layouts.values():
         freed.update(lay.free)
     factors = sorted(freed)
@@ -212,7 +212,7 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     if chunks:
         return peak + whole
     shares = {s.value: s.shares for s in sweep.steps}
-    keep = frozenset()
+    keep: frozenset[int] = frozenset()
     if answer.per_sample and not sweep.summed and sweep.layout.axes:
         keep = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
     end = 0.0
@@ -465,13 +465,13 @@ def _meeting(graph: Graph, strategy: str, budget: _Budget) -> mixed.Table | None
 
 def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:
     """The parts of a mixed plan, and the products that are the answers: one for each output."""
-    last: dict[int, mixed.Join] = {target: p.made for (target, _), p in table.pieces.items()}
+    last = {target: p.made for (target, _), p in table.pieces.items()}
     ends = {id(m) for m in last.values()}
     parts = [m for m in table.makes if id(m) not in ends]
-    sweeps = []
+    sweeps: list[Sweep] = []
     for j, v in enumerate(graph.outputs):
-        if v in last:
-            join = last[v]
+        join = last.get(v)
+        if isinstance(join, mixed.Join):
             targets = [i if i in join.first else None for i in graph.inputs]
             sweeps.append(replace(join, index=j, targets=targets))
     return parts, sweeps

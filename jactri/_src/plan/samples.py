@@ -128,7 +128,8 @@ def narrow(
 ) -> Graph | None:
     """The graph of samples ``start`` to ``start + length``, or None where a map cannot be cut."""
     cuts = {v: Cut(a, start * n, length * n) for v, (a, n) in where.items()}
-    values, key = [], []
+    values: list[Value] = []
+    key: list[object] = []
     for v, value in enumerate(graph.values):
         if v not in cuts:  # on no way from an input to an output
             values.append(value)

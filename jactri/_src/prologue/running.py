@@ -59,7 +59,8 @@ class computing:
     __slots__ = ("_autocast", "_backend", "_create_graph", "_grad", "_ready", "_token")
 
     def __init__(self, create_graph: bool, backend: str | None = None):
-        self._create_graph, self._backend, self._autocast = create_graph, backend, None
+        self._create_graph, self._backend = create_graph, backend
+        self._autocast: torch._C._DisableAutocast | None = None
 
     def __enter__(self) -> None:
         self._token = None if self._backend is None else backends.asked.set(self._backend)

@@ -49,7 +49,8 @@ def reached(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> set[int]:
     ends: dict[object, list[int]] = {}
     for i, x in enumerate(xs):
         ends.setdefault(_place(x), []).append(i)
-    found, seen = set(), set()
+    found: set[int] = set()
+    seen: set[object] = set()
     stack = [_place(y) for y in ys if y.requires_grad]
     while stack and len(found) < len(xs):
         place = stack.pop()

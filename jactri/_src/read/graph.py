@@ -74,7 +74,8 @@ class Graph:
 
     def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
-        self.layers, self.recorded = layers, None  # itself would be a cycle
+        self.layers = layers
+        self.recorded: Graph | None = None  # itself would be a cycle
 
 
 class Reader:
@@ -325,7 +326,7 @@ class Reader:
         self.check_memory()
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
         call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
-        ids = []
+        ids: list[int | None] = []
         for nr, m in enumerate(self.meta):
             if not (m.dtype.is_floating_point or m.dtype.is_complex):
                 ids.append(None)
@@ -348,7 +349,8 @@ class _NamingReader(Reader):
 
     def __init__(self, log: layers.Layers):
         super().__init__()
-        self.log, self.layers = log, {}
+        self.log = log
+        self.layers: dict[int, str] = {}
 
     def visit(self, node, src):
         mark = len(self.values)
@@ -403,7 +405,9 @@ def follow(
         leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
     ]
     key = (tuple(reader._key), tuple(starts), tuple(ends))
-    names = None if not watched else {} if log is None else reader.layers
+    names = None
+    if watched:
+        names = reader.layers if isinstance(reader, _NamingReader) else {}
     return Graph(reader.values, starts, ends, key, names)
 
 

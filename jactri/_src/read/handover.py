@@ -8,6 +8,8 @@ Some ops have third derivatives that are wrong however they are made: these are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.func import jacfwd, vmap
@@ -292,8 +294,8 @@ def jvp(func, xs, tangents, block: bool, chunk_size: int | None):
     made = None if _tracked(xs) else _by_double_vjp(ys, pulled, ts, chunk_size)
     if made is None:
         made = [_by_rows(y, j, ys, pulled, ts, chunk_size) for j, y in enumerate(ys)]
-    made = tuple(made if block else [m.squeeze(0) for m in made])
-    return result, made if tupled else made[0]
+    products = tuple(made if block else [m.squeeze(0) for m in made])
+    return result, products if tupled else products[0]
 
 
 def _tracked(xs) -> bool:
@@ -335,7 +337,7 @@ def _by_rows(y, j: int, ys, pulled, ts, chunk_size: int | None) -> Tensor:
         return pulled(*_cotangents(c, j, ys))
 
     units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
-    made = 0
+    made: Any = 0
     for g, t in zip(_over(row, [units], chunk_size), ts, strict=True):
         made = made + t.reshape(t.shape[0], -1) @ g.reshape(n, -1).mT
     return made.reshape(ts[0].shape[0], *y.shape)

@@ -318,7 +318,8 @@ class OpaqueCall:
 
     def _products(self, nr: int) -> tuple[Vmapped, list[bool]]:
         """Products with one output's cotangents, and for which edges those had a gradient."""
-        shapes, present = self.shapes, []
+        shapes = self.shapes
+        present: list[bool] = []
 
         def one_row(row):
             grads = self.edges(self.cotangents({nr: row}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..device import chooser
 from ..device.passes import Pass, PassKind, over
 from ..maps.convolution import Conv
 from ..maps.layout import Selection, unfolded
-from ..maps.linear_map import Diagonal, LinearMap
+from ..maps.linear_map import Diagonal
 from ..plan.convolving import ConvKind, Convolution, Shape
 from ..plan.fusion import Fused, edge_of
 from ..plan.sweep import Step, Sweep, factors_of
@@ -75,17 +76,19 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
         return chooser.described(ConvKind.of(seeds, samples, shape, names, dtype, device))
     if item.kind != "chain":
         return chooser.described(_passing(graph, sweep, item, seeds, dtype, device))
-    widths, names = [sweep.layouts[first].shape[-1]], [""]
+    widths, factors = [sweep.layouts[first].shape[-1]], [""]
     for step in item.steps:
         edge = edge_of(graph, step)
         if edge.name == "matmul":
             widths.append(step.layout.shape[-1])
-            names.append("")
+            factors.append("")
         elif edge.name == "diagonal":
-            names[-1] = "ready" if names[-1] else edge.formula(seeds)
+            factors[-1] = "ready" if factors[-1] else edge.formula(seeds)
     rows = prod(sweep.layouts[first].shape[:-1])
     return chooser.described(
-        chooser.ChainKind.of(seeds, rows, widths, tuple(names), shared and rows > 1, dtype, device)
+        chooser.ChainKind.of(
+            seeds, rows, widths, tuple(factors), shared and rows > 1, dtype, device
+        )
     )
 
 
@@ -219,7 +222,7 @@ def _parts(graph: Graph, item: Fused, shape):
     return found, around, (shape, item.layout.shape)
 
 
-def _edge(graph: Graph, item: Fused, step: Step) -> LinearMap:
+def _edge(graph: Graph, item: Fused, step: Step) -> Any:
     """The map of an item's step: of its term, where that is a sum."""
     return edge_of(graph, step, item.term if step is item.steps[-1] else 0)
 

@@ -117,8 +117,9 @@ def _double(value):
 
 def _in_float64(func: Callable[..., Any]) -> Callable[..., Any]:
     """``func`` with all that it uses in float64. What a script (``torch.jit``) holds is converted in a copy of it."""
-    module = isinstance(func, torch.nn.Module)
-    if module and any(isinstance(m, torch.jit.ScriptModule) for m in func.modules()):
+    if isinstance(func, torch.nn.Module) and any(
+        isinstance(m, torch.jit.ScriptModule) for m in func.modules()
+    ):
         with torch.no_grad():  # a script's copy is recorded
             func = deepcopy(func).double()
 
@@ -223,7 +224,7 @@ def _timed(call) -> tuple[Any, float]:
     return result, 1e3 * sorted(runs)[len(runs) // 2]
 
 
-def _torch(func, inputs, per_sample: bool):
+def _torch(func, inputs, per_sample: bool | str):
     reference = torch.autograd.functional.jacobian
     if not per_sample:
         return reference(func, inputs)

@@ -124,7 +124,8 @@ class Rule:
                     f"{where}: it returned None for {node}, which leaves the node to autograd"
                 )
             return None
-        mark, ids = len(g.values), []
+        mark = len(g.values)
+        ids: list[int | None] = []
         for nr, (row, m) in enumerate(zip(rows, g.meta, strict=True)):
             if row is None or not m.dtype.is_floating_point:
                 ids.append(None)
@@ -174,7 +175,7 @@ class Rule:
             raise ValueError(
                 f"{where}: it must return a tuple with one entry for each of {len(node.outputs)} outputs"
             )
-        out = []
+        out: list[tuple | list | None] = []
         for row in rows:
             if row is None:
                 out.append(None)

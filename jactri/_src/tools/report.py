@@ -136,7 +136,7 @@ def explain(
     call, or why the call runs eagerly. It costs what compiling costs. A call that is compiled already, of any ``of``,
     tells the same by its method ``explain``.
     """
-    options = {
+    options: dict[str, Any] = {
         "strategy": strategy, "per_sample": per_sample, "chunk_size": chunk_size,
         "memory_limit": memory_limit, "backend": backend,
     }  # fmt: skip
@@ -235,7 +235,7 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     if backends.kernels_on(seed.device) and not sweep.windows:
         for t, pattern in sweep.patterns.items():
             ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
-            samples, each = blocks(sweep, sweep.layouts[t], *ends, pattern)
+            samples, each = blocks(sweep, sweep.layouts[t], ends[0], ends[1], pattern)
             both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns()
             kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
             if kind is not None:
@@ -282,8 +282,10 @@ def _product(graph: Graph, join: Join, source: int) -> StepReport:
     at = "x".join(map(str, graph.values[join.at].shape))
     ran = "torch.mm", "two partial Jacobians"
     if p.groups["batch"]:
-        sizes = (prod(p.sizes[c] for c in letters) for letters in p.groups.values())
-        ran = batching.described(*sizes, value.dtype, value.device)
+        size = {part: prod(p.sizes[c] for c in letters) for part, letters in p.groups.items()}
+        ran = batching.described(
+            size["batch"], size["rows"], size["inner"], size["columns"], value.dtype, value.device
+        )
     return StepReport(
         "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), 2.0 * prod(p.sizes),
         float(layout.numel() * value.dtype.itemsize), *ran, False,

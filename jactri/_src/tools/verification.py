@@ -52,7 +52,8 @@ class Verification:
 
     def push(self, nr: int, curves: dict) -> tuple[Tensor, Tensor]:
         """The tangents of output ``nr``, and its second derivative along them, by ``curves``."""
-        values, found, bends = self.g.values, dict(self.tangents), {}
+        values, found = self.g.values, dict(self.tangents)
+        bends: dict[int, Tensor] = {}
         for v in self.new:
             edges = values[v].sources
             found[v] = sum((m.push(found[s], False)[0] for s, m in edges), self._zeros(v))
@@ -147,11 +148,11 @@ class Verification:
             c = self._arbitrary(i)
             with torch.enable_grad():
                 grads = self.call.edges(self.call.cotangents({nr: c[0]}))
-                grads = [
+                summed = [
                     x if s is None or x is None else x.sum_to_size(g.values[s].shape)
                     for x, s in zip(grads, g.src, strict=True)
                 ]
-                want = self._derivatives(self.merged(grads), ends)
+                want = self._derivatives(self.merged(summed), ends)
                 if want is None:
                     continue
                 got = self._derivatives(self.pull(nr, c), ends) if curves is None else None
