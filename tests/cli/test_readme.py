@@ -30,7 +30,7 @@ def test_python_blocks_run(capsys, tmp_path, monkeypatch):
     assert "fallbacks: none" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["cpu-2core", "compiled", "penalty"])
+@pytest.mark.parametrize("file", ["cpu-2core", "penalty"])
 def test_the_measured_tables_are_those_of_the_files(file):
     program = runpy.run_path(str(ROOT / "benchmarks/report.py"))
     measured = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
