@@ -226,34 +226,37 @@ class Derivative:
     """A derivative function, the saved value that it reads ("x" or "y") and the names of its constants.
 
     ``second`` is the second derivative of the activation out of the same value; None where it is zero everywhere.
+    ``costly``: it takes ten instructions an element or more (10 to 15; gelu 40, mish 36, sin 87); the others take one
+    to five, where a load of one that is ready takes one.
     """
 
     function: Any
     of: str
     constants: tuple[str, ...] = ()
     second: Any = None
+    costly: bool = False
 
 
 DERIVATIVES = {
     "relu": Derivative(relu, "y"),
     "leaky_relu": Derivative(leaky_relu, "x", ("slope",)),
-    "elu": Derivative(elu, "x", ("alpha", "scale", "input_scale"), second=elu2),
+    "elu": Derivative(elu, "x", ("alpha", "scale", "input_scale"), second=elu2, costly=True),
     "elu_result": Derivative(
         elu_result, "y", ("alpha", "scale", "input_scale"), second=elu_result2
     ),
-    "gelu": Derivative(gelu, "x", second=gelu2),
-    "gelu_tanh": Derivative(gelu_tanh, "x", second=gelu_tanh2),
-    "silu": Derivative(silu, "x", second=silu2),
-    "mish": Derivative(mish, "x", second=mish2),
+    "gelu": Derivative(gelu, "x", second=gelu2, costly=True),
+    "gelu_tanh": Derivative(gelu_tanh, "x", second=gelu_tanh2, costly=True),
+    "silu": Derivative(silu, "x", second=silu2, costly=True),
+    "mish": Derivative(mish, "x", second=mish2, costly=True),
     "sigmoid": Derivative(sigmoid, "y", second=sigmoid2),
     "tanh": Derivative(tanh, "y", second=tanh2),
-    "softplus": Derivative(softplus, "x", ("beta", "threshold"), second=softplus2),
+    "softplus": Derivative(softplus, "x", ("beta", "threshold"), second=softplus2, costly=True),
     "hardtanh": Derivative(hardtanh, "x", ("least", "most")),
     "hardswish": Derivative(hardswish, "x", second=hardswish2),
     "hardsigmoid": Derivative(hardsigmoid, "x"),
-    "softsign": Derivative(softsign, "x", second=softsign2),
-    "logsigmoid": Derivative(logsigmoid, "x", second=logsigmoid2),
-    "sin": Derivative(sin, "x", second=sin2),
+    "softsign": Derivative(softsign, "x", second=softsign2, costly=True),
+    "logsigmoid": Derivative(logsigmoid, "x", second=logsigmoid2, costly=True),
+    "sin": Derivative(sin, "x", second=sin2, costly=True),
     "exp": Derivative(exp, "y", second=exp),
     "ready": Derivative(ready, "d"),
 }

@@ -34,12 +34,6 @@ class Factor:
     second: Tensor | None = None
 
 
-COSTLY = frozenset(
-    {"elu", "gelu", "gelu_tanh", "silu", "mish", "softplus", "softsign", "logsigmoid", "sin"}
-)
-"""Derivatives that take ten instructions an element or more: 10 to 15, gelu 40, mish 36, sin 87. The others take one to
-five, where a load of one that is ready takes one."""
-
 FORMED_FROM, FORMED_WORK = 8, 1 << 22
 """Uses of an element, and of all together, from which a costly derivative is formed once, ahead of a product.
 
@@ -50,7 +44,11 @@ a use; to form an element once takes 2.7 ps of memory, and a launch. Kernels bou
 
 def formed_once(f: Factor, uses: int) -> bool:
     """Whether a derivative, of which products use each element so often, is to be formed ahead of them."""
-    return uses >= FORMED_FROM and f.name in COSTLY and uses * f.values.numel() >= FORMED_WORK
+    if uses < FORMED_FROM or uses * f.values.numel() < FORMED_WORK:
+        return False
+    from .activations import DERIVATIVES
+
+    return DERIVATIVES[f.name].costly
 
 
 MOST_READY = 1 << 26

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from jactri._src.rules import REGISTRY
 from jactri.kernels.activations import DERIVATIVES
 from jactri.kernels.elementwise import scaled_sum
 from jactri.kernels.support import Factor
@@ -43,6 +44,20 @@ BLOWS_UP = {"exp", "sin", "elu_result"}
 
 def test_every_derivative_has_a_case():
     assert set(OPS) | {"ready"} == set(DERIVATIVES)
+
+
+def test_records_of_ops_name_derivatives():
+    """With as many constants as these take; of those with a curvature, kernels have the second derivative too."""
+    named = set()
+    for record in REGISTRY.values():
+        for approximate in ("none", "tanh") if record.form else ():
+            form = record.form({"approximate": approximate}.get)
+            if form.kernel:
+                found = DERIVATIVES[form.kernel]
+                named.add(form.kernel)
+                assert len(form.constants(lambda name: 0.5)) == len(found.constants)
+                assert found.second is not None or form.slopes is None
+    assert named == set(DERIVATIVES) - {"ready", "softsign"}
 
 
 def kernel(name, constants, saved):

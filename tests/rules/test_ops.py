@@ -449,7 +449,9 @@ ELSEWHERE = {
 def nodes_with_rules():
     """By their names, those of Functions too."""
     return {
-        k if isinstance(k, str) else f"{k.__name__}Backward" for k in jactri._src.rules.REGISTRY
+        k if isinstance(k, str) else f"{k.__name__}Backward"
+        for k, record in jactri._src.rules.REGISTRY.items()
+        if record.read is not None
     }
 
 

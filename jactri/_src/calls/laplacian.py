@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.classes import dressed
 from ..base.memory import free_bytes, hold, parse_bytes
+from ..maps.curvature import Curves, Seeds
 from ..plan.owners import apart
 from ..plan.planner import MemoryLimitTooSmall
 from ..plan.planning import _LARGE
@@ -19,8 +20,7 @@ from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping, refuse_or_log
-from ..second.curvature import Seeds
-from ..second.curves import Curves, UnknownCurvature, read_curves
+from ..second.curves import UnknownCurvature, read_curves
 from ..second.forward import Course, Run, course, narrowed
 from . import points
 from . import weight as weights

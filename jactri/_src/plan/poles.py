@@ -25,7 +25,7 @@ from ..maps.maps import Fixed, Sample, Transpose
 from ..maps.mask import Mask
 from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take
 from ..read.graph import Graph
-from ..rules import node_names
+from ..rules import record_of
 from ..rules.elementwise import Zero
 from ..rules.index import Pick, Put
 
@@ -40,25 +40,6 @@ FINITE = (
 
 PLACING = Fixed, Functional, Place, Put, Scatter, Transpose
 """Maps that may leave places of their result to other operands or to constants."""
-
-BOUNDED = frozenset(
-    full
-    for name in """
-Abs Atan Celu.0-1 Cos Elu.0-1 Erf Gelu Hardsigmoid Hardswish LeakyRelu.0-1 LogSigmoid Mish NanToNum NativeDropout
-NativeBatchNorm NativeGroupNorm NativeLayerNorm PreluKernel RreluWithNoise.0-1 Sigmoid Silu Sin Softplus Tanh
-""".split()
-    for full in node_names(name)
-)
-"""Ops whose derivative is bounded where their operand is finite."""
-
-REGULAR = frozenset(
-    full
-    for name in """
-Addcmul Addr Glu LogSoftmax Logsumexp MseLoss Mul Nansum SafeSoftmax Softmax Var.0-1
-""".split()
-    for full in node_names(name)
-)
-"""Ops whose derivative is finite where their operands are: they count beside a pole, whose value may not be."""
 
 _known: Cache[tuple, tuple[Edge, ...]] = Cache()
 
@@ -82,7 +63,7 @@ def _suspects(graph: Graph, bent: frozenset[int], masks: bool, seeds: bool) -> t
     for v, value in enumerate(graph.values):
         for e, (s, edge) in enumerate(value.sources):
             if v in bent or not _finite(value.op, edge):
-                if s in behind or (seeds and value.op not in REGULAR):
+                if s in behind or (seeds and not record_of(value.op).regular):
                     found.append((v, e))
                 elif seeds:
                     regular.append((v, e))
@@ -102,7 +83,7 @@ def _finite(op: str, edge) -> bool:
         return True
     if isinstance(edge, Diagonal) and edge.along is not None:
         return True
-    return isinstance(edge, FINITE) or op in BOUNDED
+    return isinstance(edge, FINITE) or record_of(op).bounded
 
 
 def finite(t: Tensor) -> bool:

@@ -25,8 +25,7 @@ from ..base.elsewhere import (
 from ..maps.contraction import Expand, Sum
 from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from ..maps.mask import Mask
-from ..rules import REGISTRY, Record, normal_axis, of_function
-from ..rules.axes import kept_by
+from ..rules import REGISTRY, Record, normal_axis, of_function, record_of
 from . import layers
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
@@ -271,10 +270,16 @@ class Reader:
         """`diagonal` for an op that selects in its own backward, by ``keep`` or by a derivative of 0 and 1."""
         return self.single(source, Mask(derivative, fresh, activation, keep))
 
-    def later(self, function: Callable[[str, Callable[[str], object]], Factor | None]):
-        """A call of ``function(name, read)`` for the current node, to be made later; ``read`` gives a saved value."""
-        node, name = self.node, self.name
-        return lambda: function(name, lambda key: plain(getattr(node, "_saved_" + key)))
+    def later(self) -> Callable[[], Factor | None] | None:
+        """How kernels compute the derivative of the current node, to be asked later; None where its op has no form."""
+        form, node = self.record.form, self.node
+        if form is None:
+            return None
+
+        def read(name: str):
+            return plain(getattr(node, "_saved_" + name))
+
+        return lambda: form(read).factor(read)
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))
@@ -326,6 +331,7 @@ class Reader:
         self.check_memory()
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
         call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
+        known = record_of(self.name).kept
         ids: list[int | None] = []
         for nr, m in enumerate(self.meta):
             if not (m.dtype.is_floating_point or m.dtype.is_complex):
@@ -336,7 +342,7 @@ class Reader:
                 if s is not None:
                     v = self.values[s]
                     if kept is None:
-                        pairs = kept_by(self.name, v.shape, tuple(m.shape))
+                        pairs = () if known is None else known(v.shape, tuple(m.shape))
                     else:
                         pairs = kept.get((nr, edge), ())
                     sources.append((s, Opaque(call, nr, edge, v, pairs)))

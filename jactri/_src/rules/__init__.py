@@ -1,22 +1,44 @@
-"""One rule for each autograd node that jactri understands: node name -> linear maps.
+"""One record for each autograd node that jactri understands: all that it knows of the op, in the file of its family.
 
-A rule takes the `graph.Reader` at a node and returns the index of the value that it emitted (a tuple of indices for a
-node with several outputs), or None where it does not cover the node's arguments: then the node itself is called.
+It is registered by `rule`, which decorates what reads the op's linear maps, or by a row for an elementwise op
+(`elementwise.op`). A rule takes the `graph.Reader` at a node and returns the index of the value that it emitted (a
+tuple of indices for a node with several outputs), or None where it does not cover the node's arguments: then the node
+itself is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
+@dataclass(eq=False, slots=True)
 class Record:
-    """What is known of one op: ``read`` emits its linear maps, ``curve`` gives its second-order terms (see
-    `second.curves`). Each may be missing."""
+    """What is known of one op. All of it may be missing.
 
-    __slots__ = ("curve", "read")
+    Attributes:
+        read: emits its linear maps; else the node is called.
+        curve: gives its second-order terms (see `maps.curvature`), from a `second.curves.CurveReader` at the node that
+            it was read from; None where they are not known. Else an op is asked whether it is linear.
+        kept: the (input axis, output axis) pairs that the node passes through unmixed, by the shapes of an input and an
+            output, for where it is called: autograd then computes it, and samples still stay apart.
+        form: of an elementwise op in one operand, its `elementwise.Form`, by what reads a saved value.
+        selects: its backward selects, and does nothing else: the derivative is 1 where a gradient passes, else 0.
+        scales: its backward selects and scales: where, the node tells (see `elementwise.passing`).
+        bounded: its derivative is bounded where its operand is finite (see `plan.poles`).
+        regular: its derivative is finite where its operands are: it counts beside a pole, whose value may not be.
+        moves: it scales or moves the entries of its first operand, and adds nothing.
+    """
 
-    def __init__(self, read: Callable | None = None, curve: Callable | None = None):
-        self.read, self.curve = read, curve
+    read: Callable | None = None
+    curve: Callable | None = None
+    kept: Callable[[tuple, tuple], tuple[tuple[int, int], ...]] | None = None
+    form: Callable | None = None
+    selects: bool = False
+    scales: bool = False
+    bounded: bool = False
+    regular: bool = False
+    moves: bool = False
 
 
 REGISTRY: dict[str | type, Record] = {}
@@ -44,18 +66,40 @@ def node_names(name: str) -> list[str]:
     return [f"{op}Backward{i}" for i in range(int(first), int(last or first) + 1)]
 
 
-def rule(*names: str | type):
-    """Register a rule for autograd nodes, named as `node_names` reads them, or for Functions, by their classes."""
+def record_of(op: str) -> Record:
+    """The record of nodes of this name; one that knows nothing where there is none."""
+    return REGISTRY.get(op, _UNKNOWN)
+
+
+_UNKNOWN = Record()
+
+
+def known(*names: str | type, **facts) -> None:
+    """Register a `Record` for autograd nodes, named as `node_names` reads them, or for Functions, by their classes."""
+    for name in names:
+        for full in [name] if isinstance(name, type) else node_names(name):
+            if full in REGISTRY:
+                raise ValueError(f"two rules for {full}")
+            REGISTRY[full] = Record(**facts)
+
+
+def rule(*names: str | type, **facts):
+    """Decorate what reads nodes of these names, and register it with what else is known of the op (see `Record`)."""
 
     def decorate(function):
-        for name in names:
-            for full in [name] if isinstance(name, type) else node_names(name):
-                if full in REGISTRY:
-                    raise ValueError(f"two rules for {full}")
-                REGISTRY[full] = Record(function)
+        known(*names, read=function, **facts)
         return function
 
     return decorate
+
+
+def batches(in_shape, out_shape) -> tuple[tuple[int, int], ...]:
+    """`Record.kept` of ops on the last two axes of each operand, batched over the axes before."""
+    batch = min(len(in_shape) - 2, len(out_shape))
+    # batches are aligned from the left only where both have all of them
+    if tuple(in_shape[:batch]) != tuple(out_shape[:batch]):
+        return ()
+    return tuple((a, a) for a in range(batch))
 
 
 def normal_axis(dim: int, ndim: int) -> int:
@@ -69,10 +113,12 @@ def normal_index(n: int) -> int:
 
 
 from . import (  # noqa: E402 - registration
+    activations,  # noqa: F401
+    arithmetic,  # noqa: F401
     attention,  # noqa: F401
     conv,  # noqa: F401
     distance,  # noqa: F401
-    elementwise,  # noqa: F401
+    functions,  # noqa: F401
     grouped,  # noqa: F401
     index,  # noqa: F401
     inplace,  # noqa: F401

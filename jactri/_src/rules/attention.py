@@ -12,10 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..maps.contraction import MatMul
+from ..maps.curvature import Curves, SoftmaxBend
 from ..maps.linear_map import Identity
 from ..maps.low_rank import Softmax
 from ..maps.maps import Batched, Once, wide
 from . import rule
+from .elementwise import only
+from .linear import met
 
 aten = torch.ops.aten
 
@@ -29,10 +33,27 @@ KINDS = {
 }
 
 
+def parts(r) -> Curves | None:
+    """Scores, softmax and the weighted sum are values of their own."""
+    if not only(r, MatMul, Softmax):
+        return None
+    products, found = r.edges(MatMul), {}
+    after = r.new.stop
+    for v, s, edge in r.edges(Softmax):
+        after = v
+        found[v] = SoftmaxBend(s, edge.p, edge.axis, False)
+    scale = r.saved("scale")
+    scale = r.tensor("query").shape[-1] ** -0.5 if scale is None else scale
+    scores = [p for p in products if p[0] < after] if found else []
+    for part, factor in ((scores, scale), ([p for p in products if p not in scores], 1.0)):
+        found.update(met(part, factor))
+    return found
+
+
 @rule(
     "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
     "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention",
-    "ScaledDotProductFusedAttentionOverrideable",
+    "ScaledDotProductFusedAttentionOverrideable", curve=parts,
 )  # fmt: skip
 def attention(g):
     mask_name, mask_edge = KINDS[g.name]

@@ -7,9 +7,10 @@ from ..maps.linear_map import Identity
 from ..maps.maps import Transpose
 from . import rule
 from .elementwise import Zero
+from .linear import in_one_factor
 
 
-@rule("Convolution")
+@rule("Convolution", curve=in_one_factor)
 def convolution(g):
     x, w, b = g.src
     terms = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..maps.linear_map import Identity
 from ..maps.maps import Batched, Once
 from ..maps.selection import Take
-from . import rule
+from . import batches, known, rule
 
 
 def direction(difference: Tensor, distance: Tensor, p: float, own: Tensor | None = None) -> Tensor:
@@ -42,7 +42,10 @@ def direction(difference: Tensor, distance: Tensor, p: float, own: Tensor | None
     return torch.where(met, difference.masked_fill(~met, 1).abs().sqrt(), slope)
 
 
-@rule("Cdist", "EuclideanDist")
+known("CdistBackward", kept=batches)
+
+
+@rule("Cdist", "EuclideanDist", kept=batches)
 def cdist(g):
     """Distances of every point of one set to every point of another."""
     x1, x2, distance = g.tensor("x1"), g.tensor("x2"), g.tensor("result")

@@ -1,108 +1,65 @@
-"""Elementwise ops: mostly one name each.
+"""What elementwise ops share: a row for each (`op`), the readers of their maps, and of their curvature.
 
 For any elementwise op the node applied to ones *is* the local derivative, exactly as autograd has it (kinks and second
-derivatives included), so most rows are only names. Only what is cheaper than the node itself has a formula here.
+derivatives included), so most rows are little more than names; see `activations`, `functions` and `arithmetic`. Only
+what is cheaper than the node itself has a formula.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.support import Factor
-from ..base.tracing import constant, number, tracing
+from ..maps.contraction import Expand, Sum
+from ..maps.curvature import Curves, Differentiated, Pairs, Unary, as_they_are
 from ..maps.layout import one
-from ..maps.linear_map import Elementwise, View
-from . import node_names, rule
-from .squares import squared
+from ..maps.linear_map import Cast, Diagonal, Elementwise, Identity, Permute, Scale, View
+from ..maps.maps import Fixed, Sample
+from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take
+from . import known
 
-FORMULAS = {
-    # node: (saved value, derivative as a function of it)
-    "Sin": ("self", torch.cos),
-    "Log": ("self", torch.reciprocal),
-    "Sqrt": ("result", lambda y: 0.5 / y),
-}
+Read = Callable[[str], object]
+"""Gives a value that the node saved, by its name."""
 
-UNARY = """
-Abs Acos Acosh Asin Asinh Atan Atanh Celu.0-1 Clamp.1 ClampMax.0 ClampMin.0 Copysign.1 Cos Cosh Deg2Rad Digamma
-Div.3 Elu.0-1 Erf Erfc Erfinv Exp2 Expm1 Hardshrink Hardsigmoid Hardswish Hardtanh I0 LeakyRelu.0-1 Lgamma Log10
-Log1P Log2 Logit Mish Mvlgamma NanToNum NativeDropout Polygamma.0-1 Pow.2 Rad2Deg Reciprocal Relu
-RreluWithNoise.0-1 Rsqrt Sigmoid Silu Sinc Sinh Softplus Softshrink SpecialEntr SpecialErfcx SpecialI0E SpecialI1
-SpecialI1E SpecialLogNdtr SpecialNdtri SpecialXlog1Py.1-2 SpecialZeta.1 Tan Tanh Threshold.0-1 Xlogy.1-2
-""".split()
-
-BINARY = """
-Atan2 Clamp.0 ClampMax.1 ClampMin.1 Div.2 Fmax Fmin Hypot Igamma Igammac Ldexp Lerp.1 Logaddexp Logaddexp2 Maximum
-Minimum Pow.1 PreluKernel SpecialXlog1Py.0 SpecialZeta.0 Xlogy.0
-EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward LeakyReluBackward LogSigmoidBackward
-SigmoidBackward SoftplusBackward SoftshrinkBackward TanhBackward ThresholdBackward
-""".split()
-"""The second part of the list are derivatives of activations, as they occur in the graph of a gradient."""
+Slopes = tuple[Tensor, Tensor]
+"""The first and the second derivative."""
 
 
-def _full_names(names: str) -> frozenset[str]:
-    return frozenset(full for name in names.split() for full in node_names(name))
-
-
-SELECTS = _full_names("""
-Clamp.0-1 ClampMax.0-1 ClampMin.0-1 Fmax Fmin Hardshrink Hardtanh Relu Softshrink Threshold.0-1
-HardshrinkBackward HardtanhBackward SoftshrinkBackward ThresholdBackward
-""")
-"""Those whose backward selects, and does nothing else: the derivative is 1 where a gradient passes, and 0 elsewhere."""
-
-SCALES = _full_names("""
-Hardsigmoid Hardswish HardswishBackward Logit Maximum Minimum Pow.1 Sinc SpecialXlog1Py.0-2 Xlogy.0-2
-""")
-"""Those whose backward selects and scales: where, the node tells (see `passing`)."""
-
-
-def _none(read) -> tuple[float, ...]:
+def none(read: Read) -> tuple[float, ...]:
     return ()
 
 
-def _elu(read) -> tuple[float, ...]:
-    return read("alpha"), read("scale"), read("input_scale")
+def saved(*names: str) -> Callable[[Read], tuple[float, ...]]:
+    """Constants that are saved values."""
+    return lambda read: tuple([read(name) for name in names])
 
 
-def _celu(read) -> tuple[float, ...]:
-    return read("alpha"), 1.0, 1 / read("alpha")
+class Form(NamedTuple):
+    """The derivatives of an elementwise op in one operand, out of one value that its node saved.
+
+    ``slopes`` gives both from that value and the ``constants``. Kinks are where autograd has them; second derivatives
+    there are those of its double backward. Without it autograd differentiates the op. ``kernel`` names the derivative
+    in `kernels.activations` that kernels compute themselves; without it, and of in-place variants, it arrives ready.
+    """
+
+    saved: str
+    slopes: Callable[..., Slopes] | None = None
+    kernel: str = ""
+    constants: Callable[[Read], tuple[float, ...]] = none
+
+    def factor(self, read: Read) -> Factor | None:
+        """The derivative as kernels compute it, or None."""
+        if not self.kernel:
+            return None
+        return Factor(read(self.saved), self.kernel, tuple(map(float, self.constants(read))))
 
 
-KERNELS = {
-    # node: (derivative in kernels.activations, saved value, its constants out of what the node saved)
-    "ReluBackward0": ("relu", "result", _none),
-    "LeakyReluBackward0": ("leaky_relu", "self", lambda read: (read("negative_slope"),)),
-    "LeakyReluBackward1": ("leaky_relu", "result", lambda read: (read("negative_slope"),)),
-    "EluBackward0": ("elu", "self", _elu),
-    "EluBackward1": ("elu_result", "result", _elu),
-    "CeluBackward0": ("elu", "self", _celu),
-    "CeluBackward1": ("elu_result", "result", _celu),
-    "GeluBackward0": ("gelu", "self", _none),
-    "SiluBackward0": ("silu", "self", _none),
-    "MishBackward0": ("mish", "self", _none),
-    "SigmoidBackward0": ("sigmoid", "result", _none),
-    "TanhBackward0": ("tanh", "result", _none),
-    "SoftplusBackward0": ("softplus", "self", lambda read: (read("beta"), read("threshold"))),
-    "HardtanhBackward0": ("hardtanh", "self", lambda read: (read("min_val"), read("max_val"))),
-    "HardswishBackward0": ("hardswish", "self", _none),
-    "HardsigmoidBackward0": ("hardsigmoid", "self", _none),
-    "LogSigmoidBackward0": ("logsigmoid", "self", _none),
-    "SinBackward0": ("sin", "self", _none),
-    "ExpBackward0": ("exp", "result", _none),
-}
-"""Activations whose derivative kernels compute themselves; others, in-place variants among them, arrive ready."""
-
-
-def _kernel(node: str, read) -> Factor | None:
-    """How kernels compute the derivative of a node of this name, or None; ``read`` gives what it saved."""
-    if node not in KERNELS:
-        return None
-    name, saved, constants = KERNELS[node]
-    if name == "gelu" and read("approximate") == "tanh":
-        name = "gelu_tanh"
-    return Factor(read(saved), name, tuple(map(float, constants(read))))
+# -- linear maps ------------------------------------------------------------------------------------
 
 
 class Zero(Elementwise):
@@ -120,24 +77,6 @@ class Zero(Elementwise):
     pull = push
 
 
-def _formula(name: str, derivative):
-    def run(g):
-        saved = g.tensor(name)
-        return g.diagonal(g.src[0], lambda: derivative(saved), activation=g.later(_kernel))
-
-    return run
-
-
-@rule("Exp")
-def exp(g):
-    return g.diagonal(g.src[0], g.tensor("result"), activation=g.later(_kernel))
-
-
-for _node, (_name, _derivative) in FORMULAS.items():
-    rule(_node)(_formula(_name, _derivative))
-
-
-@rule(*UNARY)
 def unary(g):
     node, (m, *rest) = g.node, g.meta
     rest = [None] * len(rest)
@@ -148,10 +87,10 @@ def unary(g):
         out = node(c, *rest)
         return out[0] if out.__class__ is tuple else out
 
-    s, name, kernel = g.match(g.src[0]), g.name, g.later(_kernel)
-    if name in SELECTS:
+    s, record, kernel = g.match(g.src[0]), g.record, g.later()
+    if record.selects:
         value = g.mask(s, derivative, None, True, kernel)
-    elif name in SCALES:
+    elif record.scales:
         value = g.mask(s, derivative, lambda: passing(derivative, m), True, kernel)
     else:
         value = g.diagonal(s, derivative, True, kernel)
@@ -166,13 +105,20 @@ def passing(pull, meta) -> Tensor:
     return pull(one(meta) * nan).detach().isnan().to(meta.dtype)
 
 
-@rule("Gelu", "LogSigmoid")
 def unary_full(g):
     """Nodes whose kernels want a cotangent of the full shape."""
     node, m = g.node, g.meta[0]
-    return g.diagonal(
-        g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=g.later(_kernel)
-    )
+    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=g.later())
+
+
+def by(derivative: Callable[[Tensor], Tensor]):
+    """A reader for an op whose derivative has a formula, of the value in its form, that is cheaper than the node."""
+
+    def read(g):
+        saved = g.tensor(g.record.form(g.saved).saved)
+        return g.diagonal(g.src[0], lambda: derivative(saved), activation=g.later())
+
+    return read
 
 
 class Partials:
@@ -231,231 +177,108 @@ def fit(d: Tensor, meta) -> Tensor:
     return d
 
 
-@rule(*BINARY)
-def elementwise(g):
+def several(g):
     """Any number of operands."""
     partials = Partials(g)
     emit = partials.diagonal
-    if g.name in SELECTS:
+    if g.record.selects:
         emit = partials.mask
-    elif g.name in SCALES:
+    elif g.record.scales:
         emit = partials.scaled_mask
     return g.plus([emit(g, g.match(s), edge) for edge, s in enumerate(g.src) if s is not None])
 
 
-@rule("PreluKernelBackward")
-def prelu_backward(g):
-    """The gradients in the input and in the slope."""
-    outputs = []
-    for nr in range(2):
-        partials = Partials(g, output=nr)
-        outputs.append(
-            g.plus(
-                [partials.diagonal(g, g.match(s), e) for e, s in enumerate(g.src) if s is not None]
-            )
-        )
-    return tuple(outputs)
+# -- curvature --------------------------------------------------------------------------------------
+
+CONSTANT = {
+    Cast, Expand, Fixed, Gather, Identity, Permute, Picked, Place, Sample, Scale, Scatter, Select, Slice, Sum, Take,
+    View, Zero,
+}  # fmt: skip
+"""Maps that hold no value of the computation."""
 
 
-@rule("Addcmul", "Addcdiv")
-def addcmul(g):
-    terms = [g.src[0]] if g.src[0] is not None else []
-    partials = Partials(g)
-    for edge in (1, 2):
-        if g.src[edge] is not None:
-            terms.append(partials.diagonal(g, g.match(g.src[edge]), edge))
-    return g.plus(terms)
+def only(r, *kinds: type) -> bool:
+    """Whether the maps of the current node hold no value of the computation, but for those of some kinds."""
+    return all(
+        e.__class__ in CONSTANT or isinstance(e, kinds)
+        for v in r.new
+        for _, e in r.values[v].sources
+    )
 
 
-@rule("Add", "Sub")
-def add(g):
-    a, b = g.src
-    if b is None:
-        return g.match(a)
-    alpha = g.saved("alpha")
-    b = g.scale(b, alpha if g.name == "AddBackward0" else -alpha)
-    return g.match(b) if a is None else g.plus((a, b))
+def flat(r) -> Curves | None:
+    """The derivatives in all operands are constants, but for kinks."""
+    return {} if only(r, Diagonal) else None
 
 
-@rule("Rsub")
-def rsub(g):
-    a, b = g.src
-    terms = [g.scale(a, -g.saved("alpha"))] if a is not None else []
-    return g.plus(terms if b is None else [*terms, b])
-
-
-@rule("Rsub.1")
-def rsub_scalar(g):
-    return g.match(g.scale(g.src[0], -g.saved("alpha")))
-
-
-@rule("Add.1", "Sub.1", "Fmod.0", "Frac", "Remainder.0")
-def first(g):
-    """The derivative in the only differentiable operand is 1."""
-    return g.match(g.src[0])
-
-
-@rule("Fmod.1", "Remainder.1")
-def remainder(g):
-    terms = [g.src[0]] if g.src[0] is not None else []
-    if g.src[1] is not None:
-        terms.append(Partials(g).diagonal(g, g.match(g.src[1]), 1))
-    return g.plus(terms)
-
-
-@rule("Neg")
-def neg(g):
-    return g.scale(g.src[0], -1)
-
-
-def _number(t: Tensor):
-    """The value of a scalar operand that nothing differentiates, where reading it costs no synchronisation."""
-    if t.dim() > 0 or t.requires_grad or t.device.type != "cpu":
+def twice(r) -> Curves | None:
+    """Any elementwise op in one operand that depends on the input: autograd differentiates it twice."""
+    edges, shape = r.edges(Diagonal), r.shape
+    places = [e for e, s in enumerate(r.src) if s is not None]
+    if len(edges) != 1 or len(places) != 1:
         return None
-    return None if tracing() and not constant(t) else number(t)
+    v, s, _ = edges[0]
+    if r.values[s].shape != shape or r.values[r.src[places[0]]].shape != shape:
+        return None
+    node, meta, place = r.node, r.meta, places[0]
+    m = meta[0]
+
+    def derivative() -> Tensor:
+        out = node(one(m).expand(shape), *[None] * (len(meta) - 1))
+        return out[place] if isinstance(out, tuple) else out
+
+    slopes = Differentiated(derivative, node.next_functions[place], m)
+    return {v: Unary(s, r.name, as_they_are, slopes)}
 
 
-@rule("Mul")
-def mul(g):
-    a, b = g.src
-    m = g.meta[0]
-    if g.distances and None not in g.src and (found := squared(g, a, b)) is not None:
-        return found
-    if a is not None and a == b:  # x * x
-        x, y = g.tensor("self"), g.tensor("other")
-        return g.diagonal(g.match(a), lambda: fit(x + y, m))
-    terms = []
-    for s, name in ((a, "other"), (b, "self")):
-        if s is None:
-            continue
-        partner = g.tensor(name)
-        value = _number(partner)
-        if value is not None:
-            terms.append(g.scale(g.match(s), value))
-        else:
-            terms.append(g.diagonal(g.match(s), fit(partner, m)))
-    return g.plus(terms)
+def bent(r) -> Curves | None:
+    """An elementwise op in one operand, by its form if that has both derivatives."""
+    form = None if r.record.form is None else r.record.form(r.saved)
+    if form is None or form.slopes is None:
+        return twice(r)
+    ((v, s, _),) = r.edges(Diagonal)
+    saved = (r.tensor(form.saved),)
+    return {v: Unary(s, r.name, form.slopes, saved, form.constants(r.saved), form.kernel)}
 
 
-@rule("Div")
-def div(g):
-    a, b = g.src
-    m, divisor, terms = g.meta[0], g.tensor("other"), []
-    if a is not None:
-        value = _number(divisor)
-        if value:
-            terms.append(g.scale(g.match(a), 1 / value))
-        else:
-            d = fit(
-                divisor, m
-            )  # its quotient, not its reciprocal: second derivatives then cancel as autograd's do
-            terms.append(g.diagonal(g.match(a), lambda: one(d) / d))
-    if b is not None:
-        x = g.tensor("self")
-        terms.append(g.diagonal(g.match(b), lambda: fit((x / divisor).div_(-divisor), m)))
-    return g.plus(terms)
+def pairs(r, which, second, saved=(), constants=()) -> Curves | None:
+    """The curvature of an elementwise op by its scaled operands, in the order of the node's."""
+    edges = r.edges(Diagonal)
+    at, sources = edges[-1][0], [s for _, s, _ in edges]
+    shapes = {r.values[s].shape for s in sources}
+    if len(shapes) != 1 or len(sources) <= max(max(p) for p in which):
+        return None
+    return {at: Pairs(sources, which, second, saved, constants)}
 
 
-@rule("Mul.1")
-def mul_scalar(g):
-    return g.scale(g.match(g.src[0]), g.saved("other"))
+def two() -> tuple[float]:
+    return (2.0,)
 
 
-@rule("Div.1")
-def div_scalar(g):
-    value = g.saved("other")
-    return g.scale(g.match(g.src[0]), 1 / value) if value else unary(g)
+def multiplied(r):
+    """A product of two operands."""
+    first = 1 if r.name == "AddrBackward0" else 0
+    if not all(r.active(first, first + 1)):
+        return {}
+    if len(r.edges(Diagonal)) == 1:  # x * x
+        return pairs(r, ((0, 0),), two)
+    return pairs(r, ((0, 1),), two)
 
 
-@rule("Pow")
-def pow_scalar(g):
-    exponent = g.saved("exponent")
-    if exponent == 0:  # not infinity times 0
-        m = g.meta[0]
-        return g.mask(g.match(g.src[0]), lambda: torch.zeros((), dtype=m.dtype, device=m.device))
-    if exponent != 2:
-        return unary(g)
-    if g.distances and (found := squared(g, g.src[0], g.src[0])) is not None:
-        return found
-    x = g.tensor("self")
-    return g.diagonal(g.match(g.src[0]), lambda: x + x, fresh=True)
+# -- the table --------------------------------------------------------------------------------------
 
 
-@rule("Lerp")
-def lerp_scalar(g):
-    weight = g.saved("weight")
-    factors = (1 - weight, weight)
-    return g.plus([g.scale(s, f) for s, f in zip(g.src, factors, strict=True) if s is not None])
+def op(
+    names: str,
+    form: Form | Callable[[Read], Form] | None = None,
+    read: Callable = unary,
+    curve: Callable = bent,
+    **facts,
+) -> None:
+    """A row: what is known of elementwise ops in one operand, or, by another ``read``, in `several`.
 
-
-@rule("Copysign")
-def copysign(g):
-    a, b = g.src
-    terms = [] if b is None else [g.single(g.match(b), Zero())]
-    if a is not None:
-        terms.append(Partials(g).diagonal(g, g.match(a), 0))
-    return g.plus(terms)
-
-
-@rule("Where")
-def where(g):
-    condition, m = g.tensor("condition").bool(), g.meta[0]
-    terms = []
-    for s, wanted in zip(g.src[-2:], (True, False), strict=True):  # a bool operand has no edge
-        if s is not None:
-            terms.append(g.mask(g.match(s), lambda w=wanted: (condition == w).to(m.dtype)))
-    return g.plus(terms)
-
-
-@rule("MaskedFill.0-1")
-def masked_fill(g):
-    mask, m = g.tensor("mask"), g.meta[0]
-    terms = []
-    if g.src[0] is not None:
-        terms.append(g.mask(g.match(g.src[0]), lambda: (~mask).to(m.dtype)))
-    if len(g.src) > 1 and g.src[1] is not None:
-        terms.append(g.mask(g.match(g.src[1]), lambda: mask.to(m.dtype)))
-    return g.plus(terms)
-
-
-@rule("Glu")
-def glu(g):
-    """Halves ``a * sigmoid(b)``: each entry of the input feeds one entry of the output."""
-    (s,), node, m = g.src, g.node, g.meta[0]
-    shape = g.values[s].shape
-    axis = g.axis("dim", len(shape))
-    s = g.diagonal(s, lambda: node(one(m).expand(tuple(m.shape))))
-    halves = (*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :])
-    return g.sum(g.single(s, View(shape, halves), halves), (axis,))
-
-
-@rule(
-    "Bernoulli", "Ceil", "Fill.0", "Fill.2", "Floor", "Poisson", "Round.0-1", "Sgn", "Sign", "Trunc", "Zero"
-)  # fmt: skip
-def zero(g):
-    return g.single(g.src[0], Zero())
-
-
-@rule("Fill.1", "Fill.3")
-def fill(g):
-    old, new = g.src
-    terms = [] if old is None else [g.single(old, Zero())]
-    return g.plus(terms if new is None else [*terms, new])
-
-
-@rule("Clone", "Alias", "LiftFresh")
-def same(g):
-    return g.src[0]
-
-
-@rule("ToCopy")
-def to_copy(g):
-    return g.cast(g.src[0])
-
-
-@rule("torch::autograd::CopyBackwards")
-def copy_(g):
-    """``a.copy_(b)``: the old value is written over."""
-    old, new = g.src
-    terms = [] if old is None else [g.single(old, Zero())]
-    return g.plus(terms if new is None else [*terms, new])
+    ``names`` as `rules.node_names` reads them, one or more that are alike. ``form`` is a function where it depends on
+    what the node saved. For the other ``facts`` see `rules.Record`.
+    """
+    choose = (lambda read: form) if isinstance(form, Form) else form
+    known(*names.split(), read=read, curve=curve, form=choose, **facts)

@@ -12,7 +12,7 @@ from ..maps.linear_map import Cut, Kept, LinearMap, Shape
 from ..maps.maps import Transpose
 from ..maps.selection import Gather, Take
 from . import normal_index, rule
-from .elementwise import Partials
+from .elementwise import Partials, flat
 from .shape import piece
 
 
@@ -153,7 +153,7 @@ def index(g):
     return pick(g, s, places(shape, g.meta[0].device)[where])
 
 
-@rule("IndexSelect")
+@rule("IndexSelect", moves=True)
 def index_select(g):
     (s,) = g.src
     shape = g.values[s].shape
@@ -351,7 +351,7 @@ def index_add(g):
     return _written(g, adds, new)
 
 
-@rule("IndexFill.0-1")
+@rule("IndexFill.0-1", curve=flat)
 def index_fill(g):
     new, m = _second(g), g.meta[0]
     if new is not None:

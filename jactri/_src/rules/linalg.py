@@ -13,9 +13,22 @@ import torch
 from torch import Tensor
 
 from ..maps.contraction import MatMul
+from ..maps.curvature import Curves
+from ..maps.equations import (
+    CholeskyBend,
+    CholeskyInverseBend,
+    CholeskySolveBend,
+    DeterminantBend,
+    ExponentialBend,
+    InverseBend,
+    LogDeterminantBend,
+    LuBend,
+    LuSolveBend,
+    SolveBend,
+)
 from ..maps.linear_map import Diagonal, Identity, Scale
 from ..maps.solving import Exponential, Solve, by_cholesky, by_lu, of_lu, triangular
-from . import rule
+from . import batches, known, rule
 from .elementwise import Partials, Zero
 
 SWAP = (0, 2, 1)
@@ -60,7 +73,15 @@ def _equation(g, a: int | None, b: int | None, x: Tensor, solve: Solve) -> int:
     return g.single(_less(g, b, terms, tuple(x.shape)), solve)
 
 
-@rule("LinalgSolveEx")
+def equation_bend(r) -> Curves | None:
+    solves, products = r.edges(Solve), r.edges(MatMul)
+    if not solves:
+        return None
+    ((v, rhs, edge),) = solves
+    return {v: SolveBend(products[0][1], rhs, edge)} if products else {}
+
+
+@rule("LinalgSolveEx", curve=equation_bend, kept=batches)
 def solve_ex(g):
     a, b = g.src
     matrix, x, left = g.tensor("A"), g.tensor("result"), g.saved("left")
@@ -106,7 +127,7 @@ def _triangle(g, s: int | None, upper: bool, unit: bool) -> int | None:
     return g.mask(s, mask)
 
 
-@rule("LinalgSolveTriangular")
+@rule("LinalgSolveTriangular", curve=equation_bend, kept=batches)
 def solve_triangular(g):
     a, b = g.src
     x, upper, unit = g.tensor("result"), g.saved("upper"), g.saved("unitriangular")
@@ -122,7 +143,7 @@ def solve_triangular(g):
     return g.view(out, g.shape)
 
 
-@rule("TriangularSolve")
+@rule("TriangularSolve", curve=equation_bend, kept=batches)
 def triangular_solve(g):
     """The older form: B comes first, and A is returned as the second result."""
     b, a = g.src
@@ -137,7 +158,15 @@ def triangular_solve(g):
     return g.view(out, g.shape), second
 
 
-@rule("LinalgLuFactorEx")
+def lu_factor_bend(r) -> Curves | None:
+    if not r.edges(Solve):
+        return None
+    _, left, right = r.edges(MatMul)
+    m = next(s for v, s, _ in r.edges(Diagonal) if v == left[1])
+    return {max(left[0], right[0]) + 1: LuBend((m,), left[2].partner, right[2].partner)}
+
+
+@rule("LinalgLuFactorEx", curve=lu_factor_bend, kept=batches)
 def lu_factor_ex(g):
     """``A = P L U``: with ``M = L^-1 P' dA U^-1``, ``dL = L tril(M, -1)`` and ``dU = triu(M) U``, in one matrix."""
     (a,), packed = g.src, g.tensor("LU")
@@ -158,7 +187,20 @@ def lu_factor_ex(g):
     return g.view(out, g.shape), *[None] * (len(g.meta) - 1)
 
 
-@rule("LinalgLuSolve")
+def lu_solve_bend(r) -> Curves | None:
+    ((v, rhs, edge),), masked = r.edges(Solve), r.edges(Diagonal)
+    if not masked:
+        return {}
+    packed, pivots = edge.factors
+    swaps, low, up = torch.lu_unpack(packed, pivots)
+    left = r.saved("left")
+    x = r.tensor("result")
+    x = (x if left else x.mT).reshape(r.values[v].shape)
+    turned = r.saved("adjoint") == left
+    return {v: LuSolveBend(masked[0][1], rhs, edge, turned, swaps, low, up, x)}
+
+
+@rule("LinalgLuSolve", curve=lu_solve_bend, kept=batches)
 def lu_solve(g):
     """``P L U X = B``, or with the transpose of ``P L U``."""
     f, b = g.src
@@ -184,7 +226,12 @@ def lu_solve(g):
     return g.view(out if left else g.permute(out, SWAP), g.shape)
 
 
-@rule("LinalgInvEx")
+def inverse_bend(r) -> Curves | None:
+    (right, left), (scaled,) = r.edges(MatMul), r.edges(Scale)
+    return {scaled[0]: InverseBend((right[0],), left[2].partner)}
+
+
+@rule("LinalgInvEx", curve=inverse_bend, kept=batches)
 def inv_ex(g):
     """``-X dA X``."""
     (a,), x = g.src, g.tensor("inverse")
@@ -201,12 +248,25 @@ def _determinant(g, output: int) -> int:
     return g.sum(Partials(g, False, output).diagonal(g, a, 0), (n - 2, n - 1))
 
 
-@rule("LinalgDet")
+def determinant_bend(r) -> Curves | None:
+    """At a singular matrix the first derivative that autograd records differs from the one that it does not."""
+    ((_, s, edge),), value = r.edges(Diagonal), r.tensor("result")
+    if not bool((value != 0).all()):
+        return None
+    return {r.ids[0]: DeterminantBend(s, r.tensor("A"), value, lambda: edge.d)}
+
+
+@rule("LinalgDet", curve=determinant_bend, kept=batches)
 def det(g):
     return _determinant(g, 0), *[None] * (len(g.meta) - 1)
 
 
-@rule("LinalgSlogdet")
+def log_determinant_bend(r) -> Curves | None:
+    ((_, s, edge),) = r.edges(Diagonal)
+    return {r.ids[1]: LogDeterminantBend(s, lambda: edge.d)}
+
+
+@rule("LinalgSlogdet", curve=log_determinant_bend, kept=batches)
 def slogdet(g):
     """The sign does not change, the logarithm of the absolute value does."""
     (a,) = g.src
@@ -215,7 +275,12 @@ def slogdet(g):
     return sign, _determinant(g, 1), *[None] * (len(g.meta) - 2)
 
 
-@rule("LinalgCholeskyEx")
+def cholesky_bend(r) -> Curves | None:
+    ((v, phi, edge),) = r.edges(MatMul)
+    return {v: CholeskyBend((phi,), edge.partner)}
+
+
+@rule("LinalgCholeskyEx", curve=cholesky_bend, kept=batches)
 def cholesky_ex(g):
     """``dL = L Phi(L^-1 dA L^-T)``, Phi the lower triangle with half of the diagonal, dA the symmetric part."""
     (a,), factor, upper = g.src, g.tensor("L"), g.saved("upper")
@@ -232,7 +297,16 @@ def cholesky_ex(g):
     return g.view(out, g.shape), *[None] * (len(g.meta) - 1)
 
 
-@rule("CholeskySolve")
+def cholesky_solve_bend(r) -> Curves | None:
+    ((v, rhs, edge),), products = r.edges(Solve), r.edges(MatMul)
+    if not products:
+        return {}
+    # dL (L' X), then L (dL' X)
+    first, right, left = products
+    return {v: CholeskySolveBend(first[1], rhs, edge, left[2].partner, right[2].partner)}
+
+
+@rule("CholeskySolve", curve=cholesky_solve_bend, kept=batches)
 def cholesky_solve(g):
     """``K X = B`` with ``K = L L.mT``, ``dK = dL L.mT + L dL.mT``."""
     b, f = g.src
@@ -255,7 +329,13 @@ def _lower(g, f: int | None, batch, upper: bool) -> int | None:
     return g.permute(f, SWAP) if upper and f is not None else f
 
 
-@rule("CholeskyInverse")
+def cholesky_inverse_bend(r) -> Curves | None:
+    factor, right, left = r.edges(MatMul)
+    end = r.edges(Scale)[-1][0]
+    return {end: CholeskyInverseBend((factor[1], right[0]), left[2].partner)}
+
+
+@rule("CholeskyInverse", curve=cholesky_inverse_bend, kept=batches)
 def cholesky_inverse(g):
     """``X = K^-1``, ``-X dK X``."""
     (f,), x, factor, upper = g.src, g.tensor("result"), g.tensor("self"), g.saved("upper")
@@ -265,8 +345,19 @@ def cholesky_inverse(g):
     return g.view(g.scale(_times(g, _times(g, k, x), x, "left"), -1), g.shape)
 
 
-@rule("LinalgMatrixExp")
+def exponential_bend(r) -> Curves | None:
+    ((v, s, edge),) = r.edges(Exponential)
+    return {v: ExponentialBend((s,), edge.a)}
+
+
+@rule("LinalgMatrixExp", curve=exponential_bend, kept=batches)
 def matrix_exp(g):
     (a,), x = g.src, g.tensor("self")
     batch = tuple(x.shape[:-2])
     return g.view(g.single(_batch(g, a, batch), Exponential(_flat(x, batch))), g.shape)
+
+
+known(
+    "LinalgEig", "LinalgEigh", "LinalgLstsq", "LinalgLu", "LinalgPinv", "LinalgQr", "LinalgSvd", "LuUnpack",
+    kept=batches,
+)  # fmt: skip

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 import torch
 
+from ..maps.contraction import MatMul
+from ..maps.convolution import Conv, ConvWeight
+from ..maps.curvature import Curves, Matrices
 from ..maps.linear_map import Functional, keep_all_but
 from ..maps.maps import Batched
 from ..maps.sparse_product import SparseMatMul, matmul
 from . import rule
+from .elementwise import multiplied, only
+
+
+def met(edges, factor: float = 1.0) -> Curves:
+    """The curvature of products of two matrices that both depend on the input."""
+    right = [(v, s) for v, s, e in edges if e.side == "right"]
+    left = [(v, s) for v, s, e in edges if e.side == "left"]
+    if not right or not left:
+        return {}
+    ((v, a),), ((w, b),) = right, left
+    return {max(v, w): Matrices(a, b, factor)}
+
+
+def matrices(r) -> Curves:
+    return met(r.edges(MatMul))
+
+
+def in_one_factor(r) -> Curves | None:
+    """Products of several factors, where only one depends on the input."""
+    factors = {"AddmvBackward0": (1, 2), "TrilinearBackward0": (0, 1, 2)}.get(r.name, (0, 1))
+    known = only(r, MatMul, SparseMatMul, Conv, ConvWeight, Functional)
+    return {} if known and sum(r.active(*factors)) <= 1 else None
 
 
 def product(g, a, b, left: str, right: str, shape) -> list[int]:
@@ -32,25 +57,25 @@ def _accumulated(g, terms: list[int]) -> int:
     return g.plus(terms)
 
 
-@rule("Mm", "Bmm")
+@rule("Mm", "Bmm", curve=matrices)
 def mm(g):
     a, b = g.src
     return g.plus(product(g, a, b, "self", "mat2", g.shape))
 
 
-@rule("Addmm", "SparseAddmm")
+@rule("Addmm", "SparseAddmm", curve=matrices)
 def addmm(g):
     _, a, b = g.src
     return _accumulated(g, product(g, a, b, "mat1", "mat2", g.shape))
 
 
-@rule("Baddbmm")
+@rule("Baddbmm", curve=matrices)
 def baddbmm(g):
     _, a, b = g.src
     return _accumulated(g, product(g, a, b, "batch1", "batch2", g.shape))
 
 
-@rule("Addbmm")
+@rule("Addbmm", curve=matrices)
 def addbmm(g):
     """``sum_b batch1[b] @ batch2[b]``."""
     _, a, b = g.src
@@ -72,17 +97,17 @@ def _matrix_vector(g, matrix, vector, name_m: str, name_v: str) -> list[int]:
     return terms
 
 
-@rule("Mv")
+@rule("Mv", curve=in_one_factor)
 def mv(g):
     return g.plus(_matrix_vector(g, *g.src, "self", "vec"))
 
 
-@rule("Addmv")
+@rule("Addmv", curve=in_one_factor)
 def addmv(g):
     return _accumulated(g, _matrix_vector(g, *g.src[1:], "mat", "vec"))
 
 
-@rule("Addr")
+@rule("Addr", curve=multiplied, regular=True)
 def addr(g):
     """``vec1[:, None] * vec2[None, :]``."""
     terms, (m, n) = [], g.shape
@@ -94,7 +119,7 @@ def addr(g):
     return _accumulated(g, terms)
 
 
-@rule("Dot", "Vdot")
+@rule("Dot", "Vdot", curve=multiplied)
 def dot(g):
     second = "tensor" if g.name == "DotBackward0" else "other"
     terms = []
@@ -104,7 +129,7 @@ def dot(g):
     return g.plus(terms)
 
 
-@rule("LinalgCross")
+@rule("LinalgCross", curve=in_one_factor)
 def cross(g):
     """``a x b``, linear in each; its transpose in ``a`` is ``c -> b x c``."""
     axis = g.axis("dim", len(g.shape))
@@ -125,7 +150,7 @@ def cross(g):
     return g.plus(terms)
 
 
-@rule("Trilinear")
+@rule("Trilinear", curve=in_one_factor)
 def bilinear(g):
     """``sum_ij x[n, i] w[o, i, j] z[n, j]``, as nn.Bilinear asks for it: a matrix for each of the three."""
     pattern = tuple(tuple(g.saved(name)) for name in ("expand1", "expand2", "expand3", "sumdim"))

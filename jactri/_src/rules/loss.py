@@ -6,14 +6,15 @@ import torch
 
 from ..maps.layout import one
 from . import rule
-from .elementwise import Partials, Zero
+from .elementwise import Partials, Zero, flat
 from .reduce import weigh
 
 aten = torch.ops.aten
 
 
+@rule("MseLoss", regular=True)
 @rule(
-    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "MseLoss", "SmoothL1Loss", "SoftMarginLoss"
+    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "HuberLoss", "SmoothL1Loss", "SoftMarginLoss"
 )  # fmt: skip
 def elementwise_loss(g):
     """A function of each pair of entries, then nothing, a mean or a sum."""
@@ -30,7 +31,8 @@ def elementwise_loss(g):
     return g.plus(terms)
 
 
-@rule("NllLoss", "NllLoss2D", "MultiMarginLoss", "MultilabelMarginLoss")
+@rule("NllLoss", "NllLoss2D", curve=flat)
+@rule("MultiMarginLoss", "MultilabelMarginLoss")
 def class_loss(g):
     """A loss for each sample (and pixel) over the classes, then nothing, a mean or a sum."""
     s = g.src[0]

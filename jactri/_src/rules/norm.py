@@ -11,11 +11,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..maps.curvature import Curves, NormalisationBend, SoftmaxBend
 from ..maps.linear_map import Diagonal, Identity
 from ..maps.low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
 from ..maps.maps import Once, Transpose, wide
 from . import rule
-from .elementwise import Zero
+from .elementwise import Zero, flat
 
 
 def statistics(
@@ -68,7 +69,23 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
     return g.plus(terms)
 
 
-@rule("NativeLayerNorm")
+def layer_norm_bend(r) -> Curves | None:
+    centred = r.name == "NativeLayerNormBackward0"
+    if r.src[0] is None or r.active(1)[0] or not r.edges(Project):
+        return {} if r.src[0] is None else None
+    x, shape, lift = r.tensor("input"), r.shape, tuple(r.saved("normalized_shape"))
+    axes = tuple(range(len(shape) - len(lift), len(shape)))
+    mean, rstd = (
+        (r.tensor("result1"), r.tensor("result2")) if centred else (None, r.tensor("result1"))
+    )
+    stats = Once(lambda: statistics(x, axes, mean, rstd, None, centred))
+    weight = r.saved("weight")
+    r.first_only()
+    bend = NormalisationBend(r.src[0], stats, axes, shape, weight, lift, centred)
+    return {r.ids[0]: bend}
+
+
+@rule("NativeLayerNorm", curve=layer_norm_bend, bounded=True)
 def layer_norm(g):
     x, w, b = g.src
     saved, mean, rstd = g.tensor("input"), g.tensor("result1"), g.tensor("result2")
@@ -80,7 +97,7 @@ def layer_norm(g):
     return normalise(g, x, w, b, stats, axes, prod(inner), g.saved("weight"), inner)
 
 
-@rule("FusedRmsNorm")
+@rule("FusedRmsNorm", curve=layer_norm_bend)
 def rms_norm(g):
     x, w = g.src
     saved, rstd = g.tensor("input"), g.tensor("result1")
@@ -92,7 +109,20 @@ def rms_norm(g):
     return out, *spread_outputs(g, x, stats, axes, shape, count, mean=False)
 
 
-@rule("NativeGroupNorm")
+def group_norm_bend(r) -> Curves | None:
+    if r.src[0] is None or r.active(1)[0] or not r.edges(Project):
+        return {} if r.src[0] is None else None
+    x, shape = r.tensor("input"), r.shape
+    n, c, groups, eps = r.saved("N"), r.saved("C"), r.saved("group"), r.saved("eps")
+    inner = (n, groups, prod(shape) // (n * groups))
+    mean, rstd = (r.tensor(k).reshape(n, groups, 1) for k in ("result1", "result2"))
+    stats = Once(lambda: statistics(x.reshape(inner), (2,), mean, rstd, eps))
+    lift = (c, *(1,) * (len(shape) - 2))
+    r.first_only()
+    return {r.ids[0]: NormalisationBend(r.src[0], stats, (2,), inner, r.saved("weight"), lift)}
+
+
+@rule("NativeGroupNorm", curve=group_norm_bend, bounded=True)
 def group_norm(g):
     x, w, b = g.src
     n, c, groups = g.saved("N"), g.saved("C"), g.saved("group")
@@ -135,9 +165,19 @@ BATCH_NORMS = {
 }
 
 
+def batch_norm_bend(r) -> Curves | None:
+    """Under fixed statistics a scaling."""
+    training = BATCH_NORMS[r.name][1]
+    training = r.saved(training) if isinstance(training, str) else training
+    if training or any(r.active(1, 2)):
+        return None
+    return flat(r)
+
+
+@rule("NativeBatchNorm", curve=batch_norm_bend, bounded=True)
 @rule(
-    "NativeBatchNorm", "NativeBatchNormLegit.0-1", "NativeBatchNormLegitNoTraining", "BatchNormWithUpdate",
-    "BatchNormNoUpdate", "CudnnBatchNorm", "MiopenBatchNorm",
+    "NativeBatchNormLegit.0-1", "NativeBatchNormLegitNoTraining", "BatchNormWithUpdate",
+    "BatchNormNoUpdate", "CudnnBatchNorm", "MiopenBatchNorm", curve=batch_norm_bend,
 )  # fmt: skip
 def batch_norm(g):
     x, w, b = g.src
@@ -270,13 +310,21 @@ def batch_norm_backward(g):
     return normalise_backward(g, c, x, w, saved_c, g.saved("weight"), stats, axes, outer, lift)
 
 
-@rule("Softmax", "SafeSoftmax")
+def softmax_bend(r) -> Curves | None:
+    found = r.edges(Softmax)
+    if len(found) != 1:
+        return None
+    v, s, edge = found[0]
+    return {v: SoftmaxBend(s, edge.p, edge.axis, isinstance(edge, LogSoftmax))}
+
+
+@rule("Softmax", "SafeSoftmax", curve=softmax_bend, regular=True)
 def softmax(g):
     # a row that is masked as a whole has p = 0 under the "safe" softmax, and so no derivative
     return along(g, Softmax, lambda p: p)
 
 
-@rule("LogSoftmax")
+@rule("LogSoftmax", curve=softmax_bend, regular=True)
 def log_softmax(g):
     return along(g, LogSoftmax, torch.exp)
 
@@ -342,7 +390,7 @@ def log_softmax_backward(g):
     return g.plus(terms)
 
 
-@rule("MaskedSoftmax")
+@rule("MaskedSoftmax", curve=softmax_bend)
 def masked_softmax(g):
     mask, p, shape = g.tensor("mask"), g.tensor("result"), g.shape
     if tuple(mask.shape) != shape or not shape or g.saved("dim") is None:

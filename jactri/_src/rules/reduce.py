@@ -12,11 +12,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..maps.curvature import Curves, LengthBend, LogSumExpBend
 from ..maps.layout import one
 from ..maps.linear_map import Functional, keep_all_but
 from ..maps.maps import Once
 from . import rule
-from .elementwise import fit, passing
+from .elementwise import fit, flat, passing
 
 
 def weigh(g, s: int, output: int = 0, edge: int = 0, selects: bool = False) -> int:
@@ -68,27 +69,49 @@ def mean(g):
     return g.scale(g.sum(s, axes, _keepdim(g)), 1 / max(prod([shape[a] for a in axes]), 1))
 
 
-@rule(
-    "Amax", "Amin", "Logsumexp", "Nansum", "Trace", "Var"
-)  # fmt: skip
+def logsumexp_bend(r) -> Curves | None:
+    x, y = r.tensor("self"), r.tensor("result")
+    axes = _reduced(r)
+    if len(r.new) == 0 or x.dtype != r.dtype or not axes:
+        return None
+    return {r.new[-1]: LogSumExpBend(r.src[0], (x, y), axes, r.saved("keepdim"))}
+
+
+@rule("Amax", "Amin", "Trace", curve=flat)
+@rule("Logsumexp", curve=logsumexp_bend, regular=True)
+@rule("Nansum", curve=flat, regular=True)
+@rule("Var", regular=True)
 def weighted(g, selects: bool = False):
     return g.sum(weigh(g, g.cast(g.src[0]), selects=selects), _reduced(g), _keepdim(g))
 
 
-@rule("Max.1", "Median.0", "Min.1", "Nanmedian.0", "Prod.0-1", "Std")
+@rule("Max.1", "Median.0", "Min.1", "Nanmedian.0", curve=flat)
+@rule("Prod.0-1", "Std")
 def chosen(g):
     """One entry of all, and what is taken for 0 where it has no derivative."""
     return weighted(g, True)
 
 
-@rule("LinalgVectorNorm", "Norm.0-3")
+def length_bend(r) -> Curves | None:
+    x, y = r.tensor("self"), r.tensor("result")
+    axes = _reduced(r)
+    if r.saved("ord") in (-inf, 0, 1, inf):
+        return flat(r)
+    if r.saved("ord") != 2 or len(r.new) == 0 or x.dtype != r.dtype or not axes:
+        return None
+    return {r.new[-1]: LengthBend(r.src[0], (x, y), axes, r.saved("keepdim"))}
+
+
+@rule("LinalgVectorNorm", curve=length_bend)
+@rule("Norm.0-3")
 def norm(g):
     name = "ord" if g.has("ord") else "p"
     p = g.saved(name) if g.has(name) else None
     return weighted(g, p not in (None, 1, 2, inf, -inf))
 
 
-@rule("Aminmax", "StdMean", "VarMean")
+@rule("Aminmax", curve=flat)
+@rule("StdMean", "VarMean")
 def two_results(g):
     (s,), axes, keepdim = g.src, _reduced(g), _keepdim(g)
     selects = g.name == "StdMeanBackward0"

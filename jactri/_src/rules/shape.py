@@ -31,23 +31,24 @@ def distributed(g):
     g.refuse(DISTRIBUTED)
 
 
-@rule("View", "UnsafeView", "ReshapeAlias", "Squeeze.0-5", "Unsqueeze.0-1")
+@rule("View", "UnsafeView", "Squeeze.0-5", "Unsqueeze.0-1", moves=True)
+@rule("ReshapeAlias")
 def view(g):
     return g.view(g.src[0], g.shape)
 
 
-@rule("Permute")
+@rule("Permute", moves=True)
 def permute(g):
     dims = g.saved("dims")
     return g.permute(g.src[0], tuple([normal_axis(d, len(dims)) for d in dims]))
 
 
-@rule("T.0-1")
+@rule("T.0-1", moves=True)
 def t(g):
     return g.permute(g.src[0], tuple(reversed(range(len(g.shape)))))
 
 
-@rule("Transpose.0-1")
+@rule("Transpose.0-1", moves=True)
 def transpose(g):
     n = len(g.shape)
     if n == 0:
@@ -58,7 +59,7 @@ def transpose(g):
     return g.permute(g.src[0], tuple(dims))
 
 
-@rule("Expand")
+@rule("Expand", moves=True)
 def expand(g):
     return g.expand(g.src[0], g.shape)
 
@@ -105,7 +106,7 @@ def place(g, s: int, axis: int, start: int, size: int, step: int = 1) -> int:
     return g.single(s, Place(axis, start, n, step, size), (*shape[:axis], size, *shape[axis + 1 :]))
 
 
-@rule("Select")
+@rule("Select", moves=True)
 def select(g):
     (s,) = g.src
     shape = g.values[s].shape
@@ -114,7 +115,7 @@ def select(g):
     return g.single(s, Select(axis, normal_index(g.saved("index")) % n, n), g.shape)
 
 
-@rule("Slice")
+@rule("Slice", moves=True)
 def slice_(g):
     (s,) = g.src
     shape = g.values[s].shape

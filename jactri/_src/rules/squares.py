@@ -5,17 +5,7 @@ from __future__ import annotations
 from ..maps.contraction import Expand
 from ..maps.linear_map import Cast, Diagonal, Permute, Scale, View
 from ..maps.selection import Gather, Select, Slice, Take
-from . import node_names
-
-LINEAR = frozenset(
-    full
-    for name in """
-Alias Clone Div.0-1 Expand IndexSelect Mul.1 Neg Permute Select Slice Squeeze.0-5 T.0-1 ToCopy Transpose.0-1
-UnsafeView Unsqueeze.0-1 View
-""".split()
-    for full in node_names(name)
-)
-"""Ops that scale or move the entries of their first operand, and add nothing."""
+from . import record_of
 
 MOVES = (Cast, Expand, Gather, Permute, Select, Slice, Take, View)
 
@@ -54,7 +44,7 @@ def _root(g, node):
         if name == "MulBackward0":
             found = [_root(g, n) for n, _ in ends]
             return found[0] if found[1] is None else found[1] if found[0] is None else None
-        node = ends[0][0] if name in LINEAR else None
+        node = ends[0][0] if record_of(name).moves else None
     return node
 
 

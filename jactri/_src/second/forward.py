@@ -21,14 +21,13 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.tracing import may_write
 from ..maps.contraction import Sum
+from ..maps.curvature import Curvature, Curves, Seeds, Unary
 from ..maps.layout import FREE, Layout, SplitSeed, unfolded
 from ..maps.linear_map import Cut, LinearMap, Route
 from ..plan.sweep import Step, Sweep, _follow, follow, peak_bytes, refine, sample_ties
 from ..read.graph import Graph, Value
 from ..run.executor import Blocks, _sum
 from . import fused
-from .curvature import Curvature, Seeds, Unary
-from .curves import Curves
 
 
 @dataclass

@@ -22,15 +22,12 @@ from ...kernels.support import Factor, Ready
 from ..base import backends
 from ..device import chooser
 from ..device.chooser import CHECKED_ROWS, TIMED_ENTRIES, Offer, Way, dots
+from ..maps.curvature import Curves, Seeds, Unary
 from ..maps.linear_map import LinearMap
 from ..plan.sweep import Step
 from ..read.graph import Graph
-from ..rules.elementwise import KERNELS
-from .curvature import Seeds, Unary, as_they_are
-from .slopes import gelu_tanh
 
 if TYPE_CHECKING:
-    from .curves import Curves
     from .forward import Course, Run
 
 
@@ -312,9 +309,8 @@ def _activation(run: Run, step: Step, edge: LinearMap):
 
     if curve is None:
         f = edge.factor()
-    elif curve.formula is not as_they_are and curve.name in KERNELS:
-        name = "gelu_tanh" if curve.formula is gelu_tanh else KERNELS[curve.name][0]
-        f = Factor(curve.saved[0], name, tuple(map(float, curve.constants)))
+    elif curve.kernel:
+        f = Factor(curve.saved[0], curve.kernel, tuple(map(float, curve.constants)))
     else:
         first, second = slopes()
         f = Factor(first, second=second)

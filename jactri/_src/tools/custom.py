@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace as changed
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
+from ..maps.curvature import Curvature, Curves, Unary, as_they_are, full
 from ..maps.linear_map import Identity
 from ..maps.mask import Mask
 from ..read.graph import Reader
@@ -20,8 +22,8 @@ from ..read.opaque import Opaque
 from ..read.reading import read
 from ..read.structure import Bent, Node, Output, Structure, said
 from ..rules import REGISTRY, Record
-from ..second.curvature import Curvature, Unary, as_they_are, full
-from ..second.curves import CONSTANT, CurveReader, Curves, UnknownCurvature, default
+from ..rules.elementwise import CONSTANT
+from ..second.curves import CurveReader, UnknownCurvature, default
 from .verification import Verification
 
 
@@ -36,11 +38,11 @@ class Rule:
             raise TypeError(
                 "jactri.rule needs what it is for: a class of autograd.Function, an op or the name of a node"
             )
-        self.targets = tuple(map(_target, targets))
+        self.targets = tuple(dict.fromkeys(map(_target, targets)))
         self._replace, self._linear = replace, linear
         self._function: Callable | None = None
         self._second: Callable | None = None
-        self._record = Record(self._read, self._curve)
+        self._records: dict[str | type, Record] = {}
         self._seen: set[tuple] = set()
         self._met: list[str] | None = None
 
@@ -55,17 +57,19 @@ class Rule:
                 )
         self._function = function
         for target in self.targets:
-            _stacks.setdefault(target, [REGISTRY.get(target)]).append(self._record)
-            REGISTRY[target] = self._record
+            before = REGISTRY.get(target)
+            # what else is known of the op stays
+            own = changed(before or Record(), read=self._read, curve=self._curve)
+            _stacks.setdefault(target, [before]).append(own)
+            self._records[target] = REGISTRY[target] = own
         return self
 
     def remove(self) -> None:
         """Take the rule back; what it replaced is in force again. More than once does nothing."""
-        for target in self.targets:
-            stack = _stacks.get(target, [])
-            if self._record not in stack:
-                continue
-            stack.remove(self._record)
+        while self._records:
+            target, own = self._records.popitem()
+            stack = _stacks[target]
+            stack.remove(own)
             if stack[-1] is None:
                 REGISTRY.pop(target, None)
             else:

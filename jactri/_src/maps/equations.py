@@ -10,12 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..maps.contraction import MatMul
-from ..maps.layout import FREE
-from ..maps.linear_map import Diagonal, Scale
-from ..maps.solving import Exponential, Solve, corner
+from .contraction import MatMul
 from .curvature import Curvature, Tangents, full, summed_product
-from .curves import CurveReader, Curves, curve
+from .layout import FREE
+from .solving import Solve, corner
 
 
 def _together(t: Tangents, *values: int) -> list[Tensor]:
@@ -61,15 +59,6 @@ class SolveBend(Curvature):
         return self.solve(total.unsqueeze(0))[0]
 
 
-@curve("LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve")
-def equation(r: CurveReader) -> Curves | None:
-    solves, products = r.edges(Solve), r.edges(MatMul)
-    if not solves:
-        return None
-    ((v, rhs, edge),) = solves
-    return {v: SolveBend(products[0][1], rhs, edge)} if products else {}
-
-
 class InverseBend(_Batched):
     """``X = A^-1`` of ``w_k = dA_k X``: ``D2X = 2 X dA X dA X``."""
 
@@ -79,12 +68,6 @@ class InverseBend(_Batched):
         (x,) = self.saved
         (w,) = _together(t, *self.sources)
         return torch.bmm(x, summed_product(t.seeds, w, w)) * 2
-
-
-@curve("LinalgInvEx")
-def inverse(r):
-    (right, left), (scaled,) = r.edges(MatMul), r.edges(Scale)
-    return {scaled[0]: InverseBend((right[0],), left[2].partner)}
 
 
 class CholeskyInverseBend(_Batched):
@@ -99,13 +82,6 @@ class CholeskyInverseBend(_Batched):
         return torch.bmm(x, bend) * 2
 
 
-@curve("CholeskyInverse")
-def cholesky_inverse(r):
-    factor, right, left = r.edges(MatMul)
-    end = r.edges(Scale)[-1][0]
-    return {end: CholeskyInverseBend((factor[1], right[0]), left[2].partner)}
-
-
 class CholeskyBend(_Batched):
     """``A = L L'``, of ``phi_k = L^-1 dL_k``: ``D2L = -2 L Phi(phi phi')``."""
 
@@ -116,12 +92,6 @@ class CholeskyBend(_Batched):
         (phi,) = _together(t, *self.sources)
         low = summed_product(t.seeds, phi, phi.mT).tril()
         return torch.bmm(factor, low - torch.diag_embed(low.diagonal(0, -2, -1) / 2)) * -2
-
-
-@curve("LinalgCholeskyEx")
-def cholesky(r):
-    ((v, phi, edge),) = r.edges(MatMul)
-    return {v: CholeskyBend((phi,), edge.partner)}
 
 
 class CholeskySolveBend(SolveBend):
@@ -146,16 +116,6 @@ class CholeskySolveBend(SolveBend):
         return self.solve(total.unsqueeze(0) * -2)[0]
 
 
-@curve("CholeskySolve")
-def cholesky_solve(r):
-    ((v, rhs, edge),), products = r.edges(Solve), r.edges(MatMul)
-    if not products:
-        return {}
-    # dL (L' X), then L (dL' X)
-    first, right, left = products
-    return {v: CholeskySolveBend(first[1], rhs, edge, left[2].partner, right[2].partner)}
-
-
 class LuBend(_Batched):
     """``A = P L U``, of ``M_k = L^-1 P' dA_k U^-1``: as the first derivative, of ``-2 tril(M, -1) triu(M)``."""
 
@@ -166,15 +126,6 @@ class LuBend(_Batched):
         (m,) = _together(t, *self.sources)
         n = summed_product(t.seeds, m.tril(-1), m.triu()) * -2
         return torch.bmm(low, n.tril(-1)) + torch.bmm(n.triu(), up)
-
-
-@curve("LinalgLuFactorEx")
-def lu_factor(r):
-    if not r.edges(Solve):
-        return None
-    _, left, right = r.edges(MatMul)
-    m = next(s for v, s, _ in r.edges(Diagonal) if v == left[1])
-    return {max(left[0], right[0]) + 1: LuBend((m,), left[2].partner, right[2].partner)}
 
 
 class LuSolveBend(SolveBend):
@@ -206,20 +157,6 @@ class LuSolveBend(SolveBend):
         return self.solve(total.unsqueeze(0) * -2)[0]
 
 
-@curve("LinalgLuSolve")
-def lu_solve(r):
-    ((v, rhs, edge),), masked = r.edges(Solve), r.edges(Diagonal)
-    if not masked:
-        return {}
-    packed, pivots = edge.factors
-    swaps, low, up = torch.lu_unpack(packed, pivots)
-    left = r.saved("left")
-    x = r.tensor("result")
-    x = (x if left else x.mT).reshape(r.values[v].shape)
-    turned = r.saved("adjoint") == left
-    return {v: LuSolveBend(masked[0][1], rhs, edge, turned, swaps, low, up, x)}
-
-
 class ExponentialBend(_Batched):
     """Twice the corner of the exponential of three blocks."""
 
@@ -229,12 +166,6 @@ class ExponentialBend(_Batched):
         (a,) = self.saved
         (e,) = _together(t, *self.sources)
         return t.seeds.signed(corner(a, e, 3)).sum(0) * 2
-
-
-@curve("LinalgMatrixExp")
-def exponential(r):
-    ((v, s, edge),) = r.edges(Exponential)
-    return {v: ExponentialBend((s,), edge.a)}
 
 
 class LogDeterminantBend(Curvature):
@@ -332,18 +263,3 @@ class DeterminantBend(LogDeterminantBend):
         others = s[..., None, None, :].masked_fill(left_out, 1).prod(-1)
         total = (pairs * others.tril(-1)).sum((-2, -1)) * 2
         return torch.linalg.det(u) * torch.linalg.det(vh) * total
-
-
-@curve("LinalgDet")
-def determinant(r):
-    """At a singular matrix the first derivative that autograd records differs from the one that it does not."""
-    ((_, s, edge),), value = r.edges(Diagonal), r.tensor("result")
-    if not bool((value != 0).all()):
-        return None
-    return {r.ids[0]: DeterminantBend(s, r.tensor("A"), value, lambda: edge.d)}
-
-
-@curve("LinalgSlogdet")
-def log_determinant(r):
-    ((_, s, edge),) = r.edges(Diagonal)
-    return {r.ids[1]: LogDeterminantBend(s, lambda: edge.d)}

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..maps.layout import FREE, Layout, one
-from ..maps.linear_map import Cut
-from ..maps.maps import wide
+from .layout import FREE, Layout, one
+from .linear_map import Cut
+from .maps import wide
 
 
 class Seeds:
@@ -97,10 +97,17 @@ class Curvature:
         raise NotImplementedError
 
 
-class Unary(Curvature):
-    """An elementwise function: ``f'' * sum_k u_k^2``. ``slopes`` gives both derivatives from the saved values."""
+Curves = dict[int, Curvature]
+"""By value."""
 
-    __slots__ = ("constants", "formula", "name", "saved")
+
+class Unary(Curvature):
+    """An elementwise function: ``f'' * sum_k u_k^2``. ``slopes`` gives both derivatives from the saved values.
+
+    ``kernel`` names those in `kernels.activations` that kernels compute out of the same values, "" for none.
+    """
+
+    __slots__ = ("constants", "formula", "kernel", "name", "saved")
 
     def __init__(
         self,
@@ -109,9 +116,11 @@ class Unary(Curvature):
         formula: Callable[..., tuple[Tensor, Tensor]],
         saved: Sequence[Tensor],
         constants: tuple = (),
+        kernel: str = "",
     ):
         self.sources = (source,)
         self.name, self.formula, self.saved, self.constants = name, formula, saved, constants
+        self.kernel = kernel
 
     @property
     def key(self):
@@ -119,7 +128,7 @@ class Unary(Curvature):
 
     def narrow(self, cut, ndim):
         saved = [cut.of(s, ndim) for s in self.saved]
-        return Unary(self.sources[0], self.name, self.formula, saved, self.constants)
+        return Unary(self.sources[0], self.name, self.formula, saved, self.constants, self.kernel)
 
     def slopes(self) -> tuple[Tensor, Tensor]:
         return self.formula(*self.saved, *self.constants)
