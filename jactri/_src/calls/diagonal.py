@@ -22,7 +22,8 @@ from ..base.classes import dressed
 from ..base.elsewhere import check_local
 from ..base.memory import free_bytes, parse_bytes
 from ..base.rates import block_bytes, rough
-from ..meet.contract import Network, Operand, Sum, Unaligned, dense
+from ..maps.letters import Network, Operand, Unaligned
+from ..meet.contract import Sum, block, dense, plain, product
 from ..plan.pattern import Trace, colours_of, has_windows
 from ..plan.planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
 from ..plan.poles import met, suspects
@@ -306,12 +307,12 @@ def _computed(graph: Graph, way: Way) -> Tensor:
     total = Sum()
     for sel, blocks in chunks(graph, sweep):
         network = Network()
-        block = network.block(sweep, target, graph.values[target], blocks[target][0], sel)
+        made = block(network, sweep, target, graph.values[target], blocks[target][0], sel)
         for axis, mask in way.masks.items():
-            _pick(network, block, sweep, axis, mask)
-        seed, value = block.ends
+            _pick(network, made, sweep, axis, mask)
+        seed, value = made.ends
         network.identify(seed, value)
-        total.add(network, network.multiply([block], (seed,)))
+        total.add(network, product(network, [made], (seed,)))
     return dense(total.network, total.made).clone()
 
 
@@ -344,12 +345,12 @@ def _met(graph: Graph, way: Way) -> Tensor:
             network = Network()
             like = graph.values[v]
             left, right = (
-                network.block(sweep, v, like, blocks[v][0], sel)
+                block(network, sweep, v, like, blocks[v][0], sel)
                 for sweep, blocks in ((way.back, other), (way.ahead, one))
             )
             network.identify(left.ends[1], right.ends[1])
             network.identify(left.ends[0], right.ends[0])
-            total.add(network, network.multiply([left, right], (left.ends[0],)))
+            total.add(network, product(network, [left, right], (left.ends[0],)))
     return sum(dense(total.network, total.made) for total in sums.values())
 
 
@@ -360,9 +361,9 @@ def _plain(graph: Graph, ways: list[Way]) -> Tensor:
     (target,) = (t for t in sweep.targets if t is not None)
     for _, blocks in chunks(graph, replace(sweep, chunks={})):
         network = Network()
-        block = network.block(sweep, target, graph.values[target], blocks[target][0], plain=True)
-        network.identify(*block.ends)
-        return dense(network, network.multiply([block], (block.ends[0],))).clone()
+        made = plain(network, sweep, target, graph.values[target], blocks[target][0])
+        network.identify(*made.ends)
+        return dense(network, product(network, [made], (made.ends[0],))).clone()
 
 
 def _by_rows(y: Tensor, x: Tensor, count: int) -> Tensor:

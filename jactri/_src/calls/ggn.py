@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..maps.layout import Selection
+from ..maps.lettered import cut
 from ..parameters.inner import SECOND, Link
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
@@ -149,12 +150,8 @@ class GGN:
         h = h.reshape([run.seeds[s % SECOND] for s in labels])
 
         def third(left: Selection | None, right: Selection | None):
-            t = h
-            for i, s in enumerate(labels):
-                sel = left if s < SECOND else right
-                if sel and s % SECOND in sel:
-                    t = t.narrow(i, *sel[s % SECOND])
-            return t, labels
+            spans = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
+            return cut(h, labels, spans), labels
 
         sels = jac._selections()
         pairs = [(a, b) for a in sels for b in sels if a == b or not is_diagonal]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.classes import dressed, plain
-from ..meet.contract import Network
+from ..maps.letters import Network
 from ..meet.ways import Asked, between, gram, pairs, summed_up, weight_in
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
@@ -331,7 +331,6 @@ def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[i
             far[0] = list(near[0])
         first, last = (near, far) if asked.kind == "jtj" else (far, near)
         dims = [c for axis in (*first, *last[lead:]) for c in axis]
-        data = data.reshape([network.sizes[d] for d in dims])
         return network.add(dims, (near, far), data), near, far
 
     def products():

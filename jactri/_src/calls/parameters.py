@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..base.memory import si
 from ..maps.layout import Selection
+from ..maps.letters import Letters
 from ..parameters.factors import Piece, pieces_of, write
 from ..parameters.inner import SECOND, Entries, Link, Total, accumulate, with_bias
-from ..parameters.labels import Labels
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..plan.poles import suspects
@@ -438,7 +438,7 @@ def inner(
         return answer
 
 
-def _batch_last(a: Recorded, b: Recorded, out: Labels) -> Labels:
+def _batch_last(a: Recorded, b: Recorded, out: Letters) -> Letters:
     """The labels of a result with the samples of each factor behind the rest of its output.
 
     A kernel of inputs varies by samples only: along them a product with it runs through memory.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.cache import Cache
 from ..base.memory import free_bytes, parse_bytes
 from ..base.rates import rough
+from ..maps.letters import Axes, Network, Operand, Unaligned
 from ..plan import mixed
 from ..plan.planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
 from ..plan.poles import met, suspects
@@ -20,7 +21,7 @@ from ..plan.sweep import Sweep, follow, itemsize
 from ..read.graph import Graph
 from ..run.answers import Store
 from ..run.executor import chunks
-from .contract import Axes, Network, Operand, Sum, Unaligned
+from .contract import Sum, block, plain, product
 
 LARGE = 1 << 26
 """Predicted bytes from which the free memory is looked up."""
@@ -235,14 +236,14 @@ def between(network: Network, left: Part, middle: Operand, right: Part) -> Opera
     network.identify(right[1], middle.ends[1])
     unit = not middle.dims and middle.data is None
     parts = [left[0], right[0]] if unit else [left[0], middle, right[0]]
-    return network.multiply(parts, (left[2], right[2]))
+    return product(network, parts, (left[2], right[2]))
 
 
 def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
     """The sums over contracted ends, and over the chunks of each, by kept values."""
     parts: dict[tuple, Sum] = {}
-    for pair, c, network, product in made:
-        parts.setdefault((pair, c), Sum()).add(network, product)
+    for pair, c, network, part in made:
+        parts.setdefault((pair, c), Sum()).add(network, part)
     total: dict[tuple[int, int], Sum] = {}
     for (pair, _), part in parts.items():
         total.setdefault(pair, Sum()).merge(part)
@@ -250,11 +251,15 @@ def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
 
 
 def _block(
-    network: Network, graph: Graph, entry, value: int, sel, plain: bool, planned: bool
+    network: Network, graph: Graph, entry, value: int, sel, written: bool, planned: bool
 ) -> Part:
     """The block between a contracted end and ``value`` in a network."""
     sweep, target, data = entry
-    operand = network.block(sweep, target, graph.values[target], data, sel, plain, planned)
+    like = graph.values[target]
+    if written:
+        operand = plain(network, sweep, target, like, data)
+    else:
+        operand = block(network, sweep, target, like, data, sel, planned)
     seed, end = operand.ends
     return (operand, end, seed) if sweep.seed == value else (operand, seed, end)
 
@@ -275,8 +280,6 @@ def weight_in(
     if per_sample and form in ("dense", "diagonal"):
         dims = dims[1:]
     dims = [c for axis in dims for c in axis]
-    if weight is not None:
-        weight = weight.reshape([network.sizes[c] for c in dims])
     return network.add(dims, (rows, columns), weight)
 
 

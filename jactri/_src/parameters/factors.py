@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..maps.entrywise import selected
 from ..maps.layout import Selection, convert, one
+from ..maps.lettered import contract, cut, diagonals, multiply, once, settled, spread
+from ..maps.letters import Letters
 from ..read.graph import Graph
 from ..run.executor import blocks_of
-from .labels import Labels, aligned, contract, multiply, settled
 from .uses import Role, Structure, Use
 
 
@@ -26,24 +27,24 @@ from .uses import Role, Structure, Use
 class Piece:
     """One term of the Jacobian in a parameter whose axes have the labels ``axes``.
 
-    Labels below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose label is
+    Letters below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose label is
     ``row``.
     ``origin``: the block that ``c`` is, if it is one as it was.
     """
 
     c: Tensor
-    cl: Labels
-    axes: tuple[Labels, ...]
+    cl: Letters
+    axes: tuple[Letters, ...]
     sizes: dict[int, int]
     a: Tensor | None = None
-    al: Labels = ()
+    al: Letters = ()
     index: Tensor | None = None
-    il: Labels = ()
+    il: Letters = ()
     row: int = -1
     origin: object = None
 
     @property
-    def operands(self) -> list[tuple[Tensor, Labels]]:
+    def operands(self) -> list[tuple[Tensor, Letters]]:
         return [(self.c, self.cl)] if self.a is None else [(self.c, self.cl), (self.a, self.al)]
 
     @property
@@ -58,13 +59,10 @@ class Piece:
         if label == self.row or sum(label in axis for axis in self.axes) > 1:
             return None
 
-        def cut(t: Tensor, labels: Labels) -> Tensor:
-            return t.narrow(labels.index(label), start, length) if label in labels else t
-
-        a = None if self.a is None else cut(self.a, self.al)
-        return replace(
-            self, c=cut(self.c, self.cl), a=a, sizes={**self.sizes, label: length}, origin=None
-        )
+        spans = {label: (start, length)}
+        c = cut(self.c, self.cl, spans)
+        a = None if self.a is None else cut(self.a, self.al, spans)
+        return replace(self, c=c, a=a, sizes={**self.sizes, label: length}, origin=None)
 
 
 def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict[int, list[Piece]]:
@@ -90,21 +88,13 @@ def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict
 # -- one use ------------------------------------------------------------------------------------------
 
 
-def _cut(t: Tensor, labels: Labels, sel: Selection) -> Tensor:
-    """The selected part of a tensor, along labels of the seed of which it has all entries."""
-    for label, (start, length) in sel.items():
-        if label in labels and t.shape[labels.index(label)] != length:
-            t = t.narrow(labels.index(label), start, length)
-    return t
-
-
 def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int) -> Piece:
     value = graph.values[use.value]
     sizes = {**use.sizes, **{label: length for label, (_, length) in sel.items()}}
     roles, steps, outer, index, row = [], [], None, None, -1
     own = {label for axis in use.axes for label in axis}
     factor = 1.0
-    il: Labels = ()
+    il: Letters = ()
     for role in use.roles:
         edge = graph.values[role.owner].sources[role.edge][1]
         if role.kind == "scale":
@@ -113,16 +103,16 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
             *lead, row = role.labels
             il = tuple(lead)
             index = edge.index.reshape([use.sizes[s] for s in il])
-            index = _cut(index, il, sel)
+            index = cut(index, il, sel)
         elif role.kind == "diagonal":
             full = graph.values[role.owner].shape
             for function, d in edge.factors(True):
                 d = d.expand(full).reshape([use.sizes[s] for s in role.labels])
-                roles.append(_thin(_cut(d, role.labels, sel), role.labels))
+                roles.append(once(cut(d, role.labels, sel), role.labels))
                 steps.append(function)
         else:
             t = _seen(role, edge, use.sizes)
-            outer = _thin(_cut(t, role.labels, sel), role.labels)
+            outer = once(cut(t, role.labels, sel), role.labels)
     known = own.union(il, range(seeds), *(labels for _, labels in roles))
     if outer is not None:
         known.update(outer[1])
@@ -131,14 +121,14 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
         for i, s in enumerate(use.cotangent)
     ]
     c = one(value).expand(whole) if block is None else block.reshape(whole)
-    c, cl = _thin(_cut(c, use.cotangent, sel), use.cotangent, known)
+    c, cl = once(cut(c, use.cotangent, sel), use.cotangent, known)
     origin = None
     if not roles and factor == 1.0:
         origin = "ones" if block is None else block
     if selected in steps:  # in the order of a pull, which a product does not know
         for function, (t, labels) in zip(steps, roles, strict=True):
             out = tuple(sorted(set(cl).union(labels)))
-            c, cl = function(aligned(c, cl, out), aligned(t, labels, out), False), out
+            c, cl = function(spread(c, cl, out), spread(t, labels, out), False), out
         roles = []
     if roles:
         keep = set(cl).union(*(labels for _, labels in roles))
@@ -159,16 +149,6 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
         out = tuple(sorted((set(cl) | set(labels)) & own.union(range(seeds))))
         return Piece(contract(c, cl, t, labels, out), out, use.axes, sizes)
     return Piece(c, cl, use.axes, sizes, None, (), index, il, row, origin)
-
-
-def _thin(t: Tensor, labels: Labels, known=None) -> tuple[Tensor, Labels]:
-    """Without the axes along which all entries are one (expanded), unless that changes a sum over them."""
-    if 0 not in t.stride():
-        return t, labels
-    for i in range(len(labels) - 1, -1, -1):
-        if t.stride(i) == 0 and t.shape[i] > 1 and (known is None or labels[i] in known):
-            t, labels = t.select(i, 0), labels[:i] + labels[i + 1 :]
-    return t, labels
 
 
 def _seen(role: Role, edge, sizes) -> Tensor:
@@ -357,20 +337,14 @@ def write(pieces: list[Piece], out: Tensor, seeds: int, cleared: bool = False, a
         add = True
 
 
-def _window(piece: Piece, out: Tensor, seeds: int) -> tuple[Tensor, Labels]:
+def _window(piece: Piece, out: Tensor, seeds: int) -> tuple[Tensor, Letters]:
     """The part of the result in which a piece lies, as a view with one axis a label."""
     names = [*range(seeds), *(label for axis in piece.axes for label in axis)]
     view = out.view([piece.sizes[s] for s in names])
-    for label in range(seeds):
-        while names.count(label) > 1:
-            i = names.index(label)
-            j = names.index(label, i + 1)
-            view = view.diagonal(0, i, j)
-            names = [n for k, n in enumerate(names) if k not in (i, j)] + [label]
-    return view, tuple(names)
+    return diagonals(view, names)
 
 
-def _in_rows(piece: Piece, out: Labels) -> Tensor:
+def _in_rows(piece: Piece, out: Letters) -> Tensor:
     """Cotangents added to the rows that an index names, with axes ``out``."""
     il, row, sizes = piece.il, piece.row, piece.sizes
     kept = [s for s in il if s in out]
@@ -382,10 +356,10 @@ def _in_rows(piece: Piece, out: Labels) -> Tensor:
         number = number + at * stride
         stride = stride * sizes[s]
     rest = tuple([s for s in out if s not in il and s != row])
-    source = aligned(*settled(piece.c, piece.cl, {*il, *rest}), (*il, *rest))
+    source = spread(*settled(piece.c, piece.cl, {*il, *rest}), (*il, *rest))
     source = source.expand([sizes[s] for s in (*il, *rest)]).reshape(
         prod([sizes[s] for s in il]), -1
     )
     total = source.new_zeros(stride, source.shape[1]).index_add_(0, number.reshape(-1), source)
     total = total.reshape([sizes[s] for s in (*kept, row, *rest)])
-    return aligned(total, (*kept, row, *rest), out)
+    return spread(total, (*kept, row, *rest), out)

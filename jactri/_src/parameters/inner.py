@@ -14,8 +14,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..maps.lettered import Lettered, diagonals, flops, multiply, spread
+from ..maps.letters import Letters
 from .factors import Piece, formed
-from .labels import Labels, Operand, flops, multiply
 
 SECOND = 1000
 """Added to the labels of the second factor."""
@@ -29,19 +30,19 @@ class Link:
     """
 
     shared: tuple[tuple[int, int], ...]
-    out: Labels
+    out: Letters
     own: bool = False
 
 
 class Total:
     """The sum of what has labels of the result; those that have diagonals come last, into what is there."""
 
-    def __init__(self, sizes: dict[int, int], out: Labels, dtype, device):
+    def __init__(self, sizes: dict[int, int], out: Letters, dtype, device):
         self.sizes, self.out, self.dtype, self.device = sizes, out, dtype, device
         self.value: Tensor | None = None
-        self.later: list[tuple[Tensor, Labels]] = []
+        self.later: list[tuple[Tensor, Letters]] = []
 
-    def add(self, t: Tensor, labels: Labels) -> None:
+    def add(self, t: Tensor, labels: Letters) -> None:
         """``labels``: one for each axis of the result; where two are one, ``t`` is its diagonal there."""
         if len(set(labels)) < len(labels):
             self.later.append((t, labels))
@@ -61,15 +62,8 @@ class Total:
         elif self.later and torch.is_grad_enabled():
             self.value = self.value.clone()
         for t, labels in self.later:
-            view, names = self.value, list(labels)
-            for label in set(names):
-                while names.count(label) > 1:
-                    i = names.index(label)
-                    j = names.index(label, i + 1)
-                    view = view.diagonal(0, i, j)
-                    names = [n for k, n in enumerate(names) if k not in (i, j)] + [label]
-            order = [list(dict.fromkeys(labels)).index(n) for n in names]
-            view.add_(t.permute(order))
+            view, names = diagonals(self.value, labels)
+            view.add_(spread(t, tuple(dict.fromkeys(labels)), names))
         self.later.clear()
         return self.value
 
@@ -77,7 +71,7 @@ class Total:
 class _Pair:
     """Two pieces with common labels for their parameter, as the operands of one contraction."""
 
-    def __init__(self, p: Piece, q: Piece, link: Link, extra: Operand | None):
+    def __init__(self, p: Piece, q: Piece, link: Link, extra: Lettered | None):
         self.names: dict[int, int] = {}
         for a, b in link.shared:
             self._join(a, b + SECOND)
@@ -140,7 +134,7 @@ def accumulate(
     link: Link,
     seeds: tuple[int, int],
     budget: float,
-    extra: Operand | None = None,
+    extra: Lettered | None = None,
 ) -> None:
     """Add the sum over one parameter of ``shape`` of the products of two Jacobians.
 
@@ -190,7 +184,7 @@ class Entries:
             return Entries(self.value, (axis, self.rows[1].narrow(0, start, length)))
         return Entries(self.value.narrow(axis, start, length), self.rows)
 
-    def add(self, t: Tensor, labels: Labels) -> None:
+    def add(self, t: Tensor, labels: Letters) -> None:
         shape = list(self.value.shape)
         if self.rows is None:
             self.value.add_(t.reshape(shape))

@@ -15,11 +15,11 @@ from math import prod
 from ..maps.contraction import Expand, MatMul
 from ..maps.convolution import ConvWeight
 from ..maps.layout import FREE, Layout
+from ..maps.letters import Letters, spell
 from ..maps.linear_map import Cast, Diagonal, Identity, Permute, Scale, View
 from ..maps.selection import Take
 from ..plan.sweep import Sweep, follow, mixing_steps, sample_ties
 from ..read.graph import Graph
-from .labels import Labels
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Role:
     kind: str
     owner: int
     edge: int
-    labels: Labels
+    labels: Letters
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Use:
 
     value: int
     root: int
-    cotangent: Labels
+    cotangent: Letters
     roles: tuple[Role, ...]
-    axes: tuple[Labels, ...]
+    axes: tuple[Letters, ...]
     sizes: dict[int, int]
     free: int
     pull: tuple[int, int] | None = None
@@ -208,7 +208,7 @@ def kind_of(use: Use) -> str:
 
 
 class _Trace:
-    """Labels of a block, as its use is followed from the activation to the parameter."""
+    """Letters of a block, as its use is followed from the activation to the parameter."""
 
     def __init__(self, graph: Graph, layout: Layout):
         self.graph = graph
@@ -262,11 +262,9 @@ class _Trace:
     def split(self, label: int, *sizes: int) -> list[int]:
         """A label as several, everywhere."""
         parts = [self.new(n) for n in sizes]
-        lists = [self.cotangent, *self.axes, *(labels for _, _, _, labels in self.roles)]
-        for labels in lists:
-            if label in labels:
-                i = labels.index(label)
-                labels[i : i + 1] = parts
+        spell(
+            [self.cotangent, *self.axes, *(labels for _, _, _, labels in self.roles)], label, parts
+        )
         return parts
 
     def through(self, owner: int, e: int, source: int, edge) -> bool:

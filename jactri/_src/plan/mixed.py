@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ..maps.layout import FREE, Layout
+from ..maps.letters import Axes, Groups, Letter, Letters, Network, Unaligned, groups
 from ..read.graph import Graph
 from .sweep import Sweep, follow, itemsize
 
 MOST_CUTS = 8
 """Cuts that `best` considers, the narrowest: it makes two sweeps for every pair of them."""
-
-Letter = int
 
 
 @dataclass(frozen=True)
@@ -44,38 +43,32 @@ class Product:
     lacks is summed. ``first`` and ``second`` name the dims of the blocks after they are split to these letters.
     """
 
-    first: tuple[Letter, ...]
-    second: tuple[Letter, ...]
-    out: tuple[Letter, ...]
+    first: Letters
+    second: Letters
+    out: Letters
     sizes: tuple[int, ...]
     """By letter."""
-    seeds: tuple[Letter, ...]
+    seeds: Letters
     """The letter of each seed factor of the result."""
     free: int
     """How many letters of the result are seeds; those of the value's axes follow."""
 
     @property
-    def groups(self) -> dict[str, tuple[Letter, ...]]:
+    def groups(self) -> Groups:
         """The letters by their part in a batched product; rows are those of ``second``, columns of ``first``."""
-        a, b = set(self.first), set(self.second)
-        return {
-            "batch": tuple(c for c in self.out if c in a and c in b),
-            "rows": tuple(c for c in self.out if c not in a),
-            "inner": tuple(c for c in self.first if c not in self.out),
-            "columns": tuple(c for c in self.out if c not in b),
-        }
+        return groups(self.second, self.first, self.out)
 
     def copies(self, sel: dict[Letter, int]) -> int:
         """Elements that are copied to bring operands and result into the order of a batched product, or out of it.
 
         ``sel``: by letter, how much of it a chunk takes. Blocks are taken to be contiguous.
         """
-        g = self.groups
+        batch, rows, inner, columns = self.groups
         total = 0
         for dims, parts in (
-            (self.first, (g["batch"], g["inner"], g["columns"])),
-            (self.second, (g["batch"], g["rows"], g["inner"])),
-            ((*g["batch"], *g["rows"], *g["columns"]), (self.out[: self.free],)),
+            (self.first, (batch, inner, columns)),
+            (self.second, (batch, rows, inner)),
+            ((*batch, *rows, *columns), (self.out[: self.free],)),
         ):
             if not all(_merge(dims, part) for part in parts):
                 total += prod(sel.get(c, self.sizes[c]) for c in dims)
@@ -122,87 +115,51 @@ class Join(Sweep):
         return total + last
 
 
-class _Letters:
-    """Dims of a block, and the axes of both of its ends, as letters that can be split and renamed together."""
-
-    def __init__(self, sizes: list[int], piece: Piece):
-        self.sizes = sizes
-        sweep, layout = piece.made, piece.layout
-        of_seed = [self._new(n) for n in sweep.layout.seed]
-        self.value: list[list[Letter]] = []
-        for axis in layout.axes:
-            self.value.append(
-                [of_seed[t] if t != FREE else self._new(n) for n, t in axis if n != 1]
-            )
-        self.seed = [[of_seed[t] for _, t in axis if t != FREE] for axis in sweep.layout.axes]
-        self.dims = [of_seed[s] for s in layout.free] + [c for axis in self.value for c in axis]
-        self.source, self.target = (
-            (self.value, self.seed) if sweep.reverse else (self.seed, self.value)
-        )
-
-    def _new(self, size: int) -> Letter:
-        self.sizes.append(size)
-        return len(self.sizes) - 1
-
-    def replace(self, old: Letter, new: list[Letter]) -> None:
-        for letters in (self.dims, *self.value, *self.seed):
-            if old in letters:
-                at = letters.index(old)
-                letters[at : at + 1] = new
-
-    def split(self, letter: Letter, first: int) -> None:
-        """Split a letter so that its leading part has the size ``first``."""
-        parts = [self._new(first), self._new(self.sizes[letter] // first)]
-        self.replace(letter, parts)
-
-
 def product(first: Piece, second: Piece) -> tuple[Product, Layout, Layout] | None:
     """How ``second`` (cut to target) times ``first`` (source to cut) is computed.
 
     Returns it with the layout of the result as the block of the source in a reverse sweep from the target, and the
     identity layout of that sweep; None where the two factor the cut's axes in ways that have nothing in common.
     """
-    sizes: list[int] = []
-    a, b = _Letters(sizes, first), _Letters(sizes, second)
-    for mine, theirs in zip(a.target, b.source, strict=True):
-        i = 0
-        while i < len(mine):
-            if i == len(theirs):
-                return None
-            m, n = sizes[mine[i]], sizes[theirs[i]]
-            if m > n and m % n == 0:
-                a.split(mine[i], n)
-            elif n > m and n % m == 0:
-                b.split(theirs[i], m)
-            elif m != n:
-                return None
-            i += 1
-        for p, q in zip(list(mine), list(theirs), strict=True):
-            b.replace(q, [p])
-    seeds = [c for axis in b.target for c in axis]
+    network = Network()
+    (a, to_source, to_cut), (b, from_cut, to_target) = (_ends(network, p) for p in (first, second))
+    try:
+        network.identify(to_cut, from_cut)
+    except Unaligned:
+        return None
+    sizes = network.sizes
+    seeds = [c for axis in to_target for c in axis]
     index = {c: s for s, c in enumerate(seeds)}
     identity = Layout(
-        tuple(tuple((sizes[c], index[c]) for c in axis) or ((1, FREE),) for axis in b.target),
+        tuple(tuple((sizes[c], index[c]) for c in axis) or ((1, FREE),) for axis in to_target),
         tuple(sizes[c] for c in seeds),
     )
     layout = Layout(
         tuple(
-            tuple((sizes[c], index.get(c, FREE)) for c in axis) or ((1, FREE),) for axis in a.source
+            tuple((sizes[c], index.get(c, FREE)) for c in axis) or ((1, FREE),)
+            for axis in to_source
         ),
         identity.seed,
     )
-    values = [c for axis in a.source for c in axis]
+    values = [c for axis in to_source for c in axis]
     out = [c for c in seeds if c not in values] + values
-    used = {c: i for i, c in enumerate(dict.fromkeys((*a.dims, *b.dims)))}
+    used = {c: i for i, c in enumerate(dict.fromkeys((*a, *b)))}
 
     def short(letters):
         return tuple(used[c] for c in letters)
 
     found = Product(
-        short(a.dims), short(b.dims), short(out), tuple(sizes[c] for c in used), short(seeds),
+        short(a), short(b), short(out), tuple(sizes[c] for c in used), short(seeds),
         len(out) - len(values),
     )  # fmt: skip
     return found, layout, identity
+
+
+def _ends(network: Network, piece: Piece) -> tuple[list[Letter], Axes, Axes]:
+    """The letters of a piece's dims, of its source and of its target."""
+    block = network.block(piece.made.layout, piece.layout)
+    seed, value = block.ends
+    return (block.dims, value, seed) if piece.made.reverse else (block.dims, seed, value)
 
 
 def cuts(graph: Graph) -> list[int]:

@@ -280,14 +280,13 @@ def _product(graph: Graph, join: Join, source: int) -> StepReport:
     """The product of two partial Jacobians."""
     value, layout, p = graph.values[source], join.layouts[source], join.products[source]
     at = "x".join(map(str, graph.values[join.at].shape))
-    ran = "torch.mm", "two partial Jacobians"
-    if p.groups["batch"]:
-        size = {part: prod(p.sizes[c] for c in letters) for part, letters in p.groups.items()}
-        ran = batching.described(
-            size["batch"], size["rows"], size["inner"], size["columns"], value.dtype, value.device
-        )
+    flops = 2.0 * prod(p.sizes)
+    ran = backends.product_choice(value.device.type, value.dtype, flops)
+    if p.groups.batch:
+        b, m, k, n = (prod(p.sizes[c] for c in letters) for letters in p.groups)
+        ran = batching.described(b, m, k, n, value.dtype, value.device)
     return StepReport(
-        "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), 2.0 * prod(p.sizes),
+        "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), flops,
         float(layout.numel() * value.dtype.itemsize), *ran, False,
     )  # fmt: skip
 

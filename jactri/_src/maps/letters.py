@@ -1,0 +1,215 @@
+"""Dims named by letters, as in an einsum: what is multiplied with what, and what that takes. No tensor is touched.
+
+Every dim of an operand has a letter, and both ends of what it relates are axes that are products of letters. A tie (see
+`layout`) is a letter that both ends have. Where two operands meet, the axes of their ends are split until they agree,
+and get the same letters; letters that a result lacks are summed. The products themselves are those of `products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .layout import FREE, Layout, Selection
+
+Letter = int
+Letters = tuple[Letter, ...]
+Axes = list[list[Letter]]
+"""The letters of every axis of one end."""
+
+
+class Unaligned(Exception):
+    """Two ends factor their axes in ways that have nothing in common."""
+
+
+@dataclass
+class Operand:
+    """An array: ``dims`` are the letters of its dims, ``ends`` those of the axes of what it relates.
+
+    ``data`` is None while a cost is looked for. Letters of the ends that ``dims`` lacks are alike along them.
+    """
+
+    dims: list[Letter]
+    ends: tuple[Axes, ...]
+    data: Tensor | None = None
+
+
+class Network:
+    """Operands with common letters."""
+
+    def __init__(self):
+        self.sizes: list[int] = []
+        self.operands: list[Operand] = []
+        self.chunk: dict[Letter, tuple[int, int]] = {}
+        """Letters of which a range (start, length) is computed."""
+        self.flops = 0.0
+        """What its products take."""
+
+    def letter(self, size: int) -> Letter:
+        self.sizes.append(size)
+        return len(self.sizes) - 1
+
+    def axes(self, shape) -> Axes:
+        """Letters for an end that nothing is known of."""
+        return [[self.letter(n)] if n != 1 else [] for n in shape]
+
+    def size(self, letter: Letter) -> int:
+        """Of a chunk."""
+        return self.chunk[letter][1] if letter in self.chunk else self.sizes[letter]
+
+    def add(self, dims: list[Letter], ends: tuple[Axes, ...], data: Tensor | None) -> Operand:
+        """An operand; ``data`` of any shape that has the sizes of ``dims``."""
+        if data is not None:
+            data = data.reshape([self.sizes[c] for c in dims])
+        self.operands.append(Operand(list(dims), ends, data))
+        return self.operands[-1]
+
+    def block(
+        self,
+        seed: Layout,
+        layout: Layout,
+        data: Tensor | None = None,
+        sel: Selection | None = None,
+        summed: bool = False,
+        alike: bool = False,
+    ) -> Operand:
+        """A block in a sweep whose seed has the layout ``seed``; its ends are (the seed, the value).
+
+        ``sel``: the chunk that ``data`` is of. ``summed``: the seeds are summed over the samples, which are known not
+        to mix. ``alike``: the block is the same along all that is tied.
+        """
+        of_seed = [self.letter(n) for n in seed.seed]
+        of_value = [
+            [of_seed[t] if t != FREE else self.letter(n) for n, t in axis if n != 1]
+            for axis in layout.axes
+        ]
+        of_axes = [[of_seed[t] for _, t in axis if t != FREE] for axis in seed.axes]
+        if summed:
+            of_axes[0] = list(of_value[0])
+        values = [c for axis in of_value for c in axis]
+        dims = [of_seed[s] for s in layout.free] + values
+        if alike:
+            dims = [c for c in dims if c not in of_seed or of_seed.index(c) not in layout.tied]
+        made = self.add(dims, (of_axes, of_value), None)
+        for s, span in (sel or {}).items():
+            self.chunk[of_seed[s]] = span
+        if data is not None:
+            made.data = data.reshape([*layout.seeds(sel), *(self.sizes[c] for c in values)])
+        return made
+
+    def identify(self, mine: Axes, theirs: Axes) -> None:
+        """Give two ends the same letters. Raises Unaligned where that cannot be."""
+        sizes = self.sizes
+        for a, b in zip(mine, theirs, strict=True):
+            i = 0
+            while i < len(a):
+                if i == len(b):
+                    raise Unaligned
+                m, n = sizes[a[i]], sizes[b[i]]
+                if m > n and m % n == 0:
+                    self._split(a[i], n)
+                elif n > m and n % m == 0:
+                    self._split(b[i], m)
+                elif m != n:
+                    raise Unaligned
+                i += 1
+            for p, q in zip(list(a), list(b), strict=True):
+                self._rename(q, p)
+
+    def copy(self, other: Network, operand: Operand) -> Operand:
+        """An operand of another network, with letters of this one."""
+        new: dict[Letter, Letter] = {}
+
+        def renamed(letters: list[Letter]) -> list[Letter]:
+            for c in letters:
+                if c not in new:
+                    new[c] = self.letter(other.sizes[c])
+            return [new[c] for c in letters]
+
+        ends = tuple([renamed(axis) for axis in end] for end in operand.ends)
+        return self.add(renamed(operand.dims), ends, operand.data)
+
+    def _spelled(self) -> list[list[Letter]]:
+        """All lists of letters but those of dims; operands may have some in common, which come once."""
+        ends = (axis for operand in self.operands for end in operand.ends for axis in end)
+        return list({id(axis): axis for axis in ends}.values())
+
+    def _split(self, letter: Letter, first: int) -> None:
+        """Split a letter so that its leading part has the size ``first``."""
+        if letter in self.chunk:
+            raise Unaligned
+        new = [self.letter(first), self.letter(self.sizes[letter] // first)]
+        spell(self._spelled(), letter, new)
+        for operand in self.operands:
+            while letter in operand.dims:
+                at = operand.dims.index(letter)
+                operand.dims[at : at + 1] = new
+                if operand.data is not None:
+                    operand.data = operand.data.unflatten(at, [self.sizes[c] for c in new])
+
+    def _rename(self, old: Letter, new: Letter) -> None:
+        if old == new:
+            return
+        if old in self.chunk:
+            if self.chunk.setdefault(new, self.chunk[old]) != self.chunk[old]:
+                raise Unaligned
+            del self.chunk[old]
+        spell([*self._spelled(), *(o.dims for o in self.operands)], old, [new])
+
+
+def spell(lists: Iterable[list[Letter]], old: Letter, new: list[Letter]) -> None:
+    """Write ``new`` for a letter wherever it stands."""
+    for letters in lists:
+        if old in letters:
+            letters[:] = [c for mine in letters for c in (new if mine == old else (mine,))]
+
+
+class Groups(NamedTuple):
+    """The letters of a product of two as a batch of matrices ``(rows, inner) (inner, columns)``."""
+
+    batch: list[Letter]
+    rows: list[Letter]
+    inner: list[Letter]
+    columns: list[Letter]
+
+
+def groups(first: Iterable[Letter], second: Iterable[Letter], out: Letters) -> Groups:
+    """The letters of ``first`` times ``second`` by their part in it: those that ``out`` lacks are summed."""
+    return Groups(
+        [c for c in out if c in first and c in second],
+        [c for c in out if c in first and c not in second],
+        [c for c in first if c in second and c not in out],
+        [c for c in out if c in second and c not in first],
+    )
+
+
+@lru_cache(maxsize=1024)
+def order(operands: tuple[Letters, ...], sizes: tuple[tuple[Letter, int], ...], out: Letters):
+    """Which operands to multiply, pair by pair, the smallest result first: ((i, j, letters), ...), and the flops."""
+    size = dict(sizes)
+    place = {letter: i for i, letter in enumerate(out)}
+    present = [frozenset(letters) for letters in operands]
+    steps, flops = [], 0.0
+    while len(present) > 1:
+        best = None
+        for i in range(len(present)):
+            for j in range(i + 1, len(present)):
+                others = set(out).union(*(p for k, p in enumerate(present) if k not in (i, j)))
+                both = present[i] | present[j]
+                left = both & others
+                cost = prod([size[s] for s in left]), prod([size[s] for s in both])
+                if best is None or cost < best[0]:
+                    best = cost, i, j, left
+        (_, work), i, j, left = best
+        # in the order of the result: its memory is then gone through in order
+        steps.append((i, j, tuple(sorted(left, key=lambda s: (place.get(s, len(out)), s)))))
+        flops += 2.0 * work
+        present = [p for k, p in enumerate(present) if k not in (i, j)] + [left]
+    if not steps:
+        flops = float(prod([size[s] for s in present[0]]))
+    return tuple(steps), flops
