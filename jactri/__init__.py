@@ -1,6 +1,6 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
-from ._src.calls import func
+from . import func
 from ._src.calls.api import jacobian, jacobian_of
 from ._src.calls.diagonal import diagonal
 from ._src.calls.divergence import divergence
@@ -62,3 +62,7 @@ __all__ = [
     "sparsity",
     "vjp",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
