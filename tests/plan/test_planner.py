@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 import jactri
+from jactri._src.base.cache import Cache
 from jactri._src.base.rates import Rates, measured
+from jactri._src.calls import diagonal
+from jactri._src.meet import ways
+from jactri._src.parameters import recorded
+from jactri._src.plan import planning
 from jactri._src.plan.planner import make_plan
 from jactri._src.plan.sweep import peak_bytes
 from jactri._src.read.reading import read
+from jactri._src.second import forward
 
 
 def graph_of(func, *shapes):
@@ -169,3 +175,32 @@ def test_rates_are_measured_once_and_plausible():
     found = measured(torch.device("cpu"))
     assert found is measured(torch.device("cpu"))
     assert 1e8 < found.flops < 1e14 and 1e7 < found.bandwidth < 1e13 and 0 < found.step < 1e-2
+
+
+def test_nothing_of_a_plan_changes_by_running_it(monkeypatch):
+    """What is remembered is a value: a call that finds it runs what the first one ran."""
+    conv = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3)).double()
+    net, x = mlp(6, 8, 2, 8, 6).double(), torch.randn(5, 6, dtype=torch.float64)
+    calls = [
+        lambda: jactri.jacobian(net, x, chunk_size=2),
+        lambda: jactri.jacobian(net, x, per_sample=True, strategy="mixed"),
+        lambda: jactri.jacobian(conv, torch.ones(2, 2, 40, dtype=torch.float64)),
+        lambda: jactri.jvp(net, x, x),
+        lambda: jactri.diagonal(net, x),
+        lambda: jactri.jtj(net, x, per_sample=True),
+        lambda: jactri.laplacian(net, x),
+        lambda: jactri.empirical_ntk(net, x),
+    ]
+    caches = [
+        (planning, "_plans"), (diagonal, "_known"), (diagonal, "_cut_ways"), (ways, "_known"), (ways, "_cut_ways"),
+        (forward, "_courses"), (recorded, "_structures"),
+    ]  # fmt: skip
+    for module, name in caches:
+        monkeypatch.setattr(module, name, Cache())
+    for call in calls:
+        call()
+    found = {name: repr(getattr(*name)) for name in caches}
+    assert all(len(getattr(*name)) for name in caches)
+    for call in calls:
+        call()
+    assert found == {name: repr(getattr(*name)) for name in caches}

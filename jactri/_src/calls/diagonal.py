@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy
@@ -24,6 +24,7 @@ from ..base.memory import free_bytes, parse_bytes
 from ..base.rates import block_bytes, rough
 from ..maps.letters import Network, Operand, Unaligned
 from ..meet.contract import Sum, block, dense, plain, product
+from ..plan.fusion import fused
 from ..plan.pattern import Trace, colours_of, has_windows
 from ..plan.planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
 from ..plan.poles import met, suspects
@@ -109,7 +110,7 @@ def check_shape(y, x: Tensor) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Way:
     """How to compute: ``ahead`` is the sweep from the input, ``back`` that from the output, which meet at ``at``.
 
@@ -123,8 +124,6 @@ class Way:
     at: tuple[int, ...] = ()
     masks: dict[int, numpy.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
-    ready: dict[int | None, Way] = field(default_factory=dict)
-    """By chunk size: the way with its chunks, where memory does not decide them."""
 
     @property
     def sweeps(self) -> list[Sweep]:
@@ -143,13 +142,16 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, memory_limit) -> T
     ways = _ways(graph)
     if ways[0].ahead is not None and met(graph, suspects(graph, seeds=True)):
         ways = [w for w in ways if w.ahead is None]
-    limit = float("inf")
+    limit = inf
     if memory_limit is not None:
         limit = parse_bytes(memory_limit)
     elif sum(s.bytes for s in ways[0].sweeps) > LARGE:
         limit = max(free_bytes(x.device) // 2, LARGE)
     for way in ways:
-        if (ready := _cut(graph, way, limit, chunk_size)) is None:
+        ready = (
+            _ready(graph, way, chunk_size) if limit == inf else _cut(graph, way, limit, chunk_size)
+        )
+        if ready is None:
             continue
         try:
             made = _computed(graph, ready)
@@ -165,6 +167,7 @@ LARGE = 1 << 26
 """Bytes of the Jacobian that are there at once, at most; predicted bytes from which the free memory is looked up."""
 
 _known: Cache[tuple, list[Way]] = Cache()
+_cut_ways: Cache[tuple[Way, int | None, bool], Way] = Cache()
 
 
 def _ways(graph: Graph) -> list[Way]:
@@ -180,8 +183,7 @@ def _found(graph: Graph) -> list[Way]:
     if has_windows(graph):
         trace = Trace(graph, x)
         ways += [w for s in (back, ahead) if (w := _coloured(graph, trace, s)) is not None]
-    for way in ways:
-        way.seconds = seconds(way.sweeps, rates)
+    ways = [replace(way, seconds=seconds(way.sweeps, rates)) for way in ways]
     place = _middle(graph, ahead, back, rates)
     if place is not None:
         ways.append(place)
@@ -202,9 +204,8 @@ def _coloured(graph: Graph, trace: Trace, sweep: Sweep) -> Way | None:
         if any(len(axis) != 1 for axis in ends) or ends[2] != ends[3]:
             return None
         masks[a] = trace.support_of(seen, ends[2][0][1]).diagonal().copy()
-    way = Way(None, fewer) if sweep.reverse else Way(fewer, None)
-    way.masks = masks
-    return way
+    ends = (None, fewer) if sweep.reverse else (fewer, None)
+    return Way(*ends, masks=masks)
 
 
 def _middle(graph: Graph, ahead: Sweep, back: Sweep, rates) -> Way | None:
@@ -265,10 +266,14 @@ def _above(graph: Graph, place: int) -> Graph:
     return Graph(values, graph.inputs, graph.outputs, (graph.key, place), graph.layers)
 
 
+def _ready(graph: Graph, way: Way, chunk_size: int | None) -> Way:
+    """A way with its chunks where memory does not decide them, remembered."""
+    kernels = backends.kernels_on(graph.values[graph.inputs[0]].device)
+    return _cut_ways.of((way, chunk_size, kernels), lambda: _cut(graph, way, inf, chunk_size))
+
+
 def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | None:
     """A way with the chunks of its sweeps, which both have in common; None where they do not fit the memory."""
-    if limit == float("inf") and chunk_size in way.ready:
-        return way.ready[chunk_size]
     parts = [(graph, way.ahead), (_above(graph, way.place), way.back)]
     parts = [(g, s) for g, s in parts if s is not None]
     factors = sorted({f for _, s in parts for lay in s.layouts.values() for f in lay.free})
@@ -292,11 +297,8 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | 
         if count <= 1 or chunk_size is not None:
             return None
         count = max(1, count // 2)
-    ahead, back = (None if s is None else replace(s, chunks=chosen) for s in (way.ahead, way.back))
-    ready = replace(way, ahead=ahead, back=back)
-    if limit == float("inf"):
-        way.ready[chunk_size] = ready
-    return ready
+    ready = {s: fused(g, replace(s, chunks=chosen)) for g, s in parts}
+    return replace(way, ahead=ready.get(way.ahead), back=ready.get(way.back))
 
 
 def _computed(graph: Graph, way: Way) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, replace
+from math import inf, prod
 
 import torch
 from torch import Tensor
 
+from ..base import backends
 from ..base.cache import Cache
 from ..base.memory import free_bytes, parse_bytes
 from ..base.rates import rough
 from ..maps.letters import Axes, Network, Operand, Unaligned
 from ..plan import mixed
+from ..plan.fusion import fused
 from ..plan.planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
 from ..plan.poles import met, suspects
 from ..plan.samples import narrow, places
@@ -42,7 +44,7 @@ class Asked:
         return any(f.startswith("dense") for f in self.forms)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Way:
     """How to compute: ``near`` are the sweeps between the contracted ends and the kept ones, or a cut; ``far`` those
     between the cut and the kept ones.
@@ -62,8 +64,6 @@ class Way:
     answer: float = 0.0
     plain: bool = False
     """Whether zeros are written out, as blocks have no letters in common."""
-    ready: dict[int | None, Way] = field(default_factory=dict)
-    """By chunk size: the way with its chunks, where memory does not decide them."""
 
     @property
     def by_rows(self) -> bool:
@@ -76,6 +76,7 @@ _Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
 
 
 _known: Cache[tuple, list[Way]] = Cache()
+_cut_ways: Cache[tuple[Way, int | None, bool], Way] = Cache()
 
 
 def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
@@ -114,13 +115,13 @@ def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
             ]
             way = Way(cut, near, far, chunked and not asked.dense)
             try:
-                if _predict(graph, way, asked) or summed:
+                way, apart = _predicted(graph, way, asked)
+                if apart or summed:
                     ways.append(way)
             except Unaligned:
                 # it runs with zeros written out, which must not be those between samples
                 if cut is None and (summed or not asked.per_sample):
-                    way.seconds, way.summing, way.plain = float("inf"), False, True
-                    ways.append(way)
+                    ways.append(replace(way, seconds=inf, summing=False, plain=True))
     return ways
 
 
@@ -150,8 +151,8 @@ def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
     return out
 
 
-def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
-    """Fill in what a way costs and holds; whether it keeps samples apart that are to be.
+def _predicted(graph: Graph, way: Way, asked: Asked) -> tuple[Way, bool]:
+    """A way with what it costs and holds; whether it keeps samples apart that are to be.
 
     Raises Unaligned where its blocks have no letters in common.
     """
@@ -166,15 +167,15 @@ def _predict(graph: Graph, way: Way, asked: Asked) -> bool:
         pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
         for pair, s in sums.items()
     }
-    way.answer = sum(size.values()) - size.get((way.cut, way.cut), 0.0)
-    way.result = sum(size.values()) + way.answer  # what is made symmetric is there twice
+    answer = sum(size.values()) - size.get((way.cut, way.cut), 0.0)
+    result = sum(size.values()) + answer  # what is made symmetric is there twice
     rates = rough(graph.values[way.near[0].seed].device.type)
     flops = sum(network.flops for _, _, network, _ in made)
-    way.seconds = seconds([*way.near, *way.far], rates)
-    way.seconds += predict(flops, way.result, len(made), rates)
-    way.held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
-    way.held *= 1 + SLACK
-    return not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
+    took = seconds([*way.near, *way.far], rates) + predict(flops, result, len(made), rates)
+    held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
+    way = replace(way, seconds=took, held=held * (1 + SLACK), result=result, answer=answer)
+    apart = not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
+    return way, apart
 
 
 _Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]
@@ -296,7 +297,7 @@ def gram(
         limit = parse_bytes(asked.limit)
     else:
         largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
-        limit = float("inf") if largest < LARGE else max(free_bytes(device) // 2, LARGE)
+        limit = inf if largest < LARGE else max(free_bytes(device) // 2, LARGE)
     return _run(graph, weights, asked, summed, half, limit)
 
 
@@ -334,6 +335,8 @@ def _fitting(
     """The first way that fits the memory limit, with its chunks; what each of the others ``needs``."""
     for way in ways:
         try:
+            if limit == inf:
+                return _ready(graph, way, asked.chunk_size)
             return _cut(graph, way, limit, asked.chunk_size)
         except MemoryLimitTooSmall as error:
             if needs is not None:
@@ -371,31 +374,31 @@ def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit:
     return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
 
 
+def _ready(graph: Graph, way: Way, chunk_size: int | None) -> Way:
+    """A way with its chunks where memory does not decide them, remembered."""
+    kernels = backends.kernels_on(graph.values[way.near[0].seed].device)
+    return _cut_ways.of((way, chunk_size, kernels), lambda: _cut(graph, way, inf, chunk_size))
+
+
 def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
     """A way with the chunks of its sweeps. Raises MemoryLimitTooSmall."""
-    if limit == float("inf") and chunk_size in way.ready:
-        return way.ready[chunk_size]
     free = limit - way.held - way.result
     device = graph.values[way.near[0].seed].device.type
 
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
-        sweep = replace(sweep)
         # the copy of a chunk for its product
         options = free / 2 if summing else free, chunk_size
-        sweep.chunks = choose_chunks(graph, sweep, *options, device)
-        if summing and len(sweep.selections()) * 2 * way.result > sweep.bytes:
+        cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, device))
+        if summing and len(cut.selections()) * 2 * way.result > sweep.bytes:
             # to add up the result again and again costs more than blocks that leave the cache
-            sweep.chunks = choose_chunks(graph, sweep, *options, "any")
-        return sweep
+            cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, "any"))
+        return fused(graph, cut)
 
-    ready = replace(
+    return replace(
         way,
         near=[chosen(s, way.summing) for s in way.near],
         far=[chosen(s, False) for s in way.far],
     )
-    if limit == float("inf"):
-        way.ready[chunk_size] = ready
-    return ready
 
 
 def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
@@ -272,7 +273,8 @@ class Recorded:
         )
 
     def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
-        key = (graph.key, self.y.device.type, len(starts), tuple(picked), opened)
+        kernels = backends.kernels_on(self.y.device)
+        key = (graph.key, self.y.device.type, kernels, len(starts), tuple(picked), opened)
         found = _structures.of(key, lambda: _found(graph, seed, starts, data, picked))
         if not isinstance(found, SamplesMix):
             return found

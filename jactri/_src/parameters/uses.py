@@ -9,7 +9,7 @@ parameter or are summed. Pure: no tensor is touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ..maps.contraction import Expand, MatMul
@@ -18,6 +18,7 @@ from ..maps.layout import FREE, Layout
 from ..maps.letters import Letters, spell
 from ..maps.linear_map import Cast, Diagonal, Identity, Permute, Scale, View
 from ..maps.selection import Take
+from ..plan.fusion import fused
 from ..plan.sweep import Sweep, follow, mixing_steps, sample_ties
 from ..read.graph import Graph
 
@@ -51,7 +52,7 @@ class Use:
     pull: tuple[int, int] | None = None
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Structure:
     """All uses of one computation, and the sweep that gives their blocks.
 
@@ -146,8 +147,7 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     ends = [p for p in leaves if p in sweep.layouts and (p in active or not active)]
     targets = sorted({v for v, _ in edges}.union(ends))
     # the same sweep without the steps behind the uses: they may have split the seed further
-    sweep = follow(graph, seed, True, targets)
-    sweep.alone = True
+    sweep = fused(graph, replace(follow(graph, seed, True, targets), alone=True))
     batch = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
     uses = [_use(graph, sweep, v, e, leaves) for v, e in edges]
     for p in ends:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..base import backends
 from ..maps.layout import Layout
 from ..maps.mask import Mask
 from ..maps.selection import Picked
@@ -70,6 +71,13 @@ def edge_of(graph: Graph, step: Step, term: int = 0) -> Any:
     """The map of one term of a step. Its name tells its class."""
     t = step.terms[term]
     return graph.values[t.owner].sources[t.edge][1]
+
+
+def fused(graph: Graph, sweep: Sweep) -> Sweep:
+    """A sweep with its items where kernels run now, which is to be in the key of what is remembered of it."""
+    if sweep.windows or not backends.kernels_on(graph.values[sweep.seed].device):
+        return sweep
+    return replace(sweep, items=fuse(graph, sweep))
 
 
 def fuse(graph: Graph, sweep: Sweep) -> list[Item]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..maps.layout import FREE, Layout
@@ -81,7 +81,7 @@ def _merge(dims, part) -> bool:
     return all(b == a + 1 for a, b in itertools.pairwise(at))
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Join(Sweep):
     """Products of partial Jacobians at a cut, as the last stage of a sweep in reverse from ``seed``.
 
@@ -102,6 +102,15 @@ class Join(Sweep):
         return self.peak_bytes({})
 
     itemsizes: dict[int, int] = field(default_factory=dict)
+
+    def of(self, ready: dict[Sweep, Sweep]) -> Join:
+        """The same products, of what the pieces' sweeps have become."""
+
+        def now(piece: Piece) -> Piece:
+            return Piece(ready[piece.made], piece.value)
+
+        first = {v: now(p) for v, p in self.first.items()}
+        return replace(self, first=first, second=now(self.second))
 
     def peak_bytes(self, chunks: dict[int, int], copies: bool = False) -> float:
         """Bytes of the results with the largest chunk in flight; with the ``copies`` that the last one makes."""
@@ -272,7 +281,7 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
                 return None
             how, layout, identity = found
             if join is None:
-                join = Join(True, i, target, identity, [], {}, [], at=at, second=second)
+                join = Join(True, target, identity, [], {}, [], i, at=at, second=second)
                 joins.append(join)
             elif join.layout != identity:  # one refinement of the target's axes serves all sources
                 return None

@@ -8,8 +8,7 @@ seeds run at once. The executor runs exactly what is planned here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import NamedTuple, NoReturn
 
 from ..base.rates import Rates, rough
@@ -17,7 +16,7 @@ from ..maps.layout import FREE
 from ..read.graph import Graph
 from . import mixed, patches, patching, poles
 from . import sweep as sweeping
-from .fusion import fuse
+from .fusion import fuse, fused
 from .pattern import Trace, colours_of, has_windows, pattern_of
 from .sweep import Sweep, follow, follow_given, itemsize, simulate, untied_targets
 
@@ -37,7 +36,7 @@ class MemoryLimitTooSmall(ValueError):
     need = 0.0
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What the executor runs: sweeps in one direction, over inputs (forward) or outputs (reverse).
 
@@ -52,6 +51,8 @@ class Plan:
     """Predicted time of each way that was compared."""
     tied: bool
     """Whether the samples of every answer stay tied to the seed's: they do not mix."""
+    peak: float
+    """Predicted bytes of the stage that takes the most."""
     parts: list[Sweep] = field(default_factory=list)
     suspects: tuple[tuple[int, int], ...] = ()
     """The edges that must be finite for any other order than reverse (see `poles`)."""
@@ -71,10 +72,6 @@ class Plan:
     @property
     def bytes(self) -> float:
         return sum(s.bytes for s in (*self.parts, *self.sweeps))
-
-    @cached_property
-    def peak(self) -> float:
-        return max((s.peak for s in (*self.parts, *self.sweeps)), default=0.0)
 
 
 def choose_chunks(
@@ -255,13 +252,12 @@ def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> fl
     """Predicted time, for ranking plans only. With a ``graph``, that of the steps as kernels run them together."""
     flops, moved, steps = sum(s.flops for s in sweeps), 0.0, 0
     for s in sweeps:
-        if s.windows and s.items:
-            moved += sum(i.bytes for i in s.items)
-            steps += len(s.items)
-        elif graph is not None and s.steps and not s.windows:
-            s.items = s.items or fuse(graph, s)
-            moved += sum(i.bytes for i in s.items)
-            steps += len(s.items)
+        items = s.items
+        if items is None and graph is not None and s.steps and not s.windows:
+            items = fuse(graph, s)
+        if items:
+            moved += sum(i.bytes for i in items)
+            steps += len(items)
         else:
             moved += s.bytes
             steps += len(s.steps) or 1
@@ -274,8 +270,8 @@ def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
 
 
 @dataclass(frozen=True)
-class _Budget:
-    """What a sweep is chosen under."""
+class _Terms:
+    """What sweeps are chosen under."""
 
     limit: float
     chunk_size: int | None
@@ -291,9 +287,15 @@ class _Budget:
         """Predicted time as the sweeps run here."""
         return seconds(list(sweeps), self.rates, graph if self.kernels else None)
 
+    def fused(self, graph: Graph, sweep: Sweep) -> Sweep:
+        """A sweep with its items, where kernels run."""
+        if not self.kernels or sweep.items is not None or sweep.windows or not sweep.steps:
+            return sweep
+        return replace(sweep, items=fuse(graph, sweep))
+
     def fits(self, graph: Graph, sweep: Sweep) -> bool:
         """Whether some chunks of the sweep fit the memory limit."""
-        if self.limit == float("inf"):
+        if self.limit == inf:
             return True
         try:
             choose_chunks(graph, sweep, self.limit, self.chunk_size, self.device, self.answer)
@@ -302,16 +304,18 @@ class _Budget:
         return True
 
 
-def _direction(graph: Graph, reverse: bool, summed: bool, traces, budget: _Budget) -> list[Sweep]:
+def _direction(graph: Graph, reverse: bool, summed: bool, traces, terms: _Terms) -> list[Sweep]:
     """The sweeps of one direction, with no chunks yet."""
     ends = graph.outputs if reverse else graph.inputs
     sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
-    return sweeps if traces is None else [_fewer(graph, s, traces, budget) for s in sweeps]
+    if traces is not None:
+        sweeps = [_fewer(graph, s, traces, terms) for s in sweeps]
+    return [terms.fused(graph, s) for s in sweeps]
 
 
-def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
+def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
     """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
-    answer = budget.answer
+    answer = terms.answer
     per_sample, sparse = (
         answer is not None and answer.per_sample,
         answer is not None and answer.sparse,
@@ -327,42 +331,40 @@ def _fewer(graph: Graph, sweep: Sweep, traces, budget: _Budget) -> Sweep:
         fewer = follow(
             graph, sweep.seed, sweep.reverse, sweep.targets, sweep.index, False, splits, colours
         )
-        fewer.patterns = patterns
+        fewer = replace(fewer, patterns=patterns)
         small = patches.by_patches(graph, fewer)
+        fewer = terms.fused(graph, fewer)
         whole = None
-        if small is not None and budget.kernels:
+        if small is not None and terms.kernels:
             both = not per_sample and graph.values[small.seed].shape[0] > 1
-            small.items = patching.fuse(graph, small, not sparse, both)
+            small = replace(small, items=patching.fuse(graph, small, not sparse, both))
             whole = patching.tail_of(small)
-        if small is not None and budget.kernels == "triton" and whole is None:
-            fewer.why = "by images, as kernels are asked for"
+        if small is not None and terms.kernels == "triton" and whole is None:
+            fewer = replace(fewer, why="by images, as kernels are asked for")
         elif small is not None:
-            mine, theirs = budget.seconds(graph, small), budget.seconds(graph, fewer)
+            mine, theirs = terms.seconds(graph, small), terms.seconds(graph, fewer)
             if (
-                budget.kernels and not sparse and whole is None
+                terms.kernels and not sparse and whole is None
             ):  # entries are put in their places one by one, bands written out
                 moved = sum(
                     p.nnz * (INDEX_BYTES + 2 * itemsize(graph, t)) for t, p in patterns.items()
                 )
-                mine += moved / budget.rates.bandwidth
-            if mine < theirs and budget.fits(graph, small):
-                small.why = (
-                    f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
-                )
-                return small
-            fewer.why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
-        if fewer.columns() < sweep.columns() and (sparse or budget.fits(graph, fewer)):
+                mine += moved / terms.rates.bandwidth
+            if mine < theirs and terms.fits(graph, small):
+                why = f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
+                return replace(small, why=why)
+            why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
+            fewer = replace(fewer, why=why)
+        if fewer.columns() < sweep.columns() and (sparse or terms.fits(graph, fewer)):
             return fewer
-    if sparse:
-        sweep.patterns = patterns
-    return sweep
+    return replace(sweep, patterns=patterns) if sparse else sweep
 
 
 def make_plan(
     graph: Graph,
     strategy: str = "auto",
     summed: bool = False,
-    limit: float = float("inf"),
+    limit: float = inf,
     chunk_size: int | None = None,
     device: str = "cpu",
     rates: Rates | None = None,
@@ -381,15 +383,15 @@ def make_plan(
     traces = None
     if sparse or (answer is not None and not summed and has_windows(graph)):
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
-    budget = _Budget(limit, chunk_size, device, rates, answer)
+    terms = _Terms(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
-        ways["reverse-mode"] = _direction(graph, True, summed, traces, budget)
+        ways["reverse-mode"] = _direction(graph, True, summed, traces, terms)
     if both or strategy == "forward-mode":
-        ways["forward-mode"] = _direction(graph, False, summed, traces, budget)
-    cost = {name: budget.seconds(graph, *sweeps) for name, sweeps in ways.items()}
+        ways["forward-mode"] = _direction(graph, False, summed, traces, terms)
+    cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):
-        table = _meeting(graph, strategy, budget)
+        table = _meeting(graph, strategy, terms)
     if table is not None:
         cost["mixed"] = table.seconds
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
@@ -401,7 +403,7 @@ def make_plan(
         ):
             continue  # a proof that samples do not mix is worth more
         try:
-            _cut(graph, parts, sweeps, limit, chunk_size, device, answer)
+            parts, sweeps = _cut(graph, parts, sweeps, terms)
         except MemoryLimitTooSmall as error:
             refused = error
             continue
@@ -413,7 +415,8 @@ def make_plan(
         reason += f", {table.name}"
     tied = not _untied(graph, sweeps)
     suspects = () if chosen == "reverse-mode" else poles.suspects(graph, seeds=True)
-    return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, parts, suspects)
+    peak = max((s.peak for s in (*parts, *sweeps)), default=0.0)
+    return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, peak, parts, suspects)
 
 
 def plan_given(
@@ -421,46 +424,57 @@ def plan_given(
     seeds: list[int],
     columns: int,
     reverse: bool,
-    limit: float = float("inf"),
+    limit: float = inf,
     chunk_size: int | None = None,
     device: str = "cpu",
 ) -> Plan:
     """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
     targets = list(graph.inputs if reverse else graph.outputs)
-    sweep = follow_given(graph, seeds, columns, reverse, targets)
-    sweep.alone = True
-    sweep.chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
-    sweep.peak = footprint(graph, sweep, sweep.chunks, None)
+    sweep = replace(follow_given(graph, seeds, columns, reverse, targets), alone=True)
+    chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
+    peak = footprint(graph, sweep, chunks, None)
+    sweep = fused(graph, replace(sweep, chunks=chunks, peak=peak))
     strategy = "reverse-mode" if reverse else "forward-mode"
-    return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False)
+    return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False, peak)
 
 
-def _cut(graph: Graph, parts, sweeps, limit, chunk_size, device: str, answer: Asked | None) -> None:
-    """Choose the chunks of all stages, and predict their peaks: what earlier stages leave stays until the end."""
-    for sweep in sweeps:
-        sweep.alone = len(sweeps) == 1 and not parts
-    held = 0.0
+def _cut(
+    graph: Graph, parts: list[Sweep], sweeps: list[Sweep], terms: _Terms
+) -> tuple[list[Sweep], list[Sweep]]:
+    """All stages with their chunks and predicted peaks: what earlier stages leave stays until the end."""
+    answer, held = terms.answer, 0.0
+    ready: dict[Sweep, Sweep] = {}
+
+    def cut(stage: Sweep, chunk_size: int | None, answer: Asked | None) -> Sweep:
+        if isinstance(stage, mixed.Join):
+            stage = stage.of(ready)
+        limit = terms.limit - held
+        chunks = choose_chunks(graph, stage, limit, chunk_size, terms.device, answer)
+        peak = held + footprint(graph, stage, chunks, answer)
+        return terms.fused(graph, replace(stage, chunks=chunks, peak=peak))
+
     for part in parts:
-        part.chunks = choose_chunks(graph, part, limit - held, None, device)
-        part.peak = held + peak_bytes(graph, part, part.chunks)
+        ready[part] = cut(part, None, None)
         held += sum(part.layouts[t].numel() * itemsize(graph, t) for t in {*part.targets} - {None})
+    made = []
+    alone = len(sweeps) == 1 and not parts
     for sweep in sweeps:
-        sweep.chunks = choose_chunks(graph, sweep, limit - held, chunk_size, device, answer)
-        sweep.peak = held + footprint(graph, sweep, sweep.chunks, answer)
+        made.append(cut(replace(sweep, alone=alone), terms.chunk_size, answer))
         if answer is not None and not answer.given:
             held += sum(
                 answer_bytes(graph, sweep, t, answer.per_sample) for t in {*sweep.targets} - {None}
             )
+    return list(ready.values()), made
 
 
 def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
     return any(untied_targets(graph, sweep) for sweep in sweeps)
 
 
-def _meeting(graph: Graph, strategy: str, budget: _Budget) -> mixed.Table | None:
+def _meeting(graph: Graph, strategy: str, terms: _Terms) -> mixed.Table | None:
     """The cheapest mixed plan, or None where there is no cut that is worth a look."""
     at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
-    return mixed.best(graph, at, lambda s: budget.seconds(graph, s), joined=True) if at else None
+    return mixed.best(graph, at, lambda s: terms.seconds(graph, s), joined=True) if at else None
 
 
 def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:

@@ -172,7 +172,8 @@ def plan_for_given(
     def make(limit: float) -> Plan:
         return plan_given(graph, seeds, columns, reverse, limit, chunk_size, device.type)
 
-    key = (graph.key, tuple(seeds), columns, reverse, chunk_size, device.type)
+    kernels = backends.kernels_on(graph.values[seeds[0]].device)
+    key = (graph.key, tuple(seeds), columns, reverse, chunk_size, device.type, kernels)
     return _kept(key, make, memory_limit, chunk_size, device)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..maps.layout import FREE, Colours, Layout, Selection, SplitSeed
 from ..maps.linear_map import Route
@@ -51,20 +51,20 @@ class Step:
         return tuple(t.other for t in self.terms)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """All steps for one seed. ``targets`` are the values whose blocks are the answer.
 
-    ``items`` are the same steps as kernels run them (see `fusion`), filled in where kernels run.
+    ``items`` are the same steps as kernels run them (see `fusion`), None where none run.
     """
 
     reverse: bool
-    index: int
     seed: int
     layout: Layout
     steps: list[Step]
     layouts: dict[int, Layout]
     targets: list[int | None]
+    index: int = 0
     summed: bool = False
     colours: Colours = field(default_factory=dict)
     """Seeds that run as one, in a factor of the seed (see `pattern`)."""
@@ -154,10 +154,10 @@ def follow(
     while True:
         layout = Layout.identity(shape, splits, 0 if summed else None, colours)
         try:
-            seeds = {seed: layout}
-            sweep = _follow(graph, index, seeds, layout, reverse, targets, summed, not colours)
-            sweep.colours = colours or {}
-            return sweep
+            return from_blocks(
+                graph, {seed: layout}, layout, reverse, targets,
+                index=index, summed=summed, unit_seed=not colours, colours=colours or {},
+            )  # fmt: skip
         except SplitSeed as split:
             refine(splits, shape, split, 0 if summed else None)
 
@@ -173,9 +173,8 @@ def follow_given(
     layouts = {
         v: Layout(tuple(((n, FREE),) for n in graph.values[v].shape), (columns,)) for v in seeds
     }
-    sweep = _follow(graph, 0, layouts, Layout((), (columns,)), reverse, targets, False, False)
-    sweep.given = tuple(seeds)
-    return sweep
+    layout = Layout((), (columns,))
+    return from_blocks(graph, layouts, layout, reverse, targets, given=tuple(seeds))
 
 
 def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
@@ -221,8 +220,20 @@ def relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> l
     return [v for v in range(first, last + 1) if v in up and v in down]
 
 
-def _follow(graph, index, seeds, layout, reverse, targets, summed, unit_seed: bool) -> Sweep:
-    """``seeds``: the layouts of the blocks to start from; ``layout``: that of the sweep, whose seed is theirs."""
+def from_blocks(
+    graph: Graph,
+    seeds: dict[int, Layout],
+    layout: Layout,
+    reverse: bool,
+    targets: list[int | None],
+    *,
+    unit_seed: bool = False,
+    **fields: Any,
+) -> Sweep:
+    """The sweep from blocks at the values ``seeds``, by their layouts; ``layout``: its own, whose seed is theirs.
+
+    ``unit_seed``: the blocks are identities. ``fields``: others of `Sweep`, as they are.
+    """
     values = graph.values
     order = relevant(graph, seeds, targets, reverse)
     present = set(order)
@@ -283,16 +294,11 @@ def _follow(graph, index, seeds, layout, reverse, targets, summed, unit_seed: bo
         shares = shares and len(terms) == 1
         steps.append(Step(v, tuple(terms), meet, tuple(frees.get(v, ())), flops, written, shares))
     return Sweep(
-        reverse,
-        index,
-        next(iter(seeds)),
-        layout,
-        steps,
-        layouts,
-        [t if t in present else None for t in targets],
-        summed,
+        reverse=reverse, seed=next(iter(seeds)), layout=layout, steps=steps, layouts=layouts,
+        targets=[t if t in present else None for t in targets],
         alike=frozenset(v for v, same in alike.items() if same),
-    )
+        **fields,
+    )  # fmt: skip
 
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:

@@ -15,7 +15,7 @@ from ..base.tracing import may_write
 from ..maps.layout import Layout, Selection, convert, one, scatter
 from ..maps.linear_map import Diagonal
 from ..plan import patches, patching
-from ..plan.fusion import Fused, Item, fuse
+from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
 from ..plan.planner import Plan
 from ..plan.ranges import Marks
@@ -68,15 +68,18 @@ def run(
 
 def blocks_of(graph: Graph, sweep: Sweep, sel: Selection | None = None) -> dict[int, Tensor | None]:
     """The blocks of a sweep's targets themselves, for one selection of its seeds. None stands for ones."""
-    items = sweep.steps
-    if backends.kernels_on(graph.values[sweep.seed].device):
-        if sweep.items is None:
-            sweep.items = fuse(graph, sweep)
-        items = sweep.items
+    items = _items(graph, sweep)
     ends = frozenset([t for t in sweep.targets if t is not None])
     blocks: Blocks = {sweep.seed: (None, False)}
     _steps(graph, sweep, items, blocks, sel, not torch.is_grad_enabled(), ends)
     return {t: blocks[t][0] for t in ends}
+
+
+def _items(graph: Graph, sweep: Sweep) -> list[Item]:
+    """What a sweep runs, one after another."""
+    planned = sweep.items is not None
+    kernels = planned and backends.kernels_on(graph.values[sweep.seed].device)
+    return sweep.items if kernels else sweep.steps
 
 
 def _stage(
@@ -176,12 +179,8 @@ def chunks(
     may be written to directly; ``skip`` tells the chunks to leave out.
     """
     writable = may_write()
-    items = sweep.steps
+    items = _items(graph, sweep)
     steps = _steps if marks is None else _marked(marks)
-    if backends.kernels_on(graph.values[sweep.seed].device):
-        if sweep.items is None:
-            sweep.items = fuse(graph, sweep)
-        items = sweep.items
     if not sweep.chunks:
         if skip and skip({}):
             return

@@ -24,13 +24,13 @@ from ..maps.contraction import Sum
 from ..maps.curvature import Curvature, Curves, Seeds, Unary
 from ..maps.layout import FREE, Layout, SplitSeed, unfolded
 from ..maps.linear_map import Cut, LinearMap, Route
-from ..plan.sweep import Step, Sweep, _follow, follow, peak_bytes, refine, sample_ties
+from ..plan.sweep import Step, Sweep, follow, from_blocks, peak_bytes, refine, sample_ties
 from ..read.graph import Graph, Value
 from ..run.executor import Blocks, _sum
 from . import fused
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Course:
     """The sweep of a Laplacian, and what it holds no longer than needed. It holds no tensor.
 
@@ -47,8 +47,8 @@ class Course:
     """Whether the samples of the result stay tied to those of the input: they do not mix."""
     peak: float
     """Predicted bytes of the blocks of tangents at their worst, for all samples and seeds."""
-    runs: dict[int, tuple[Step, ...]] | None = None
-    """What kernels run together (see `fused`), filled in where kernels run."""
+    runs: dict[int, tuple[Step, ...]]
+    """What kernels run together (see `fused`), nothing where none run."""
 
 
 _courses: Cache[tuple, Course] = Cache()
@@ -60,11 +60,12 @@ def course(graph: Graph, curves: Curves, batch: bool, seeds: int | None, samples
     ``seeds``: how many dense directions, None for the identity. ``samples``: how many of them, for a graph that is
     `narrowed`, and has no key of its own.
     """
-    key = (graph.key, tuple((v, c.key) for v, c in curves.items()), batch, seeds, samples)
-    return _courses.of(key, lambda: _course(graph, curves, batch, seeds))
+    kernels = backends.kernels_for(graph.values[graph.inputs[0]])
+    key = (graph.key, tuple((v, c.key) for v, c in curves.items()), batch, seeds, samples, kernels)
+    return _courses.of(key, lambda: _course(graph, curves, batch, seeds, kernels))
 
 
-def _course(graph: Graph, curves: Curves, batch: bool, seeds: int | None) -> Course:
+def _course(graph: Graph, curves: Curves, batch: bool, seeds: int | None, kernels: bool) -> Course:
     x, y = graph.inputs[0], graph.outputs[0]
     if seeds is None:
         sweep = follow(graph, x, False, [y])
@@ -83,7 +84,8 @@ def _course(graph: Graph, curves: Curves, batch: bool, seeds: int | None) -> Cou
     samples = _samples(sweep, batch)
     dense = frozenset(v for v, lay in sweep.layouts.items() if lay.tied <= samples)
     tied = not batch or sample_ties(sweep, sweep.layouts[y], graph)
-    return Course(sweep, frees, dense, samples, tied, peak_bytes(graph, sweep, {}))
+    runs = fused.runs(graph, curves, sweep, dense) if kernels else {}
+    return Course(sweep, frees, dense, samples, tied, peak_bytes(graph, sweep, {}), runs)
 
 
 def _dense(graph: Graph, x: int, y: int, batch: bool, count: int) -> Sweep:
@@ -96,7 +98,7 @@ def _dense(graph: Graph, x: int, y: int, batch: bool, count: int) -> Sweep:
         axes += [((n, FREE),) for n in shape[len(axes) :]]
         layout = Layout(tuple(axes), (*own, count))
         try:
-            return _follow(graph, 0, {x: layout}, layout, False, [y], False, False)
+            return from_blocks(graph, {x: layout}, layout, False, [y])
         except SplitSeed as split:
             refine(splits, shape, split)
 
@@ -167,7 +169,7 @@ class Run:
         ``directions``: ``(K, *in)``, or None for the identity.
         """
         self.blocks[self.sweep.seed] = directions, False
-        runs, done = self._runs(), set[int]()
+        runs, done = self.plan.runs, set[int]()
         for step in self.sweep.steps:
             run = runs.get(step.value, ()) if step.value not in done else ()
             both = fused.launch(self, run) if run else None
@@ -192,14 +194,6 @@ class Run:
             like = self.values[y]
             block = torch.ones((), dtype=like.dtype, device=like.device).expand(1, *like.shape)
         return block, self.laplacian(y)
-
-    def _runs(self) -> dict[int, tuple[Step, ...]]:
-        """What kernels are tried for."""
-        if not backends.kernels_for(self.values[self.sweep.seed]):
-            return {}
-        if self.plan.runs is None:
-            self.plan.runs = fused.runs(self.graph, self.curves, self.plan)
-        return self.plan.runs
 
     def laplacian(self, value: int) -> Tensor | None:
         both = self.joined.get(value)

@@ -24,19 +24,22 @@ from ..device import chooser
 from ..device.chooser import CHECKED_ROWS, TIMED_ENTRIES, Offer, Way, dots
 from ..maps.curvature import Curves, Seeds, Unary
 from ..maps.linear_map import LinearMap
-from ..plan.sweep import Step
+from ..plan.sweep import Step, Sweep
 from ..read.graph import Graph
 
 if TYPE_CHECKING:
-    from .forward import Course, Run
+    from .forward import Run
 
 
-def runs(graph: Graph, curves: Curves, plan: Course) -> dict[int, tuple[Step, ...]]:
+def runs(
+    graph: Graph, curves: Curves, sweep: Sweep, dense: frozenset[int]
+) -> dict[int, tuple[Step, ...]]:
     """The runs of a course, by the value of their first step: each step reads the one before, and nobody else does.
 
-    The rest of a run, from each of its layers on, is one too: for where its start cannot be run.
+    The rest of a run, from each of its layers on, is one too: for where its start cannot be run. ``dense``: see
+    `forward.Course`.
     """
-    steps = plan.sweep.steps
+    steps = sweep.steps
     readers: Counter[int] = Counter()
     for s in steps:
         readers.update({*s.reads, *(curves[s.value].sources if s.value in curves else ())})
@@ -45,12 +48,12 @@ def runs(graph: Graph, curves: Curves, plan: Course) -> dict[int, tuple[Step, ..
     found: dict[int, tuple[Step, ...]] = {}
     taken: set[int] = set()
     for step in steps:
-        if step.value in taken or _link(graph, curves, plan, step) != "matmul":
+        if step.value in taken or _link(graph, curves, dense, step) != "matmul":
             continue
         run, names = [step], ["matmul"]
         while readers[run[-1].value] == 1 and run[-1].value in after:
             step = after[run[-1].value]
-            name = _link(graph, curves, plan, step)
+            name = _link(graph, curves, dense, step)
             behind = [n for n in names if n != "view"]
             if not name or name == behind[-1] == "diagonal":
                 break
@@ -63,9 +66,9 @@ def runs(graph: Graph, curves: Curves, plan: Course) -> dict[int, tuple[Step, ..
     return found
 
 
-def _link(graph: Graph, curves: Curves, plan: Course, step: Step) -> str:
+def _link(graph: Graph, curves: Curves, dense: frozenset[int], step: Step) -> str:
     """ "matmul", "diagonal" or "view" for a step that can be a part of a run, else nothing."""
-    if len(step.terms) != 1 or step.value not in plan.dense:
+    if len(step.terms) != 1 or step.value not in dense:
         return ""
     term = step.terms[0]
     edge = graph.values[term.owner].sources[term.edge][1]
