@@ -23,7 +23,7 @@ from . import peers_jax
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _git(*args: str) -> str:
+def git(*args: str) -> str:
     """A git command's output in the checkout, or "" where there is none."""
     try:
         done = subprocess.run(
@@ -47,10 +47,10 @@ def description() -> dict[str, Any]:
     """Versions, processor, threads and commit; nothing that names the machine."""
     import jactri
 
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     return {
         "commit": commit or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
+        "uncommitted_changes": bool(git("status", "--porcelain")) if commit else None,
         "jactri": getattr(jactri, "__version__", None),
         "torch": torch.__version__,
         "jax": peers_jax.version(),

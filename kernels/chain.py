@@ -59,7 +59,7 @@ bytes a thread spill."""
 
 
 @triton.jit
-def _zeros(BM: tl.constexpr, BO: tl.constexpr):
+def zero_tile(BM: tl.constexpr, BO: tl.constexpr):
     return tl.zeros((BM, BO), tl.float32)
 
 
@@ -84,7 +84,7 @@ def _chain(
             o = o.to(tl.int64)
         at = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
         mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
-        acc = _zeros(BM, TILES[l + 1])
+        acc = zero_tile(BM, TILES[l + 1])
         acc = multiply(t, at, m_s[l][0], mask, acc, PRECISION)
         mask = inside[:, None] & (o < WIDTHS[l + 1])[None, :]
         at = r[:, None] * z_s[l + 1][0] + o[None, :] * z_s[l + 1][1]

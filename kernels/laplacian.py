@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import chain as chains
 from .activations import DERIVATIVES, SOURCE
-from .chain import _zeros
+from .chain import zero_tile
 from .launches import launch
 from .linear import Config
 from .operands import multiply, prepare
@@ -221,7 +221,7 @@ def _laplacian_chain(
             o = o.to(tl.int64)
         from_ = MS[l] + i[:, None] * m_s[l][1] + o[None, :] * m_s[l][2]
         mask = (i < padded[l])[:, None] & (o < WIDTHS[l + 1])[None, :]
-        acc = _zeros(BM, COLUMNS[l + 1])
+        acc = zero_tile(BM, COLUMNS[l + 1])
         t = multiply(t, from_, m_s[l][0], mask, acc, PRECISION)
         if DS[l] is not None:
             mask = (rs < R)[:, None] & (o < WIDTHS[l + 1])[None, :]

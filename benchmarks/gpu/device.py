@@ -17,7 +17,7 @@ import torch
 
 from jactri.kernels import support
 
-from ..machine import _git
+from ..machine import git
 
 SETTINGS = ("ieee", "tf32")
 
@@ -46,10 +46,10 @@ def versions() -> dict[str, Any]:
         has = triton.__version__
     except ImportError:
         has = None
-    commit = _git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD")
     return {
         "commit": commit or None,
-        "uncommitted_changes": bool(_git("status", "--porcelain")) if commit else None,
+        "uncommitted_changes": bool(git("status", "--porcelain")) if commit else None,
         "jactri": jactri.__version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

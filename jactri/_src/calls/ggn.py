@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..maps.layout import Selection
 from ..maps.lettered import cut
-from ..parameters.inner import SECOND, Link
+from ..parameters.inner import SECOND, Link, each_with_itself, of_second
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
-from .parameters import ParameterJacobian, _same, _second, entries
+from .parameters import ParameterJacobian, entries
 
 
 @public
@@ -146,7 +146,7 @@ class GGN:
         jac = self.jacobian
         run = jac._run
         batch, out = run.labels()
-        labels = (*batch, *out) if is_diagonal else (*batch, *out, *_second(out))
+        labels = (*batch, *out) if is_diagonal else (*batch, *out, *of_second(out))
         h = h.reshape([run.seeds[s % SECOND] for s in labels])
 
         def third(left: Selection | None, right: Selection | None):
@@ -155,5 +155,5 @@ class GGN:
 
         sels = jac._selections()
         pairs = [(a, b) for a in sels for b in sels if a == b or not is_diagonal]
-        link = Link(_same((*batch, *out) if is_diagonal else batch), (), own=True)
+        link = Link(each_with_itself((*batch, *out) if is_diagonal else batch), (), own=True)
         return entries(jac, link, third, pairs)

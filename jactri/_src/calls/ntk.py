@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parameters.inner import Link
+from ..parameters.inner import Link, of_second
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
-from .parameters import ParameterJacobian, _second, inner
+from .parameters import ParameterJacobian, inner
 
 COMPUTE = ("full", "trace", "diagonal")
 
@@ -88,10 +88,10 @@ def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
         made = first._dense_gram(second).movedim(axes + 1, 1)
         return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
     (batch1, out1), (batch2, out2) = a.labels(), b.labels()
-    lead = (*batch1, *_second(batch2))
+    lead = (*batch1, *of_second(batch2))
     alike = [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
     if compute == "full" or not alike:
-        made = inner(first, second, Link((), (*lead, *out1, *_second(out2))))
+        made = inner(first, second, Link((), (*lead, *out1, *of_second(out2))))
         if compute != "full":
             made = _reduced(made.reshape(n1, n2, m, m), compute)
     elif compute == "diagonal":

@@ -13,7 +13,16 @@ from ..base.memory import si
 from ..maps.layout import Selection
 from ..maps.letters import Letters
 from ..parameters.factors import Piece, pieces_of, write
-from ..parameters.inner import SECOND, Entries, Link, Total, accumulate, with_bias
+from ..parameters.inner import (
+    SECOND,
+    Entries,
+    Link,
+    Total,
+    accumulate,
+    each_with_itself,
+    of_second,
+    with_bias,
+)
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..plan.poles import suspects
@@ -321,7 +330,7 @@ class ParameterJacobian:
             return self._dense_gram(self)
         batch, out = run.labels()
         with run.computing():
-            made = inner(self, self, Link((), (*batch, *out, *_second(batch), *_second(out))))
+            made = inner(self, self, Link((), (*batch, *out, *of_second(batch), *of_second(out))))
             return made.reshape(*shape, *shape)
 
     def _dense_gram(self, other: ParameterJacobian) -> Tensor:
@@ -366,7 +375,9 @@ class ParameterJacobian:
                     made = made + ((rows * w) @ rows.mT).to(made.dtype)
             else:
                 batch, out = run.labels()
-                made = inner(self, self, Link(_same(batch), (*batch, *out, *_second(out))), v)
+                made = inner(
+                    self, self, Link(each_with_itself(batch), (*batch, *out, *of_second(out))), v
+                )
             return made.reshape(n, *run.out, *run.out)
 
 
@@ -383,14 +394,6 @@ class Transposed:
     @public
     def __matmul__(self, u: Tensor) -> dict[str, Tensor]:
         return self._base._transposed(u)
-
-
-def _same(labels) -> tuple[tuple[int, int], ...]:
-    return tuple((s, s) for s in labels)
-
-
-def _second(labels) -> tuple[int, ...]:
-    return tuple(s + SECOND for s in labels)
 
 
 def inner(
@@ -445,7 +448,7 @@ def _batch_last(a: Recorded, b: Recorded, out: Letters) -> Letters:
     """
     if min(a.n, b.n) < 16:
         return out
-    batch = {*a.labels()[0], *_second(b.labels()[0])}
+    batch = {*a.labels()[0], *of_second(b.labels()[0])}
     return tuple(sorted(out, key=lambda s: (s >= SECOND, s in batch)))
 
 

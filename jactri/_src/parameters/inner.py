@@ -22,6 +22,16 @@ SECOND = 1000
 """Added to the labels of the second factor."""
 
 
+def of_second(labels) -> Letters:
+    """Labels of an output as those of the second factor's."""
+    return tuple(s + SECOND for s in labels)
+
+
+def each_with_itself(labels) -> tuple[tuple[int, int], ...]:
+    """Labels that are one in both outputs (see `Link`)."""
+    return tuple((s, s) for s in labels)
+
+
 @dataclass(frozen=True)
 class Link:
     """Which sum is meant: labels of the two outputs that are one, in pairs, and the labels of the result, in order.

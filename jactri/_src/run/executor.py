@@ -278,7 +278,7 @@ def _steps(
                 continue
             blocks[other] = (data, False)  # the new block may share its memory
         else:
-            blocks[step.value] = _sum(graph, sweep, step, blocks, sel, writable)
+            blocks[step.value] = add_terms(graph, sweep, step, blocks, sel, writable)
             for f in frees:
                 if f not in pinned:
                     del blocks[f]
@@ -310,7 +310,7 @@ def _fused(
     made = launch.run(graph, sweep, item, data, sel, direct)
     if made is not None and item.partial:
         last, given = item.steps[-1], {item.term: made}
-        blocks[item.value] = _sum(graph, sweep, last, blocks, sel, writable, given)
+        blocks[item.value] = add_terms(graph, sweep, last, blocks, sel, writable, given)
     elif made is not None:
         once = all(s for n, s in zip(made.shape, made.stride(), strict=True) if n > 1)
         blocks[item.value] = (made, made is not direct and once)
@@ -324,7 +324,7 @@ def _fused(
             del blocks[f]
 
 
-def _sum(
+def add_terms(
     graph,
     sweep,
     step: Step,

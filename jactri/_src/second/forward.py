@@ -26,7 +26,7 @@ from ..maps.layout import FREE, Layout, SplitSeed, unfolded
 from ..maps.linear_map import Cut, LinearMap, Route
 from ..plan.sweep import Step, Sweep, follow, from_blocks, peak_bytes, refine, sample_ties
 from ..read.graph import Graph, Value
-from ..run.executor import Blocks, _sum
+from ..run.executor import Blocks, add_terms
 from . import fused
 
 
@@ -257,7 +257,9 @@ class Run:
         if bend is not None:
             lap = bend.expand(self.values[v].shape) if lap is None else lap + bend
         if len(step.terms) > 1:
-            self.blocks[v] = _sum(self.graph, self.sweep, step, self.blocks, None, self.writable)
+            self.blocks[v] = add_terms(
+                self.graph, self.sweep, step, self.blocks, None, self.writable
+            )
         else:
             term = step.terms[0]
             s = term.other
