@@ -37,8 +37,8 @@ def parts(r) -> Curves | None:
     """Scores, softmax and the weighted sum are values of their own."""
     if not only(r, MatMul, Softmax):
         return None
-    products, found = r.edges(MatMul), {}
-    after = r.new.stop
+    products, after = r.edges(MatMul), r.new.stop
+    found: Curves = {}
     for v, s, edge in r.edges(Softmax):
         after = v
         found[v] = SoftmaxBend(s, edge.p, edge.axis, False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..maps.maps import Fixed, Sample
 from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take
 from . import known
 
-Read = Callable[[str], object]
+Read = Callable[[str], Any]
 """Gives a value that the node saved, by its name."""
 
 Slopes = tuple[Tensor, Tensor]
