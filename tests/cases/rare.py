@@ -111,7 +111,7 @@ CASES = [
         [[1, 2], [2, 1]], device=x.device), torch.tensor([4, 4]), torch.tensor([2, 2]))[0],
       R(4, 2, 3), nodes="CtcLoss", second=False, factor=16,
       reason="a dynamic programme of log-sum-exps"),
-    # an LSTM of float32 is one oneDNN node on a CPU, and another graph in float64: see layers.py
+    # an LSTM of float32 is one oneDNN node on a CPU, and another graph in float64: see ranges.py
     C("gradient_of_diagonal", gradient(lambda x: x.diagonal() ** 2), R(3, 3), second=False),
     C("gradient_of_select", gradient(lambda x: x[:, 1] ** 2), A(3, 4), second=False, samples=True),
     C("gradient_of_slice", gradient(lambda x: x[:, 1:3] ** 2), A(3, 4), second=False,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import DeviceType
 
 import jactri
-from jactri._src.plan import ranges
+from jactri._src.read import ranges
 from jactri._src.tools import profiling
 
 

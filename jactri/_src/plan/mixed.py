@@ -101,6 +101,14 @@ class Join(Sweep):
     def bytes(self) -> float:
         return self.peak_bytes({})
 
+    @property
+    def direction(self) -> str:
+        return "product"
+
+    @property
+    def values(self) -> list[int]:
+        return list(self.first)
+
     itemsizes: dict[int, int] = field(default_factory=dict)
 
     def of(self, ready: dict[Sweep, Sweep]) -> Join:

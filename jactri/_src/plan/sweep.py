@@ -92,6 +92,16 @@ class Sweep:
     def bytes(self) -> float:
         return sum(s.bytes for s in self.steps)
 
+    @property
+    def direction(self) -> str:
+        """As profilers and tables name it."""
+        return "reverse" if self.reverse else "forward"
+
+    @property
+    def values(self) -> list[int]:
+        """Those that it computes blocks of, in order."""
+        return [s.value for s in self.steps]
+
     def columns(self) -> int:
         """The most seeds that any block carries."""
         return max((lay.columns() for lay in self.layouts.values()), default=1)

@@ -22,8 +22,8 @@ from ...kernels.support import Ready
 from ..base import backends
 from ..base.classes import PLAIN, leaf_and_given, plain
 from ..base.remedies import no_such
-from ..plan import ranges
-from ..read.layers import watching
+from ..read import ranges
+from ..read.ranges import watching
 from .arguments import as_tuple
 
 

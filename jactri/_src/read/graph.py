@@ -26,7 +26,7 @@ from ..maps.contraction import Expand, Sum
 from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from ..maps.mask import Mask
 from ..rules import REGISTRY, Record, normal_axis, of_function, record_of
-from . import layers
+from . import ranges
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
 
@@ -65,7 +65,7 @@ class Graph:
 
     ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
-    names the layers of values while somebody looks (see layers.py), and is None else. ``recorded`` is the graph as it
+    names the layers of values while somebody looks (see ranges.py), and is None else. ``recorded`` is the graph as it
     was read, where this one was made of it (see folding.py), and None else.
     """
 
@@ -353,7 +353,7 @@ class Reader:
 class _NamingReader(Reader):
     """A reader that notes which layer every value comes from, too."""
 
-    def __init__(self, log: layers.Layers):
+    def __init__(self, log: ranges.Layers):
         super().__init__()
         self.log = log
         self.layers: dict[int, str] = {}
@@ -373,7 +373,7 @@ def follow(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
 ) -> Graph:
     """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph."""
-    log = layers.noted() if (watched := layers.watching()) and reader is None else None
+    log = ranges.noted() if (watched := ranges.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)
     reader.outputs = [y for y in outputs if y.requires_grad]

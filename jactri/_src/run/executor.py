@@ -18,9 +18,9 @@ from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
 from ..plan.planner import Plan
-from ..plan.ranges import Marks
 from ..plan.sweep import Step, Sweep
 from ..read.graph import Graph
+from ..read.ranges import Marks
 from . import launch
 from .answers import Answer, Store
 from .entries import seed_block

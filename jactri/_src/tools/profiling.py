@@ -19,10 +19,9 @@ from ..base import backends, rates
 from ..base.memory import si
 from ..calls.api import jacobian
 from ..plan.planner import predict
-from ..plan.ranges import Session
 from ..prologue.arguments import as_tuple
 from ..prologue.running import public
-from ..read.layers import Layers
+from ..read.ranges import Layers, Session
 from .report import StepReport, steps_of
 
 Seconds = dict[int, float]

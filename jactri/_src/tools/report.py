@@ -22,11 +22,11 @@ from ..plan.mixed import Join
 from ..plan.owners import apart
 from ..plan.planner import MemoryLimitTooSmall, Plan
 from ..plan.planning import answer_bytes, plan_for, proof, prove_by_probe, split_samples
-from ..plan.ranges import layer_of, op_of, opaque_of
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, as_tuple, check_batch
 from ..prologue.running import computing, prepare, public
 from ..read.graph import Graph, UnsupportedGraph
+from ..read.ranges import layer_of, op_of, opaque_of
 from ..read.reading import read
 from ..run import launch
 from ..run.entries import band, blocks
@@ -48,7 +48,7 @@ class StepReport:
     why: str
     fallback: bool
     layer: str = ""
-    """Of which module, where that was noted (see layers.py)."""
+    """Of which module, where that was noted (see ranges.py)."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import jactri
-from jactri._src.plan import ranges
 from jactri._src.plan.fusion import Fused
-from jactri._src.read import layers
+from jactri._src.read import ranges
 from jactri._src.tools.profiling import named_layers
 
 
@@ -271,7 +270,7 @@ def test_no_hooks_and_no_ranges(monkeypatch):
     for name in ("call", "Marks", "_range", "_kinds"):
         monkeypatch.setattr(ranges, name, never)
     monkeypatch.setattr("jactri._src.run.executor.Marks", never)
-    monkeypatch.setattr(layers, "Layers", never)
+    monkeypatch.setattr(ranges, "Layers", never)
     seen = []
     net, x = nn.Tanh(), torch.randn(3, requires_grad=True)
     jactri.jacobian(lambda x: seen.append(hooks()) or net(x), x)
@@ -313,13 +312,13 @@ def test_hooks_go_where_the_function_raises():
     with pytest.raises(KeyError, match="mine"):
         jactri.profile(function, torch.ones(3))
     assert hooks() == 0
-    assert not layers.watching()
+    assert not ranges.watching()
 
 
 def test_models_are_not_kept_alive():
     with torch.profiler.profile():
         jactri.jacobian(nn.Sequential(nn.Tanh()), torch.ones(3))
-    assert not layers.noted()._names and not layers.noted()._open
+    assert not ranges.noted()._names and not ranges.noted()._open
 
 
 # NVTX
@@ -330,7 +329,7 @@ def nvtx(monkeypatch):
     """What was pushed and popped, with JACTRI_NVTX=1 on a machine with CUDA."""
     said = []
     fake = SimpleNamespace(range_push=said.append, range_pop=lambda: said.append("pop"))
-    monkeypatch.setattr(layers, "NVTX", True)
+    monkeypatch.setattr(ranges, "NVTX", True)
     monkeypatch.setattr(torch.cuda, "nvtx", fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return said
