@@ -276,10 +276,13 @@ class Reader:
         if form is None:
             return None
 
-        def read(name: str):
-            return plain(getattr(node, "_saved_" + name))
+        def made() -> Factor | None:
+            def read(name: str):
+                return plain(getattr(node, "_saved_" + name))
 
-        return lambda: form(read).factor(read)
+            return form(read).factor(read)
+
+        return made
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))

@@ -1,7 +1,7 @@
 """The forward Laplacian: tangents and the Laplacian of every value, carried through the graph in one sweep.
 
 Li et al. 2023, "Forward Laplacian" (arXiv:2307.08214): with the Jacobian ``J = (u_1 ... u_n)`` of a value, its
-Laplacian follows from those of the values behind it by the second-order chain rule (see `curvature`), so that one
+Laplacian follows from those of the values behind it by the second-order chain rule (see `maps.curvature`), so that one
 sweep of ``n + 1`` rows a sample gives all. It is Taylor mode of second order with the second coefficients summed over
 the directions at once ("collapsed", Dangel et al. 2025, arXiv:2505.13644).
 
@@ -139,7 +139,7 @@ def narrowed(graph: Graph, curves: Curves, where, start: int, length: int):
 
 
 class Run:
-    """One run of a course: blocks of tangents and Laplacians by value (see `curvature.Tangents`)."""
+    """One run of a course: blocks of tangents and Laplacians by value (see `maps.curvature.Tangents`)."""
 
     def __init__(self, graph: Graph, curves: Curves, plan: Course, seeds: Seeds):
         self.values, self.graph, self.curves, self.plan = graph.values, graph, curves, plan
