@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import jactri
 from jactri._src.base import kept
 from jactri._src.calls import divergence as calls
+from jactri._src.meet.trace import closed_form
 from jactri._src.read.reading import read
-from jactri._src.second.trace import chains
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,7 +131,7 @@ def test_exact(case):
         assert create_graph or not (y.requires_grad or got.requires_grad)
     if closed is not None:
         leaf = x.clone().requires_grad_()
-        assert (chains(read([f(leaf)], [leaf]), True) is not None) == closed
+        assert (closed_form(read([f(leaf)], [leaf]), True) is not None) == closed
 
 
 BATCHES_ONLY = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base.classes import dressed
+from ..meet.trace import closed_form, run
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
 from ..prologue.running import computing, eagerly, public
@@ -15,7 +16,6 @@ from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping
 from ..read.reading import read
-from ..second.trace import chains, traces
 from . import points
 from .diagonal import diagonal_of
 from .points import Options
@@ -107,9 +107,9 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
         return entries.diagonal(0, -2, -1).sum(-1)
     if graph.outputs[0] is None or graph.inputs[0] is None:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
-    found = chains(graph, batch)
-    if found is not None:
-        return traces(graph, found, batch).to(x.dtype)
+    form = closed_form(graph, batch)
+    if form is not None:
+        return run(graph, form).to(x.dtype)
     if batch and not asked.assume:
         _prove(graph, y, x)
     entries = diagonal_of(y, x, asked.chunk_size, asked.memory_limit)
