@@ -11,7 +11,7 @@ from torch.func import jacrev, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
-from jactri._src.base import kept
+from jactri._src.base import weights
 from jactri._src.calls import divergence as calls
 from jactri._src.meet.trace import closed_form
 from jactri._src.read.reading import read
@@ -244,7 +244,7 @@ def test_the_bracket_is_kept_until_a_weight_changes():
     other.load_state_dict(net.state_dict())
     assert products(other, x)[1] == bracket + each
     assert products(net, torch.randn(3, 6))[1] == 3 * 9 * 7  # whatever the batch
-    held = [t for e in kept._all() for made in e.made.values() for t in made[1]]
+    held = [t for e in weights._all() for made in e.made.values() for t in made[1]]
     assert any(t.shape == (9, 7) for t in held)
 
 

@@ -103,13 +103,13 @@ def test_weights(name, create_graph):
 def test_a_low_rank_pushes_fewer_columns(monkeypatch):
     torch.manual_seed(0)
     seen = []
-    run = forward.Run.__call__
+    run = forward.LaplacianRun.__call__
 
     def noted(self, directions):
         seen.append(None if directions is None else directions.shape[0])
         return run(self, directions)
 
-    monkeypatch.setattr(forward.Run, "__call__", noted)
+    monkeypatch.setattr(forward.LaplacianRun, "__call__", noted)
     net, x = mlp(nn.Tanh, 6, 8, 1), torch.randn(3, 6, dtype=F64)
     jactri.laplacian(net, x, low_rank(6, 2))
     jactri.laplacian(net, x)

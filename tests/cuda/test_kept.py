@@ -9,7 +9,7 @@ from torch import nn
 
 import jactri
 from benchmarks.gpu.sizes import sized
-from jactri._src.base import constants, kept
+from jactri._src.base import constants, weights
 from jactri.kernels import operands
 
 WORKLOADS = {s.workload.name: s.workload for s in sized([])}
@@ -57,7 +57,7 @@ def problem(name, device):
 
 
 def held():
-    return [t for e in kept._all() for _, tensors, _ in e.made.values() for t in tensors]
+    return [t for e in weights._all() for _, tensors, _ in e.made.values() for t in tensors]
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

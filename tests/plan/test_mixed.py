@@ -115,7 +115,7 @@ def orders(graph, a, b, levels):
         yield (
             seconds(made, rates),
             {
-                (s.seed, e) if reverse else (e, s.seed): mixed.Piece(s, e)
+                (s.seed, e) if reverse else (e, s.seed): mixed.Partial(s, e)
                 for s in made
                 for e in ends
                 if e in s.targets
@@ -128,7 +128,7 @@ def orders(graph, a, b, levels):
                     graph, mixed.Table(below, [], low, ""), mixed.Table(above, [], high, ""), levels[c][0],
                     lambda s: seconds([s], rates),
                 )  # fmt: skip
-                yield table.seconds, table.pieces
+                yield table.seconds, table.partials
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -125,7 +125,7 @@ def hessian(
 
 
 @dataclass(slots=True)
-class _Run:
+class _Evaluated:
     """One evaluation of ``func``, flat, with the trees of its outputs and of what is differentiated by."""
 
     ys: tuple[Tensor, ...]
@@ -196,7 +196,7 @@ class _Transform:
             return answer
         return answer, tree_map(functools.partial(_shown, run=run, graph=graph), run.aux)
 
-    def _run(self, args, kwargs, graph: bool) -> _Run:
+    def _run(self, args, kwargs, graph: bool) -> _Evaluated:
         places = self._places(len(args))
         chosen = tuple(args[k] for k in places)
         xs, spec = tree_flatten(chosen if isinstance(self.argnums, tuple) else chosen[0])
@@ -227,11 +227,11 @@ class _Transform:
         for leaf in leaves:
             if leaf.grad_fn is None:
                 leaf._jactri_leaf = True  # see behind.Outside
-        return _Run(ys, leaves, found[0], spec, found[1], start, at_once)
+        return _Evaluated(ys, leaves, found[0], spec, found[1], start, at_once)
 
     # -- first and second derivatives --------------------------------------------------------------
 
-    def _compute(self, ys, run: _Run, graph: bool, strategy: str, roots=None):
+    def _compute(self, ys, run: _Evaluated, graph: bool, strategy: str, roots=None):
         asked = Request(
             strategy, False, False, False, self.chunk_size, None, False, "auto", True, None
         )
@@ -239,7 +239,7 @@ class _Transform:
             return compute(ys, run.leaves, asked)
         return differentiable(ys, run.leaves, asked, run.start, run.at_once, roots)
 
-    def _first(self, run: _Run, graph: bool):
+    def _first(self, run: _Evaluated, graph: bool):
         """The Jacobians, by output and input."""
         live = [y for y in run.ys if y.is_floating_point()]
         kinds = {t.dtype for t in (*live, *run.leaves)}
@@ -253,7 +253,7 @@ class _Transform:
             for y in run.ys
         ]  # fmt: skip
 
-    def _second(self, run: _Run, graph: bool):
+    def _second(self, run: _Evaluated, graph: bool):
         """The Hessians, by output and input, as trees of inputs."""
         gradients = [g for y in run.ys for g in _gradients(y, run.leaves)]
         mixed = len({x.dtype for x in run.leaves}) > 1
@@ -388,7 +388,7 @@ def _ordinary(x):
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _shown(x: Tensor, run: _Run, graph: bool) -> Tensor:
+def _shown(x: Tensor, run: _Evaluated, graph: bool) -> Tensor:
     """A tensor of aux as the caller knows it: with the graph to what is the caller's, if there is one."""
     return x if graph and Outside(x, run.start) else x.detach()
 

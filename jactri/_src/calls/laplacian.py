@@ -21,7 +21,7 @@ from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping, refuse_or_log
 from ..second.curves import UnknownCurvature, read_curves
-from ..second.forward import Course, Run, course, narrowed
+from ..second.forward import Course, LaplacianRun, course, narrowed
 from . import points
 from . import weight as weights
 from .points import Options
@@ -224,7 +224,7 @@ def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, asked: Optio
             if (size, length) not in courses:
                 courses[size, length] = course(part, own, tied, size, length)
             signs = Seeds(None if plus is None else min(max(plus - start, 0), stop - start))
-            tangents, lap = Run(part, own, courses[size, length], signs)(directions)
+            tangents, lap = LaplacianRun(part, own, courses[size, length], signs)(directions)
             tangents = tangents.movedim(0, -1)
             if whole:
                 lap = torch.zeros_like(y) if lap is None else lap

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base.kept import kept
+from ..base.weights import made_of
 from .linear_map import LinearMap
 from .maps import fold, unfold
 from .packed import Packed, by_columns, quick, small
@@ -143,8 +143,8 @@ class Conv(LinearMap):
         """What is made of the weight, kept for as long as all that it is made of is what it was."""
         f = self._folded
         if f is None:
-            return kept(self._weight, key, make, tensors)
-        return kept(self._weight, (key, f.key), make, tensors, f.given)
+            return made_of(self._weight, key, make, tensors)
+        return made_of(self._weight, (key, f.key), make, tensors, f.given)
 
     def scaled(self, scale: Tensor) -> Conv:
         """The channels of its result times ``scale``, a vector."""

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..base.cache import Cache
-from ..base.kept import kept
 from ..base.rates import rough
+from ..base.weights import made_of
 from ..maps.contraction import MatMul
 from ..maps.lettered import multiply
 from ..maps.letters import Letter, Letters, order
@@ -246,7 +246,7 @@ def _bracket(graph: Graph, term: Term) -> Tensor:
         tuple(tuple(e.key for e in part) for part in edges),
         tuple((tuple(p.shape), p.stride(), p.storage_offset()) for p in partners),
     )  # fmt: skip
-    return kept(bases[0], key, make, lambda core: (core,), given=bases[1:])
+    return made_of(bases[0], key, make, lambda core: (core,), given=bases[1:])
 
 
 def _matrix(part: list[LinearMap], like) -> Tensor:

@@ -2,8 +2,8 @@
 
 A convolution and the batch norm after it (in eval) are one convolution with a scaled weight; two convolutions with
 nothing between, or two matrices, are one where that costs fewer flops a seed. What is formed is kept for as long as the
-weights are equal to what they were (see `kept`). On a GPU, where nothing made of weights is kept, nothing is folded:
-kernels scale in registers.
+weights are equal to what they were (see `base.weights`). On a GPU, where nothing made of weights is kept, nothing is
+folded: kernels scale in registers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..base.kept import kept
+from ..base.weights import made_of
 from ..maps.contraction import MatMul
 from ..maps.convolution import Conv
 from ..maps.linear_map import Diagonal, LinearMap
@@ -113,7 +113,7 @@ def _product(first: MatMul, after: MatMul) -> MatMul | None:
     if rows * columns >= inner * (rows + columns):
         return None
     key = "product", q.shape, q.stride(), q.storage_offset()
-    made = kept(p, key, lambda: p.detach() @ q.detach(), lambda m: (m,), (q,))
+    made = made_of(p, key, lambda: p.detach() @ q.detach(), lambda m: (m,), (q,))
     return MatMul(made, "right")
 
 

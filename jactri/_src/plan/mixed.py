@@ -24,7 +24,7 @@ MOST_CUTS = 8
 
 
 @dataclass(frozen=True)
-class Piece:
+class Partial:
     """One partial Jacobian: the block of ``value`` in a sweep or product that was made."""
 
     made: Sweep
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Product:
-    """How two pieces are multiplied: a letter for each dim of both blocks and of the result.
+    """How two partials are multiplied: a letter for each dim of both blocks and of the result.
 
     Letters are those of an einsum: one that both blocks and the result have is a batch index, one that the result
     lacks is summed. ``first`` and ``second`` name the dims of the blocks after they are split to these letters.
@@ -85,12 +85,12 @@ def _merge(dims, part) -> bool:
 class Join(Sweep):
     """Products of partial Jacobians at a cut, as the last stage of a sweep in reverse from ``seed``.
 
-    ``first``: by target, the piece between it and the cut; ``second``: the piece between the cut and the seed.
+    ``first``: by target, the partial between it and the cut; ``second``: the partial between the cut and the seed.
     """
 
     at: int = -1
-    second: Piece | None = None
-    first: dict[int, Piece] = field(default_factory=dict)
+    second: Partial | None = None
+    first: dict[int, Partial] = field(default_factory=dict)
     products: dict[int, Product] = field(default_factory=dict)
 
     @property
@@ -112,10 +112,10 @@ class Join(Sweep):
     itemsizes: dict[int, int] = field(default_factory=dict)
 
     def of(self, ready: dict[Sweep, Sweep]) -> Join:
-        """The same products, of what the pieces' sweeps have become."""
+        """The same products, of what the partials' sweeps have become."""
 
-        def now(piece: Piece) -> Piece:
-            return Piece(ready[piece.made], piece.value)
+        def now(partial: Partial) -> Partial:
+            return Partial(ready[partial.made], partial.value)
 
         first = {v: now(p) for v, p in self.first.items()}
         return replace(self, first=first, second=now(self.second))
@@ -132,7 +132,7 @@ class Join(Sweep):
         return total + last
 
 
-def product(first: Piece, second: Piece) -> tuple[Product, Layout, Layout] | None:
+def product(first: Partial, second: Partial) -> tuple[Product, Layout, Layout] | None:
     """How ``second`` (cut to target) times ``first`` (source to cut) is computed.
 
     Returns it with the layout of the result as the block of the source in a reverse sweep from the target, and the
@@ -172,11 +172,11 @@ def product(first: Piece, second: Piece) -> tuple[Product, Layout, Layout] | Non
     return found, layout, identity
 
 
-def _ends(network: Network, piece: Piece) -> tuple[list[Letter], Axes, Axes]:
-    """The letters of a piece's dims, of its source and of its target."""
-    block = network.block(piece.made.layout, piece.layout)
+def _ends(network: Network, partial: Partial) -> tuple[list[Letter], Axes, Axes]:
+    """The letters of a partial's dims, of its source and of its target."""
+    block = network.block(partial.made.layout, partial.layout)
     seed, value = block.ends
-    return (block.dims, value, seed) if piece.made.reverse else (block.dims, seed, value)
+    return (block.dims, value, seed) if partial.made.reverse else (block.dims, seed, value)
 
 
 def cuts(graph: Graph) -> list[int]:
@@ -222,7 +222,7 @@ def narrow_cuts(graph: Graph) -> list[int]:
 class Table:
     """All partial Jacobians between two levels, by (target, source), and what has to be made for them, in order."""
 
-    pieces: dict[tuple[int, int], Piece]
+    partials: dict[tuple[int, int], Partial]
     makes: list[Sweep]
     seconds: float
     name: str
@@ -265,13 +265,13 @@ def _sweeps(graph: Graph, sources, targets, seconds) -> list[Table]:
     for reverse, name in ((False, "forward"), (True, "reverse")):
         seeds, ends = (targets, sources) if reverse else (sources, targets)
         made = [follow(graph, seed, reverse, list(ends), i) for i, seed in enumerate(seeds)]
-        pieces = {}
+        partials = {}
         for sweep in made:
             for end in sweep.targets:
                 if end is not None:
                     pair = (sweep.seed, end) if reverse else (end, sweep.seed)
-                    pieces[pair] = Piece(sweep, end)
-        out.append(Table(pieces, made, sum(seconds(s) for s in made), name))
+                    partials[pair] = Partial(sweep, end)
+        out.append(Table(partials, made, sum(seconds(s) for s in made), name))
     return out
 
 
@@ -279,11 +279,11 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
     """The products of two tables at a cut, or None where their blocks cannot be multiplied."""
     if below is None or above is None:
         return None
-    pieces: dict[tuple[int, int], Piece] = {}
+    partials: dict[tuple[int, int], Partial] = {}
     joins: list[Sweep] = []
-    for i, (target, _) in enumerate(above.pieces):
-        second, join = above.pieces[target, at], None
-        for (_, source), first in below.pieces.items():
+    for i, (target, _) in enumerate(above.partials):
+        second, join = above.partials[target, at], None
+        for (_, source), first in below.partials.items():
             found = product(first, second)
             if found is None:
                 return None
@@ -297,8 +297,8 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
             join.layouts[source] = layout
             join.first[source], join.products[source] = first, how
             join.itemsizes[source] = itemsize(graph, source)
-            pieces[target, source] = Piece(join, source)
+            partials[target, source] = Partial(join, source)
     total = below.seconds + above.seconds + sum(seconds(j) for j in joins)
     shape = "x".join(map(str, graph.values[at].shape))
     name = f"({below.name} to {shape}, {above.name} from there)"
-    return Table(pieces, [*below.makes, *above.makes, *joins], total, name)
+    return Table(partials, [*below.makes, *above.makes, *joins], total, name)

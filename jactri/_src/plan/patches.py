@@ -40,14 +40,14 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Window:
+class ReceptiveField:
     """The pixels of a value that a pixel of the seed reaches: ``size`` of them from ``stride * seed + offset`` on."""
 
     stride: Pair
     offset: Pair
     size: Pair
 
-    def union(self, other: Window) -> Window | None:
+    def union(self, other: ReceptiveField) -> ReceptiveField | None:
         """The window of a sum."""
         if self.stride != other.stride:
             return None
@@ -56,7 +56,9 @@ class Window:
             max(a + n, b + m)
             for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
         ]
-        return Window(self.stride, offset, _pair(e - o for e, o in zip(ends, offset, strict=True)))
+        return ReceptiveField(
+            self.stride, offset, _pair(e - o for e, o in zip(ends, offset, strict=True))
+        )
 
 
 def _pair(values: Iterable[int]) -> Pair:
@@ -82,7 +84,7 @@ def _geometry(edge: Conv) -> tuple[tuple[int, ...], Pair, Pair, Pair]:
     return w, tuple(g.stride), tuple(g.padding), tuple(g.dilation)
 
 
-def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
+def _through(edge: LinearMap, at: ReceptiveField, reverse: bool) -> ReceptiveField | None:
     """The window after a map, or None where patches cannot pass it."""
     if isinstance(edge, Diagonal | Scale | Identity):
         return at
@@ -91,14 +93,14 @@ def _through(edge: LinearMap, at: Window, reverse: bool) -> Window | None:
     weight, stride, padding, dilation = _geometry(edge)
     reach = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
     if _spreads(edge, reverse):
-        return Window(
+        return ReceptiveField(
             _pair(s * t for s, t in zip(stride, at.stride, strict=True)),
             _pair(s * o - p for s, o, p in zip(stride, at.offset, padding, strict=True)),
             _pair(s * (n - 1) + r + 1 for s, n, r in zip(stride, at.size, reach, strict=True)),
         )
     if stride != (1, 1):
         return None  # which pixels are hit differs from pixel to pixel of the seed
-    return Window(
+    return ReceptiveField(
         at.stride,
         _pair(o + p - r for o, p, r in zip(at.offset, padding, reach, strict=True)),
         _pair(n + r for n, r in zip(at.size, reach, strict=True)),
@@ -112,7 +114,7 @@ def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
     if image is None or not sweep.patterns:
         return None
     n = seed.shape[0]
-    windows = {sweep.seed: Window((1, 1), (0, 0), (1, 1))}
+    windows = {sweep.seed: ReceptiveField((1, 1), (0, 0), (1, 1))}
     shared = {sweep.seed: True}
     seeds = seed.shape[1] * prod(image)
     steps = []
@@ -165,7 +167,7 @@ def reach(edge: Conv, reverse: bool) -> Pair:
 
 
 def _way(
-    edge: Conv, at: Window, to: Window, channels: int, outs: int, reverse: bool
+    edge: Conv, at: ReceptiveField, to: ReceptiveField, channels: int, outs: int, reverse: bool
 ) -> tuple[bool, float]:
     """Whether a product is faster than a convolution of small images, and the flops for one pixel of the seed."""
     coarse = prod(at.size) if _spreads(edge, reverse) else prod(to.size)
@@ -226,7 +228,7 @@ class Block:
     alike: bool
 
 
-class Run:
+class PatchRun:
     """One sweep by patches, some samples and lines of the seed's image at a time.
 
     ``samples``: the first ones only. ``dtype``: another one than the graph's.
@@ -246,7 +248,7 @@ class Run:
         self.dtype = dtype or seed.dtype
         self._padded: dict[tuple, tuple[Tensor, Pair, Tensor | None]] = {}
         self._alike: dict[int, Block] = {}
-        self._matrices: dict[tuple[int, Window], Tensor] = {}
+        self._matrices: dict[tuple[int, ReceptiveField], Tensor] = {}
         """By the id of an edge, which the graph holds, and the window that it is given."""
         self.writable = may_write()
 
@@ -314,7 +316,7 @@ class Run:
         return Block(total, clean, alike)
 
     def _scaled(
-        self, data: Tensor, edge: Diagonal, at: Window, shape, chunk, own: bool
+        self, data: Tensor, edge: Diagonal, at: ReceptiveField, shape, chunk, own: bool
     ) -> tuple[Tensor, bool]:
         """Times a derivative, or selected by it, and whether that made it zero outside of the image."""
         clean = False
@@ -331,11 +333,11 @@ class Run:
             data, own = function(data, view, own and inside), self.writable
         return data, clean
 
-    def _inside(self, data: Tensor, at: Window, shape, chunk) -> Tensor:
+    def _inside(self, data: Tensor, at: ReceptiveField, shape, chunk) -> Tensor:
         """Zero outside of the image."""
         return data * self.windows(None, at, shape, chunk)
 
-    def windows(self, d: Tensor | None, at: Window, shape, chunk) -> Tensor:
+    def windows(self, d: Tensor | None, at: ReceptiveField, shape, chunk) -> Tensor:
         """The windows of a derivative, ``(samples, 1, lines, columns, *window, C)``, as a view of it with a border."""
         key = id(d), at, shape
         if key not in self._padded:
@@ -366,7 +368,7 @@ class Run:
             d.storage_offset() + n0 * sn + (y + line * at.stride[0]) * sy + x * sx,
         )
 
-    def _convolved(self, edge: Conv, data: Tensor, at: Window, outs: int) -> Tensor:
+    def _convolved(self, edge: Conv, data: Tensor, at: ReceptiveField, outs: int) -> Tensor:
         to, reverse = _through(edge, at, self.sweep.reverse), self.sweep.reverse
         lead, channels = data.shape[:4], data.shape[-1]
         if _way(edge, at, to, channels, outs, reverse)[0]:
@@ -376,7 +378,7 @@ class Run:
             out = _small(edge, patches, reverse).permute(0, 2, 3, 1)
         return out.reshape(*lead, *to.size, outs)
 
-    def matrix(self, edge: Conv, at: Window) -> Tensor:
+    def matrix(self, edge: Conv, at: ReceptiveField) -> Tensor:
         """The convolution of windows as a matrix."""
         matrix = self._matrices.get((id(edge), at))
         if matrix is None:
@@ -411,7 +413,7 @@ def _small(edge: Conv, patches: Tensor, reverse: bool) -> Tensor:
     return F.conv2d(patches, weight, None, 1, border, dilation, groups)
 
 
-def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
+def _matrix(edge: Conv, at: ReceptiveField, reverse: bool) -> Tensor:
     """The convolution as a matrix ``(pixels * channels, pixels * channels)`` of windows, made of the weight alone."""
 
     def make() -> Tensor:
@@ -425,7 +427,7 @@ def _matrix(edge: Conv, at: Window, reverse: bool) -> Tensor:
     return edge.once(("matrix", at.size, edge.geometry.key, reverse), make, lambda m: (m,))
 
 
-def _widened(data: Tensor, at: Window, to: Window) -> Tensor:
+def _widened(data: Tensor, at: ReceptiveField, to: ReceptiveField) -> Tensor:
     """Zeros around a window, to that of a sum."""
     if at == to:
         return data

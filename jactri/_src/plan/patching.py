@@ -238,14 +238,14 @@ class Patched:
         return self._within(CHECKED_ENTRIES)
 
     def torch(self, dtype: torch.dtype | None = None) -> Tensor:
-        block = patches.Run(self.graph, self.sweep, self.samples, dtype).whole(self.tail.value)
+        block = patches.PatchRun(self.graph, self.sweep, self.samples, dtype).whole(self.tail.value)
         return self.answer.formed(block) if self.tail.dense else block
 
     def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
         from ...kernels.patches import patches as kernel
 
         graph, sweep, tail, n = self.graph, self.sweep, self.tail, self.samples
-        run, seed = patches.Run(graph, sweep, n), graph.values[sweep.seed]
+        run, seed = patches.PatchRun(graph, sweep, n), graph.values[sweep.seed]
         (K, *image), sizes = (seed.shape[1], *images(seed.shape)), self.kind().sizes
         edges = [edge_of(graph, s) for s in tail.products]
         ends = [tail.first, *(s.value for s in tail.products)]
@@ -311,7 +311,7 @@ def _product(graph: Graph, steps: tuple[Step, ...]) -> Tensor | None:
     return whole
 
 
-def _windows(graph: Graph, sweep: Sweep, run: patches.Run, d, value: int, chunk) -> Tensor:
+def _windows(graph: Graph, sweep: Sweep, run: patches.PatchRun, d, value: int, chunk) -> Tensor:
     """The windows of a derivative, or of ones within the image, for a kernel."""
     found = run.windows(d, sweep.windows[value], graph.values[value].shape, chunk)[:, 0]
     return found.expand(chunk[1], *found.shape[1:-1], graph.values[value].shape[1])

@@ -479,7 +479,7 @@ def _meeting(graph: Graph, strategy: str, terms: _Terms) -> mixed.Table | None:
 
 def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:
     """The parts of a mixed plan, and the products that are the answers: one for each output."""
-    last = {target: p.made for (target, _), p in table.pieces.items()}
+    last = {target: p.made for (target, _), p in table.partials.items()}
     ends = {id(m) for m in last.values()}
     parts = [m for m in table.makes if id(m) not in ends]
     sweeps: list[Sweep] = []

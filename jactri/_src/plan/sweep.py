@@ -16,7 +16,7 @@ from ..maps.linear_map import Route
 from ..read.graph import Graph
 
 if TYPE_CHECKING:
-    from .patches import Window
+    from .patches import ReceptiveField
     from .pattern import Pattern
 
 
@@ -70,7 +70,7 @@ class Sweep:
     """Seeds that run as one, in a factor of the seed (see `pattern`)."""
     patterns: dict[int, Pattern] = field(default_factory=dict)
     """By target: the entries that are computed, where that is not the whole block."""
-    windows: dict[int, Window] = field(default_factory=dict)
+    windows: dict[int, ReceptiveField] = field(default_factory=dict)
     """By value: where its block has the pixels of, if the sweep runs by `patches`."""
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0

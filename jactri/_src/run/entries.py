@@ -21,7 +21,7 @@ from ..base.tracing import may_write
 from ..device import chooser
 from ..device.passes import Pass, PassKind
 from ..maps.layout import Layout, Selection, scatter
-from ..plan.patches import Window, images, put
+from ..plan.patches import ReceptiveField, images, put
 from ..plan.pattern import Pattern, Trace, pattern_of
 from ..plan.sweep import Sweep, factors_of
 from ..read.graph import Graph
@@ -127,7 +127,7 @@ class Entries(Answer):
     ``patch``: the window of the target, if the sweep runs by patches.
     """
 
-    def __init__(self, *answer, pattern: Pattern, form: str, patch: Window | None = None):
+    def __init__(self, *answer, pattern: Pattern, form: str, patch: ReceptiveField | None = None):
         super().__init__(*answer)
         self.patch = patch
         self.final, self.form = self.layout, form

@@ -226,7 +226,7 @@ def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks
             if watch:
                 watch.done([])
             return
-    run = patches.Run(graph, sweep)
+    run = patches.PatchRun(graph, sweep)
     pinned = frozenset(v for v, _ in ends)
     for chunk in run.chunks():
         blocks = {sweep.seed: run.seed()}

@@ -138,7 +138,7 @@ def narrowed(graph: Graph, curves: Curves, where, start: int, length: int):
     return Graph(values, graph.inputs, graph.outputs, graph.key), own
 
 
-class Run:
+class LaplacianRun:
     """One run of a course: blocks of tangents and Laplacians by value (see `maps.curvature.Tangents`)."""
 
     def __init__(self, graph: Graph, curves: Curves, plan: Course, seeds: Seeds):

@@ -28,7 +28,7 @@ from ..plan.sweep import Step, Sweep
 from ..read.graph import Graph
 
 if TYPE_CHECKING:
-    from .forward import Run
+    from .forward import LaplacianRun
 
 
 def runs(
@@ -82,7 +82,7 @@ def _link(graph: Graph, curves: Curves, dense: frozenset[int], step: Step) -> st
     return "matmul" if shared and curve is None else ""
 
 
-def launch(run: Run, steps: Sequence[Step]) -> Tensor | None:
+def launch(run: LaplacianRun, steps: Sequence[Step]) -> Tensor | None:
     """Tangents and Laplacian ``(K + 1, *value)`` of the last step, or None where torch has to run them."""
     block = _start(run, steps[0])
     if block is None:
@@ -261,7 +261,7 @@ class Layers:
         return t
 
 
-def _start(run: Run, step: Step) -> Tensor | None:
+def _start(run: LaplacianRun, step: Step) -> Tensor | None:
     """Tangents and Laplacian ``(K + 1, rows, features)`` ahead of a run; None where they are no such block."""
     source = step.terms[0].other
     like, layout = run.values[source], run.layouts[source]
@@ -286,7 +286,7 @@ def _start(run: Run, step: Step) -> Tensor | None:
     return torch.cat((block, block.new_zeros(1, *block.shape[1:]))).expand(-1, rows, -1)
 
 
-def _layers(run: Run, steps: Sequence[Step]) -> list[Layer]:
+def _layers(run: LaplacianRun, steps: Sequence[Step]) -> list[Layer]:
     layers: list[Layer] = []
     for step in steps:
         term = step.terms[0]
@@ -298,7 +298,7 @@ def _layers(run: Run, steps: Sequence[Step]) -> list[Layer]:
     return layers
 
 
-def _activation(run: Run, step: Step, edge: LinearMap):
+def _activation(run: LaplacianRun, step: Step, edge: LinearMap):
     """Both derivatives of an activation, (rows, features): as kernels form them, or ready; and as tensors."""
     curve, shape = run.curves.get(step.value), run.values[step.value].shape
 

@@ -46,7 +46,7 @@ def _all() -> list[_Entry]:
     return [e for views in _entries.values() for e in views.values()]
 
 
-def kept(
+def made_of(
     weight: Tensor,
     key: Hashable,
     make: Callable[[], T],

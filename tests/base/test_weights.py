@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import jacrev, vmap
 
 import jactri
-from jactri._src.base import kept
+from jactri._src.base import weights
 from jactri._src.plan import patches
 
 
@@ -142,7 +142,7 @@ def test_every_write_is_seen(name, write):
 def test_off_the_cpu_nothing_is_kept():
     """There no value can be read without waiting, and versions do not tell."""
     weight = torch.empty(3, 3, device="meta")
-    before, made = len(kept._all()), []
+    before, made = len(weights._all()), []
 
     def form():
         made.append(weight @ weight)
@@ -150,16 +150,16 @@ def test_off_the_cpu_nothing_is_kept():
 
     with torch.no_grad():
         for _ in range(2):
-            kept.kept(weight, "square", form, lambda m: (m,))
+            weights.made_of(weight, "square", form, lambda m: (m,))
     assert len(made) == 2
-    assert len(kept._all()) == before
+    assert len(weights._all()) == before
 
 
 def test_a_call_forms_the_matrices_of_its_patches_once(monkeypatch):
     """However many chunks it runs in."""
     net, x = images()
     formed, form = [], patches._matrix
-    chunks, cut = [], patches.Run.chunks
+    chunks, cut = [], patches.PatchRun.chunks
 
     def noted(edge, at, reverse):
         formed.append((edge, at))
@@ -171,7 +171,7 @@ def test_a_call_forms_the_matrices_of_its_patches_once(monkeypatch):
             yield chunk
 
     monkeypatch.setattr(patches, "_matrix", noted)
-    monkeypatch.setattr(patches.Run, "chunks", counted)
+    monkeypatch.setattr(patches.PatchRun, "chunks", counted)
     monkeypatch.setattr(patches, "CHUNK_BYTES", 1 << 12)
     got = jacobian(net, x)
     assert len(chunks) > 4 or x.device.type != "cpu"
