@@ -121,20 +121,17 @@ class MatMul(LinearMap):
     partner's rows scaled (or the partner itself, under an identity seed).
     """
 
-    __slots__ = ("key", "partner", "side")
+    __slots__ = ("key", "partner", "side", "structure")
     name = "matmul"
 
     def __init__(self, partner: Tensor, side: str = "right"):
         self.partner, self.side = partner, side
         self.key = (MatMul, side, partner.dim())  # type: ignore[misc]
+        self.structure = "shared matrix" if partner.dim() == 2 else "batched matrix"
 
     @property
     def uniform(self):
         return self.side == "right" and self.partner.dim() == 2
-
-    @property
-    def structure(self):
-        return "shared matrix" if self.partner.dim() == 2 else "batched matrix"
 
     def kept(self, in_shape, out_shape):
         n = len(in_shape)

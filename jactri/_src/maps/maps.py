@@ -210,16 +210,13 @@ class Batched(MatMul):
     def __init__(self, make: Callable[[], Tensor], side: str):
         self._make, self.side = make, side
         self.key = (MatMul, side, 3)  # type: ignore[misc]
+        self.structure = "batched matrix"
 
     @property
     def partner(self) -> Tensor:
         return self._make()
 
     uniform = False
-
-    @property
-    def structure(self):
-        return "batched matrix"
 
     def narrow(self, source, target, in_shape, out_shape):
         make = self._make
