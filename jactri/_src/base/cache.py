@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -31,7 +31,7 @@ class Cache(dict[K, V]):
 
     def of(self, key: K, make: Callable[[], V]) -> V:
         """The value of a key, made now if it is not there. What ``make`` raises is not remembered."""
-        found = self.get(key, _MISSING)
+        found: Any = self.get(key, _MISSING)
         if found is _MISSING:
             found = self[key] = make()
         return found

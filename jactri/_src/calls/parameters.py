@@ -463,13 +463,13 @@ def _add_all(
 ) -> None:
     run, budget = first._run, first._formed_budget()
     seeds = len(run.seeds), len(second._run.seeds)
-    joined = {}
+    joined: dict[str, tuple[str, Piece, Piece]] = {}
     if weights is None:
-        joined = with_bias(mine)
-        other = joined if theirs is mine else with_bias(theirs)
+        own = with_bias(mine)
+        other = own if theirs is mine else with_bias(theirs)
         joined = {
             name: (bias, p, other[name][1])
-            for name, (bias, p) in joined.items()
+            for name, (bias, p) in own.items()
             if name in other and other[name][0] == bias
         }
     done = {bias for bias, _, _ in joined.values()}

@@ -218,8 +218,8 @@ def _kind(columns: int | None) -> str:
 
 
 def _nested(made: list[Tensor], block: bool, tupled: bool):
-    made = tuple(made if block else [m.squeeze(0) for m in made])
-    return made if tupled else made[0]
+    product = tuple(made if block else [m.squeeze(0) for m in made])
+    return product if tupled else product[0]
 
 
 def push(

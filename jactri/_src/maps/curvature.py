@@ -10,7 +10,7 @@ stored seeds ``K`` is the sum over all of them, in any layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -115,7 +115,7 @@ class Unary(Curvature):
         source: int,
         name: str,
         formula: Callable[..., tuple[Tensor, Tensor]],
-        saved: Sequence[Tensor],
+        saved: Iterable[Tensor],
         constants: tuple = (),
         kernel: str = "",
     ):
@@ -170,6 +170,9 @@ class Differentiated:
 
     def __len__(self) -> int:
         return 2
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self[0], self[1]))
 
     def __getitem__(self, i: int) -> Tensor:
         if self._slopes is None:

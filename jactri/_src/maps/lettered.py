@@ -153,7 +153,7 @@ def _as_matrices(dest: Tensor, out: Letters, found: Letters, shape) -> Tensor | 
 
 
 def _sizes(operands: list[Lettered]) -> tuple[tuple[Letter, int], ...]:
-    found = {}
+    found: dict[Letter, int] = {}
     for t, letters in operands:
         found.update(zip(letters, t.shape, strict=True))
     return tuple(sorted(found.items()))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ from ..base.cache import Cache
 from ..base.rates import rough
 from ..base.weights import made_of
 from ..maps.contraction import MatMul
-from ..maps.lettered import multiply
+from ..maps.lettered import Lettered, multiply
 from ..maps.letters import Letter, Letters, order
-from ..maps.linear_map import Diagonal, Identity, LinearMap, Scale, View
+from ..maps.linear_map import Diagonal, Identity, Scale, View
 from ..maps.selection import Place, Slice, Take
 from ..plan.planner import predict
 from ..plan.sweep import itemsize
@@ -191,13 +192,13 @@ def run(graph: Graph, form: ClosedForm) -> Tensor:
     return total.expand(graph.values[graph.inputs[0]].shape[0])
 
 
-def _edge(graph: Graph, value: int) -> LinearMap:
+def _edge(graph: Graph, value: int) -> Any:
     return graph.values[value].sources[0][1]
 
 
 def _trace(graph: Graph, term: Term) -> Tensor:
     like, n = graph.values[graph.inputs[0]], dict(term.sizes)[SAMPLES]
-    operands = []
+    operands: list[Lettered] = []
     # from the output on, as a pull goes: what comes to a selection may be infinite
     if term.diagonals:
         letter, values = term.diagonals[-1]
@@ -249,7 +250,7 @@ def _bracket(graph: Graph, term: Term) -> Tensor:
     return made_of(bases[0], key, make, lambda core: (core,), given=bases[1:])
 
 
-def _matrix(part: list[LinearMap], like) -> Tensor:
+def _matrix(part: list[Any], like) -> Tensor:
     """The product of maps as a matrix ``(in, out)``."""
     made = None
     for edge in part:

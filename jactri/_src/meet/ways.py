@@ -246,8 +246,8 @@ def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
     for pair, c, network, part in made:
         parts.setdefault((pair, c), Sum()).add(network, part)
     total: dict[tuple[int, int], Sum] = {}
-    for (pair, _), part in parts.items():
-        total.setdefault(pair, Sum()).merge(part)
+    for (pair, _), of_end in parts.items():
+        total.setdefault(pair, Sum()).merge(of_end)
     return total
 
 
@@ -272,15 +272,15 @@ def weight_in(
     rows = network.axes(shape)
     if not form.startswith("dense"):
         columns = [list(axis) for axis in rows]
-        dims = [] if form == "identity" else rows
+        axes = [] if form == "identity" else rows
     else:
         columns = network.axes(shape)
         if per_sample:
             columns[0] = list(rows[0])
-        dims = [*rows, *columns[per_sample:]]
+        axes = [*rows, *columns[per_sample:]]
     if per_sample and form in ("dense", "diagonal"):
-        dims = dims[1:]
-    dims = [c for axis in dims for c in axis]
+        axes = axes[1:]
+    dims = [c for axis in axes for c in axis]
     return network.add(dims, (rows, columns), weight)
 
 

@@ -159,7 +159,7 @@ def accumulate(
         shape = (*shape[:axis], len(used), *shape[axis + 1 :])
         if extra is not None and extra[1] is None:
             extra = extra[0].index_select(axis, used), None
-        if link.own:
+        if isinstance(total, Entries):
             total = total.at(axis, used)
     if all(_alike(p, q) for p in firsts for q in seconds):
         pairs = [_Pair(p, q, link, extra) for p in firsts for q in seconds]
@@ -174,7 +174,7 @@ def accumulate(
         if span is not None:
             if extra is not None and extra[1] is None:
                 third = extra[0].narrow(axis, *span), None
-            if link.own:
+            if isinstance(total, Entries):
                 into = total.narrow(axis, *span)
         pair = _Pair(mine, theirs, link, third)
         into.add(pair.product(), pair.labels)

@@ -130,7 +130,8 @@ class Partials:
         """``whole``: every operand has the shape of the output; ``output``: which of them."""
         g.check_memory()
         self.node, self.count, self.output = g.node, len(g.meta), output
-        self.meta, self.whole, self._all = g.meta[output], whole, None
+        self.meta, self.whole = g.meta[output], whole
+        self._all: tuple[Tensor | None, ...] | None = None
 
     def __call__(self, edge: int) -> Tensor:
         m = self.meta

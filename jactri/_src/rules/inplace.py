@@ -159,7 +159,8 @@ def regular(index: Tensor, shape: tuple[int, ...]):
     for a, size in enumerate(index.shape):
         if size > 1:
             steps[a] = int(index.select(a, 1).reshape(-1)[0]) - first
-    slices, unit, rest = [], prod(shape), first
+    slices: list[tuple[int | None, int, int, int]] = []
+    unit, rest = prod(shape), first
     left = dict(steps)
     for size in shape:
         unit //= size

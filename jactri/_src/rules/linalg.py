@@ -45,8 +45,8 @@ def _batch(g, s: int | None, batch: tuple[int, ...]) -> int | None:
 
 def _flat(t: Tensor, batch: tuple[int, ...], tail: int = 2) -> Tensor:
     """A saved tensor the same way."""
-    tail = tuple(t.shape[t.dim() - tail :])
-    return t.expand(*batch, *tail).reshape(prod(batch), *tail)
+    last = tuple(t.shape[t.dim() - tail :])
+    return t.expand(*batch, *last).reshape(prod(batch), *last)
 
 
 def _less(g, b: int | None, terms: list[int], shape) -> int:

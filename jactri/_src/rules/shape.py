@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
@@ -260,12 +263,14 @@ def _mixing(g, s: int, name: str, push, pull, axes, index=None) -> int:
     ``index(axis)`` says, where every axis is rearranged by itself, which entry comes where; all of it is in ``name``.
     """
     kept = keep_all_but(axes, len(g.shape))
-    supports = None
+    supports: dict[int, Callable] | None = None
     if index is not None:
         sizes = g.shape
-        supports = {
-            a: lambda a=a: numpy.arange(sizes[a]) == index(a)[:, None] % sizes[a] for a in axes
-        }
+
+        def support(a: int) -> numpy.ndarray:
+            return numpy.arange(sizes[a]) == index(a)[:, None] % sizes[a]
+
+        supports = {a: partial(support, a) for a in axes}
     edge = Functional(
         name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports, moves=(True, True)
     )

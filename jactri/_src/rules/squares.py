@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from torch import Tensor
+
 from ..maps.contraction import Expand
 from ..maps.linear_map import Cast, Diagonal, Permute, Scale, View
 from ..maps.selection import Gather, Select, Slice, Take
@@ -31,10 +35,14 @@ def squared(g, a: int, b: int) -> int | None:
         if a == b and edge.__class__ is Scale:
             edge = Scale(edge.factor**2)
         elif a == b and edge.__class__ is Diagonal:
-            edge = Diagonal(lambda edge=edge: edge.d.square())
+            edge = Diagonal(partial(_square, edge))
         value = g._add(old.op, old.shape, old.dtype, old.device, ((value, edge),))
     g.smooth.add(value)
     return value
+
+
+def _square(edge: Diagonal) -> Tensor:
+    return edge.d.square()
 
 
 def _root(g, node):

@@ -372,8 +372,9 @@ class Entries(Answer):
         many = max(self.samples, 1)
         if self.per_sample:
             ends, place = (t.expand(many, -1).contiguous() for t in (start, column))
-            size = (many, rows, columns)
-            return torch.sparse_csr_tensor(ends, place, values, size, check_invariants=False)
+            return torch.sparse_csr_tensor(
+                ends, place, values, (many, rows, columns), check_invariants=False
+            )
         sample, _, column = self._blocks(row, column)
         first = start[:-1] + (torch.arange(many, device=row.device) * len(row))[:, None]
         ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(row))])

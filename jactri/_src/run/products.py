@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..maps.layout import Layout, Selection
-from ..maps.lettered import contract, cut, once
+from ..maps.lettered import Lettered, contract, cut, once
 from ..plan.mixed import Product
 
 
@@ -26,16 +26,17 @@ def multiply(
     it was written. Costs ``2 * prod(sizes)`` flops.
     """
     spans = {how.seeds[factor]: span for factor, span in sel.items()}
-    parts = []
+    parts: list[Lettered] = []
     for t, letters in ((second, how.second), (first.to(second.device), how.first)):
         t = cut(t.reshape([how.sizes[c] for c in letters]), letters, spans)
         # a block of weights that all samples share is taken once
-        parts += once(t, letters, how.out)
+        parts.append(once(t, letters, how.out))
+    one, other = parts
     shape = [spans[c][1] if c in spans else how.sizes[c] for c in how.out]
     if out is not None and not torch.is_grad_enabled() and _fits(out, first, second):
-        contract(*parts, how.out, out.view(shape))
+        contract(*one, *other, how.out, out.view(shape))
         return out
-    return contract(*parts, how.out).expand(shape).reshape(layout.columns(sel), *layout.shape)
+    return contract(*one, *other, how.out).expand(shape).reshape(layout.columns(sel), *layout.shape)
 
 
 def _fits(out: Tensor, first: Tensor, second: Tensor) -> bool:

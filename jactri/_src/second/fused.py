@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from ..base import backends
 from ..device import chooser
 from ..device.chooser import CHECKED_ROWS, TIMED_ENTRIES, Offer, Way, dots
 from ..maps.curvature import Curves, Seeds, Unary
-from ..maps.linear_map import LinearMap
 from ..plan.sweep import Step, Sweep
 from ..read.graph import Graph
 
@@ -151,7 +150,8 @@ class LayersKind:
         from ...kernels import laplacian
 
         layers = len(self.widths) - 1 - self.last
-        multiply, found = dots(self.precision), []
+        multiply = dots(self.precision)
+        found: list[Offer] = []
         within = self.widths[: layers + 1]
         if configs := laplacian.chain_configs(within, self.tangents, self.device):
             found.append(((("laplacian.chain", layers),), configs, multiply))
@@ -298,9 +298,10 @@ def _layers(run: LaplacianRun, steps: Sequence[Step]) -> list[Layer]:
     return layers
 
 
-def _activation(run: LaplacianRun, step: Step, edge: LinearMap):
+def _activation(run: LaplacianRun, step: Step, edge: Any):
     """Both derivatives of an activation, (rows, features): as kernels form them, or ready; and as tensors."""
-    curve, shape = run.curves.get(step.value), run.values[step.value].shape
+    curve: Any = run.curves.get(step.value)
+    shape = run.values[step.value].shape
 
     def rows(values: Tensor) -> Tensor:
         return values.expand(shape).reshape(-1, shape[-1])
