@@ -142,7 +142,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch, opt
 def test_a_killed_process_loses_no_more_than_a_second(tmp_path):
     script = f"""
     import os, sys, numpy as np, torch, jactri
-    from jactri import journal
+    from jactri._src.base import journal
     journal._EVERY = 0.0
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(12, 30), torch.nn.Tanh(), torch.nn.Linear(30, 10)).double()

@@ -151,7 +151,7 @@ def test_the_peak_stays_under_memory_limit(strategy):
     limit = 40_000_000
     extra, free, answer = measured(
         f"""
-        from jactri import planner
+        from jactri._src.plan import planner
         planner.CACHE_BYTES = 1 << 40  # only the limit may cut chunks
         net = torch.nn.Sequential(
             torch.nn.Linear(256, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 256)
@@ -199,8 +199,8 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
 
     spans = []
 
-    def spied(graph, options, real=api.split_samples):
-        pieces = real(graph, options)
+    def spied(*given, real=api.split_samples):
+        pieces = real(*given)
         spans.extend(span for span, _, _ in pieces)
         return pieces
 

@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import nn
 
 import jactri
-from jactri._src.plan import planning
+from jactri._src.base import memory
 
 F64 = torch.float64
 X = torch.linspace(-1, 1, 20, dtype=F64).view(5, 4)
@@ -117,16 +117,16 @@ def test_public_calls_keep_their_signatures():
     ids=["a network", "no dependence", "complex inside"],
 )
 def test_an_answer_that_does_not_fit_is_refused_before_it_is_taken(monkeypatch, func, given):
-    monkeypatch.setattr(planning, "_LARGE", 1 << 10)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: 32 << 10)
+    monkeypatch.setattr(memory, "LARGE", 1 << 10)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 32 << 10)
     with pytest.raises(ValueError, match=r"the Jacobian takes 38\.4 kB.*per_sample=True.*out="):
         jactri.jacobian(func, X.repeat(4, 1), memory_limit=given)
 
 
 def test_the_default_limit_counts_the_answer_of_samples(monkeypatch):
     """Forgetting per_sample on a large batch asked the allocator for all of it."""
-    monkeypatch.setattr(planning, "_LARGE", 1 << 10)
-    monkeypatch.setattr(planning, "free_bytes", lambda device: 4 << 10)
+    monkeypatch.setattr(memory, "LARGE", 1 << 10)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 << 10)
     with pytest.raises(
         ValueError, match=r"2\.4 kB, and half of the free memory is 2\.05 kB.*480 B"
     ):

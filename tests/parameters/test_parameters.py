@@ -290,7 +290,7 @@ def test_several_inputs():
         jactri.parameter_jacobian(Loose().double(), (i, x[:2]))
 
 
-@pytest.mark.parametrize("limit", ["60KB", "200KB", "20MB"])
+@pytest.mark.parametrize("limit", ["90KB", "200KB", "20MB"])
 def test_memory_limit(limit):
     """The same results in chunks of the output and ranges of parameters."""
     module, x = build("cnn")

@@ -51,14 +51,14 @@ def test_cut_graphs_give_the_blocks_of_their_samples(case, strategy, monkeypatch
         whole = jactri.jacobian_of(ys, xs, per_sample=True, strategy=strategy)
         cuts = []
 
-        def too_small_for_all(graph, *options, real=api.plan_for, **more):
-            if options[3] is None:  # the proof that samples do not mix
-                return real(graph, *options, **more)
+        def too_small_for_all(graph, ys, xs, wanted, real=api.plan_for):
+            if wanted.budget.given is None:  # the proof that samples do not mix
+                return real(graph, ys, xs, wanted)
             size = graph.values[next(v for v in graph.inputs if v is not None)].shape[0]
             if size > max(1, n // 2):
-                raise api.MemoryLimitTooSmall("forced by a test")
+                raise api.MemoryLimitTooSmall("forced by a test", 0.0)
             cuts.append(size)
-            return real(graph, *options)
+            return real(graph, ys, xs, wanted)
 
         for module in (api, planning):
             monkeypatch.setattr(module, "plan_for", too_small_for_all)

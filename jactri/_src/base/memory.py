@@ -1,9 +1,11 @@
-"""How much memory there is, and how amounts are written."""
+"""How much memory a call may take: one meaning of ``memory_limit``, and one refusal, for all calls."""
 
 from __future__ import annotations
 
 import os
 import re
+from math import ceil, inf
+from typing import NamedTuple
 
 import torch
 
@@ -59,6 +61,115 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+LARGE = 1 << 26
+"""Bytes up to which nobody looks how much memory is free."""
+
+
+class MemoryLimitTooSmall(ValueError):
+    """What is asked for needs more than a call may allocate: ``need`` bytes at the least."""
+
+    def __init__(self, text: str, need: float):
+        super().__init__(text)
+        self.need = need
+
+
+class Offer(NamedTuple):
+    """What a refusal can offer instead of more memory."""
+
+    samples: int = 0
+    """How many there are, if their blocks can be had alone;"""
+    apart: float = 0.0
+    """the bytes of these."""
+    out: str = ""
+    """What writes the answer elsewhere."""
+    of: str = ""
+    """Which call takes the options, where it is another."""
+
+
+OFFER = Offer()
+
+
+class Budget:
+    """The bytes that a call may allocate after its function has run, its answer included.
+
+    That is its ``memory_limit``, or half of what is free. This is looked up when something asks that may take more than
+    `LARGE`, and once: a call is planned under one number. ``spent``: bytes that are not to be had any more, as those of
+    an answer that is there from the start.
+    """
+
+    __slots__ = ("_total", "device", "given", "spent")
+
+    def __init__(self, memory_limit: int | str | None, device: torch.device, spent: float = 0.0):
+        self.given = None if memory_limit is None else parse_bytes(memory_limit)
+        self.device, self.spent, self._total = device, spent, self.given
+
+    @property
+    def total(self) -> float:
+        if self._total is None:
+            self._total = max(free_bytes(self.device) // 2, LARGE)
+        return self._total
+
+    @property
+    def left(self) -> float:
+        """What is not spent."""
+        return self.total - self.spent
+
+    @property
+    def bound(self) -> float | None:
+        """What is left of a limit that was given: a part of the key of what is planned under it."""
+        return None if self.given is None else self.given - self.spent
+
+    @classmethod
+    def unbounded(cls, device: torch.device) -> Budget:
+        """For what is only looked at, and does not run."""
+        made = cls(None, device)
+        made._total = inf
+        return made
+
+    def less(self, more: float) -> Budget:
+        """With so many bytes spent beside."""
+        rest = Budget(self.given, self.device, self.spent + more)
+        rest._total = self._total
+        return rest
+
+    def fits(self, need: float) -> bool:
+        return need <= self.limit(need)
+
+    def limit(self, need: float) -> float:
+        """The bytes for what takes ``need`` at the most: no bound where none was given and that is small."""
+        return inf if self.given is None and need + self.spent <= LARGE else self.left
+
+    def count(self, each: float, most: int) -> int:
+        """How many things of so many bytes fit at once: at least one."""
+        return most if self.fits(each * most) else max(1, int(self.left // each))
+
+    def check(self, what: str, size: float, offer: Offer = OFFER) -> None:
+        """Raise MemoryLimitTooSmall for an answer that does not fit, before any of it is taken."""
+        if not self.fits(size):
+            raise self.refusal(what, size, offer=offer)
+
+    def refusal(
+        self, what: str, need: float, answer: float = 0.0, offer: Offer = OFFER
+    ) -> MemoryLimitTooSmall:
+        """The error for what takes ``need`` bytes, ``answer`` of them for the answer: it says what to write instead."""
+        need = ceil(need + self.spent)
+        whose = "half of the free memory" if self.given is None else "memory_limit"
+        answer = answer or self.spent
+        part = f", {si(answer)}B of it for the answer" if answer else ""
+        alone = (
+            f"if the {offer.samples} samples of the first axis do not influence one another, {offer.of}per_sample=True "
+            f"gives their blocks alone, {si(offer.apart)}B; else "
+            if offer.samples
+            else ""
+        )
+        out = f"{offer.out} writes it elsewhere (a numpy.memmap: to disk), or " if offer.out else ""
+        return MemoryLimitTooSmall(
+            f"{what} takes {si(need)}B{part}, and {whose} is {si(self.total)}B: {alone}{out}{offer.of}a "
+            f"memory_limit of {need} bytes or more allows it",
+            need,
+        )
 
 
 _MOST = (32 << 20) - (64 << 10)

@@ -14,12 +14,12 @@ from ..base import backends
 from ..base.classes import dressed, plain
 from ..base.elsewhere import FSDP, is_distributed
 from ..base.journal import Journal, identity, on_disk
+from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.progress import Watch, bar
 from ..plan.folding import fold
 from ..plan.owners import apart
-from ..plan.planner import MemoryLimitTooSmall
 from ..plan.planning import (
-    budget,
+    Wanted,
     check_answer,
     plan_for,
     proof,
@@ -148,7 +148,7 @@ def jacobian(
     ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        out_rows(out, tupled_out, tupled), kind,
+        out_rows(out, tupled_out, tupled), kind, of="",
     )  # fmt: skip
     rows = compute(ys, leaves, asked)
     answer = out
@@ -210,7 +210,7 @@ def jacobian_of(
             )
     asked = Request(
         strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        out_rows(out, tupled_out, tupled), kind, None,
+        out_rows(out, tupled_out, tupled), kind, None, of="",
     )  # fmt: skip
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
@@ -226,18 +226,21 @@ class Request:
     ``form`` is that of the answer, as `entries.Entries` names it; ``handles`` that of `graph.read`.
     """
 
-    strategy: str
-    create_graph: bool
-    strict: bool
-    per_sample: bool | str
-    chunk_size: int | None
-    memory_limit: int | str | None
-    progress: bool
-    backend: str
-    resume: bool
-    out: tuple | None
+    strategy: str = "auto"
+    create_graph: bool = False
+    strict: bool = False
+    per_sample: bool | str = False
+    chunk_size: int | None = None
+    memory_limit: int | str | None = None
+    progress: bool = False
+    backend: str | None = "auto"
+    resume: bool = True
+    out: tuple | None = None
     form: str = "dense"
     handles: int | None = 0
+    what: str = "the Jacobian"
+    """What it computes; ``of``: see `planning.Wanted`."""
+    of: str | None = None
 
 
 def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
@@ -270,61 +273,57 @@ def _in_mode(ys, xs, asked: Request, dests):
 
 
 def _rows(ys, xs, asked: Request, dests):
-    strategy, per_sample, limit = asked.strategy, asked.per_sample, asked.memory_limit
-    if dests is None and asked.form == "dense":
-        check_answer(ys, xs, per_sample, limit)
+    strategy, per_sample = asked.strategy, asked.per_sample
+    budget, sparse = Budget(asked.memory_limit, xs[0].device), asked.form != "dense"
+    wanted = Wanted(
+        budget, strategy, per_sample, False, asked.chunk_size, dests is not None, False, sparse, asked.of
+    )  # fmt: skip
+    if dests is None and not sparse:
+        check_answer(ys, xs, wanted, asked.what)
     try:
         graph = read(ys, xs, handles=asked.handles)
     except UnsupportedGraph as reason:
-        if asked.form != "dense":
+        if sparse:
             raise ValueError(
                 f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
             ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
-        return whole.rows(ys, xs, per_sample, asked.chunk_size, limit, dests, reason)
+        return whole.rows(
+            ys, xs, per_sample, reason, budget=budget, chunk_size=asked.chunk_size, dests=dests
+        )
     graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
         # under one and the same limit, the chunks are those of the call that is resumed
-        limit = budget(limit or journal.limit, xs[0].device)
-    plan, summed, sparse = None, False, asked.form != "dense"
+        limit = Budget(asked.memory_limit or journal.limit, budget.device).total
+        budget = Budget(limit, budget.device)
+        wanted = wanted._replace(budget=budget, steady=True)
+    plan = None
     if per_sample:
-        plan = proof(graph, strategy, ys, xs, dests, sparse)
+        plan = proof(graph, strategy, ys, xs, given=dests is not None, sparse=sparse)
         if not plan.tied and not sparse:
             if per_sample == ASSUME:
                 strategy = "reverse-mode" if strategy == "auto" else strategy
             elif not apart(graph):
                 prove_by_probe(graph, plan, ys, xs)
-            plan, summed = None, True
-        elif asked.chunk_size is not None or limit is not None or not small(plan):
+            plan, wanted = None, wanted._replace(strategy=strategy, summed=True)
+        elif asked.chunk_size is not None or budget.given is not None or not small(plan):
             plan = None
     forward = strategy == "forward-mode"
-    options = (
-        strategy,
-        summed,
-        asked.chunk_size,
-        limit,
-        ys,
-        xs,
-        per_sample,
-        dests,
-        journal is not None,
-        sparse,
-    )
     if sparse:
         check_pattern(graph, ys, xs, per_sample)
     try:
-        pieces = [(None, graph, plan or plan_for(graph, *options))]
+        pieces = [(None, graph, plan or plan_for(graph, ys, xs, wanted))]
     except MemoryLimitTooSmall:
-        pieces = None if sparse else split_samples(graph, options)
+        pieces = None if sparse else split_samples(graph, ys, xs, wanted)
         if pieces is None:
             raise
         dests = dests or [
             [whole.zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
         ]
     if journal is not None:
-        journal.planned([(span, p.signature) for span, _, p in pieces], limit)
+        journal.planned([(span, p.signature) for span, _, p in pieces], budget.total)
     watched = asked.progress or journal is not None
     with _watching(pieces, asked.progress, journal) if watched else _UNWATCHED as watch:
         for span, part, part_plan in pieces:

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..plan.planning import plan_for
+from ..base.memory import Budget
+from ..plan.planning import Wanted, plan_for
 from ..prologue.running import computing
 from ..read.behind import Outside
 from ..read.graph import UnsupportedGraph
@@ -90,7 +91,7 @@ def _cheap(ys, leaves, asked: Request) -> bool:
             graph = read(ys, leaves)
         except UnsupportedGraph:
             return False
-        plan = plan_for(
-            graph, asked.strategy, False, asked.chunk_size, None, ys, leaves, False, bounded=False
-        )
+        budget = Budget.unbounded(leaves[0].device)
+        wanted = Wanted(budget, asked.strategy, chunk_size=asked.chunk_size)
+        plan = plan_for(graph, ys, leaves, wanted)
     return min(plan.seconds.values(), default=0.0) < _CHEAP

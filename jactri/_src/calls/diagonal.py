@@ -20,13 +20,14 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import dressed
 from ..base.elsewhere import check_local
-from ..base.memory import free_bytes, parse_bytes
+from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.rates import block_bytes, rough
 from ..maps.letters import Network, Operand, Unaligned
 from ..meet.contract import Sum, block, dense, plain, product
 from ..plan.fusion import fused
 from ..plan.pattern import Trace, colours_of, has_windows
-from ..plan.planner import CACHE_BYTES, MemoryLimitTooSmall, cut_seeds, needs, predict, seconds
+from ..plan.planner import CACHE_BYTES, cut_seeds, needs, predict, seconds
+from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
 from ..plan.sweep import Sweep, follow, itemsize
 from ..prologue.arguments import as_tuple, check_options
@@ -85,7 +86,7 @@ def diagonal(
     ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
     check_shape(result if not tupled else ys, x)
     with computing(create_graph, backend):
-        made = diagonal_of(ys[0], leaf, chunk_size, memory_limit)
+        made = diagonal_of(ys[0], leaf, chunk_size, Budget(memory_limit, leaf.device))
     made = dressed(made, (result, x))
     if not return_output:
         return made
@@ -130,41 +131,38 @@ class Way:
         return [s for s in (self.ahead, self.back) if s is not None]
 
 
-def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, memory_limit) -> Tensor:
+def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, budget: Budget) -> Tensor:
     """The diagonal of a recorded computation, differentiable in grad mode."""
     try:
         graph = read((y,), (x,))
     except UnsupportedGraph as reason:
         refuse_or_log("the function", y.shape, [x.shape], f"holds {reason}")
-        return _by_rows(y, x, chunk_size or rows_at_once(y, (x,), memory_limit))
+        return _by_rows(y, x, chunk_size or rows_at_once(y, (x,), y.numel(), budget))
     if graph.inputs[0] is None or graph.outputs[0] is None:
         return torch.zeros_like(x)
     ways = _ways(graph)
     if ways[0].ahead is not None and met(graph, suspects(graph, seeds=True)):
         ways = [w for w in ways if w.ahead is None]
-    limit = inf
-    if memory_limit is not None:
-        limit = parse_bytes(memory_limit)
-    elif sum(s.bytes for s in ways[0].sweeps) > LARGE:
-        limit = max(free_bytes(x.device) // 2, LARGE)
+    size = float(x.numel() * x.element_size())
+    limit = budget.less(size).limit(sum(s.bytes for s in ways[0].sweeps))
+    needs = []
     for way in ways:
-        ready = (
-            _ready(graph, way, chunk_size) if limit == inf else _cut(graph, way, limit, chunk_size)
-        )
-        if ready is None:
+        try:
+            ready = (
+                _ready(graph, way, chunk_size)
+                if limit == inf
+                else _cut(graph, way, limit, chunk_size)
+            )
+        except MemoryLimitTooSmall as error:
+            needs.append(error.need)
             continue
         try:
             made = _computed(graph, ready)
         except Unaligned:
             made = _plain(graph, ways)
         return made.to(x.dtype).reshape(x.shape)
-    raise MemoryLimitTooSmall(
-        f"memory_limit leaves {int(limit)} bytes, which is too little for one seed at a time; raise memory_limit"
-    )
+    raise budget.refusal(ONE_SEED, min(needs) + size, size)
 
-
-LARGE = 1 << 26
-"""Bytes of the Jacobian that are there at once, at most; predicted bytes from which the free memory is looked up."""
 
 _known: Cache[tuple, list[Way]] = Cache()
 _cut_ways: Cache[tuple[Way, int | None, bool], Way] = Cache()
@@ -272,8 +270,8 @@ def _ready(graph: Graph, way: Way, chunk_size: int | None) -> Way:
     return _cut_ways.of((way, chunk_size, kernels), lambda: _cut(graph, way, inf, chunk_size))
 
 
-def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | None:
-    """A way with the chunks of its sweeps, which both have in common; None where they do not fit the memory."""
+def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
+    """A way with the chunks of its sweeps, which both have in common. Raises MemoryLimitTooSmall."""
     parts = [(graph, way.ahead), (_above(graph, way.place), way.back)]
     parts = [(g, s) for g, s in parts if s is not None]
     factors = sorted({f for _, s in parts for lay in s.layouts.values() for f in lay.free})
@@ -295,7 +293,7 @@ def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way | 
         if need <= limit:
             break
         if count <= 1 or chunk_size is not None:
-            return None
+            raise MemoryLimitTooSmall(f"{ONE_SEED} takes {need:.0f} bytes of {limit:.0f}", need)
         count = max(1, count // 2)
     ready = {s: fused(g, replace(s, chunks=chosen)) for g, s in parts}
     return replace(way, ahead=ready.get(way.ahead), back=ready.get(way.back))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base.classes import dressed
+from ..base.memory import Budget
 from ..meet.trace import closed_form, run
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
@@ -112,7 +113,7 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
         return run(graph, form).to(x.dtype)
     if batch and not asked.assume:
         _prove(graph, y, x)
-    entries = diagonal_of(y, x, asked.chunk_size, asked.memory_limit)
+    entries = diagonal_of(y, x, asked.chunk_size, Budget(asked.memory_limit, x.device))
     return entries.flatten(1).sum(1) if batch else entries.sum()
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..base.classes import as_given, dressed, plain
+from ..base.memory import Budget
+from ..plan.planning import Wanted, check_answer
 from ..plan.samples import halves
 from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch
 from ..prologue.running import public, record
@@ -121,6 +123,9 @@ class Differences:
 
         ``only``: of one (input, entry), the rest is left as NaN.
         """
+        budget = Budget(None, self.xs[0].device)
+        wanted = Wanted(budget, per_sample=self.per_sample, of="jactri.jacobian with ")
+        check_answer(self.ys, self.xs, wanted)
         if self.per_sample and not self.assume:
             self.check_samples()
         rows, apart = (

@@ -232,9 +232,8 @@ class _Transform:
     # -- first and second derivatives --------------------------------------------------------------
 
     def _compute(self, ys, run: _Evaluated, graph: bool, strategy: str, roots=None):
-        asked = Request(
-            strategy, False, False, False, self.chunk_size, None, False, "auto", True, None
-        )
+        what = "the Hessian" if self.name == "hessian" else "the Jacobian"
+        asked = Request(strategy, chunk_size=self.chunk_size, what=what, of="jactri.jacobian with ")
         if not graph:
             return compute(ys, run.leaves, asked)
         return differentiable(ys, run.leaves, asked, run.start, run.at_once, roots)
@@ -355,7 +354,7 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
                     x.new_zeros(s) if g is None else g.reshape(s)
                     for g, x, s in zip(found, leaves, shapes, strict=True)
                 ]
-    asked = Request("auto", True, False, False, None, None, False, "auto", True, None)
+    asked = Request(create_graph=True, of="jactri.jacobian with ")
     return compute((y,), leaves, asked)[0]
 
 

@@ -153,7 +153,5 @@ class GGN:
             spans = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
             return cut(h, labels, spans), labels
 
-        sels = jac._selections()
-        pairs = [(a, b) for a in sels for b in sels if a == b or not is_diagonal]
         link = Link(each_with_itself((*batch, *out) if is_diagonal else batch), (), own=True)
-        return entries(jac, link, third, pairs)
+        return entries(jac, link, third, not is_diagonal)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.classes import dressed, plain
+from ..base.memory import OFFER, Budget, Offer
 from ..maps.letters import Network
 from ..meet.ways import Asked, between, gram, pairs, summed_up, weight_in
 from ..plan.owners import apart
-from ..plan.planning import proof, prove_by_probe
+from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
 from ..prologue.arguments import ASSUME, as_tuple, check_batch, check_options
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..read import handover
@@ -156,7 +157,13 @@ def rows_of(
     ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
     forms = check_weights(weights, *ends, per_sample)
     with computing(create_graph, backend):
-        asked = Asked(kind, forms, bool(per_sample), chunk_size, memory_limit)
+        budget = Budget(memory_limit, xs[0].device)
+        kept, n = xs if kind == "jtj" else ys, samples_of(ys, xs)
+        size = sum(t.numel() * t.element_size() for t in kept) * sum(t.numel() for t in kept)
+        alone = n > 1 and not per_sample
+        offer = Offer(n, size / n) if alone else OFFER
+        budget.check(f"the matrix of {kind}", size / n if per_sample and n else size, offer)
+        asked = Asked(kind, forms, bool(per_sample), chunk_size, budget, offer)
         assume = per_sample == ASSUME
         return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, assume)
 
@@ -261,8 +268,10 @@ def _rows(ys, xs, weights, asked: Asked, assume: bool):
         graph = read(ys, xs)
     except UnsupportedGraph as reason:
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
+        wanted = Wanted(asked.budget, per_sample=per_sample)
+        check_answer(ys, xs, wanted, "the Jacobian that it is made of")
         return of_jacobians(
-            whole.rows(ys, xs, per_sample, asked.chunk_size, asked.limit, None, reason)
+            whole.rows(ys, xs, per_sample, reason, budget=asked.budget, chunk_size=asked.chunk_size)
         )
     summed = False
     if asked.per_sample:
@@ -270,13 +279,14 @@ def _rows(ys, xs, weights, asked: Asked, assume: bool):
         summed = not plan.tied
         if summed and assume:
             request = Request(
-                "auto", torch.is_grad_enabled(), False, ASSUME, asked.chunk_size, asked.limit, False, None, True, None,
+                create_graph=torch.is_grad_enabled(), per_sample=ASSUME, chunk_size=asked.chunk_size,
+                memory_limit=asked.budget.given, backend=None,
             )  # fmt: skip
             return of_jacobians(compute(ys, xs, request))
         if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
     kept = graph.inputs if asked.kind == "jtj" else graph.outputs
-    made = gram(graph, weights, asked, summed, half, xs[0].device)
+    made = gram(graph, weights, asked, summed, half)
     return _finished(made, kept, ends[1], asked, half)
 
 
@@ -309,7 +319,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
     _check_real(kind, ys, xs)
     ends = (ys, xs) if kind == "jtj" else (xs, ys)
     forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)
-    asked = Asked(kind, forms, per_sample, chunk_size, None)
+    asked = Asked(kind, forms, per_sample, chunk_size, Budget.unbounded(xs[0].device))
     if kind == "jtj":
         rows = list(zip(*rows, strict=True))
     half = not asked.dense

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..base.classes import dressed
-from ..base.memory import free_bytes, hold, parse_bytes
+from ..base.memory import Budget, hold
 from ..maps.curvature import Curves, Seeds
 from ..plan.owners import apart
-from ..plan.planner import MemoryLimitTooSmall
-from ..plan.planning import _LARGE
 from ..plan.poles import finite, suspects
 from ..plan.samples import places
 from ..prologue.running import computing, eagerly, public
@@ -286,12 +284,9 @@ def _chunks(
 
     if asked.create_graph:
         return seeds, n, None, plan
-    limit = float("inf")
-    if asked.memory_limit is not None:
-        answers = y.numel() * y.element_size() * (1 + (prod(points.inner(x)) if lower else 0))
-        limit = parse_bytes(asked.memory_limit) - answers
-    elif need(seeds, n) > _LARGE:
-        limit = max(free_bytes(x.device) // 2, _LARGE)
+    budget = Budget(asked.memory_limit, x.device)
+    answers = y.numel() * y.element_size() * (1 + (prod(points.inner(x)) if lower else 0))
+    limit = budget.less(answers).limit(need(seeds, n))
     samples, where, most = n, None, n
     if x.device.type == "cpu":
         most = max(CACHE_BYTES * n // max(widest * (seeds + 1), 1), ceil(ROWS / (seeds + 1)), 1)
@@ -305,10 +300,8 @@ def _chunks(
         plan = course(graph, curves, batch, count)
     while need(seeds, samples) > limit:
         if seeds == 1:
-            raise MemoryLimitTooSmall(
-                f"memory_limit leaves {int(limit)} bytes, and one direction of one sample needs "
-                f"{int(need(1, 1)) + 1}; raise memory_limit"
-            )
+            what = "one direction of one sample" if samples == 1 else "one direction"
+            raise budget.refusal(what, need(1, samples) + answers, answers)
         seeds = (seeds + 1) // 2
     if asked.memory_limit is None:
         hold(need(seeds, samples), x.device)
@@ -327,10 +320,8 @@ def by_gradient(y: Tensor, x: Tensor, a, asked: Options) -> tuple[Tensor, Tensor
         return first, torch.zeros_like(y)
     # columns at once, so that what is computed beside the trace stays small
     each = max(y.numel() * n * y.element_size(), 1)
-    limit = (
-        free_bytes(x.device) // 4 if asked.memory_limit is None else parse_bytes(asked.memory_limit)
-    )
-    columns = max(1, min(n, asked.chunk_size or n, limit // (2 * each)))
+    budget = Budget(asked.memory_limit, x.device).less(each)
+    columns = budget.count(2 * each, min(n, asked.chunk_size or n))
     total = torch.zeros_like(y)
     for start in range(0, n, columns):
         stop = min(start + columns, n)

@@ -40,8 +40,8 @@ def empirical_ntk(
         x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
         compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
             sum, ``(N1, N2)``.
-        memory_limit: bytes (or ``"2GB"``) for factors and what is formed of them, the kernel excluded. Entries of the
-            output run in chunks under it, and parameters in ranges.
+        memory_limit: bytes (or ``"2GB"``) that the call may allocate after the forward passes, the kernel included; by
+            default half of what is free. Entries of the output run in chunks under it, and parameters in ranges.
 
     Raises:
         ValueError: another ``compute``; and what `parameter_jacobian` raises.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.memory import si
+from ..base.memory import OFFER, Budget, Offer, si
 from ..maps.layout import Selection
 from ..maps.letters import Letters
 from ..parameters.factors import Piece, pieces_of, write
@@ -64,8 +64,8 @@ def parameter_jacobian(
             the output ``n`` in the parameters either way.
         create_graph: results can be differentiated, in parameters and ``x``.
         chunk_size: how many entries of a sample's output run at once.
-        memory_limit: bytes (or ``"2GB"``) for what is computed after the forward pass, results excluded; by default
-            half of what is free. Sizes the chunks.
+        memory_limit: bytes (or ``"2GB"``) that a method may allocate, its result included; by default half of what is
+            free. Sizes the chunks.
 
     Returns:
         a `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
@@ -142,6 +142,9 @@ class ParameterJacobian:
         if out is not None:
             self._check_out(out)
         with run.computing():
+            taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
+            offer = OFFER if out is not None else Offer(out="out=")
+            budget = self._budget("the Jacobian", 0 if out is not None else taken, offer)
             made = {}
             for name, p in run.params.items():
                 if out is not None:
@@ -149,9 +152,9 @@ class ParameterJacobian:
                 else:
                     made[name] = torch.empty((*shape, *p.shape), dtype=p.dtype, device=p.device)
             if run.structure is None:
-                self._dense_without(made)
+                self._dense_without(made, budget)
                 return made
-            for sel in self._selections():
+            for sel in run.selections(self._chunk_size, budget, offer):
                 pieces = self._pieces(sel)
                 for name, p in run.params.items():
                     view = made[name].view((*run.seeds, *p.shape))
@@ -192,24 +195,26 @@ class ParameterJacobian:
                 f"{', ...' if len(self.names) > 8 else ''}; unknown: {wrong}, missing: {missing}"
             )
 
-    def _dense_without(self, made: dict[str, Tensor]) -> None:
+    def _budget(self, what: str, size: float, offer: Offer = OFFER) -> Budget:
+        """The memory of a method beside its answer, of ``size`` bytes. Raises MemoryLimitTooSmall."""
+        budget = Budget(self._memory_limit, self._run.y.device)
+        budget.check(what, size, offer)
+        return budget.less(size)
+
+    def _dense_without(self, made: dict[str, Tensor], budget: Budget) -> None:
         """The Jacobian where there is no graph to follow: zeros, or by autograd."""
         run = self._run
         for t in made.values():
             t.zero_()
         if run.by_autograd:
             run.check_unchanged()
-            limit = self._memory_limit
             (row,) = whole.rows(
-                [run.y], list(run.params.values()), False, self._chunk_size, limit, None, run.reason
+                [run.y], list(run.params.values()), False, run.reason, budget=budget, chunk_size=self._chunk_size
             )  # fmt: skip
             for t, block in zip(made.values(), row, strict=True):
                 t.copy_(block)
 
     # -- factors ----------------------------------------------------------------------------------
-
-    def _selections(self, share: float = 0.4) -> list[Selection | None]:
-        return self._run.selections(self._chunk_size, self._memory_limit, share)
 
     def _pieces(self, sel: Selection | None) -> dict[str, list[Piece]]:
         """The factors of every parameter; none for one that the output does not use."""
@@ -223,11 +228,6 @@ class ParameterJacobian:
         if sel is None:
             self._kept = pieces
         return pieces
-
-    def _formed_budget(self) -> float:
-        if self._memory_limit is None:
-            return float(FORMED)
-        return min(self._run.budget(self._memory_limit) / 4, float(FORMED))
 
     # -- products ---------------------------------------------------------------------------------
 
@@ -330,11 +330,13 @@ class ParameterJacobian:
             return self._dense_gram(self)
         batch, out = run.labels()
         with run.computing():
-            made = inner(self, self, Link((), (*batch, *out, *of_second(batch), *of_second(out))))
+            link = Link((), (*batch, *out, *of_second(batch), *of_second(out)))
+            made = inner(self, self, link, what="J J^T")
             return made.reshape(*shape, *shape)
 
     def _dense_gram(self, other: ParameterJacobian) -> Tensor:
         a, b = self._run.y, other._run.y
+        self._budget("J J^T", a.numel() * b.numel() * a.element_size())
         with self._run.computing():
             total = a.new_zeros(a.numel(), b.numel())
             mine = self.dense() if self._run.reached and other._run.reached else {}
@@ -375,9 +377,8 @@ class ParameterJacobian:
                     made = made + ((rows * w) @ rows.mT).to(made.dtype)
             else:
                 batch, out = run.labels()
-                made = inner(
-                    self, self, Link(each_with_itself(batch), (*batch, *out, *of_second(out))), v
-                )
+                link = Link(each_with_itself(batch), (*batch, *out, *of_second(out)))
+                made = inner(self, self, link, v, what="J diag(v) J^T")
             return made.reshape(n, *run.out, *run.out)
 
 
@@ -401,20 +402,23 @@ def inner(
     second: ParameterJacobian,
     link: Link,
     weights: dict[str, Tensor] | None = None,
+    what: str = "the kernel",
 ) -> Tensor:
     """The sum over all parameters that ``link`` describes, its axes those labels.
 
-    ``weights``: a weight for every entry of the parameters.
+    ``weights``: a weight for every entry of the parameters. ``what`` it is, for a refusal.
     """
     a, b = first._run, second._run
     if len(link.out) > 1:
         wanted, link = link.out, replace(link, out=_batch_last(a, b, link.out))
         if wanted != link.out:
-            made = inner(first, second, link, weights)
+            made = inner(first, second, link, weights, what)
             return made.permute([link.out.index(s) for s in wanted])
     same = first is second
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
-    sels = first._selections(), second._selections()
+    size = prod([full[s] for s in link.out]) * a.y.element_size()
+    budget = first._budget(what, size)
+    sels = a.selections(first._chunk_size, budget), b.selections(second._chunk_size, budget)
     whole_answer = len(sels[0]) == len(sels[1]) == 1 and sels[0][0] is None and sels[1][0] is None
     with a.computing():
         answer = None
@@ -429,7 +433,7 @@ def inner(
                 cut = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
                 sizes = {s: cut[s][1] if s in cut else n for s, n in full.items()}
                 total = Total(sizes, link.out, a.y.dtype, a.y.device)
-                _add_all(total, first, second, mine, theirs, link, weights)
+                _add_all(total, first, second, mine, theirs, link, weights, formed(budget))
                 part = total.result()
                 if answer is None:
                     return part
@@ -460,8 +464,9 @@ def _add_all(
     theirs,
     link: Link,
     weights,
+    budget: float,
 ) -> None:
-    run, budget = first._run, first._formed_budget()
+    run = first._run
     seeds = len(run.seeds), len(second._run.seeds)
     joined: dict[str, tuple[str, Piece, Piece]] = {}
     if weights is None:
@@ -487,19 +492,27 @@ def _add_all(
         accumulate(total, *ps, shape, link, seeds, budget, extra)
 
 
-def entries(jac: ParameterJacobian, link: Link, third, pairs) -> dict[str, Tensor]:
-    """For every parameter the sum over output entries of two Jacobians and a third operand: ``pairs`` are selections.
+def formed(budget: Budget) -> float:
+    """The bytes for Jacobians that are formed on the way."""
+    return float(FORMED if budget.bound is None else min(budget.bound / 4, FORMED))
 
-    ``third(left, right)`` gives that operand with its labels.
+
+def entries(jac: ParameterJacobian, link: Link, third, both: bool) -> dict[str, Tensor]:
+    """For every parameter the sum over pairs of output entries of two Jacobians and a third operand.
+
+    ``third(left, right)`` gives that operand with its labels, for selections. ``both``: of different entries too.
     """
     run = jac._run
+    size = sum(p.numel() * p.element_size() for p in run.params.values())
+    budget = jac._budget("the diagonal", size)
+    sels = run.selections(jac._chunk_size, budget)
     made = {name: torch.zeros_like(p, requires_grad=False) for name, p in run.params.items()}
-    for left, right in pairs:
+    for left, right in [(a, b) for a in sels for b in sels if both or a == b]:
         mine = jac._pieces(left)
         theirs = mine if left == right else jac._pieces(right)
         for name, p in run.params.items():
             accumulate(
                 Entries(made[name]), mine[name], theirs[name], tuple(p.shape), link, (len(run.seeds),) * 2,
-                jac._formed_budget(), third(left, right),
+                formed(budget), third(left, right),
             )  # fmt: skip
     return made

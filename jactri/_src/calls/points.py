@@ -108,8 +108,8 @@ def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = N
     """``(N, *out, *in)``, or ``(*out, *in)`` of a single point, by the machinery of `jactri.jacobian`."""
     graph = asked.create_graph if create_graph is None else create_graph
     request = Request(
-        "auto", graph, False, batched(x) and asked.per_sample, asked.chunk_size, asked.memory_limit, False,
-        "auto" if graph else asked.backend, True, None,
+        create_graph=graph, per_sample=batched(x) and asked.per_sample, chunk_size=asked.chunk_size,
+        memory_limit=asked.memory_limit, backend="auto" if graph else asked.backend,
     )  # fmt: skip
     return compute((y,), (x,), request)[0][0]
 

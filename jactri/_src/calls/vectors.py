@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.classes import dressed, plain
+from ..base.memory import Budget
 from ..maps.linear_map import Identity
 from ..plan.planning import plan_for_given
 from ..plan.poles import finite, suspects
@@ -238,8 +239,9 @@ def push(
     None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
     """
     return _multiply(
-        ys, xs, tangents, False, create_graph, chunk_size, memory_limit, backend, graph
-    )
+        ys, xs, tangents, False, create_graph=create_graph, chunk_size=chunk_size,
+        memory_limit=memory_limit, backend=backend, graph=graph,
+    )  # fmt: skip
 
 
 def pull(
@@ -258,11 +260,12 @@ def pull(
     None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
     """
     return _multiply(
-        ys, xs, cotangents, True, create_graph, chunk_size, memory_limit, backend, graph
-    )
+        ys, xs, cotangents, True, create_graph=create_graph, chunk_size=chunk_size,
+        memory_limit=memory_limit, backend=backend, graph=graph,
+    )  # fmt: skip
 
 
-def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, backend, graph):
+def _multiply(ys, xs, blocks, reverse, *, create_graph, chunk_size, memory_limit, backend, graph):
     seeds, ends = (ys, xs) if reverse else (xs, ys)
     columns = next(b.shape[0] for b in blocks if b is not None)
     blocks = [
@@ -281,10 +284,10 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
             return whole(ys, xs, blocks, columns, reason)
         starts = graph.outputs if reverse else graph.inputs
         total: list[Tensor | None] = [None] * len(ends)
+        budget = Budget(memory_limit, xs[0].device)
         for part, given in _apart(graph, starts, blocks, reverse):
-            seeds = list(given)
             plan = plan_for_given(
-                part, seeds, columns, reverse, chunk_size, memory_limit, xs[0].device
+                part, list(given), columns, reverse, budget=budget, chunk_size=chunk_size
             )
             (sweep,) = plan.sweeps
             stores = {
@@ -315,7 +318,7 @@ def _multiply(ys, xs, blocks, reverse, create_graph, chunk_size, memory_limit, b
 def _by_jacobian(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
     """`push` by the rows of the Jacobian: as autograd has it where a pole lies behind a selection (see `poles`)."""
     asked = Request(
-        "reverse-mode", create_graph, False, False, chunk_size, memory_limit, False, "torch", False, None
+        "reverse-mode", create_graph, chunk_size=chunk_size, memory_limit=memory_limit, backend="torch"
     )  # fmt: skip
     made = []
     for y, row in zip(ys, compute(ys, xs, asked), strict=True):

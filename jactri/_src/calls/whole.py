@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base.elsewhere import check_local
-from ..base.memory import free_bytes, parse_bytes
+from ..base.memory import Budget
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
 from ..plan.samples import REMEDY, probe_mixing
@@ -16,7 +16,9 @@ from ..read.opaque import Vmapped, why_not
 from ..read.unrecorded import guarded
 
 
-def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: UnsupportedGraph):
+def rows(
+    ys, xs, per_sample, reason: UnsupportedGraph, *, budget: Budget, chunk_size=None, dests=None
+):
     """``J[j][i]`` by vector-Jacobian products of the whole graph.
 
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors, hooks that change
@@ -61,7 +63,7 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: Unsupporte
 
         product = Vmapped(one_row, f"the whole function ({y.grad_fn.name()})")
         n = y[0].numel() if per_sample else y.numel()
-        count = chunk_size or rows_at_once(y, xs, memory_limit)
+        count = chunk_size or rows_at_once(y, xs, n, budget)
         pieces = []
         for start in range(0, n, count):
             k = min(count, n - start)
@@ -89,11 +91,10 @@ def rows(ys, xs, per_sample, chunk_size, memory_limit, dests, reason: Unsupporte
     return out
 
 
-def rows_at_once(y, xs, memory_limit) -> int:
-    """Rows that fit the memory limit, by a guess: what lies between the ends is taken for ten times as large."""
-    budget = free_bytes(y.device) // 2 if memory_limit is None else parse_bytes(memory_limit)
+def rows_at_once(y, xs, most: int, budget: Budget) -> int:
+    """Rows that fit the memory, by a guess: what lies between the ends is taken for ten times as large."""
     ends = y.numel() * y.element_size() + sum(x.numel() * x.element_size() for x in xs)
-    return max(1, budget // (10 * ends))
+    return budget.count(10 * ends, most)
 
 
 def zero_block(

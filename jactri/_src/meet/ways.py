@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.cache import Cache
-from ..base.memory import free_bytes, parse_bytes
+from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer
 from ..base.rates import rough
 from ..maps.letters import Axes, Network, Operand, Unaligned
 from ..plan import mixed
 from ..plan.fusion import fused
-from ..plan.planner import SLACK, MemoryLimitTooSmall, choose_chunks, predict, seconds
+from ..plan.planner import SLACK, choose_chunks, predict, seconds
+from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
 from ..plan.samples import narrow, places
 from ..plan.sweep import Sweep, follow, itemsize
@@ -24,9 +25,6 @@ from ..read.graph import Graph
 from ..run.answers import Store
 from ..run.executor import chunks
 from .contract import Sum, block, plain, product
-
-LARGE = 1 << 26
-"""Predicted bytes from which the free memory is looked up."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Asked:
     forms: tuple[str, ...]
     per_sample: bool
     chunk_size: int | None
-    limit: int | str | None
+    budget: Budget
+    offer: Offer = OFFER
 
     @property
     def dense(self) -> bool:
@@ -167,15 +166,26 @@ def _predicted(graph: Graph, way: Way, asked: Asked) -> tuple[Way, bool]:
         pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
         for pair, s in sums.items()
     }
-    answer = sum(size.values()) - size.get((way.cut, way.cut), 0.0)
-    result = sum(size.values()) + answer  # what is made symmetric is there twice
+    answer = sum(
+        _whole(graph, a, b, asked.per_sample) * (1 + (half and a != b))
+        for a, b in sums
+        if a != way.cut
+    )
+    written = 2 * sum(size.values()) - size.get((way.cut, way.cut), 0.0)
+    result = max(sum(size.values()), answer) + answer  # what is made symmetric is there twice
     rates = rough(graph.values[way.near[0].seed].device.type)
     flops = sum(network.flops for _, _, network, _ in made)
-    took = seconds([*way.near, *way.far], rates) + predict(flops, result, len(made), rates)
+    took = seconds([*way.near, *way.far], rates) + predict(flops, written, len(made), rates)
     held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
     way = replace(way, seconds=took, held=held * (1 + SLACK), result=result, answer=answer)
     apart = not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
     return way, apart
+
+
+def _whole(graph: Graph, a: int, b: int, per_sample: bool) -> float:
+    """Bytes of the block of an answer between two kept values, zeros included."""
+    first, second = graph.values[a].shape, graph.values[b].shape[per_sample:]
+    return float(prod(first) * prod(second) * itemsize(graph, a))
 
 
 _Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]
@@ -285,7 +295,7 @@ def weight_in(
 
 
 def gram(
-    graph: Graph, weights, asked: Asked, summed: bool, half: bool, device: torch.device
+    graph: Graph, weights, asked: Asked, summed: bool, half: bool
 ) -> dict[tuple[int, int], Tensor]:
     """The products, by pairs of kept values; of all pairs, or ``half``, which their transposes complete.
 
@@ -293,11 +303,8 @@ def gram(
     """
     if asked.per_sample and not _ways(graph, asked, summed):
         summed = True  # shown by a plan, that none of the ways can follow
-    if asked.limit is not None:
-        limit = parse_bytes(asked.limit)
-    else:
-        largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
-        limit = inf if largest < LARGE else max(free_bytes(device) // 2, LARGE)
+    largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
+    limit = asked.budget.limit(largest)
     return _run(graph, weights, asked, summed, half, limit)
 
 
@@ -314,18 +321,15 @@ def _run(
     if not ways[0].by_rows and met(graph, suspects(graph, seeds=True)):
         ways = [w for w in ways if w.by_rows]
     ready = _fitting(graph, ways[:1], asked, limit)
+    needs: list[float] = []
     if ready is None and asked.per_sample and not summed:
-        made = _in_ranges(graph, ways[0], weights, asked, half, limit)
+        made = _in_ranges(graph, ways[0], weights, asked, half, limit, needs)
         if made is not None:
             return made
     if ready is None:
-        needs: list[float] = []
         ready = _fitting(graph, ways, asked, limit, needs)
         if ready is None:
-            raise MemoryLimitTooSmall(
-                f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(min(needs)) + 1} with "
-                "the result; raise memory_limit"
-            )
+            raise asked.budget.refusal(ONE_SEED, min(needs), ways[0].answer, asked.offer)
     return _computed(graph, ready, weights, asked, half)
 
 
@@ -344,8 +348,11 @@ def _fitting(
     return None
 
 
-def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float):
-    """The products of ranges of samples, the longest that fit the memory limit; None where there are none."""
+def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float, needs):
+    """The products of ranges of samples, the longest that fit the memory limit; None where there are none.
+
+    To ``needs`` is added what those of one sample need.
+    """
     ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
     n = graph.values[ends[0]].shape[0]
     where = places(graph, [*way.near, *way.far])
@@ -358,9 +365,11 @@ def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit:
         part = narrow(graph, where, 0, count)
         if part is None:
             return None
-        if _fitting(part, _ways(part, asked, False)[:1], asked, limit) is not None:
+        each: list[float] = []
+        if _fitting(part, _ways(part, asked, False)[:1], asked, limit, each) is not None:
             break
     else:
+        needs += [n + way.answer for n in each]
         return None
     parts = []
     for start in range(0, n, count):

@@ -14,7 +14,7 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
-from ..base.memory import free_bytes, parse_bytes
+from ..base.memory import OFFER, Budget, Offer
 from ..base.tracing import own
 from ..maps.layout import Selection
 from ..plan.owners import apart_behind
@@ -29,8 +29,8 @@ from ..read.opaque import Opaque, refuse_or_log
 from ..read.reading import read
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
 
-LARGE = 1 << 26
-"""Predicted bytes from which the free memory is looked up."""
+SHARE = 0.4
+"""Of the memory, what the factors of one Jacobian may take."""
 
 _structures: Cache[tuple, Structure | SamplesMix] = Cache(64)
 
@@ -312,18 +312,13 @@ class Recorded:
         every = range(len(self.seeds))
         return tuple(s for s in every if s in batch), tuple(s for s in every if s not in batch)
 
-    def budget(self, memory_limit) -> float:
-        if memory_limit is not None:
-            return float(parse_bytes(memory_limit))
-        return max(free_bytes(self.y.device) / 2, float(LARGE))
-
     def selections(
-        self, chunk_size: int | None, memory_limit, share: float = 0.4
+        self, chunk_size: int | None, budget: Budget, offer: Offer = OFFER
     ) -> list[Selection | None]:
         """The output's entries in the pieces that are computed at once: None for all.
 
-        Samples are never cut: what an entry of the output needs is about what the forward pass holds. ``share``: of the
-        memory that blocks may take.
+        Samples are never cut: what an entry of the output needs is about what the forward pass holds. Raises
+        MemoryLimitTooSmall.
         """
         sweep, structure = self.structure.sweep, self.structure
         _, out = self.labels()
@@ -343,18 +338,12 @@ class Recorded:
         def need(chunks: dict[int, int]) -> float:
             at_once = prod([chunks.get(s, n) for s, n in sizes.items()])
             blocks = peak_bytes(self.graph, sweep, chunks)
-            return blocks + structure.extra * at_once + structure.patches
+            return (blocks + structure.extra * at_once + structure.patches) / SHARE
 
         count = total if chunk_size is None else min(chunk_size, total)
-        if count == total and memory_limit is None and need({}) <= LARGE:
-            return [None]
-        limit = share * self.budget(memory_limit)
-        while need(cut(count)) > limit:
+        while not budget.fits(need(cut(count))):
             if count == 1:
-                raise ValueError(
-                    f"memory_limit leaves {int(limit)} bytes for the factors, and those of one output entry need "
-                    f"{int(need(cut(1)))}; raise memory_limit, or pass fewer samples"
-                )
+                raise budget.refusal("one output entry at a time", need(cut(1)), offer=offer)
             count //= 2
         sels: list[Selection] = [{}]
         for s, size in cut(count).items():

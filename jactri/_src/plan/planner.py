@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import ceil, inf, prod
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from ..base.memory import MemoryLimitTooSmall
 from ..base.rates import Rates, rough
 from ..maps.layout import FREE
 from ..read.graph import Graph
@@ -28,12 +29,6 @@ INDEX_BYTES = 48
 
 SLACK = 0.15
 """The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
-
-
-class MemoryLimitTooSmall(ValueError):
-    """One seed alone needs more than the memory limit allows: ``need`` bytes."""
-
-    need = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +95,7 @@ def choose_chunks(
 
     if total <= 1 or sweep.windows:
         if needs(graph, sweep, {}, answer) > limit:
-            _refuse(needs(graph, sweep, {}, answer), limit, sweep)
+            raise _refused(needs(graph, sweep, {}, answer), limit)
         return {}
     if chunk_size is not None:
         return cut(chunk_size) if chunk_size < total else {}
@@ -119,7 +114,7 @@ def choose_chunks(
     chunks = cut(count) if count < total else {}
     while needs(graph, sweep, chunks, answer) > limit:
         if count <= 1:
-            _refuse(needs(graph, sweep, cut(1), answer), limit, sweep)
+            raise _refused(needs(graph, sweep, cut(1), answer), limit)
         count = max(1, count // 2)
         chunks = cut(count)
     return chunks
@@ -148,14 +143,8 @@ def _weights(graph: Graph, sweep: Sweep) -> float:
     )
 
 
-def _refuse(need: float, limit: float, sweep: Sweep) -> NoReturn:
-    instead = "" if sweep.given else ", or pass out= to write the answer elsewhere"
-    error = MemoryLimitTooSmall(
-        f"memory_limit leaves {int(limit)} bytes, and one seed at a time needs {int(need) + 1} with its "
-        f"answer; raise memory_limit{instead}"
-    )
-    error.need = need
-    raise error
+def _refused(need: float, limit: float) -> MemoryLimitTooSmall:
+    return MemoryLimitTooSmall(f"one seed at a time takes {need:.0f} bytes of {limit:.0f}", need)
 
 
 def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
@@ -394,6 +383,7 @@ def make_plan(
         table = _meeting(graph, strategy, terms)
     if table is not None:
         cost["mixed"] = table.seconds
+    refused: list[MemoryLimitTooSmall] = []
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
         parts, sweeps = _stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
         if (
@@ -405,11 +395,11 @@ def make_plan(
         try:
             parts, sweeps = _cut(graph, parts, sweeps, terms)
         except MemoryLimitTooSmall as error:
-            refused = error
+            refused.append(error)
             continue
         break
     else:
-        raise refused
+        raise min(refused, key=lambda error: error.need)
     reason = "asked for" if chosen == strategy else "predicted " + _compare(cost, chosen)
     if chosen == "mixed":
         reason += f", {table.name}"
@@ -448,8 +438,11 @@ def _cut(
     def cut(stage: Sweep, chunk_size: int | None, answer: Asked | None) -> Sweep:
         if isinstance(stage, mixed.Join):
             stage = stage.of(ready)
-        limit = terms.limit - held
-        chunks = choose_chunks(graph, stage, limit, chunk_size, terms.device, answer)
+        try:
+            limit = terms.limit - held
+            chunks = choose_chunks(graph, stage, limit, chunk_size, terms.device, answer)
+        except MemoryLimitTooSmall as error:
+            raise _refused(held + error.need, terms.limit) from None
         peak = held + footprint(graph, stage, chunks, answer)
         return terms.fused(graph, replace(stage, chunks=chunks, peak=peak))
 

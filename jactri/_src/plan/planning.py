@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import inf, prod
+from typing import NamedTuple
 
-from ..base import backends, rates
+from ..base import backends, memory, rates
 from ..base.cache import Cache
-from ..base.memory import free_bytes, hold, parse_bytes, si
+from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
 from ..read.graph import Graph
 from .owners import joins
-from .planner import Asked, MemoryLimitTooSmall, Plan, make_plan, plan_given
+from .planner import Asked, Plan, make_plan, plan_given
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
-from .sweep import mixing_steps, simulate, untied_targets
+from .sweep import itemsize, mixing_steps, simulate, untied_targets
 
 _plans: Cache[tuple, Plan] = Cache()
-
-_LARGE = 1 << 26
-"""Predicted bytes from which the free memory is looked up."""
 
 _LONG = 2e-3
 """Predicted seconds from which it pays to measure the device's rates."""
@@ -30,56 +28,66 @@ _CLOSE = 8.0
 """Ways whose predicted times differ by more than this factor are told apart by rough rates too."""
 
 
-def budget(memory_limit: int | str | None, device) -> int:
-    """The bytes that a call may take: its limit, or half of what is free."""
-    if memory_limit is not None:
-        return parse_bytes(memory_limit)
-    return max(free_bytes(device) // 2, _LARGE)
+class Wanted(NamedTuple):
+    """What a plan is to be for, beside its graph."""
+
+    budget: Budget
+    strategy: str = "auto"
+    per_sample: bool | str = False
+    summed: bool = False
+    """Whether samples are only known by a probe, or by the caller's word, not to mix."""
+    chunk_size: int | None = None
+    given: bool = False
+    """Whether the caller gives the memory for the answer."""
+    steady: bool = False
+    """Whether it is to be a plan that any process makes, under rough rates."""
+    sparse: bool = False
+    of: str | None = None
+    """What stands before ``per_sample=`` and ``out=`` in a refusal; None where the caller knows neither."""
 
 
-def check_answer(ys, xs, per_sample: bool, memory_limit: int | str | None) -> None:
-    """Raise MemoryLimitTooSmall for an answer that does not fit the memory, before any of it is taken."""
-    size = answer_bytes(ys, xs, per_sample)
-    if memory_limit is None and size <= _LARGE:
-        return
-    limit = budget(memory_limit, xs[0].device)
-    if size <= limit:
-        return
-    whose = "half of the free memory is" if memory_limit is None else "memory_limit is"
-    remedy = "pass out= to write it elsewhere (a numpy.memmap: to disk), or raise memory_limit"
+def refusal(what: str, need: float, ys, xs, wanted: Wanted) -> MemoryLimitTooSmall:
+    """The error for a Jacobian, of which all or a part takes ``need`` bytes."""
+    size = 0 if wanted.given else answer_bytes(ys, xs, wanted.per_sample)
+    n = samples_of(ys, xs)
+    if wanted.of is None or wanted.given:
+        offer = OFFER
+    else:
+        out = "" if wanted.sparse else f"{wanted.of}out="
+        alone = n > 1 and not wanted.per_sample
+        offer = Offer(n if alone else 0, answer_bytes(ys, xs, True) if alone else 0, out, wanted.of)
+    return wanted.budget.refusal(what, need, size if size < need else 0, offer)
+
+
+def samples_of(ys, xs) -> int:
+    """The size of the first axis that all inputs and outputs have in common, or 0."""
     n = xs[0].shape[0] if xs[0].dim() else 0
-    if not per_sample and n > 1 and all(t.dim() and t.shape[0] == n for t in (*ys, *xs)):
-        alone = answer_bytes(ys, xs, True)
-        remedy = (
-            f"if the {n} samples of the first axis do not influence one another, per_sample=True gives their blocks "
-            f"alone, {si(alone)}B; else {remedy}"
-        )
-    error = MemoryLimitTooSmall(
-        f"the Jacobian takes {si(size)}B, and {whose} {si(limit)}B: {remedy}"
-    )
-    error.need = float(size)
-    raise error
+    return n if all(t.dim() and t.shape[0] == n for t in (*ys, *xs)) else 0
 
 
-def split_samples(graph: Graph, options):
+def check_answer(ys, xs, wanted: Wanted, what: str = "the Jacobian") -> None:
+    """Raise MemoryLimitTooSmall for an answer that does not fit the memory, before any of it is taken."""
+    size = answer_bytes(ys, xs, wanted.per_sample)
+    if not wanted.budget.fits(size):
+        raise refusal(what, size, ys, xs, wanted)
+
+
+def split_samples(graph: Graph, ys, xs, wanted: Wanted):
     """Plans for ranges of samples that fit the memory limit, as (span, graph, plan), or None where there are none.
 
-    ``options`` are those of `plan_for`. The answer is there as a whole while the ranges are written to it.
+    The answer is there as a whole while the ranges are written to it.
     """
-    strategy, summed, chunk_size, limit, ys, xs, per_sample, dests, steady, sparse = options
-    n = xs[0].shape[0] if xs[0].dim() else 0
-    if summed or n < 2 or any(t.dim() == 0 or t.shape[0] != n for t in (*xs, *ys)):
+    n = samples_of(ys, xs)
+    if wanted.summed or n < 2:
         return None
-    direction = strategy if strategy.endswith("-mode") else "reverse-mode"
+    direction = wanted.strategy if wanted.strategy.endswith("-mode") else "reverse-mode"
     where = places(graph, make_plan(graph, direction).sweeps)
     ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
     if where is None or any(where.get(v) != (0, 1) for v in ends):
         return None
-    if limit is not None and dests is None:
-        limit = parse_bytes(limit) - answer_bytes(ys, xs, per_sample)
-        if limit <= 0:
-            return None
-    options = strategy, summed, chunk_size, limit, ys, xs, per_sample, True, steady, sparse
+    if not wanted.given:
+        answer = answer_bytes(ys, xs, wanted.per_sample)
+        wanted = wanted._replace(budget=wanted.budget.less(answer), given=True)
     count = n
     while True:
         count //= 2
@@ -90,37 +98,24 @@ def split_samples(graph: Graph, options):
                 part = narrow(graph, where, *span)
                 if part is None:
                     return None
-                pieces.append((span, part, plan_for(part, *options)))
+                pieces.append((span, part, plan_for(part, ys, xs, wanted)))
             return pieces
         except MemoryLimitTooSmall:
             if count == 1:
                 raise
 
 
-def plan_for(
-    graph: Graph,
-    strategy: str,
-    summed: bool,
-    chunk_size: int | None,
-    memory_limit: int | str | None,
-    ys,
-    xs,
-    per_sample: bool,
-    dests=None,
-    steady: bool = False,
-    sparse: bool = False,
-    bounded: bool = True,
-) -> Plan:
+def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     """The plan for a graph, remembered by everything that it depends on.
 
-    Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key.
-    ``steady``: a plan that any process makes, under rough rates. ``bounded``: it must fit the memory, or
-    MemoryLimitTooSmall is raised; a proof or a prediction need not.
+    Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key. Raises
+    MemoryLimitTooSmall.
     """
-    device, kernels = xs[0].device, ""
+    budget, strategy, per_sample, summed, chunk_size, given, steady, sparse, _ = wanted
+    device, kernels = budget.device, ""
     if backends.kernels_for(xs[0]):
         kernels = "triton" if backends.forced() else "auto"
-    answer = Asked(per_sample, dests is not None, sparse, kernels)
+    answer = Asked(bool(per_sample), given, sparse, kernels)
 
     def make(limit: float) -> Plan:
         options = graph, strategy, summed, limit, chunk_size, device.type
@@ -130,14 +125,22 @@ def plan_for(
             return plan
         return make_plan(*options, rates.measured(device), answer)
 
-    key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
-    plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
+    def kept() -> Plan:
+        key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady, budget.bound)
+        try:
+            return _kept(key, make, budget, chunk_size)
+        except MemoryLimitTooSmall as error:
+            raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
+
+    plan = kept()
     if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
         strategy = "reverse-mode"
-        key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady)
-        plan = _kept(key, make, memory_limit, chunk_size, device, bounded)
-        return replace(plan, reason="a derivative is not known to be finite")
+        return replace(kept(), reason="a derivative is not known to be finite")
     return plan
+
+
+ONE_SEED = "one seed at a time"
+"""The least that a sweep can run."""
 
 
 def _at_once(plan: Plan, device) -> bool:
@@ -146,16 +149,18 @@ def _at_once(plan: Plan, device) -> bool:
     return device.type == "cuda" and slower < _WAIT
 
 
-def proof(graph: Graph, strategy: str, ys, xs, dests=None, sparse: bool = False) -> Plan:
+def proof(
+    graph: Graph, strategy: str, ys, xs, *, given: bool = False, sparse: bool = False
+) -> Plan:
     """The plan that tells whether samples are kept apart (``tied``), and that runs if it is `small`."""
-    return plan_for(
-        graph, strategy, False, None, None, ys, xs, True, dests, sparse=sparse, bounded=False
-    )
+    budget = Budget.unbounded(xs[0].device)
+    wanted = Wanted(budget, strategy, per_sample=True, given=given, sparse=sparse)
+    return plan_for(graph, ys, xs, wanted)
 
 
 def small(plan: Plan) -> bool:
     """Whether a plan runs without a look at how much memory is free."""
-    return plan.peak <= _LARGE
+    return plan.peak <= memory.LARGE
 
 
 def plan_for_given(
@@ -163,37 +168,41 @@ def plan_for_given(
     seeds: list[int],
     columns: int,
     reverse: bool,
-    chunk_size: int | None,
-    memory_limit: int | str | None,
-    device,
+    *,
+    budget: Budget,
+    chunk_size: int | None = None,
 ) -> Plan:
     """`planner.plan_given` under the memory limit of a call, remembered as `plan_for` does."""
+    device = budget.device
 
     def make(limit: float) -> Plan:
         return plan_given(graph, seeds, columns, reverse, limit, chunk_size, device.type)
 
     kernels = backends.kernels_on(graph.values[seeds[0]].device)
-    key = (graph.key, tuple(seeds), columns, reverse, chunk_size, device.type, kernels)
-    return _kept(key, make, memory_limit, chunk_size, device)
+    key = (
+        graph.key, tuple(seeds), columns, reverse, chunk_size, device.type, kernels, budget.bound
+    )  # fmt: skip
+    try:
+        return _kept(key, make, budget, chunk_size)
+    except MemoryLimitTooSmall as error:
+        ends = {v for v in (graph.inputs if reverse else graph.outputs) if v is not None}
+        size = sum(columns * prod(graph.values[v].shape) * itemsize(graph, v) for v in ends)
+        raise budget.refusal(ONE_SEED, error.need, size) from None
 
 
-def _kept(key: tuple, make, memory_limit, chunk_size: int | None, device, bounded=True) -> Plan:
-    """The plan that ``make(limit)`` gives, remembered by ``key`` where no limit decides."""
-    if memory_limit is not None:
-        return make(parse_bytes(memory_limit))
+def _kept(key: tuple, make, budget: Budget, chunk_size: int | None) -> Plan:
+    """The plan that ``make(limit)`` gives, remembered by ``key`` where the memory that is free does not decide."""
     plan = _plans.get(key)
     if plan is None:
-        plan = make(float("inf"))
-        hold(plan.peak, device)
-        _plans[key] = plan
-    if bounded and chunk_size is None and not small(plan):
-        limit = budget(None, device)
-        if plan.peak > limit:
-            return make(limit)
+        plan = _plans[key] = make(inf if budget.bound is None else budget.bound)
+        if budget.bound is None:
+            hold(plan.peak, budget.device)
+    if budget.bound is None and chunk_size is None and not budget.fits(plan.peak):
+        return make(budget.left)
     return plan
 
 
-def answer_bytes(ys, xs, per_sample: bool) -> int:
+def answer_bytes(ys, xs, per_sample: bool | str) -> int:
     """Bytes of all Jacobian blocks."""
     total = 0
     for y in ys:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base import backends
-from ..base.memory import si
+from ..base.memory import Budget, MemoryLimitTooSmall, si
 from ..compile.compilation import Compilation
 from ..compile.compiled import compile
 from ..device import batching, chooser
@@ -20,8 +20,8 @@ from ..plan.folding import fold
 from ..plan.fusion import Fused, fuse
 from ..plan.mixed import Join
 from ..plan.owners import apart
-from ..plan.planner import MemoryLimitTooSmall, Plan
-from ..plan.planning import answer_bytes, plan_for, proof, prove_by_probe, split_samples
+from ..plan.planner import Plan
+from ..plan.planning import Wanted, answer_bytes, plan_for, proof, prove_by_probe, split_samples
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, as_tuple, check_batch
 from ..prologue.running import computing, prepare, public
@@ -170,15 +170,17 @@ def _explained(
                 strategy = "reverse-mode" if strategy == "auto" else strategy
             elif summed and not apart(graph):
                 prove_by_probe(graph, alone, ys, xs)
-        options = strategy, summed, chunk_size, memory_limit, ys, xs, per_sample
+        wanted = Wanted(
+            Budget(memory_limit, xs[0].device), strategy, per_sample, summed, chunk_size, of=""
+        )
         try:
-            return describe(graph, plan_for(graph, *options), ys, xs, per_sample)
+            return describe(graph, plan_for(graph, ys, xs, wanted), ys, xs, per_sample)
         except MemoryLimitTooSmall:
-            pieces = split_samples(graph, (*options, None, False, False))
+            pieces = split_samples(graph, ys, xs, wanted)
             if pieces is None:
                 raise
-            options = strategy, summed, chunk_size, None, ys, xs, per_sample
-            report = describe(graph, plan_for(graph, *options, bounded=False), ys, xs, per_sample)
+            whole = wanted._replace(budget=Budget.unbounded(xs[0].device))
+            report = describe(graph, plan_for(graph, ys, xs, whole), ys, xs, per_sample)
             longest = max(length for (_, length), _, _ in pieces)
             return replace(
                 report,
