@@ -102,19 +102,24 @@ def contract(
     batch, rows, inner, columns = groups(xl, yl, out)
     if not inner:
         return _scaled(spread(x, xl, out), spread(y, yl, out), dest, own)
-    a, b = _matrices(x, xl, batch, rows, inner), _matrices(y, yl, batch, inner, columns)
+    many = (batch,) if batch else ()
+    a, b = _matrices(x, xl, *many, rows, inner), _matrices(y, yl, *many, inner, columns)
     found = (*batch, *rows, *columns)
     if dest is not None and not torch.is_grad_enabled() and a.dtype == dest.dtype:
-        target = _as_matrices(dest, out, found, (a.shape[0], a.shape[1], b.shape[2]))
+        one, two = (a, b) if batch else (a.unsqueeze(0), b.unsqueeze(0))
+        target = _as_matrices(dest, out, found, (*one.shape[:2], two.shape[2]))
         if target is not None:
-            bmm(a, b, target)
+            bmm(one, two, target)
             return dest
     if not (rows or columns):
-        made = (a.squeeze(1) * b.squeeze(2)).sum(1)
+        made = (a.squeeze(-2) * b.squeeze(-1)).sum(-1)
     else:
-        made = bmm(a, b) if batch else backends.product(a[0], b[0], False)
-    sizes = dict(zip((*xl, *yl), (*x.shape, *y.shape), strict=True))
-    made = spread(made.view([sizes[s] for s in found]), found, out)
+        made = bmm(a, b) if batch else backends.product(a, b, False)
+    if any(len(part) != 1 for part in (*many, rows, columns)):
+        sizes = dict(zip((*xl, *yl), (*x.shape, *y.shape), strict=True))
+        made = made.view([sizes[s] for s in found])
+    if found != out:
+        made = spread(made, found, out)
     return made if dest is None else dest.copy_(made)
 
 
@@ -131,9 +136,13 @@ def _scaled(a: Tensor, b: Tensor, dest: Tensor | None, own) -> Tensor:
     return a * b
 
 
-def _matrices(t: Tensor, letters, *parts: list[Letter]) -> Tensor:
+def _matrices(t: Tensor, letters, *parts: Letters) -> Tensor:
     """A tensor with one dim for each group of its letters."""
-    t = t.permute([letters.index(s) for part in parts for s in part])
+    turn = [letters.index(s) for part in parts for s in part]
+    if turn != list(range(len(turn))):
+        t = t.permute(turn)
+    if len(turn) == len(parts) and all(parts):
+        return t
     sizes, at = [], 0
     for part in parts:
         sizes.append(prod(t.shape[at : at + len(part)]))
@@ -170,6 +179,8 @@ def multiply(operands: list[Lettered], out: Letters, dest: Tensor | None = None)
         t, letters = settled(*operands[0], out)
         t = spread(t, letters, out)
         return t if dest is None else dest.copy_(t)
+    if len(operands) == 2:
+        return contract(*operands[0], *operands[1], out, dest)
     steps, _ = order(tuple([letters for _, letters in operands]), _sizes(operands), out)
     operands = list(operands)
     made_here = [False] * len(operands)

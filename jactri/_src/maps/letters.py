@@ -172,19 +172,20 @@ def spell(lists: Iterable[list[Letter]], old: Letter, new: list[Letter]) -> None
 class Groups(NamedTuple):
     """The letters of a product of two as a batch of matrices ``(rows, inner) (inner, columns)``."""
 
-    batch: list[Letter]
-    rows: list[Letter]
-    inner: list[Letter]
-    columns: list[Letter]
+    batch: Letters
+    rows: Letters
+    inner: Letters
+    columns: Letters
 
 
-def groups(first: Iterable[Letter], second: Iterable[Letter], out: Letters) -> Groups:
+@lru_cache(maxsize=1024)
+def groups(first: Letters, second: Letters, out: Letters) -> Groups:
     """The letters of ``first`` times ``second`` by their part in it: those that ``out`` lacks are summed."""
     return Groups(
-        [c for c in out if c in first and c in second],
-        [c for c in out if c in first and c not in second],
-        [c for c in first if c in second and c not in out],
-        [c for c in out if c in second and c not in first],
+        tuple([c for c in out if c in first and c in second]),
+        tuple([c for c in out if c in first and c not in second]),
+        tuple([c for c in first if c in second and c not in out]),
+        tuple([c for c in out if c in second and c not in first]),
     )
 
 

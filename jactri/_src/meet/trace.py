@@ -14,7 +14,7 @@ residual connection is one of them, with trace n) is summed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
@@ -51,7 +51,7 @@ class Term:
     diagonals: tuple[tuple[Letter, tuple[int, ...]], ...]
     sizes: tuple[tuple[Letter, int], ...]
 
-    @property
+    @cached_property
     def bracket(self) -> Letters:
         """The letters of what is made of weights alone."""
         return tuple(dict.fromkeys(letter for letter, _ in self.diagonals))
@@ -197,7 +197,7 @@ def _edge(graph: Graph, value: int) -> Any:
 
 
 def _trace(graph: Graph, term: Term) -> Tensor:
-    like, n = graph.values[graph.inputs[0]], dict(term.sizes)[SAMPLES]
+    like, (_, n), (_, width) = graph.values[graph.inputs[0]], *term.sizes[:2]
     operands: list[Lettered] = []
     # from the output on, as a pull goes: what comes to a selection may be infinite
     if term.diagonals:
@@ -206,7 +206,7 @@ def _trace(graph: Graph, term: Term) -> Tensor:
     if term.matrices:
         operands.append((_bracket(graph, term), term.bracket))
     if not operands:
-        out = torch.full((), dict(term.sizes)[0], dtype=like.dtype, device=like.device)
+        out = torch.full((), width, dtype=like.dtype, device=like.device)
     elif len(term.diagonals) < 2:
         out = multiply(operands, (SAMPLES,) if term.diagonals else ())
     else:
