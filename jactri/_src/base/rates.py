@@ -40,6 +40,7 @@ def block_bytes(device_type: str, in_cache: int) -> int:
 
 
 def rough(device_type: str) -> Rates:
+    """What is assumed of a kind of device before anything is measured."""
     return ROUGH.get(device_type, ROUGH["cpu"])
 
 

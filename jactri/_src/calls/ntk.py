@@ -62,6 +62,7 @@ def empirical_ntk(
 
 
 def check(compute: str) -> None:
+    """Raise ValueError for what ``compute`` cannot be."""
     if compute not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
 

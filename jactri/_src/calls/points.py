@@ -115,4 +115,5 @@ def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = N
 
 
 def result(y: Tensor, asked: Options) -> Tensor:
+    """An answer with its graph, if one was asked for."""
     return y if asked.create_graph else y.detach()

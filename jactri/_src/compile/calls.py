@@ -43,6 +43,7 @@ TAKE_OUT = (jacobian, parameter_jacobian)
 
 
 def name(of: Callable | None) -> str:
+    """The call by name, for messages."""
     return "func" if of is None else of.__name__
 
 
@@ -63,6 +64,7 @@ def check(what: str, of: Any, options: dict[str, Any], examples: Sequence[Any]) 
 
 
 def check_count(of: Callable | None, count: int) -> None:
+    """Raise TypeError for more or fewer inputs than a call takes."""
     least, most = _TAKEN.get(of, (1, count))
     if not least <= count <= most:
         takes = {(1, 1): "one tensor", (1, 2): "x1 and x2", (2, 2): "inputs and a vector"}[
@@ -72,6 +74,7 @@ def check_count(of: Callable | None, count: int) -> None:
 
 
 def check_tensors(inputs: Sequence[Any], whose: str) -> None:
+    """Raise TypeError for an input that is no tensor."""
     for x in inputs:
         if not isinstance(x, Tensor):
             raise TypeError(

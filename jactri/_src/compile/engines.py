@@ -54,6 +54,7 @@ NO_COMPILER = (
 
 
 def has_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -83,6 +83,7 @@ def _at(t: Tensor) -> tuple:
 
 
 def state(t: Tensor) -> tuple:
+    """What a graph takes for granted of a tensor, beside its values."""
     memory = t.untyped_storage().size() > 0  # which others may free, as FSDP does
     lazy = t.is_conj(), t.is_neg()
     return t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad, memory, lazy

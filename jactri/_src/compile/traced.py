@@ -184,6 +184,7 @@ def _grads_put_back(others: dict[int, tuple[Tensor, Tensor | None]]) -> Tensor |
 
 
 def fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+    """The tensor of a trace that stands for ``t``."""
     return t if isinstance(t, FakeTensor) else mode.from_tensor(t)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def times(t: Tensor, d: Tensor, own: bool) -> Tensor:
+    """The product with a derivative, in the block's memory if it is ``own``."""
     return t.mul_(d) if own and t.dtype == d.dtype else t * d
 
 

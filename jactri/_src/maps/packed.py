@@ -37,6 +37,7 @@ def quick(t: Tensor) -> bool:
 
 
 def channels_last(t: Tensor) -> Tensor:
+    """Images with their channels side by side in memory."""
     return t.contiguous(
         memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d
     )

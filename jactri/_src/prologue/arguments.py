@@ -15,6 +15,7 @@ STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 
 
 def check_options(strategy, chunk_size, out, create_graph) -> None:
+    """Raise for an option out of range, and for two that exclude each other."""
     if strategy not in STRATEGIES:
         raise AssertionError(
             f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"

@@ -170,4 +170,5 @@ _eager = _Eager()
 
 
 def detached(result: Any):
+    """What a function returned, without its graph."""
     return tuple(r.detach() for r in result) if isinstance(result, tuple) else result.detach()

@@ -182,6 +182,7 @@ class Output(Reader):
 
 
 def said(x) -> str:
+    """What a user gave, for messages."""
     return f"one of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 

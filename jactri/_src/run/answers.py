@@ -23,7 +23,7 @@ class Store:
         self.store: Tensor | None = None
         self.written: Tensor | None = None
 
-    def _allocate(self) -> Tensor:
+    def allocate(self) -> Tensor:
         """The memory that chunks are written to."""
         shape = (*self.final.seeds(), *self.final.shape)
         return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
@@ -31,7 +31,7 @@ class Store:
     def reserve(self) -> None:
         """Take the memory of the answer."""
         if self.store is None:
-            self.store = self._allocate()
+            self.store = self.allocate()
 
     def window(self, sel: Selection) -> Tensor | None:
         """Where the block ``(K, *value)`` of a chunk belongs, if a kernel can write it there itself."""
@@ -95,7 +95,7 @@ class Answer(Store):
         seed, value = (self.out, self.into) if self.sweep.reverse else (self.into, self.out)
         return (seed[1:] if self.per_sample else seed), value
 
-    def _allocate(self) -> Tensor:
+    def allocate(self) -> Tensor:
         """A tensor ``(free seed factors..., value axes...)`` for chunks to be written to."""
         seed, value = self._seed_and_value()
         make = torch.empty if self.final.tied == self.layout.tied else torch.zeros

@@ -175,8 +175,8 @@ class Entries(Answer):
     def window(self, sel):
         return None
 
-    def _allocate(self) -> Tensor:
-        return Store._allocate(self)
+    def allocate(self) -> Tensor:
+        return Store.allocate(self)
 
     def put_patches(self, data: Tensor, chunk) -> None:
         """The block of a chunk of a sweep by patches."""
