@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 from jactri._src.base.cache import Cache
-from jactri._src.calls import diagonal as module
+from jactri._src.meet import diagonal as module
 
 
 def mlp(*widths):

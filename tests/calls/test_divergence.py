@@ -248,6 +248,19 @@ def test_the_bracket_is_kept_until_a_weight_changes():
     assert any(t.shape == (9, 7) for t in held)
 
 
+@pytest.mark.parametrize(("n", "bracket"), [(1, False), (64, True)])
+def test_a_bracket_that_is_not_kept_must_pay(n, bracket):
+    """In grad mode: for one sample its two rows cost less than a matrix of hidden by hidden units."""
+    torch.manual_seed(0)
+    net, x = make(lambda: mlp(2, 300, 200, 2)), torch.randn(n, 2, dtype=F64)
+    with FlopCounterMode(display=False) as counter:
+        got = jactri.divergence(net, x, True)
+    forward = n * (2 * 300 + 300 * 200 + 200 * 2)
+    wanted = (2 + n) * 300 * 200 if bracket else n * (2 * 300 * 200 + 2 * 200 * 2)
+    assert counter.get_total_flops() // 2 == forward + wanted
+    assert_close(got, truth(net, x), F64, length=1000)
+
+
 def test_weights_that_are_made_anew():
     """Under a parametrization no weight is a leaf: nothing is kept, and the result is right."""
     torch.manual_seed(0)

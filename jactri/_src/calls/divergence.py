@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..base.classes import dressed
 from ..base.memory import Budget
-from ..meet.trace import closed_form, run
+from ..meet.trace import closed_form, trace
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
 from ..prologue.running import computing, eagerly, public
@@ -18,7 +18,6 @@ from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping
 from ..read.reading import read
 from . import points
-from .diagonal import diagonal_of
 from .points import Options
 from .vectors import pull
 
@@ -108,13 +107,10 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
         return entries.diagonal(0, -2, -1).sum(-1)
     if graph.outputs[0] is None or graph.inputs[0] is None:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
-    form = closed_form(graph, batch)
-    if form is not None:
-        return run(graph, form).to(x.dtype)
-    if batch and not asked.assume:
+    if batch and not asked.assume and closed_form(graph, batch) is None:
         _prove(graph, y, x)
-    entries = diagonal_of(y, x, asked.chunk_size, Budget(asked.memory_limit, x.device))
-    return entries.flatten(1).sum(1) if batch else entries.sum()
+    budget = Budget(asked.memory_limit, x.device)
+    return trace(graph, batch, asked.chunk_size, budget).to(x.dtype)
 
 
 def _prove(graph: Graph, y: Tensor, x: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..base.cache import Cache
+from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.rates import rough
 from ..base.weights import made_of
 from ..maps.contraction import MatMul
@@ -32,6 +33,7 @@ from ..maps.selection import Place, Slice, Take
 from ..plan.planner import predict
 from ..plan.sweep import itemsize
 from ..read.graph import Graph
+from .diagonal import Order, accumulated, cheapest, orders
 
 MOST_TERMS = 8
 
@@ -59,11 +61,18 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class ClosedForm:
-    """A trace as a sum of terms, and the predicted seconds."""
+    """A trace as a sum of terms; what it costs decides whether it is taken (see `diagonal.cheapest`)."""
 
     terms: list[Term]
-    batch: bool
     seconds: float
+    bytes: float
+    by_rows = True
+
+    def fitted(self, graph: Graph, chunk_size: int | None, budget: Budget) -> ClosedForm:
+        """The same: it has no chunks. Raises MemoryLimitTooSmall."""
+        if not budget.fits(self.bytes):
+            raise MemoryLimitTooSmall("a closed form", self.bytes)
+        return self
 
 
 _known: Cache[tuple, ClosedForm | None] = Cache()
@@ -78,27 +87,47 @@ def closed_form(graph: Graph, batch: bool) -> ClosedForm | None:
         terms = _terms(graph, batch)
         if terms is None:
             return None
-        rates = rough(device)
-        return ClosedForm(terms, batch, sum(predict(*_cost(graph, t, forms), rates) for t in terms))
+        costs = [_cost(graph, term, forms) for term in terms]
+        flops, written, steps = (sum(each) for each in zip(*costs, strict=True))
+        return ClosedForm(terms, predict(flops, written, steps, rough(device)), written)
 
     return _known.of((graph.key, batch, forms), make)
 
 
+def trace(graph: Graph, batch: bool, chunk_size: int | None, budget: Budget) -> Tensor:
+    """The trace of every sample, ``(N,)``, of samples that do not mix; without a batch of the whole, ``()``."""
+    form = closed_form(graph, batch)
+    found: list[Order] = [*orders(graph)]
+    if form is not None:
+        found = sorted([form, *found], key=lambda order: order.seconds)
+    taken = cheapest(graph, found, chunk_size, budget)
+    if isinstance(taken, ClosedForm):
+        total = reduce(torch.add, [_trace(graph, term) for term in taken.terms])
+        x = graph.values[graph.inputs[0]]
+        return total.expand(x.shape[0]) if batch else total.reshape(())
+    entries = accumulated(graph, taken)
+    return entries.flatten(1).sum(1) if batch else entries.sum()
+
+
 def _cost(graph: Graph, term: Term, forms: bool) -> tuple[float, float, int]:
-    """Flops, bytes written and steps of a term; ``forms``: with those of the bracket, which is not kept."""
+    """Flops, bytes written and steps of a term; ``forms``: with those of the bracket, which is not kept.
+
+    As of a sweep, a scaling is one step, and what is read from the last block is not counted.
+    """
     size, samples = dict(term.sizes), (SAMPLES,)
-    flops, entries, steps = 0.0, 0.0, 1
-    if forms and term.matrices:
+    flops, entries, steps = 0.0, 0.0, 0
+    if term.matrices and forms:
         flops += order(tuple(ends for ends, _ in term.matrices), term.sizes, term.bracket)[1]
         entries += prod(size[c] for c in term.bracket)
-        steps += len(term.matrices)
-    if term.diagonals:
+        steps += len(term.matrices) - 1
+    if term.matrices and term.diagonals:
         *near, far = (samples + (letter,) for letter, _ in term.diagonals)
         flops += order((far, term.bracket), term.sizes, near[0] if near else samples)[1]
+        steps += 1
     for letter, values in term.diagonals:
         flops += size[SAMPLES] * size[letter] * len(values)
         entries += size[SAMPLES] * size[letter]
-        steps += 1 + len(values)
+        steps += len(values)
     return flops, entries * itemsize(graph, graph.inputs[0]), steps
 
 
@@ -182,14 +211,6 @@ def _term(graph: Graph, v: int, scales, batch: bool) -> Term | None:
         tuple((closed(c), tuple(part)) for c, part in zip(at, diagonals, strict=True)),
         tuple(sorted(sizes.items())),
     )
-
-
-def run(graph: Graph, form: ClosedForm) -> Tensor:
-    """The trace of every sample, ``(N,)``; without a batch ``()``."""
-    total = reduce(torch.add, [_trace(graph, term) for term in form.terms])
-    if not form.batch:
-        return total.reshape(())
-    return total.expand(graph.values[graph.inputs[0]].shape[0])
 
 
 def _edge(graph: Graph, value: int) -> Any:
