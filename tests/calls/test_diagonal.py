@@ -102,7 +102,7 @@ def test_against_the_jacobian(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_way_in_every_chunk(name, monkeypatch):
+def test_every_order_in_every_chunk(name, monkeypatch):
     func, x = case(name)
     want, found = truth(func, x), module._found
     jactri.diagonal(func, x)

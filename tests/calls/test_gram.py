@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 from jactri._src.base.cache import Cache
-from jactri._src.meet import ways
+from jactri._src.meet import gram as module
 
 N = 3
 
@@ -232,9 +232,9 @@ def test_chunks(name, kind, per_sample, chunk_size):
 
 
 @pytest.mark.parametrize("name", [*NETS, *WHOLE])
-def test_every_way(name, monkeypatch):
-    """Whatever way is taken, also those that are not the cheapest, the result is the same."""
-    found = ways._found
+def test_every_order(name, monkeypatch):
+    """Whatever order is taken, also those that are not the cheapest, the result is the same."""
+    found = module._found
     for kind in ("jtj", "jjt"):
         for per_sample in (False, True) if name in NETS else (False,):
             count = 1
@@ -248,10 +248,10 @@ def test_every_way(name, monkeypatch):
                     return every[k : k + 1]
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(ways, "_found", only)
-                    patch.setattr(ways, "_known", Cache())
+                    patch.setattr(module, "_found", only)
+                    patch.setattr(module, "_known", Cache())
                     check(kind, name, "diagonal", per_sample)
-                    patch.setattr(ways, "_known", Cache())
+                    patch.setattr(module, "_known", Cache())
                     check(kind, name, "identity", per_sample, chunk_size=2)
                 k += 1
             assert count > 1 or "across" in name

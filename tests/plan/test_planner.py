@@ -10,7 +10,7 @@ from torch import nn
 import jactri
 from jactri._src.base.cache import Cache
 from jactri._src.base.rates import Rates, measured
-from jactri._src.meet import diagonal, ways
+from jactri._src.meet import diagonal, gram
 from jactri._src.parameters import recorded
 from jactri._src.plan import planning
 from jactri._src.plan.planner import make_plan
@@ -191,7 +191,7 @@ def test_nothing_of_a_plan_changes_by_running_it(monkeypatch):
         lambda: jactri.empirical_ntk(net, x),
     ]
     caches = [
-        (planning, "_plans"), (diagonal, "_known"), (diagonal, "_cut_orders"), (ways, "_known"), (ways, "_cut_ways"),
+        (planning, "_plans"), (diagonal, "_known"), (diagonal, "_cut_orders"), (gram, "_known"), (gram, "_cut_orders"),
         (forward, "_courses"), (recorded, "_structures"),
     ]  # fmt: skip
     for module, name in caches:

@@ -1,9 +1,9 @@
 """Gram matrices of the Jacobian: `jtj`, ``J^T M J``, and `jjt`, ``J M J^T``.
 
-One end of the Jacobian is contracted (the outputs in `jtj`, the inputs in `jjt`), the other is kept. Seeds at the
-contracted end come in chunks that are summed up, so that J is never there as a whole; seeds at the kept end need all of
-it. At a cut ``J = R F`` of the graph, ``R^T M R`` comes first where that is cheaper: a bottleneck, or a last Linear
-layer, whose ``W^T W`` all samples share. It is the order of a chain of matrix products (see `mixed`), by flops.
+One end of the Jacobian is contracted (the outputs in `jtj`, the inputs in `jjt`), the other is the outer one. Seeds at
+the contracted end come in chunks that are summed up, so that J is never there as a whole; seeds at the outer end need
+all of it. At a cut ``J = R F`` of the graph, ``R^T M R`` comes first where that is cheaper: a bottleneck, or a last
+Linear layer, whose ``W^T W`` all samples share. It is the order of a chain of matrix products (see `mixed`), by flops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..base import backends
 from ..base.classes import dressed, plain
 from ..base.memory import OFFER, Budget, Offer
 from ..maps.letters import Network
-from ..meet.ways import Asked, between, gram, pairs, summed_up, weight_in
+from ..meet.gram import GramRequest, between, gram, pairs, summed_up, weight_in
 from ..plan.owners import apart
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
 from ..prologue.arguments import ASSUME, as_tuple, check_batch, check_options
@@ -158,12 +158,12 @@ def rows_of(
     forms = check_weights(weights, *ends, per_sample)
     with computing(create_graph, backend):
         budget = Budget(memory_limit, xs[0].device)
-        kept, n = xs if kind == "jtj" else ys, samples_of(ys, xs)
-        size = sum(t.numel() * t.element_size() for t in kept) * sum(t.numel() for t in kept)
+        outer, n = xs if kind == "jtj" else ys, samples_of(ys, xs)
+        size = sum(t.numel() * t.element_size() for t in outer) * sum(t.numel() for t in outer)
         alone = n > 1 and not per_sample
         offer = Offer(n, size / n) if alone else OFFER
         budget.check(f"the matrix of {kind}", size / n if per_sample and n else size, offer)
-        asked = Asked(kind, forms, bool(per_sample), chunk_size, budget, offer)
+        asked = GramRequest(kind, forms, bool(per_sample), chunk_size, budget, offer)
         assume = per_sample == ASSUME
         return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, assume)
 
@@ -176,7 +176,7 @@ def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bo
 
 
 def _check_real(kind: str, ys, xs) -> None:
-    """Raise for complex numbers at an end that is kept, whose pairs no entry of the result could hold."""
+    """Raise for complex numbers at an outer end, whose pairs no entry of the result could hold."""
     for j, y in enumerate(ys):
         if y.is_complex():
             raise RuntimeError(
@@ -252,8 +252,8 @@ def _ready(weights, tensors, create_graph: bool) -> list[Tensor | None]:
     return out
 
 
-def _rows(ys, xs, weights, asked: Asked, assume: bool):
-    """``G[i][k]`` for all pairs of kept ends."""
+def _rows(ys, xs, weights, asked: GramRequest, assume: bool):
+    """``G[i][k]`` for all pairs of outer ends."""
     ends = (ys, xs) if asked.kind == "jtj" else (xs, ys)
     half = not asked.dense or _symmetric(weights, asked)
     per_sample = ASSUME if assume else asked.per_sample
@@ -285,12 +285,12 @@ def _rows(ys, xs, weights, asked: Asked, assume: bool):
             return of_jacobians(compute(ys, xs, request))
         if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
-    kept = graph.inputs if asked.kind == "jtj" else graph.outputs
+    outer = graph.inputs if asked.kind == "jtj" else graph.outputs
     made = gram(graph, weights, asked, summed, half)
-    return _finished(made, kept, ends[1], asked, half)
+    return _finished(made, outer, ends[1], asked, half)
 
 
-def _symmetric(weights, asked: Asked) -> bool:
+def _symmetric(weights, asked: GramRequest) -> bool:
     """Whether every weight is, and stays so: what is differentiated may be any matrix."""
     for w, form in zip(weights, asked.forms, strict=True):
         if form.startswith("dense"):
@@ -319,7 +319,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
     _check_real(kind, ys, xs)
     ends = (ys, xs) if kind == "jtj" else (xs, ys)
     forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)
-    asked = Asked(kind, forms, per_sample, chunk_size, Budget.unbounded(xs[0].device))
+    asked = GramRequest(kind, forms, per_sample, chunk_size, Budget.unbounded(xs[0].device))
     if kind == "jtj":
         rows = list(zip(*rows, strict=True))
     half = not asked.dense
@@ -330,9 +330,11 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
     return made, tupled_out, result
 
 
-def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[int, int], Tensor]:
-    """The products of whole Jacobians ``rows[kept][contracted]``."""
-    contracted, kept = ends
+def _of_jacobians(
+    rows, ends, weights, asked: GramRequest, half: bool
+) -> dict[tuple[int, int], Tensor]:
+    """The products of whole Jacobians ``rows[outer][contracted]``."""
+    contracted, outer = ends
     lead = int(asked.per_sample)
 
     def operand(network: Network, data: Tensor, end: Tensor, to: Tensor):
@@ -351,9 +353,9 @@ def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[i
             for part in ((torch.real, torch.imag) if end.is_complex() else (torch.real,))
         ]
         for number, (c, end, part) in enumerate(parts):
-            for a, b in pairs(range(len(kept)), half):
+            for a, b in pairs(range(len(outer)), half):
                 network = Network()
-                left, right = (operand(network, part(rows[e][c]), end, kept[e]) for e in (a, b))
+                left, right = (operand(network, part(rows[e][c]), end, outer[e]) for e in (a, b))
                 form = asked.forms[c]
                 middle = weight_in(network, form, weights[c], end.shape, asked.per_sample)
                 yield (a, b), number, network, between(network, left, middle, right)
@@ -361,16 +363,16 @@ def _of_jacobians(rows, ends, weights, asked: Asked, half: bool) -> dict[tuple[i
     return {pair: s.dense(asked.per_sample) for pair, s in summed_up(products()).items()}
 
 
-def _finished(made, values, kept, asked: Asked, half: bool):
-    """All pairs of kept ends, nested, in their shapes; exactly symmetric if the products are."""
+def _finished(made, values, outer, asked: GramRequest, half: bool):
+    """All pairs of outer ends, nested, in their shapes; exactly symmetric if the products are."""
     lead = int(asked.per_sample)
     rows: list[list[Tensor]] = []
     for i, a in enumerate(values):
         rows.append([])
         for k, b in enumerate(values):
-            n, m = kept[i].dim() - lead, kept[k].dim() - lead
-            shape = (*kept[i].shape, *kept[k].shape[lead:])
-            dtype = torch.promote_types(kept[i].dtype, kept[k].dtype)
+            n, m = outer[i].dim() - lead, outer[k].dim() - lead
+            shape = (*outer[i].shape, *outer[k].shape[lead:])
+            dtype = torch.promote_types(outer[i].dtype, outer[k].dtype)
             turned = [*range(lead), *range(lead + m, lead + m + n), *range(lead, lead + m)]
             if (a, b) in made:
                 block = made[a, b]
@@ -381,6 +383,6 @@ def _finished(made, values, kept, asked: Asked, half: bool):
             elif (b, a) in made:
                 block = made[b, a].permute(turned).clone()
             else:
-                block = torch.zeros(shape, dtype=dtype, device=kept[i].device)
+                block = torch.zeros(shape, dtype=dtype, device=outer[i].device)
             rows[i].append(block.to(dtype).reshape(shape))
     return tuple(tuple(row) for row in rows)

@@ -69,7 +69,8 @@ class DiagonalOrder:
 class Order(Protocol):
     """What `cheapest` chooses between."""
 
-    seconds: float
+    @property
+    def seconds(self) -> float: ...
 
     @property
     def by_rows(self) -> bool: ...
@@ -149,8 +150,8 @@ def _coloured(graph: Graph, trace: Trace, sweep: Sweep) -> DiagonalOrder | None:
         if any(len(axis) != 1 for axis in ends) or ends[2] != ends[3]:
             return None
         masks[a] = trace.support_of(seen, ends[2][0][1]).diagonal().copy()
-    ends = (None, fewer) if sweep.reverse else (fewer, None)
-    return DiagonalOrder(*ends, masks=masks)
+    ahead, back = (None, fewer) if sweep.reverse else (fewer, None)
+    return DiagonalOrder(ahead, back, masks=masks)
 
 
 def _middle(graph: Graph, ahead: Sweep, back: Sweep, rates) -> DiagonalOrder | None:

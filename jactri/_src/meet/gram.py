@@ -1,4 +1,4 @@
-"""How a Gram matrix of the Jacobian is computed (see `gram`): the ways, what they cost, and how they run."""
+"""A Gram matrix of the Jacobian: in which order it is accumulated, what that costs, and how it runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .contract import Sum, block, plain, product
 
 
 @dataclass(frozen=True)
-class Asked:
+class GramRequest:
     """What a call asks for; ``forms`` are those of the weights."""
 
     kind: str
@@ -44,9 +44,10 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
-    """How to compute: ``near`` are the sweeps between the contracted ends and the kept ones, or a cut; ``far`` those
-    between the cut and the kept ones.
+class GramOrder:
+    """``near`` are the sweeps between the contracted ends and the outer ones, or a cut.
+
+    ``far`` are those between the cut and the outer ones.
 
     ``summing``: the near seeds are at the contracted ends, and chunks of them are summed up.
     """
@@ -74,37 +75,37 @@ _Blocks = dict[tuple[int, int], tuple[Sweep, int, Tensor | None]]
 """(value, value) -> sweep, the value at its end, data: the block between both, whichever of them has the seed."""
 
 
-_known: Cache[tuple, list[Way]] = Cache()
-_cut_ways: Cache[tuple[Way, int | None, bool], Way] = Cache()
+_known: Cache[tuple, list[GramOrder]] = Cache()
+_cut_orders: Cache[tuple[GramOrder, int | None, bool], GramOrder] = Cache()
 
 
-def _ways(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
-    """All ways that are worth a look, the cheapest first."""
+def _orders(graph: Graph, asked: GramRequest, summed: bool) -> list[GramOrder]:
+    """All orders that are worth a look, the cheapest first."""
 
-    def make() -> list[Way]:
+    def make() -> list[GramOrder]:
         # a cut must be worth its further products
-        ways = _found(graph, asked, summed)
-        return sorted(ways, key=lambda w: w.seconds * (1 if w.cut is None else 1.2))
+        orders = _found(graph, asked, summed)
+        return sorted(orders, key=lambda o: o.seconds * (1 if o.cut is None else 1.2))
 
     return _known.of((graph.key, asked.kind, asked.forms, asked.per_sample, summed), make)
 
 
-def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
+def _found(graph: Graph, asked: GramRequest, summed: bool) -> list[GramOrder]:
     reverse = asked.kind == "jtj"
     ends = [[v for v in dict.fromkeys(e) if v is not None] for e in (graph.outputs, graph.inputs)]
-    contracted, kept = ends if reverse else ends[::-1]
-    if not (contracted and kept):
+    contracted, outer = ends if reverse else ends[::-1]
+    if not (contracted and outer):
         return []
-    ways = []
-    rates = rough(graph.values[kept[0]].device.type)
+    orders = []
+    rates = rough(graph.values[outer[0]].device.type)
     for cut in [None, *(() if summed else _cuts(graph))]:
         far: list[Sweep] = []
-        to = kept
+        to = outer
         if cut is not None:
             to = [cut]
-            seeded = [follow(graph, k, not reverse, [cut], i) for i, k in enumerate(kept)]
+            seeded = [follow(graph, k, not reverse, [cut], i) for i, k in enumerate(outer)]
             far = min(
-                [follow(graph, cut, reverse, list(kept))], seeded, key=lambda s: seconds(s, rates)
+                [follow(graph, cut, reverse, list(outer))], seeded, key=lambda s: seconds(s, rates)
             )
         for chunked in (True, False):
             seeds, targets = (contracted, to) if chunked else (to, contracted)
@@ -112,16 +113,16 @@ def _found(graph: Graph, asked: Asked, summed: bool) -> list[Way]:
                 follow(graph, v, reverse == chunked, list(targets), i, summed)
                 for i, v in enumerate(seeds)
             ]
-            way = Way(cut, near, far, chunked and not asked.dense)
+            order = GramOrder(cut, near, far, chunked and not asked.dense)
             try:
-                way, apart = _predicted(graph, way, asked)
+                order, apart = _predicted(graph, order, asked)
                 if apart or summed:
-                    ways.append(way)
+                    orders.append(order)
             except Unaligned:
                 # it runs with zeros written out, which must not be those between samples
                 if cut is None and (summed or not asked.per_sample):
-                    ways.append(replace(way, seconds=inf, summing=False, plain=True))
-    return ways
+                    orders.append(replace(order, seconds=inf, summing=False, plain=True))
+    return orders
 
 
 def _cuts(graph: Graph) -> list[int]:
@@ -150,16 +151,16 @@ def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
     return out
 
 
-def _predicted(graph: Graph, way: Way, asked: Asked) -> tuple[Way, bool]:
-    """A way with what it costs and holds; whether it keeps samples apart that are to be.
+def _predicted(graph: Graph, order: GramOrder, asked: GramRequest) -> tuple[GramOrder, bool]:
+    """An order with what it costs and holds; whether it keeps samples apart that are to be.
 
     Raises Unaligned where its blocks have no letters in common.
     """
     half = not asked.dense
-    made = list(_products(graph, way, _blocks(way.near), None, asked, half))
+    made = list(_products(graph, order, _blocks(order.near), None, asked, half))
     sums = summed_up(iter(made))
-    if way.cut is not None:
-        more = list(_around(graph, way, _blocks(way.far), sums[way.cut, way.cut], half))
+    if order.cut is not None:
+        more = list(_around(graph, order, _blocks(order.far), sums[order.cut, order.cut], half))
         made += more
         sums = {**sums, **summed_up(iter(more))}
     size = {
@@ -169,39 +170,51 @@ def _predicted(graph: Graph, way: Way, asked: Asked) -> tuple[Way, bool]:
     answer = sum(
         _whole(graph, a, b, asked.per_sample) * (1 + (half and a != b))
         for a, b in sums
-        if a != way.cut
+        if a != order.cut
     )
-    written = 2 * sum(size.values()) - size.get((way.cut, way.cut), 0.0)
+    written = 2 * sum(size.values()) - size.get((order.cut, order.cut), 0.0)
     result = max(sum(size.values()), answer) + answer  # what is made symmetric is there twice
-    rates = rough(graph.values[way.near[0].seed].device.type)
+    rates = rough(graph.values[order.near[0].seed].device.type)
     flops = sum(network.flops for _, _, network, _ in made)
-    took = seconds([*way.near, *way.far], rates) + predict(flops, written, len(made), rates)
-    held = _size(graph, way.far) + (0.0 if way.summing else _size(graph, way.near))
-    way = replace(way, seconds=took, held=held * (1 + SLACK), result=result, answer=answer)
+    took = seconds([*order.near, *order.far], rates) + predict(flops, written, len(made), rates)
+    held = _size(graph, order.far) + (0.0 if order.summing else _size(graph, order.near))
+    order = replace(order, seconds=took, held=held * (1 + SLACK), result=result, answer=answer)
     apart = not asked.per_sample or all(s.tied or not s.made.ends[0][0] for s in sums.values())
-    return way, apart
+    return order, apart
 
 
 def _whole(graph: Graph, a: int, b: int, per_sample: bool) -> float:
-    """Bytes of the block of an answer between two kept values, zeros included."""
+    """Bytes of the block of an answer between two outer values, zeros included."""
     first, second = graph.values[a].shape, graph.values[b].shape[per_sample:]
     return float(prod(first) * prod(second) * itemsize(graph, a))
 
 
 _Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]
-"""(kept values, the contracted end, network, product)."""
+"""(outer values, the contracted end, network, product)."""
 
 
 def _products(
-    graph: Graph, way: Way, near: _Blocks, weights, asked: Asked, half: bool, sel=None, seed=None, plain=False
-) -> _Made:  # fmt: skip
+    graph: Graph,
+    order: GramOrder,
+    near: _Blocks,
+    weights,
+    asked: GramRequest,
+    half: bool,
+    sel=None,
+    seed=None,
+    plain=False,
+) -> _Made:
     """The products of near blocks over every contracted end (or ``seed`` alone), for pairs of the others.
 
     Without weights, they have no data.
     """
     ends = graph.outputs if asked.kind == "jtj" else graph.inputs
     others = graph.inputs if asked.kind == "jtj" else graph.outputs
-    to = [way.cut] if way.cut is not None else [v for v in dict.fromkeys(others) if v is not None]
+    to = (
+        [order.cut]
+        if order.cut is not None
+        else [v for v in dict.fromkeys(others) if v is not None]
+    )
     planned = weights is None
     for c, end in enumerate(ends):
         if end is None or seed not in (None, end):
@@ -219,30 +232,30 @@ def _products(
             yield (a, b), c, network, between(network, left, middle, right)
 
 
-def _around(graph: Graph, way: Way, far: _Blocks, middle: Sum, half: bool) -> _Made:
+def _around(graph: Graph, order: GramOrder, far: _Blocks, middle: Sum, half: bool) -> _Made:
     """The products at a cut, between far blocks."""
-    kept = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != way.cut]
+    outer = [v for v in dict.fromkeys(t for pair in far for t in pair) if v != order.cut]
     planned = middle.made.data is None
-    for a, b in pairs(kept, half):
+    for a, b in pairs(outer, half):
         network = Network()
         left, right = (
-            _block(network, graph, far[way.cut, v], v, None, False, planned) for v in (a, b)
+            _block(network, graph, far[order.cut, v], v, None, False, planned) for v in (a, b)
         )
         inner = network.copy(middle.network, middle.made)
         yield (a, b), 0, network, between(network, left, inner, right)
 
 
-def pairs(kept, half: bool):
-    """All pairs of kept ends, or those of which the others are the transposes."""
-    return [(a, b) for i, a in enumerate(kept) for b in kept[i if half else 0 :]]
+def pairs(outer, half: bool):
+    """All pairs of outer ends, or those of which the others are the transposes."""
+    return [(a, b) for i, a in enumerate(outer) for b in outer[i if half else 0 :]]
 
 
 Part = tuple[Operand, Axes, Axes]
-"""A block in a network, its contracted end and its kept end."""
+"""A block in a network, its contracted end and its outer end."""
 
 
 def between(network: Network, left: Part, middle: Operand, right: Part) -> Operand:
-    """``left^T middle right``, where the left and the right are blocks from the kept end to the contracted one."""
+    """``left^T middle right``, where the left and the right are blocks from the outer end to the contracted one."""
     network.identify(left[1], middle.ends[0])
     network.identify(right[1], middle.ends[1])
     unit = not middle.dims and middle.data is None
@@ -251,7 +264,7 @@ def between(network: Network, left: Part, middle: Operand, right: Part) -> Opera
 
 
 def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
-    """The sums over contracted ends, and over the chunks of each, by kept values."""
+    """The sums over contracted ends, and over the chunks of each, by outer values."""
     parts: dict[tuple, Sum] = {}
     for pair, c, network, part in made:
         parts.setdefault((pair, c), Sum()).add(network, part)
@@ -295,70 +308,76 @@ def weight_in(
 
 
 def gram(
-    graph: Graph, weights, asked: Asked, summed: bool, half: bool
+    graph: Graph, weights, asked: GramRequest, summed: bool, half: bool
 ) -> dict[tuple[int, int], Tensor]:
-    """The products, by pairs of kept values; of all pairs, or ``half``, which their transposes complete.
+    """The products, by pairs of outer values; of all pairs, or ``half``, which their transposes complete.
 
     ``summed``: a probe has shown that samples do not mix.
     """
-    if asked.per_sample and not _ways(graph, asked, summed):
-        summed = True  # shown by a plan, that none of the ways can follow
-    largest = max((w.held + w.result for w in _ways(graph, asked, summed)), default=0.0)
+    if asked.per_sample and not _orders(graph, asked, summed):
+        summed = True  # shown by a plan, that none of the orders can follow
+    largest = max((o.held + o.result for o in _orders(graph, asked, summed)), default=0.0)
     limit = asked.budget.limit(largest)
     return _run(graph, weights, asked, summed, half, limit)
 
 
 def _run(
-    graph: Graph, weights, asked: Asked, summed: bool, half: bool, limit: float
+    graph: Graph, weights, asked: GramRequest, summed: bool, half: bool, limit: float
 ) -> dict[tuple[int, int], Tensor]:
-    """The products, by pairs of kept values, by the cheapest way that the memory allows.
+    """The products, by pairs of outer values, by the cheapest order that the memory allows.
 
-    Samples run in ranges if the cheapest way fits so and not else, before a way that costs more is taken.
+    Samples run in ranges if the cheapest order fits so and not else, before one that costs more is taken.
     """
-    ways = _ways(graph, asked, summed)
-    if not ways:
+    orders = _orders(graph, asked, summed)
+    if not orders:
         return {}
-    if not ways[0].by_rows and met(graph, suspects(graph, seeds=True)):
-        ways = [w for w in ways if w.by_rows]
-    ready = _fitting(graph, ways[:1], asked, limit)
+    if not orders[0].by_rows and met(graph, suspects(graph, seeds=True)):
+        orders = [o for o in orders if o.by_rows]
+    ready = _fitting(graph, orders[:1], asked, limit)
     needs: list[float] = []
     if ready is None and asked.per_sample and not summed:
-        made = _in_ranges(graph, ways[0], weights, asked, half, limit, needs)
+        made = _in_ranges(graph, orders[0], weights, asked, half, limit, needs)
         if made is not None:
             return made
     if ready is None:
-        ready = _fitting(graph, ways, asked, limit, needs)
+        ready = _fitting(graph, orders, asked, limit, needs)
         if ready is None:
-            raise asked.budget.refusal(ONE_SEED, min(needs), ways[0].answer, asked.offer)
+            raise asked.budget.refusal(ONE_SEED, min(needs), orders[0].answer, asked.offer)
     return _computed(graph, ready, weights, asked, half)
 
 
 def _fitting(
-    graph: Graph, ways: list[Way], asked: Asked, limit: float, needs: list[float] | None = None
-) -> Way | None:
-    """The first way that fits the memory limit, with its chunks; what each of the others ``needs``."""
-    for way in ways:
+    graph: Graph,
+    orders: list[GramOrder],
+    asked: GramRequest,
+    limit: float,
+    needs: list[float] | None = None,
+) -> GramOrder | None:
+    """The first order that fits the memory limit, with its chunks; what each of the others ``needs``."""
+    for order in orders:
         try:
             if limit == inf:
-                return _ready(graph, way, asked.chunk_size)
-            return _cut(graph, way, limit, asked.chunk_size)
+                return _ready(graph, order, asked.chunk_size)
+            return _cut(graph, order, limit, asked.chunk_size)
         except MemoryLimitTooSmall as error:
             if needs is not None:
-                needs.append(way.held + way.result + error.need * (2 if way.summing else 1))
+                needs.append(order.held + order.result + error.need * (2 if order.summing else 1))
     return None
 
 
-def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit: float, needs):
+def _in_ranges(
+    graph: Graph, order: GramOrder, weights, asked: GramRequest, half: bool, limit: float, needs
+):
     """The products of ranges of samples, the longest that fit the memory limit; None where there are none.
 
     To ``needs`` is added what those of one sample need.
     """
     ends = [v for v in (*graph.inputs, *graph.outputs) if v is not None]
     n = graph.values[ends[0]].shape[0]
-    where = places(graph, [*way.near, *way.far])
+    where = places(graph, [*order.near, *order.far])
     if where is None or any(where.get(v) != (0, 1) for v in ends):
         return None
-    limit -= way.answer
+    limit -= order.answer
     count = n
     while count > 1:
         count = (count + 1) // 2
@@ -366,10 +385,10 @@ def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit:
         if part is None:
             return None
         each: list[float] = []
-        if _fitting(part, _ways(part, asked, False)[:1], asked, limit, each) is not None:
+        if _fitting(part, _orders(part, asked, False)[:1], asked, limit, each) is not None:
             break
     else:
-        needs += [n + way.answer for n in each]
+        needs += [n + order.answer for n in each]
         return None
     parts = []
     for start in range(0, n, count):
@@ -383,49 +402,49 @@ def _in_ranges(graph: Graph, way: Way, weights, asked: Asked, half: bool, limit:
     return {pair: torch.cat([p[pair] for p in parts]) for pair in parts[0]}
 
 
-def _ready(graph: Graph, way: Way, chunk_size: int | None) -> Way:
-    """A way with its chunks where memory does not decide them, remembered."""
-    kernels = backends.kernels_on(graph.values[way.near[0].seed].device)
-    return _cut_ways.of((way, chunk_size, kernels), lambda: _cut(graph, way, inf, chunk_size))
+def _ready(graph: Graph, order: GramOrder, chunk_size: int | None) -> GramOrder:
+    """An order with its chunks where memory does not decide them, remembered."""
+    kernels = backends.kernels_on(graph.values[order.near[0].seed].device)
+    return _cut_orders.of((order, chunk_size, kernels), lambda: _cut(graph, order, inf, chunk_size))
 
 
-def _cut(graph: Graph, way: Way, limit: float, chunk_size: int | None) -> Way:
-    """A way with the chunks of its sweeps. Raises MemoryLimitTooSmall."""
-    free = limit - way.held - way.result
-    device = graph.values[way.near[0].seed].device.type
+def _cut(graph: Graph, order: GramOrder, limit: float, chunk_size: int | None) -> GramOrder:
+    """An order with the chunks of its sweeps. Raises MemoryLimitTooSmall."""
+    free = limit - order.held - order.result
+    device = graph.values[order.near[0].seed].device.type
 
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
         # the copy of a chunk for its product
         options = free / 2 if summing else free, chunk_size
         cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, device))
-        if summing and len(cut.selections()) * 2 * way.result > sweep.bytes:
+        if summing and len(cut.selections()) * 2 * order.result > sweep.bytes:
             # to add up the result again and again costs more than blocks that leave the cache
             cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, "any"))
         return fused(graph, cut)
 
     return replace(
-        way,
-        near=[chosen(s, way.summing) for s in way.near],
-        far=[chosen(s, False) for s in way.far],
+        order,
+        near=[chosen(s, order.summing) for s in order.near],
+        far=[chosen(s, False) for s in order.far],
     )
 
 
-def _computed(graph: Graph, way: Way, weights, asked: Asked, half: bool):
+def _computed(graph: Graph, order: GramOrder, weights, asked: GramRequest, half: bool):
     def chunked() -> _Made:
-        for sweep in way.near:
+        for sweep in order.near:
             ends = [t for t in sweep.targets if t is not None]
             for sel, blocks in chunks(graph, sweep):
                 near = _blocks([sweep], {(0, t): blocks[t][0] for t in ends})
-                yield from _products(graph, way, near, weights, asked, half, sel, sweep.seed)
+                yield from _products(graph, order, near, weights, asked, half, sel, sweep.seed)
 
-    if way.summing:
+    if order.summing:
         total = summed_up(chunked())
     else:
-        near = _blocks(way.near, stored(graph, way.near))
-        total = summed_up(_products(graph, way, near, weights, asked, half, plain=way.plain))
-    if way.cut is not None:
-        far = _blocks(way.far, stored(graph, way.far))
-        total = summed_up(_around(graph, way, far, total[way.cut, way.cut], half))
+        near = _blocks(order.near, stored(graph, order.near))
+        total = summed_up(_products(graph, order, near, weights, asked, half, plain=order.plain))
+    if order.cut is not None:
+        far = _blocks(order.far, stored(graph, order.far))
+        total = summed_up(_around(graph, order, far, total[order.cut, order.cut], half))
     return {pair: s.dense(asked.per_sample) for pair, s in total.items()}
 
 
