@@ -145,13 +145,13 @@ class GGN:
     def _contracted(self, h: Tensor, is_diagonal: bool) -> dict[str, Tensor]:
         jac = self.jacobian
         run = jac._run
-        batch, out = run.labels()
-        labels = (*batch, *out) if is_diagonal else (*batch, *out, *of_second(out))
-        h = h.reshape([run.seeds[s % SECOND] for s in labels])
+        batch, out = run.letters()
+        letters = (*batch, *out) if is_diagonal else (*batch, *out, *of_second(out))
+        h = h.reshape([run.seeds[s % SECOND] for s in letters])
 
         def third(left: Selection | None, right: Selection | None):
             spans = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
-            return cut(h, labels, spans), labels
+            return cut(h, letters, spans), letters
 
         link = Link(each_with_itself((*batch, *out) if is_diagonal else batch), (), own=True)
         return entries(jac, link, third, not is_diagonal)

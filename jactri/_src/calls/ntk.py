@@ -88,7 +88,7 @@ def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
     if a.structure is None or b.structure is None:
         made = first._dense_gram(second).movedim(axes + 1, 1)
         return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
-    (batch1, out1), (batch2, out2) = a.labels(), b.labels()
+    (batch1, out1), (batch2, out2) = a.letters(), b.letters()
     lead = (*batch1, *of_second(batch2))
     alike = [a.seeds[s] for s in out1] == [b.seeds[s] for s in out2]
     if compute == "full" or not alike:

@@ -158,8 +158,8 @@ class ParameterJacobian:
                 pieces = self._pieces(sel)
                 for name, p in run.params.items():
                     view = made[name].view((*run.seeds, *p.shape))
-                    for label, span in (sel or {}).items():
-                        view = view.narrow(label, *span)
+                    for letter, span in (sel or {}).items():
+                        view = view.narrow(letter, *span)
                     write(pieces[name], view, len(run.seeds))
         return made
 
@@ -328,7 +328,7 @@ class ParameterJacobian:
         shape = tuple(run.y.shape)
         if run.structure is None:
             return self._dense_gram(self)
-        batch, out = run.labels()
+        batch, out = run.letters()
         with run.computing():
             link = Link((), (*batch, *out, *of_second(batch), *of_second(out)))
             made = inner(self, self, link, what="J J^T")
@@ -376,7 +376,7 @@ class ParameterJacobian:
                     rows = flat(j, n * m).reshape(n, m, -1)
                     made = made + ((rows * w) @ rows.mT).to(made.dtype)
             else:
-                batch, out = run.labels()
+                batch, out = run.letters()
                 link = Link(each_with_itself(batch), (*batch, *out, *of_second(out)))
                 made = inner(self, self, link, v, what="J diag(v) J^T")
             return made.reshape(n, *run.out, *run.out)
@@ -404,7 +404,7 @@ def inner(
     weights: dict[str, Tensor] | None = None,
     what: str = "the kernel",
 ) -> Tensor:
-    """The sum over all parameters that ``link`` describes, its axes those labels.
+    """The sum over all parameters that ``link`` describes, its axes those letters.
 
     ``weights``: a weight for every entry of the parameters. ``what`` it is, for a refusal.
     """
@@ -446,13 +446,13 @@ def inner(
 
 
 def _batch_last(a: Recorded, b: Recorded, out: Letters) -> Letters:
-    """The labels of a result with the samples of each factor behind the rest of its output.
+    """The letters of a result with the samples of each factor behind the rest of its output.
 
     A kernel of inputs varies by samples only: along them a product with it runs through memory.
     """
     if min(a.n, b.n) < 16:
         return out
-    batch = {*a.labels()[0], *of_second(b.labels()[0])}
+    batch = {*a.letters()[0], *of_second(b.letters()[0])}
     return tuple(sorted(out, key=lambda s: (s >= SECOND, s in batch)))
 
 
@@ -500,7 +500,7 @@ def formed(budget: Budget) -> float:
 def entries(jac: ParameterJacobian, link: Link, third, both: bool) -> dict[str, Tensor]:
     """For every parameter the sum over pairs of output entries of two Jacobians and a third operand.
 
-    ``third(left, right)`` gives that operand with its labels, for selections. ``both``: of different entries too.
+    ``third(left, right)`` gives that operand with its letters, for selections. ``both``: of different entries too.
     """
     run = jac._run
     size = sum(p.numel() * p.element_size() for p in run.params.values())

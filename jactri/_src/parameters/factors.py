@@ -1,6 +1,6 @@
 """The Jacobian in a parameter as a sum of pieces: cotangents times what the layer saw, and what is made of them.
 
-A `Piece` is ``C``, or ``C`` times ``a``, or ``C`` put into the rows of an index, with labelled axes (see `uses`). An
+A `Piece` is ``C``, or ``C`` times ``a``, or ``C`` put into the rows of an index, with lettered axes (see `uses`). An
 outer product for a Linear layer, whose ``T`` tokens, if it has some, are summed (Goodfellow 2015, arXiv:1510.01799);
 for a convolution ``a`` are the patches of its input (Rochette et al. 2019, arXiv:1912.06015).
 """
@@ -25,11 +25,10 @@ from .uses import Role, Structure, Use
 
 @dataclass
 class Piece:
-    """One term of the Jacobian in a parameter whose axes have the labels ``axes``.
+    """One term of the Jacobian in a parameter whose axes have the letters ``axes``.
 
-    Letters below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose label is
-    ``row``.
-    ``origin``: the block that ``c`` is, if it is one as it was.
+    Letters below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose letter
+    is ``row``. ``origin``: the block that ``c`` is, if it is one as it was.
     """
 
     c: Tensor
@@ -52,17 +51,17 @@ class Piece:
         return sum(t.numel() * t.element_size() for t, _ in self.operands)
 
     def narrow(self, axis: int, start: int, length: int) -> Piece | None:
-        """A range of one axis of the parameter, or None where labels do not allow that."""
+        """A range of one axis of the parameter, or None where letters do not allow that."""
         if len(self.axes[axis]) != 1:
             return None
-        (label,) = self.axes[axis]
-        if label == self.row or sum(label in axis for axis in self.axes) > 1:
+        (letter,) = self.axes[axis]
+        if letter == self.row or sum(letter in axis for axis in self.axes) > 1:
             return None
 
-        spans = {label: (start, length)}
+        spans = {letter: (start, length)}
         c = cut(self.c, self.cl, spans)
         a = None if self.a is None else cut(self.a, self.al, spans)
-        return replace(self, c=c, a=a, sizes={**self.sizes, label: length}, origin=None)
+        return replace(self, c=c, a=a, sizes={**self.sizes, letter: length}, origin=None)
 
 
 def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict[int, list[Piece]]:
@@ -90,9 +89,9 @@ def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict
 
 def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int) -> Piece:
     value = graph.values[use.value]
-    sizes = {**use.sizes, **{label: length for label, (_, length) in sel.items()}}
+    sizes = {**use.sizes, **{letter: length for letter, (_, length) in sel.items()}}
     roles, steps, outer, index, row = [], [], None, None, -1
-    own = {label for axis in use.axes for label in axis}
+    own = {letter for axis in use.axes for letter in axis}
     factor = 1.0
     il: Letters = ()
     for role in use.roles:
@@ -100,20 +99,20 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
         if role.kind == "scale":
             factor *= edge.factor
         elif role.kind == "rows":
-            *lead, row = role.labels
+            *lead, row = role.letters
             il = tuple(lead)
             index = edge.index.reshape([use.sizes[s] for s in il])
             index = cut(index, il, sel)
         elif role.kind == "diagonal":
             full = graph.values[role.owner].shape
             for function, d in edge.factors(True):
-                d = d.expand(full).reshape([use.sizes[s] for s in role.labels])
-                roles.append(once(cut(d, role.labels, sel), role.labels))
+                d = d.expand(full).reshape([use.sizes[s] for s in role.letters])
+                roles.append(once(cut(d, role.letters, sel), role.letters))
                 steps.append(function)
         else:
             t = _seen(role, edge, use.sizes)
-            outer = once(cut(t, role.labels, sel), role.labels)
-    known = own.union(il, range(seeds), *(labels for _, labels in roles))
+            outer = once(cut(t, role.letters, sel), role.letters)
+    known = own.union(il, range(seeds), *(letters for _, letters in roles))
     if outer is not None:
         known.update(outer[1])
     whole = [
@@ -126,12 +125,12 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
     if not roles and factor == 1.0:
         origin = "ones" if block is None else block
     if selected in steps:  # in the order of a pull, which a product does not know
-        for function, (t, labels) in zip(steps, roles, strict=True):
-            out = tuple(sorted(set(cl).union(labels)))
-            c, cl = function(spread(c, cl, out), spread(t, labels, out), False), out
+        for function, (t, letters) in zip(steps, roles, strict=True):
+            out = tuple(sorted(set(cl).union(letters)))
+            c, cl = function(spread(c, cl, out), spread(t, letters, out), False), out
         roles = []
     if roles:
-        keep = set(cl).union(*(labels for _, labels in roles))
+        keep = set(cl).union(*(letters for _, letters in roles))
         kept = own.union(il, range(seeds), outer[1] if outer else ())
         out = tuple(sorted(keep & kept))
         c, cl = multiply([(c, cl), *roles], out), out
@@ -140,20 +139,20 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
     if factor != 1.0:
         c = c * factor
     if outer is not None:
-        # the labels that nothing else has are summed once and for all
-        t, labels = settled(*outer, own.union(cl, range(seeds)))
-        if labels != outer[1]:
+        # the letters that nothing else has are summed once and for all
+        t, letters = settled(*outer, own.union(cl, range(seeds)))
+        if letters != outer[1]:
             origin = None
-        if own.intersection(labels).difference(cl):
-            return Piece(c, cl, use.axes, sizes, t, labels, origin=origin)
-        out = tuple(sorted((set(cl) | set(labels)) & own.union(range(seeds))))
-        return Piece(contract(c, cl, t, labels, out), out, use.axes, sizes)
+        if own.intersection(letters).difference(cl):
+            return Piece(c, cl, use.axes, sizes, t, letters, origin=origin)
+        out = tuple(sorted((set(cl) | set(letters)) & own.union(range(seeds))))
+        return Piece(contract(c, cl, t, letters, out), out, use.axes, sizes)
     return Piece(c, cl, use.axes, sizes, None, (), index, il, row, origin)
 
 
 def _seen(role: Role, edge, sizes) -> Tensor:
-    """What an edge multiplies cotangents by, one axis a label."""
-    shape = [sizes[s] for s in role.labels]
+    """What an edge multiplies cotangents by, one axis a letter."""
+    shape = [sizes[s] for s in role.letters]
     if role.kind == "matrix":
         return edge.partner.reshape(shape)
     return patches(edge.x, edge.geometry, edge.kernel).reshape(shape)
@@ -196,30 +195,30 @@ def _pulled(graph: Graph, structure: Structure, use: Use, block: Tensor | None, 
     full = convert(
         block, layout, only, sel, torch.empty((), dtype=value.dtype, device=value.device)
     )
-    seeds = [(label, sel[label][1] if label in sel else n) for label, n in enumerate(only.seed)]
+    seeds = [(letter, sel[letter][1] if letter in sel else n) for letter, n in enumerate(only.seed)]
     sizes = {**use.sizes, **dict(seeds)}
     if full is None:
         full = torch.ones(1, *value.shape, dtype=value.dtype, device=value.device)
-    labels = tuple(sorted(batch))
+    letters = tuple(sorted(batch))
     ties = [t for axis in only.axes for _, t in axis]
     fine = [n for axis in only.axes for n, _ in axis]
     view = full.reshape(full.shape[0], *fine)
     rows = []
-    for number in range(prod([sizes[s] for s in labels])):
+    for number in range(prod([sizes[s] for s in letters])):
         rest, mask = number, torch.zeros_like(view)
         inside, source = mask, view
-        for label in reversed(labels):
-            rest, at = divmod(rest, sizes[label])
-            dim = 1 + ties.index(label)
+        for letter in reversed(letters):
+            rest, at = divmod(rest, sizes[letter])
+            dim = 1 + ties.index(letter)
             inside, source = inside.narrow(dim, at, 1), source.narrow(dim, at, 1)
         inside.copy_(source)
         rows.append(edge.pull(mask.reshape(full.shape), False)[0])
-    free = [label for label, _ in seeds if label not in batch]
+    free = [letter for letter, _ in seeds if letter not in batch]
     found = torch.stack(rows).reshape(
-        *(sizes[s] for s in labels), *(sizes[s] for s in free), *graph.values[use.root].shape
+        *(sizes[s] for s in letters), *(sizes[s] for s in free), *graph.values[use.root].shape
     )
-    own = tuple([label for axis in use.axes for label in axis])
-    return Piece(found, (*labels, *free, *own), use.axes, sizes)
+    own = tuple([letter for axis in use.axes for letter in axis])
+    return Piece(found, (*letters, *free, *own), use.axes, sizes)
 
 
 # -- the uses of one parameter ------------------------------------------------------------------------
@@ -263,15 +262,15 @@ def _spread(piece: Piece, full: dict[int, int], sel: Selection, seeds: int) -> P
     c, cl = piece.c, piece.cl
     for axis in piece.axes:
         own = []
-        for label in axis:
-            if label < seeds and label in sel:
-                start, length = sel[label]
-                rows = torch.eye(full[label], dtype=c.dtype, device=c.device)
-                out = (*(s for s in cl if s != label), label, count)
-                c, cl = contract(c, cl, rows.narrow(0, start, length), (label, count), out), out
-                sizes[count] = full[label]
-                label, count = count, count + 1
-            own.append(label)
+        for letter in axis:
+            if letter < seeds and letter in sel:
+                start, length = sel[letter]
+                rows = torch.eye(full[letter], dtype=c.dtype, device=c.device)
+                out = (*(s for s in cl if s != letter), letter, count)
+                c, cl = contract(c, cl, rows.narrow(0, start, length), (letter, count), out), out
+                sizes[count] = full[letter]
+                letter, count = count, count + 1
+            own.append(letter)
         axes.append(tuple(own))
     return replace(piece, c=c, cl=cl, axes=tuple(axes), sizes=sizes, origin=None)
 
@@ -314,8 +313,8 @@ def formed(pieces: list[Piece], seeds: list[int], shape, dtype, device) -> Tenso
 
 
 def _diagonal(piece: Piece, seeds: int) -> bool:
-    """Whether the piece vanishes but on diagonals: a label of the output is one of the parameter."""
-    return any(label < seeds for axis in piece.axes for label in axis)
+    """Whether the piece vanishes but on diagonals: a letter of the output is one of the parameter."""
+    return any(letter < seeds for axis in piece.axes for letter in axis)
 
 
 def write(pieces: list[Piece], out: Tensor, seeds: int, cleared: bool = False, add=False) -> None:
@@ -326,20 +325,22 @@ def write(pieces: list[Piece], out: Tensor, seeds: int, cleared: bool = False, a
     if not add and not cleared and (not pieces or _diagonal(pieces[0], seeds)):
         out.zero_()
     for piece in pieces:
-        view, labels = _window(piece, out, seeds)
+        view, letters = _window(piece, out, seeds)
         if piece.index is None and not add and view.dtype == piece.c.dtype:
-            multiply(piece.operands, labels, view)
+            multiply(piece.operands, letters, view)
         else:
             made = (
-                multiply(piece.operands, labels) if piece.index is None else _in_rows(piece, labels)
+                multiply(piece.operands, letters)
+                if piece.index is None
+                else _in_rows(piece, letters)
             )
             view.add_(made) if add else view.copy_(made)
         add = True
 
 
 def _window(piece: Piece, out: Tensor, seeds: int) -> tuple[Tensor, Letters]:
-    """The part of the result in which a piece lies, as a view with one axis a label."""
-    names = [*range(seeds), *(label for axis in piece.axes for label in axis)]
+    """The part of the result in which a piece lies, as a view with one axis a letter."""
+    names = [*range(seeds), *(letter for axis in piece.axes for letter in axis)]
     view = out.view([piece.sizes[s] for s in names])
     return diagonals(view, names)
 

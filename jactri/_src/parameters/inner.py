@@ -1,7 +1,7 @@
 """Inner products of Jacobians over their parameters, from pieces: J J^T, the NTK, variances, the diagonal of a GGN.
 
 For two Linear layers' pieces the sum over the weight is ``(C C'^T) * (a a'^T)`` (Novak et al. 2022, arXiv:2206.08720,
-section 3). Every such product is a contraction of at most five labelled tensors; where tokens or pixels make that
+section 3). Every such product is a contraction of at most five lettered tensors; where tokens or pixels make that
 longer than a product of formed Jacobians, those are formed, for a range of the parameter at a time.
 """
 
@@ -19,24 +19,24 @@ from ..maps.letters import Letters
 from .factors import Piece, formed
 
 SECOND = 1000
-"""Added to the labels of the second factor."""
+"""Added to the letters of the second factor."""
 
 
-def of_second(labels) -> Letters:
-    """Labels of an output as those of the second factor's."""
-    return tuple(s + SECOND for s in labels)
+def of_second(letters) -> Letters:
+    """Letters of an output as those of the second factor's."""
+    return tuple(s + SECOND for s in letters)
 
 
-def each_with_itself(labels) -> tuple[tuple[int, int], ...]:
-    """Labels that are one in both outputs (see `Link`)."""
-    return tuple((s, s) for s in labels)
+def each_with_itself(letters) -> tuple[tuple[int, int], ...]:
+    """Letters that are one in both outputs (see `Link`)."""
+    return tuple((s, s) for s in letters)
 
 
 @dataclass(frozen=True)
 class Link:
-    """Which sum is meant: labels of the two outputs that are one, in pairs, and the labels of the result, in order.
+    """Which sum is meant: letters of the two outputs that are one, in pairs, and the letters of the result, in order.
 
-    In ``out``, labels of the second factor's output have `SECOND` added. ``own``: the result has the parameter's axes.
+    In ``out``, letters of the second factor's output have `SECOND` added. ``own``: the result has the parameter's axes.
     """
 
     shared: tuple[tuple[int, int], ...]
@@ -45,17 +45,17 @@ class Link:
 
 
 class Total:
-    """The sum of what has labels of the result; those that have diagonals come last, into what is there."""
+    """The sum of what has letters of the result; those that have diagonals come last, into what is there."""
 
     def __init__(self, sizes: dict[int, int], out: Letters, dtype, device):
         self.sizes, self.out, self.dtype, self.device = sizes, out, dtype, device
         self.value: Tensor | None = None
         self.later: list[tuple[Tensor, Letters]] = []
 
-    def add(self, t: Tensor, labels: Letters) -> None:
-        """``labels``: one for each axis of the result; where two are one, ``t`` is its diagonal there."""
-        if len(set(labels)) < len(labels):
-            self.later.append((t, labels))
+    def add(self, t: Tensor, letters: Letters) -> None:
+        """``letters``: one for each axis of the result; where two are one, ``t`` is its diagonal there."""
+        if len(set(letters)) < len(letters):
+            self.later.append((t, letters))
             return
         shape = [self.sizes[s] for s in self.out]
         if self.value is None:
@@ -71,15 +71,15 @@ class Total:
             self.value = torch.zeros(shape, dtype=self.dtype, device=self.device)
         elif self.later and torch.is_grad_enabled():
             self.value = self.value.clone()
-        for t, labels in self.later:
-            view, names = diagonals(self.value, labels)
-            view.add_(spread(t, tuple(dict.fromkeys(labels)), names))
+        for t, letters in self.later:
+            view, names = diagonals(self.value, letters)
+            view.add_(spread(t, tuple(dict.fromkeys(letters)), names))
         self.later.clear()
         return self.value
 
 
 class _Pair:
-    """Two pieces with common labels for their parameter, as the operands of one contraction."""
+    """Two pieces with common letters for their parameter, as the operands of one contraction."""
 
     def __init__(self, p: Piece, q: Piece, link: Link, extra: Lettered | None):
         self.names: dict[int, int] = {}
@@ -89,26 +89,26 @@ class _Pair:
             for a, b in zip(mine, theirs, strict=True):
                 self._join(a, b + SECOND)
         self.operands = [
-            *((t, tuple([self._of(s) for s in labels])) for t, labels in p.operands),
-            *((t, tuple([self._of(s + SECOND) for s in labels])) for t, labels in q.operands),
+            *((t, tuple([self._of(s) for s in letters])) for t, letters in p.operands),
+            *((t, tuple([self._of(s + SECOND) for s in letters])) for t, letters in q.operands),
         ]
-        own = [label for axis in p.axes for label in axis]
+        own = [letter for axis in p.axes for letter in axis]
         if extra is not None:
-            labels = own if extra[1] is None else extra[1]
+            letters = own if extra[1] is None else extra[1]
             t = extra[0].reshape([p.sizes[s] for s in own]) if extra[1] is None else extra[0]
-            self.operands.append((t, tuple([self._of(s) for s in labels])))
-        self.labels = tuple([self._of(s) for s in (own if link.own else link.out)])
-        self.out = tuple(dict.fromkeys(self.labels))
-        # what is the same for all entries of a label that nobody has is counted as often
+            self.operands.append((t, tuple([self._of(s) for s in letters])))
+        self.letters = tuple([self._of(s) for s in (own if link.own else link.out)])
+        self.out = tuple(dict.fromkeys(self.letters))
+        # what is the same for all entries of a letter that nobody has is counted as often
         self.full = [p.sizes[s] for s in own] if link.own else None
-        known = set(self.out).union(*(labels for _, labels in self.operands))
+        known = set(self.out).union(*(letters for _, letters in self.operands))
         summed = {self._of(s): p.sizes[s] for s in (*(a for a, _ in link.shared), *own)}
         self.times = prod([n for s, n in summed.items() if s not in known])
 
-    def _of(self, label: int) -> int:
-        while label in self.names:
-            label = self.names[label]
-        return label
+    def _of(self, letter: int) -> int:
+        while letter in self.names:
+            letter = self.names[letter]
+        return letter
 
     def _join(self, a: int, b: int) -> None:
         a, b = self._of(a), self._of(b)
@@ -127,7 +127,7 @@ class _Pair:
 
 
 def _alike(p: Piece, q: Piece) -> bool:
-    """Whether two pieces can be multiplied label by label."""
+    """Whether two pieces can be multiplied letter by letter."""
     if p.index is not None or q.index is not None:
         return False
     return all(
@@ -148,7 +148,7 @@ def accumulate(
 ) -> None:
     """Add the sum over one parameter of ``shape`` of the products of two Jacobians.
 
-    ``seeds``: how many labels their outputs have. ``extra``: a third operand and its labels, None for those of the
+    ``seeds``: how many letters their outputs have. ``extra``: a third operand and its letters, None for those of the
     parameter. ``budget``: bytes for Jacobians that are formed.
     """
     if not firsts or not seconds:
@@ -165,7 +165,7 @@ def accumulate(
         pairs = [_Pair(p, q, link, extra) for p in firsts for q in seconds]
         if sum(p.flops for p in pairs) <= _formed_flops(firsts, seconds, shape, link, seeds):
             for pair in pairs:
-                total.add(pair.product(), pair.labels)
+                total.add(pair.product(), pair.letters)
             return
     for axis, span in _ranges(firsts, seconds, shape, seeds, budget):
         mine = _form(firsts, shape, seeds[0], axis, span)
@@ -177,7 +177,7 @@ def accumulate(
             if isinstance(total, Entries):
                 into = total.narrow(axis, *span)
         pair = _Pair(mine, theirs, link, third)
-        into.add(pair.product(), pair.labels)
+        into.add(pair.product(), pair.letters)
 
 
 class Entries:
@@ -194,7 +194,7 @@ class Entries:
             return Entries(self.value, (axis, self.rows[1].narrow(0, start, length)))
         return Entries(self.value.narrow(axis, start, length), self.rows)
 
-    def add(self, t: Tensor, labels: Letters) -> None:
+    def add(self, t: Tensor, letters: Letters) -> None:
         shape = list(self.value.shape)
         if self.rows is None:
             self.value.add_(t.reshape(shape))
@@ -209,7 +209,7 @@ def _used_rows(firsts: list[Piece], seconds: list[Piece]):
     both = firsts if seconds is firsts else [*firsts, *seconds]
     if any(p.index is None for p in both):
         return None
-    axes = {next(a for a, labels in enumerate(p.axes) if p.row in labels) for p in both}
+    axes = {next(a for a, letters in enumerate(p.axes) if p.row in letters) for p in both}
     used = torch.cat([p.index.reshape(-1) for p in both]).unique()
 
     def of(p: Piece) -> Piece:
@@ -230,10 +230,10 @@ def _formed_flops(firsts, seconds, shape, link: Link, seeds: tuple[int, int]) ->
     for pieces, count in ((firsts, seeds[0]), (seconds, seeds[1])):
         if pieces is firsts and total:
             continue
-        labels = tuple(range(count))
+        letters = tuple(range(count))
         for p in pieces:
-            own = tuple(label for axis in p.axes for label in axis)
-            total += flops(p.operands, tuple(dict.fromkeys((*labels, *own))))
+            own = tuple(letter for axis in p.axes for letter in axis)
+            total += flops(p.operands, tuple(dict.fromkeys((*letters, *own))))
         total += n * _rows_of(pieces, count)
     shared = prod([firsts[0].sizes[s] for s, _ in link.shared])
     pairs = _rows_of(firsts, seeds[0]) * _rows_of(seconds, seeds[1]) / max(shared, 1)
@@ -266,9 +266,9 @@ def _form(pieces: list[Piece], shape, seeds: int, axis: int, span) -> Piece:
     sizes = [pieces[0].sizes[s] for s in range(seeds)]
     c = pieces[0].c
     made = formed(pieces, sizes, shape, c.dtype, c.device)
-    labels = tuple(range(seeds + len(shape)))
+    letters = tuple(range(seeds + len(shape)))
     axes = tuple((seeds + a,) for a in range(len(shape)))
-    return Piece(made, labels, axes, dict(enumerate(made.shape)))
+    return Piece(made, letters, axes, dict(enumerate(made.shape)))
 
 
 def with_bias(pieces: dict[str, list[Piece]]) -> dict[str, tuple[str, Piece]]:

@@ -303,11 +303,11 @@ class Recorded:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The sizes of the output's labels, those of its samples first."""
+        """The sizes of the output's letters, those of its samples first."""
         return self.structure.sweep.layout.seed
 
-    def labels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The labels of the samples, and of the rest of the output."""
+    def letters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The letters of the samples, and of the rest of the output."""
         batch = self.structure.batch
         every = range(len(self.seeds))
         return tuple(s for s in every if s in batch), tuple(s for s in every if s not in batch)
@@ -321,7 +321,7 @@ class Recorded:
         MemoryLimitTooSmall.
         """
         sweep, structure = self.structure.sweep, self.structure
-        _, out = self.labels()
+        _, out = self.letters()
         sizes = {s: self.seeds[s] for s in out}
         total = prod(sizes.values())
 

@@ -1,8 +1,8 @@
-"""Where a computation uses its parameters: each use as cotangents times what the layer saw, labelled by axes.
+"""Where a computation uses its parameters: each use as cotangents times what the layer saw, as lettered arrays.
 
 In the reverse sweep from the output every activation keeps the samples tied (see `layout`), and every value that is
 made of parameters alone loses them: the edges in between are the uses. The Jacobian of a use is a product of the block
-at its activation and what the edge multiplies by, an outer product for a Linear layer. Here both get labels, one for
+at its activation and what the edge multiplies by, an outer product for a Linear layer. Here both get letters, one for
 each factor of their axes: those of the seed, by which blocks are tied to the output, and others, which belong to the
 parameter or are summed. Pure: no tensor is touched.
 """
@@ -30,7 +30,7 @@ class Role:
     kind: str
     owner: int
     edge: int
-    labels: Letters
+    letters: Letters
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Use:
     """One use: the Jacobian of the output in the value ``root``, which is a parameter or made of parameters alone.
 
     The block at ``value``, whose axes are ``cotangent`` (first its ``free`` seeds), times the roles, summed over all
-    labels that are neither of the seed nor in ``axes`` (those of the root's axes). ``pull``: the edge (owner, number)
+    letters that are neither of the seed nor in ``axes`` (those of the root's axes). ``pull``: the edge (owner, number)
     that is called a sample at a time instead, where it has no such form.
     """
 
@@ -56,7 +56,7 @@ class Use:
 class Structure:
     """All uses of one computation, and the sweep that gives their blocks.
 
-    ``batch`` are the seed's labels of the samples. ``inner``: the roots that are not parameters themselves.
+    ``batch`` are the seed's letters of the samples. ``inner``: the roots that are not parameters themselves.
     """
 
     sweep: Sweep
@@ -160,7 +160,7 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     for v in behind.union(inner, (u.root for u in uses if u.pull is not None)):
         extra += samples * prod(graph.values[v].shape) * graph.values[v].dtype.itemsize
     windows = sum(
-        prod([u.sizes[s] for s in r.labels]) * graph.values[u.value].dtype.itemsize
+        prod([u.sizes[s] for s in r.letters]) * graph.values[u.value].dtype.itemsize
         for u in uses
         for r in u.roles
         if r.kind == "patches"
@@ -184,7 +184,7 @@ def _above(graph: Graph, value: int, leaves) -> bool:
 
 
 def _use(graph: Graph, sweep: Sweep, v: int, e: int, leaves) -> Use:
-    """The use of the edge ``e`` of the activation ``v``, followed down to the parameter as far as labels go."""
+    """The use of the edge ``e`` of the activation ``v``, followed down to the parameter as far as letters go."""
     trace = _Trace(graph, sweep.layouts[v])
     s, edge = graph.values[v].sources[e]
     if not trace.through(v, e, s, edge):
@@ -218,18 +218,18 @@ class _Trace:
             [t if t != FREE else self.new(n) for n, t in axis if n != 1] for axis in layout.axes
         ]
         self.free = len(layout.free)
-        self.cotangent = [*layout.free, *(label for axis in self.axes for label in axis)]
+        self.cotangent = [*layout.free, *(letter for axis in self.axes for letter in axis)]
         self.roles: list[tuple[str, int, int, list[int]]] = []
         self.outer = False
         """Whether what the layer saw has axes of its own in the parameter."""
 
     def new(self, size: int) -> int:
-        label = len(self.sizes)
-        self.sizes[label] = size
-        return label
+        letter = len(self.sizes)
+        self.sizes[letter] = size
+        return letter
 
     def use(self, value: int, root: int) -> Use:
-        roles = tuple(Role(k, v, e, tuple(labels)) for k, v, e, labels in self.roles)
+        roles = tuple(Role(k, v, e, tuple(letters)) for k, v, e, letters in self.roles)
         axes = tuple(tuple(axis) for axis in self.axes)
         return Use(value, root, tuple(self.cotangent), roles, axes, self.sizes, self.free)
 
@@ -239,18 +239,18 @@ class _Trace:
         return Use(value, root, cotangent, (), axes, self.sizes, self.free, (value, edge))
 
     def grouped(self, flat: list[int], shape) -> list[list[int]] | None:
-        """The labels of one or more axes as those of axes of ``shape``, splitting where that is needed and possible."""
+        """The letters of one or more axes as those of axes of ``shape``, split where that is needed and possible."""
         todo, out = list(flat), []
         for size in shape:
             axis, need = [], size
             while need > 1:
-                label = todo.pop(0)
-                n = self.sizes[label]
+                letter = todo.pop(0)
+                n = self.sizes[letter]
                 if need % n == 0:
-                    axis.append(label)
+                    axis.append(letter)
                     need //= n
-                elif n % need == 0 and label >= self.seeds:
-                    parts = self.split(label, need, n // need)
+                elif n % need == 0 and letter >= self.seeds:
+                    parts = self.split(letter, need, n // need)
                     axis.append(parts[0])
                     todo.insert(0, parts[1])
                     need = 1
@@ -259,16 +259,18 @@ class _Trace:
             out.append(axis)
         return out
 
-    def split(self, label: int, *sizes: int) -> list[int]:
-        """A label as several, everywhere."""
+    def split(self, letter: int, *sizes: int) -> list[int]:
+        """A letter as several, everywhere."""
         parts = [self.new(n) for n in sizes]
         spell(
-            [self.cotangent, *self.axes, *(labels for _, _, _, labels in self.roles)], label, parts
+            [self.cotangent, *self.axes, *(letters for _, _, _, letters in self.roles)],
+            letter,
+            parts,
         )
         return parts
 
     def through(self, owner: int, e: int, source: int, edge) -> bool:
-        """Go on to the source of an edge, if labels can follow it there."""
+        """Go on to the source of an edge, if letters can follow it there."""
         kind, shape = type(edge), self.graph.values[source].shape
         axes = self.axes
         if kind is Identity:
@@ -283,7 +285,7 @@ class _Trace:
                 turned[d] = axes[i]
             self.axes = turned
         elif kind is View:
-            grouped = self.grouped([label for axis in axes for label in axis], shape)
+            grouped = self.grouped([letter for axis in axes for letter in axis], shape)
             if grouped is None:
                 return False
             self.axes = grouped
@@ -293,7 +295,7 @@ class _Trace:
         elif self.outer:
             return False
         elif isinstance(edge, Diagonal):
-            flat = [label for axis in axes for label in axis]
+            flat = [letter for axis in axes for letter in axis]
             self.roles.append(("diagonal", owner, e, flat))
         elif isinstance(edge, MatMul):
             self._matrix(owner, e, edge, shape)
@@ -314,10 +316,10 @@ class _Trace:
         axis = len(shape) - 2 if left else len(shape) - 1
         summed = [self.new(shape[axis])] if shape[axis] != 1 else []
         kept = self.axes[axis]
-        labels = kept + summed if left else summed + kept
+        letters = kept + summed if left else summed + kept
         if edge.key[2] == 3:
-            labels = self.axes[0] + labels
-        self.roles.append(("matrix", owner, e, labels))
+            letters = self.axes[0] + letters
+        self.roles.append(("matrix", owner, e, letters))
         self.axes[axis] = summed
         self.outer = True
 
@@ -328,9 +330,9 @@ class _Trace:
         channels = self.grouped(self.axes[1], (g, shape[0] // g))
         if channels is None:
             return False
-        samples, pixels = self.axes[0], [label for axis in self.axes[2:] for label in axis]
+        samples, pixels = self.axes[0], [letter for axis in self.axes[2:] for letter in axis]
         window = [[self.new(n)] if n != 1 else [] for n in shape[1:]]
-        flat = [label for axis in window for label in axis]
+        flat = [letter for axis in window for letter in axis]
         self.roles.append(("patches", owner, e, [*samples, *channels[0], *flat, *pixels]))
         self.axes = [channels[0] + channels[1], *window]
         self.outer = True
