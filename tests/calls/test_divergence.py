@@ -14,6 +14,7 @@ import jactri
 from jactri._src.base import weights
 from jactri._src.calls import divergence as calls
 from jactri._src.meet.trace import closed_form
+from jactri._src.prologue.arguments import Options
 from jactri._src.read.reading import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,7 +222,7 @@ def products(net, x):
     """Multiply-adds after the forward pass."""
     leaf = x.clone().requires_grad_()
     y = net(leaf)
-    asked = calls.points.options(x, "divergence", False, None, None, "torch")
+    asked = Options(backend="torch", per_sample=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         made = calls.of_output(y, leaf, asked)
     return made, counter.get_total_flops() // 2

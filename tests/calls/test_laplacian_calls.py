@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 from jactri._src.calls import laplacian as calls
-from jactri._src.calls.points import Options
+from jactri._src.prologue.arguments import Options
 from jactri._src.second import forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")

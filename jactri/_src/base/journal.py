@@ -44,7 +44,7 @@ def path_of(mapped: np.memmap) -> Path:
     return name.with_name(name.name + part + ".progress")
 
 
-def identity(graph_key, ys, xs, per_sample: bool) -> dict:
+def identity(graph_key, ys, xs, per_sample: bool | str) -> dict:
     """What makes a computation the same one: its ops and shapes, its inputs bit by bit, samples of its outputs."""
     inputs = hashlib.sha256()
     for x in xs:
@@ -115,7 +115,7 @@ class Journal:
         """The memory limit under which the earlier call was planned: it decides its chunks."""
         return self.state["limit"]
 
-    def planned(self, plan, limit: int) -> None:
+    def planned(self, plan, limit: float) -> None:
         """Note the plan. Raises RuntimeError if the earlier call ran another one."""
         signature = json.loads(json.dumps(plan))
         if self.resumed and signature != self.state["plan"]:

@@ -103,7 +103,8 @@ class Budget:
 
     def __init__(self, memory_limit: int | str | None, device: torch.device, spent: float = 0.0):
         self.given = None if memory_limit is None else parse_bytes(memory_limit)
-        self.device, self.spent, self._total = device, spent, self.given
+        self.device, self.spent = device, spent
+        self._total: float | None = self.given
 
     @property
     def total(self) -> float:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import backends
 from ..base.classes import dressed, plain
 from ..base.elsewhere import FSDP, is_distributed
 from ..base.journal import Journal, identity, on_disk
@@ -29,14 +27,15 @@ from ..plan.planning import (
 )
 from ..prologue.arguments import (
     ASSUME,
+    Options,
     as_tuple,
     check_batch,
-    check_options,
     destinations,
     form,
     out_rows,
+    taken,
 )
-from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.behind import reached
 from ..read.graph import UnsupportedGraph
@@ -127,12 +126,13 @@ def jacobian(
         One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
     """
-    check_options(strategy, chunk_size, out, create_graph)
-    kind = form(layout, out, create_graph)
-    tupled, xs = as_tuple(inputs, "inputs", "jacobian")
-    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    asked = Options(
+        create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
+        form(layout, out, create_graph), of="",
+    )  # fmt: skip
+    tupled, xs = taken("jacobian", inputs, asked)
     if handover.transforming(xs):
-        if kind != "dense":
+        if asked.form != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         return handover.jacobian(
             eagerly(func),
@@ -145,20 +145,15 @@ def jacobian(
             chunk_size,
             out,
         )
-    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    asked = Request(
-        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        out_rows(out, tupled_out, tupled), kind, of="",
-    )  # fmt: skip
-    rows = compute(ys, leaves, asked)
+    ran = prepare(func, xs, create_graph)
+    asked.out = out_rows(out, ran.tupled, tupled)
+    rows = compute(ran.ys, ran.leaves, asked)
     answer = out
     if out is None:
-        answer = nest(rows, tupled_out, tupled)
-        if kind == "dense":
-            answer = dressed(answer, (*(result if tupled_out else (result,)), *xs))
-    if not return_output:
-        return answer
-    return (result if create_graph else detached(result)), answer
+        answer = nest(rows, ran.tupled, tupled)
+        if asked.form == "dense":
+            answer = ran.dressed(answer, xs)
+    return (ran.output(create_graph), answer) if return_output else answer
 
 
 @public
@@ -186,10 +181,11 @@ def jacobian_of(
     ``torch.autograd.grad``), and by autograd if the graph was freed. Whether the graph has hooks on gradients cannot be
     seen: where any hook was registered since the process began, finding out costs three backward passes.
     """
-    check_options(strategy, chunk_size, out, create_graph)
-    kind = form(layout, out, create_graph)
-    tupled, xs = as_tuple(inputs, "inputs", "jacobian_of")
-    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    asked = Options(
+        create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
+        form(layout, out, create_graph), None, of="",
+    )  # fmt: skip
+    tupled, xs = taken("jacobian_of", inputs, asked)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
@@ -208,42 +204,15 @@ def jacobian_of(
                 "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
                 + (f". It is a DTensor: {FSDP}" if is_distributed(xs[i]) else "")
             )
-    asked = Request(
-        strategy, create_graph, strict, per_sample, chunk_size, memory_limit, progress, backend, resume,
-        out_rows(out, tupled_out, tupled), kind, None, of="",
-    )  # fmt: skip
+    asked.out = out_rows(out, tupled_out, tupled)
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
         return out
     answer = nest(rows, tupled_out, tupled)
-    return dressed(answer, (*ys, *xs)) if kind == "dense" else answer
+    return dressed(answer, (*ys, *xs)) if asked.form == "dense" else answer
 
 
-@dataclass(slots=True)
-class Request:
-    """The options of a call. ``out``: the caller's tensors and arrays, by output and input, or None.
-
-    ``form`` is that of the answer, as `entries.Entries` names it; ``handles`` that of `graph.read`.
-    """
-
-    strategy: str = "auto"
-    create_graph: bool = False
-    strict: bool = False
-    per_sample: bool | str = False
-    chunk_size: int | None = None
-    memory_limit: int | str | None = None
-    progress: bool = False
-    backend: str | None = "auto"
-    resume: bool = True
-    out: tuple | None = None
-    form: str = "dense"
-    handles: int | None = 0
-    what: str = "the Jacobian"
-    """What it computes; ``of``: see `planning.Wanted`."""
-    of: str | None = None
-
-
-def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
+def compute(ys, xs, asked: Options) -> list[list[Tensor]]:
     """``J[j][i]`` for every output and input of a recorded computation."""
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
@@ -267,12 +236,12 @@ def compute(ys, xs, asked: Request) -> list[list[Tensor]]:
     return rows
 
 
-def _in_mode(ys, xs, asked: Request, dests):
+def _in_mode(ys, xs, asked: Options, dests):
     with computing(asked.create_graph, asked.backend):
         return _rows(ys, xs, asked, dests)
 
 
-def _rows(ys, xs, asked: Request, dests):
+def _rows(ys, xs, asked: Options, dests):
     strategy, per_sample = asked.strategy, asked.per_sample
     budget, sparse = Budget(asked.memory_limit, xs[0].device), asked.form != "dense"
     wanted = Wanted(
@@ -297,7 +266,7 @@ def _rows(ys, xs, asked: Request, dests):
         journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
         # under one and the same limit, the chunks are those of the call that is resumed
         limit = Budget(asked.memory_limit or journal.limit, budget.device).total
-        budget = Budget(limit, budget.device)
+        budget = Budget(int(limit), budget.device)
         wanted = wanted._replace(budget=budget, steady=True)
     plan = None
     if per_sample:
@@ -364,7 +333,7 @@ def _watching(pieces, progress: bool, journal: Journal | None):
         yield Watch(advance, journal)
 
 
-def _run(graph, plan, span, ys, xs, asked: Request, dests, watch):
+def _run(graph, plan, span, ys, xs, asked: Options, dests, watch):
     """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
     per_sample, forward = asked.per_sample, asked.strategy == "forward-mode"
     answers: dict[tuple[int, int], Answer] = {}

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..base.memory import Budget
 from ..plan.planning import Wanted, plan_for
+from ..prologue.arguments import Options
 from ..prologue.running import computing
 from ..read.behind import Outside
 from ..read.graph import UnsupportedGraph
 from ..read.reading import read
-from .api import Request, compute
+from .api import compute
 
 _CHEAP = 1e-3
 """Predicted seconds up to which a graph is made at once: about what a backward pass loses that makes it."""
@@ -58,7 +59,7 @@ class _Deferred(torch.autograd.Function):
 
 
 def differentiable(
-    ys, leaves, asked: Request, start: int, at_once: bool, roots=None
+    ys, leaves, asked: Options, start: int, at_once: bool, roots=None
 ) -> list[list[Tensor]]:
     """``compute(ys, leaves, asked)``, whose blocks require grad where outputs depend on what the caller can vary.
 
@@ -85,7 +86,7 @@ def differentiable(
     return [[next(made) for _ in row] for row in rows]
 
 
-def _cheap(ys, leaves, asked: Request) -> bool:
+def _cheap(ys, leaves, asked: Options) -> bool:
     with computing(False):
         try:
             graph = read(ys, leaves)

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import backends
-from ..base.classes import dressed
 from ..base.elsewhere import check_local
 from ..base.memory import Budget
 from ..meet import diagonal as meeting
-from ..prologue.arguments import as_tuple, check_options
-from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..prologue.arguments import Options, as_tuple, taken
+from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
@@ -57,21 +55,19 @@ def diagonal(
         inputs. Else at most the sweeps of a Jacobian whose samples are kept apart, less its most expensive product;
         memory for chunks of it only.
     """
-    check_options("auto", chunk_size, None, create_graph)
     if not isinstance(x, Tensor):
         raise TypeError(f"x of diagonal must be a Tensor, got {type(x)}")
-    backends.check_asked(backend, x.device, create_graph)
+    taken("diagonal", x, Options(create_graph, chunk_size, memory_limit, backend), "x")
     if handover.transforming((x,)):
         output, made = handover.diagonal(eagerly(func), x, check_shape, chunk_size)
         return (output, made) if return_output else made
-    ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
-    check_shape(result if not tupled else ys, x)
+    ran = prepare(func, (x,), create_graph)
+    check_shape(ran.ys if ran.tupled else ran.result, x)
+    (y,), (leaf,) = ran.ys, ran.leaves
     with computing(create_graph, backend):
-        made = diagonal_of(ys[0], leaf, chunk_size, Budget(memory_limit, leaf.device))
-    made = dressed(made, (result, x))
-    if not return_output:
-        return made
-    return (result if create_graph else detached(result)), made
+        made = diagonal_of(y, leaf, chunk_size, Budget(memory_limit, leaf.device))
+    made = ran.dressed(made, (x,))
+    return (ran.output(create_graph), made) if return_output else made
 
 
 def check_shape(y, x: Tensor) -> None:
@@ -114,6 +110,6 @@ def _by_rows(y: Tensor, x: Tensor, count: int) -> Tensor:
         index = torch.arange(k, device=x.device)
         rows = torch.zeros(k, n, dtype=y.dtype, device=y.device)
         rows[index, start + index] = 1
-        (made,) = pull((y,), (x,), [rows.reshape(k, *y.shape)], torch.is_grad_enabled())
+        (made,) = pull((y,), (x,), [rows.reshape(k, *y.shape)], Options(torch.is_grad_enabled()))
         parts.append(made.reshape(k, n)[index, start + index])
     return torch.cat(parts).reshape(x.shape) if parts else torch.zeros_like(x)

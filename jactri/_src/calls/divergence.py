@@ -12,13 +12,13 @@ from ..base.memory import Budget
 from ..meet.trace import closed_form, trace
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
+from ..prologue.arguments import Options
 from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import looping
 from ..read.reading import read
 from . import points
-from .points import Options
 from .vectors import pull
 
 
@@ -67,9 +67,8 @@ def divergence(
         weight has changed. Anything else: that of `jactri.diagonal`, whose last product is a contraction. An estimate:
         a backward pass for each of the K vectors.
     """
-    asked = points.options(
-        x, "divergence", create_graph, chunk_size, memory_limit, backend, per_sample
-    )
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    points.check(x, "divergence", asked)
     if estimate is not None and (
         not isinstance(estimate, int) or isinstance(estimate, bool) or estimate < 1
     ):
@@ -141,10 +140,7 @@ def _estimate(y: Tensor, x: Tensor, asked: Options, count: int, generator):
         _prove(graph, y, x)
     signs = torch.randint(0, 2, (count, *y.shape), generator=generator, device=y.device)
     signs = signs.to(y.dtype).mul_(2).sub_(1)
-    (product,) = pull(
-        (y,), (x,), (signs,), asked.create_graph, chunk_size=asked.chunk_size,
-        memory_limit=asked.memory_limit, backend=asked.backend, graph=graph,
-    )  # fmt: skip
+    (product,) = pull((y,), (x,), (signs,), asked, graph)
     product = product * signs
     each = product.flatten(2).sum(2) if batch else product.flatten(1).sum(1)
     mean = each.mean(0)

@@ -25,12 +25,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from ..base.elsewhere import check_graph
 from ..base.tracing import making, own
-from ..prologue.arguments import check_options
+from ..prologue.arguments import Options, check_options
 from ..prologue.running import computing, eagerly, prepare, recording
 from ..read import handover
 from ..read.behind import Outside, handles_of
 from ..read.opaque import others
-from .api import Request, compute
+from .api import compute
 from .deferred import differentiable
 
 _RANDOMNESS = ("error", "different", "same")
@@ -233,7 +233,9 @@ class _Transform:
 
     def _compute(self, ys, run: _Evaluated, graph: bool, strategy: str, roots=None):
         what = "the Hessian" if self.name == "hessian" else "the Jacobian"
-        asked = Request(strategy, chunk_size=self.chunk_size, what=what, of="jactri.jacobian with ")
+        asked = Options(
+            strategy=strategy, chunk_size=self.chunk_size, what=what, of="jactri.jacobian with "
+        )
         if not graph:
             return compute(ys, run.leaves, asked)
         return differentiable(ys, run.leaves, asked, run.start, run.at_once, roots)
@@ -354,7 +356,7 @@ def _gradients(y: Tensor, leaves) -> list[Tensor]:
                     x.new_zeros(s) if g is None else g.reshape(s)
                     for g, x, s in zip(found, leaves, shapes, strict=True)
                 ]
-    asked = Request(create_graph=True, of="jactri.jacobian with ")
+    asked = Options(create_graph=True, of="jactri.jacobian with ")
     return compute((y,), leaves, asked)[0]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..base.classes import dressed
+from ..prologue.arguments import Options
 from ..prologue.running import eagerly, public
 from ..read import handover
 from . import points
@@ -45,9 +46,8 @@ def gradient(
 
     Cost: that of `jactri.jacobian` with ``per_sample=True``.
     """
-    asked = points.options(
-        x, "gradient", create_graph, chunk_size, memory_limit, backend, per_sample
-    )
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    points.check(x, "gradient", asked)
     if handover.transforming((x,)):
         y, answer = handover.jacobian(
             eagerly(func), (x,), False, "auto", False, points.batched(x), True, chunk_size, None

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from ..base import backends
-from ..base.classes import dressed, plain
+from ..base.classes import plain
 from ..base.memory import OFFER, Budget, Offer
 from ..maps.letters import Network
 from ..meet.gram import GramRequest, between, gram, pairs, summed_up, weight_in
 from ..plan.owners import apart
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
-from ..prologue.arguments import ASSUME, as_tuple, check_batch, check_options
-from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch, taken
+from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
 from . import whole
-from .api import Request, compute
+from .api import compute
 
 
 @public
@@ -75,11 +75,8 @@ def jtj(
         The sweeps of a Jacobian and ``2 m n^2`` flops a sample, or less: of ``2 h^2 (m + n)`` and ``2 h n^2`` with a
         value of ``h`` entries through which all goes. Chunks of J are summed up where J does not fit.
     """
-    given = (func, inputs, weight, create_graph)
-    return _gram(
-        "jtj", *given, per_sample=per_sample, return_output=return_output, chunk_size=chunk_size,
-        memory_limit=memory_limit, backend=backend,
-    )  # fmt: skip
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    return _gram("jtj", func, inputs, weight, asked, return_output)
 
 
 @public
@@ -105,67 +102,46 @@ def jjt(
         ``G[j][k]`` of shape ``out_j + out_k`` (per sample: ``(N, *out_j, *out_k)``), a tensor for one output that is
         no tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated).
     """
-    given = (func, inputs, weight, create_graph)
-    return _gram(
-        "jjt", *given, per_sample=per_sample, return_output=return_output, chunk_size=chunk_size,
-        memory_limit=memory_limit, backend=backend,
-    )  # fmt: skip
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    return _gram("jjt", func, inputs, weight, asked, return_output)
 
 
-def _gram(
-    kind, func, inputs, weight, create_graph, *, per_sample, return_output, chunk_size, memory_limit, backend
-):  # fmt: skip
-    check_options("auto", chunk_size, None, create_graph)
-    tupled, xs = as_tuple(inputs, "inputs", kind)
-    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+def _gram(kind: str, func, inputs, weight, asked: Options, return_output: bool):
+    tupled, xs = taken(kind, inputs, asked)
     weights = weight if isinstance(weight, tuple) else (weight,)
     for w in weights:
         if w is not None:
             as_tuple(w, "weight", kind)
     if handover.transforming((*xs, *(w for w in weights if w is not None))):
         rows, tupled_out, result = _composed(
-            kind, eagerly(func), xs, weights, per_sample, chunk_size
+            kind, eagerly(func), xs, weights, asked.per_sample, asked.chunk_size
         )
         return nested(kind, rows, tupled, tupled_out, result, return_output)
-    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    rows = rows_of(
-        kind, ys, leaves, weight, per_sample, create_graph, chunk_size, memory_limit, backend
-    )
-    rows = dressed(rows, (*(result if tupled_out else (result,)), *xs))
-    return nested(
-        kind, rows, tupled, tupled_out, result if create_graph else detached(result), return_output
-    )
+    ran = prepare(func, xs, asked.create_graph)
+    rows = ran.dressed(rows_of(kind, ran.ys, ran.leaves, weight, asked), xs)
+    output = ran.output(asked.create_graph) if return_output else None
+    return nested(kind, rows, tupled, ran.tupled, output, return_output)
 
 
-def rows_of(
-    kind,
-    ys,
-    xs,
-    weight,
-    per_sample: bool | str,
-    create_graph: bool,
-    chunk_size,
-    memory_limit,
-    backend,
-):
+def rows_of(kind: str, ys, xs, weight, options: Options):
     """``G[i][k]`` of a recorded computation, for all pairs of inputs (``jtj``) or outputs."""
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
+    per_sample, create_graph = options.per_sample, options.create_graph
     _check_real(kind, ys, xs)
     check_batch(per_sample, ys, xs)
     weights = weight if isinstance(weight, tuple) else (weight,)
     ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
     forms = check_weights(weights, *ends, per_sample)
-    with computing(create_graph, backend):
-        budget = Budget(memory_limit, xs[0].device)
+    with computing(create_graph, options.backend):
+        budget = Budget(options.memory_limit, xs[0].device)
         outer, n = xs if kind == "jtj" else ys, samples_of(ys, xs)
         size = sum(t.numel() * t.element_size() for t in outer) * sum(t.numel() for t in outer)
         alone = n > 1 and not per_sample
         offer = Offer(n, size / n) if alone else OFFER
         budget.check(f"the matrix of {kind}", size / n if per_sample and n else size, offer)
-        asked = GramRequest(kind, forms, bool(per_sample), chunk_size, budget, offer)
-        assume = per_sample == ASSUME
-        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, assume)
+        asked = GramRequest(kind, forms, bool(per_sample), options.chunk_size, budget, offer)
+        return _rows(ys, xs, _ready(weights, ends[1], create_graph), asked, options.assume)
 
 
 def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bool):
@@ -190,7 +166,7 @@ def _check_real(kind: str, ys, xs) -> None:
             )
 
 
-def check_weights(weights, of: str, tensors, per_sample: bool) -> tuple[str, ...]:
+def check_weights(weights, of: str, tensors, per_sample: bool | str) -> tuple[str, ...]:
     """The form of every weight: "identity", "diagonal" or "dense", with " a sample" for one of each.
 
     Raises RuntimeError for a weight that does not match.
@@ -207,7 +183,7 @@ def check_weights(weights, of: str, tensors, per_sample: bool) -> tuple[str, ...
     )
 
 
-def _form(i: int, weight: Tensor | None, of: str, t: Tensor, per_sample: bool) -> str:
+def _form(i: int, weight: Tensor | None, of: str, t: Tensor, per_sample: bool | str) -> str:
     if weight is None:
         return "identity"
     shape = tuple(t.shape[1:] if per_sample else t.shape)
@@ -278,11 +254,11 @@ def _rows(ys, xs, weights, asked: GramRequest, assume: bool):
         plan = proof(graph, "auto", ys, xs)
         summed = not plan.tied
         if summed and assume:
-            request = Request(
+            options = Options(
                 create_graph=torch.is_grad_enabled(), per_sample=ASSUME, chunk_size=asked.chunk_size,
                 memory_limit=asked.budget.given, backend=None,
             )  # fmt: skip
-            return of_jacobians(compute(ys, xs, request))
+            return of_jacobians(compute(ys, xs, options))
         if summed and not apart(graph):
             prove_by_probe(graph, plan, ys, xs)
     outer = graph.inputs if asked.kind == "jtj" else graph.outputs

@@ -14,6 +14,7 @@ from ..maps.curvature import Curves, Seeds
 from ..plan.owners import apart
 from ..plan.poles import finite, suspects
 from ..plan.samples import places
+from ..prologue.arguments import Options
 from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
@@ -22,7 +23,6 @@ from ..second.curves import UnknownCurvature, read_curves
 from ..second.forward import Course, LaplacianRun, course, narrowed
 from . import points
 from . import weight as weights
-from .points import Options
 
 CACHE_BYTES = 5 << 19
 """On a CPU, samples run in chunks whose largest block has about this size: it stays in a core's cache."""
@@ -81,9 +81,8 @@ def laplacian(
         ``n + 2`` rows a sample through every layer after the first: the forward pass, n tangents and the Laplacian;
         with a weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
     """
-    asked = points.options(
-        x, "laplacian", create_graph, chunk_size, memory_limit, backend, per_sample
-    )
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    points.check(x, "laplacian", asked)
     with torch.set_grad_enabled(create_graph or torch.is_grad_enabled()):
         a = None if weight is None else weights.check(weight, x)
     if handover.transforming((x,) if weight is None else (x, weight)):
@@ -113,9 +112,8 @@ def bilaplacian(
 
     Cost: two Laplacians, the second over a graph of ``n + 1`` rows a sample; all of it is held.
     """
-    asked = points.options(
-        x, "bilaplacian", create_graph, chunk_size, memory_limit, backend, per_sample
-    )
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    points.check(x, "bilaplacian", asked)
     if handover.transforming((x,)):
         func = eagerly(func)
 

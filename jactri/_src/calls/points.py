@@ -7,36 +7,17 @@ another. ``func`` sees exactly the tensor that is given.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import Tensor
 
-from ..base import backends
 from ..base.remedies import instead_of
-from ..prologue.arguments import ASSUME, check_options, check_samples
+from ..prologue.arguments import Options, check_samples, taken
 from ..prologue.running import prepare
-from .api import Request, compute
+from .api import compute
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of a call, checked by `options`."""
-
-    create_graph: bool
-    chunk_size: int | None
-    memory_limit: int | str | None
-    backend: str
-    per_sample: bool | str = True
-
-    @property
-    def assume(self) -> bool:
-        """Whether it is the caller's word that samples do not mix."""
-        return self.per_sample == ASSUME
-
-
-def options(
-    x, name: str, create_graph: bool, chunk_size, memory_limit, backend: str, per_sample=True
-) -> Options:
+def check(x, name: str, asked: Options) -> None:
     """Raises what the arguments deserve; ``name`` is the call's."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x of {name} must be a tensor, got {type(x)}{_one_tensor(x)}")
@@ -44,10 +25,8 @@ def options(
         raise RuntimeError(
             f"x of {name} must be a floating-point tensor, got {x.dtype}: convert it, as by x.float()"
         )
-    check_options("auto", chunk_size, None, create_graph)
-    check_samples(per_sample, True)
-    backends.check_asked(backend, x.device, create_graph)
-    return Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    check_samples(asked.per_sample, True)
+    taken(name, x, asked, "x")
 
 
 def _one_tensor(x) -> str:
@@ -107,11 +86,10 @@ def evaluate(
 def jacobian(y: Tensor, x: Tensor, asked: Options, create_graph: bool | None = None) -> Tensor:
     """``(N, *out, *in)``, or ``(*out, *in)`` of a single point, by the machinery of `jactri.jacobian`."""
     graph = asked.create_graph if create_graph is None else create_graph
-    request = Request(
-        create_graph=graph, per_sample=batched(x) and asked.per_sample, chunk_size=asked.chunk_size,
-        memory_limit=asked.memory_limit, backend="auto" if graph else asked.backend,
-    )  # fmt: skip
-    return compute((y,), (x,), request)[0][0]
+    backend = "auto" if graph else asked.backend
+    per_sample = batched(x) and asked.per_sample
+    options = replace(asked, create_graph=graph, backend=backend, per_sample=per_sample)
+    return compute((y,), (x,), options)[0][0]
 
 
 def result(y: Tensor, asked: Options) -> Tensor:

@@ -7,19 +7,19 @@ tangents are pushed, and all cotangents pulled, together. `push` and `pull` are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import backends
-from ..base.classes import dressed, plain
+from ..base.classes import plain
 from ..base.memory import Budget
 from ..maps.linear_map import Identity
 from ..plan.planning import plan_for_given
 from ..plan.poles import finite, suspects
-from ..prologue.arguments import as_tuple, check_options
-from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..prologue.arguments import Options, as_tuple, taken
+from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph, Value
 from ..read.opaque import Vmapped, refuse_or_log, why_not
@@ -27,7 +27,7 @@ from ..read.reading import read
 from ..read.unrecorded import guarded
 from ..run.answers import Store
 from ..run.executor import run
-from .api import Request, compute
+from .api import compute
 from .strictness import check_ends, check_varying
 
 Blocks = Sequence[Tensor | None]
@@ -72,28 +72,23 @@ def jvp(
     Cost:
         About as many flops as ``K`` forward passes, beside the one of ``func``.
     """
-    check_options("auto", chunk_size, None, create_graph)
-    _, xs = as_tuple(inputs, "inputs", "jvp")
-    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    asked = Options(create_graph, chunk_size, memory_limit, backend, strict=strict)
+    _, xs = taken("jvp", inputs, asked)
     ts = _given(tangents, "tangents", "jvp", "inputs", xs)
     block = check_vectors("tangents", ts, "inputs", xs)
     if handover.transforming((*xs, *ts)):
         handover.refuse(strict=strict)
         return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
-    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
+    ran = prepare(func, xs, create_graph)
     if strict:
-        check_ends(ys, leaves, True)
+        check_ends(ran.ys, ran.leaves, True)
     with computing(create_graph):
         blocks = ts if block else [t.unsqueeze(0) for t in ts]
-        made = push(
-            ys, leaves, blocks, create_graph,
-            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-        )  # fmt: skip
-        product = _nested(made, block, tupled_out)
+        made = push(ran.ys, ran.leaves, blocks, asked)
+        product = _nested(made, block, ran.tupled)
     if strict and create_graph:
         check_varying(made, "output")
-    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
-    return (result if create_graph else detached(result)), product
+    return ran.output(create_graph), ran.dressed(product, xs)
 
 
 @public
@@ -135,9 +130,8 @@ def vjp(
     Cost:
         About as many flops as ``K`` backward passes to the inputs, beside the forward pass of ``func``.
     """
-    check_options("auto", chunk_size, None, create_graph)
-    tupled, xs = as_tuple(inputs, "inputs", "vjp")
-    backends.check_asked(backend, xs[0].device if xs else None, create_graph)
+    asked = Options(create_graph, chunk_size, memory_limit, backend, strict=strict)
+    tupled, xs = taken("vjp", inputs, asked)
     cs = None if cotangents is None else as_tuple(cotangents, "cotangents", "vjp")[1]
 
     def ready(ys):
@@ -147,23 +141,19 @@ def vjp(
     if handover.transforming((*xs, *(cs or ()))):
         handover.refuse(strict=strict)
         return handover.vjp(eagerly(func), xs, tupled, ready, chunk_size)
-    ys, leaves, tupled_out, result = prepare(func, xs, create_graph)
-    if not ys:
+    ran = prepare(func, xs, create_graph)
+    if not ran.ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     if strict:
-        check_ends(ys, leaves, False)
+        check_ends(ran.ys, ran.leaves, False)
     with computing(create_graph):
-        cs, block = ready(ys)
+        cs, block = ready(ran.ys)
         blocks = cs if block else [c.unsqueeze(0) for c in cs]
-        made = pull(
-            ys, leaves, blocks, create_graph,
-            chunk_size=chunk_size, memory_limit=memory_limit, backend=backend,
-        )  # fmt: skip
+        made = pull(ran.ys, ran.leaves, blocks, asked)
         product = _nested(made, block, tupled)
     if strict and create_graph:
         check_varying(made, "input")
-    product = dressed(product, (*(result if tupled_out else (result,)), *xs))
-    return (result if create_graph else detached(result)), product
+    return ran.output(create_graph), ran.dressed(product, xs)
 
 
 def _given(vectors, name: str, call: str, of: str, tensors) -> tuple[Tensor, ...]:
@@ -227,52 +217,38 @@ def push(
     ys: Sequence[Tensor],
     xs: Sequence[Tensor],
     tangents: Blocks,
-    create_graph: bool = False,
-    *,
-    chunk_size: int | None = None,
-    memory_limit: int | str | None = None,
-    backend: str = "auto",
+    asked: Options,
     graph: Graph | None = None,
 ) -> list[Tensor]:
     """``J t`` of a recorded computation: blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output.
 
     None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
     """
-    return _multiply(
-        ys, xs, tangents, False, create_graph=create_graph, chunk_size=chunk_size,
-        memory_limit=memory_limit, backend=backend, graph=graph,
-    )  # fmt: skip
+    return _multiply(ys, xs, tangents, False, asked, graph)
 
 
 def pull(
     ys: Sequence[Tensor],
     xs: Sequence[Tensor],
     cotangents: Blocks,
-    create_graph: bool = False,
-    *,
-    chunk_size: int | None = None,
-    memory_limit: int | str | None = None,
-    backend: str = "auto",
+    asked: Options,
     graph: Graph | None = None,
 ) -> list[Tensor]:
     """``c J`` of a recorded computation: blocks ``(K, *y)`` of cotangents, one an output, to ``(K, *x)``, one an input.
 
     None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
     """
-    return _multiply(
-        ys, xs, cotangents, True, create_graph=create_graph, chunk_size=chunk_size,
-        memory_limit=memory_limit, backend=backend, graph=graph,
-    )  # fmt: skip
+    return _multiply(ys, xs, cotangents, True, asked, graph)
 
 
-def _multiply(ys, xs, blocks, reverse, *, create_graph, chunk_size, memory_limit, backend, graph):
+def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Graph | None):
     seeds, ends = (ys, xs) if reverse else (xs, ys)
     columns = next(b.shape[0] for b in blocks if b is not None)
     blocks = [
-        None if b is None else _ready(b, t, create_graph)
+        None if b is None else _ready(b, t, asked.create_graph)
         for b, t in zip(blocks, seeds, strict=True)
     ]
-    with computing(create_graph, backend):
+    with computing(asked.create_graph, asked.backend):
         if not columns:
             return [e.new_zeros(0, *e.shape) for e in ends]
         try:
@@ -284,10 +260,10 @@ def _multiply(ys, xs, blocks, reverse, *, create_graph, chunk_size, memory_limit
             return whole(ys, xs, blocks, columns, reason)
         starts = graph.outputs if reverse else graph.inputs
         total: list[Tensor | None] = [None] * len(ends)
-        budget = Budget(memory_limit, xs[0].device)
+        budget = Budget(asked.memory_limit, xs[0].device)
         for part, given in _apart(graph, starts, blocks, reverse):
             plan = plan_for_given(
-                part, list(given), columns, reverse, budget=budget, chunk_size=chunk_size
+                part, list(given), columns, reverse, budget=budget, chunk_size=asked.chunk_size
             )
             (sweep,) = plan.sweeps
             stores = {
@@ -306,7 +282,7 @@ def _multiply(ys, xs, blocks, reverse, *, create_graph, chunk_size, memory_limit
                 made = store.block()
                 total[k] = made if total[k] is None else total[k] + made
         if not reverse and suspects(graph) and not all(finite(t) for t in total if t is not None):
-            rows = _by_jacobian(ys, xs, blocks, create_graph, chunk_size, memory_limit)
+            rows = _by_jacobian(ys, xs, blocks, asked)
             pairs = zip(total, rows, strict=True)
             total = [t if t is None else torch.where(t.isfinite(), t, r) for t, r in pairs]
         return [
@@ -315,13 +291,11 @@ def _multiply(ys, xs, blocks, reverse, *, create_graph, chunk_size, memory_limit
         ]
 
 
-def _by_jacobian(ys, xs, tangents, create_graph, chunk_size, memory_limit) -> list[Tensor]:
+def _by_jacobian(ys, xs, tangents, options: Options) -> list[Tensor]:
     """`push` by the rows of the Jacobian: as autograd has it where a pole lies behind a selection (see `poles`)."""
-    asked = Request(
-        "reverse-mode", create_graph, chunk_size=chunk_size, memory_limit=memory_limit, backend="torch"
-    )  # fmt: skip
+    by_rows = replace(options, strategy="reverse-mode", backend="torch", strict=False)
     made = []
-    for y, row in zip(ys, compute(ys, xs, asked), strict=True):
+    for y, row in zip(ys, compute(ys, xs, by_rows), strict=True):
         total = sum(
             t.flatten(1) @ block.reshape(y.numel(), -1).t()
             for t, block in zip(tangents, row, strict=True)

@@ -98,7 +98,7 @@ def rows_at_once(y, xs, most: int, budget: Budget) -> int:
 
 
 def zero_block(
-    y: Tensor, x: Tensor, per_sample: bool, like: Tensor, dest: Tensor | None = None
+    y: Tensor, x: Tensor, per_sample: bool | str, like: Tensor, dest: Tensor | None = None
 ) -> Tensor:
     """The block of an output that does not depend on an input."""
     if dest is not None:

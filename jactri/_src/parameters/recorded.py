@@ -167,7 +167,8 @@ class Recorded:
             self.out = tuple(y.shape[1:])
             self.watched = [(name, p, p._version) for name, p in self.params.items()]
             self.watched += [("x", t, t._version) for t in leaves]
-            self.by_autograd, self.reason = False, None
+            self.by_autograd = False
+            self.reason: UnsupportedGraph | None = None
             """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
             self.graph: Graph | None = None
             self.structure: Structure | None = None
@@ -288,7 +289,9 @@ class Recorded:
                 raise _mixing(why)
             if (leak := probe_mixing([self.y], real, graph)) is not None:
                 raise _mixing(f"{why}, and {leak}")
-        return _structures.of((key, "whole"), lambda: unstructured(graph, seed, starts))
+        whole = _structures.of((key, "whole"), lambda: unstructured(graph, seed, starts))
+        assert isinstance(whole, Structure)
+        return whole
 
     @property
     def reached(self) -> bool:

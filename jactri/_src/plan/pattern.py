@@ -296,7 +296,7 @@ def pattern_of(trace: Trace, value: int) -> Pattern | None:
 
 
 def colours_of(
-    traces: list[Trace | None], sweep: sweeping.Sweep, per_sample: bool
+    traces: list[Trace | None], sweep: sweeping.Sweep, per_sample: bool | str
 ) -> tuple[Splits, Colours]:
     """Splits and colours of the seed with which a sweep needs fewer seeds; no colours where none do.
 

@@ -155,7 +155,7 @@ def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | No
 class Asked(NamedTuple):
     """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
 
-    per_sample: bool
+    per_sample: bool | str
     given: bool
     sparse: bool = False
     kernels: str = ""
@@ -171,7 +171,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     return sweeping.peak_bytes(graph, sweep, chunks)
 
 
-def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool) -> float:
+def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool | str) -> float:
     """Bytes of the Jacobian between the seed of a sweep and a target."""
     seed, value = graph.values[sweep.seed].shape, graph.values[target].shape
     numel = prod(seed) * prod(value)

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from ..base import backends
 from ..base.remedies import instead_of, nearest, of_shape
 from ..run.entries import FORMS
 
+ASSUME = "assume"
+"""As ``per_sample``: that samples do not mix is the caller's word."""
+
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
+
+
+@dataclass(slots=True)
+class Options:
+    """What a call was asked for, beside its function and inputs; each call has some of it.
+
+    ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `entries.Entries`
+    names it; ``handles`` that of `graph.read`; ``what`` names the answer in refusals, ``of``: see `planning.Wanted`.
+    """
+
+    create_graph: bool = False
+    chunk_size: int | None = None
+    memory_limit: int | str | None = None
+    backend: str | None = "auto"
+    per_sample: bool | str = False
+    strategy: str = "auto"
+    strict: bool = False
+    progress: bool = False
+    resume: bool = True
+    out: Any = None
+    form: str = "dense"
+    handles: int | None = 0
+    what: str = "the Jacobian"
+    of: str | None = None
+
+    @property
+    def assume(self) -> bool:
+        """Whether it is the caller's word that samples do not mix."""
+        return self.per_sample == ASSUME
+
+
+def taken(
+    call: str, inputs: Any, asked: Options, name: str = "inputs"
+) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether the inputs of a call are a tuple, and they as one. Raises for what they or its options cannot be."""
+    check_options(asked.strategy, asked.chunk_size, asked.out, asked.create_graph)
+    tupled, xs = as_tuple(inputs, name, call)
+    backends.check_asked(asked.backend, xs[0].device if xs else None, asked.create_graph)
+    return tupled, xs
 
 
 def check_options(strategy, chunk_size, out, create_graph) -> None:
@@ -58,10 +102,6 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
     return tupled, values
 
 
-ASSUME = "assume"
-"""As ``per_sample``: that samples do not mix is the caller's word."""
-
-
 def check_samples(per_sample, needed: bool = False) -> None:
     """Raise ValueError for a ``per_sample`` that is no option; ``needed``: of a call that is for samples only."""
     if (isinstance(per_sample, str) and per_sample != ASSUME) or (needed and not per_sample):
@@ -90,7 +130,7 @@ def check_batch(per_sample, ys, xs) -> None:
                 )
 
 
-def block_shape(y: Tensor, x: Tensor, per_sample: bool) -> tuple[int, ...]:
+def block_shape(y: Tensor, x: Tensor, per_sample: bool | str) -> tuple[int, ...]:
     """The shape of one Jacobian block."""
     return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)
 
@@ -103,7 +143,7 @@ def out_rows(out, tupled_out: bool, tupled: bool):
     return tuple(row if tupled else (row,) for row in rows)
 
 
-def destinations(out, ys, xs, per_sample: bool) -> list[list[Tensor]]:
+def destinations(out, ys, xs, per_sample: bool | str) -> list[list[Tensor]]:
     """The caller's ``out`` as tensors. Raises for what does not fit the results."""
     if len(out) != len(ys) or any(len(row) != len(xs) for row in out):
         raise RuntimeError(

@@ -11,8 +11,8 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...kernels.support import Ready
 from ..base import backends
-from ..base.classes import PLAIN, leaf_and_given, plain
+from ..base.classes import PLAIN, dressed, leaf_and_given, plain
 from ..base.remedies import no_such
 from ..read import ranges
 from ..read.ranges import watching
@@ -83,11 +83,25 @@ class computing:
 # -- the caller's function ------------------------------------------------------------------------
 
 
-def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
-    """Run ``func`` on inputs that require grad: outputs, inputs, whether outputs are a tuple, the raw result.
+class Ran(NamedTuple):
+    """A function that was run: the ends of its graph, of the plain class (see classes.py), and what it returned."""
 
-    Outputs and inputs are of the plain class (see classes.py).
-    """
+    ys: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    tupled: bool
+    result: Any
+
+    def output(self, create_graph: bool) -> Any:
+        """What it returned, as the caller of jactri gets it."""
+        return self.result if create_graph else detached(self.result)
+
+    def dressed(self, answer: Any, xs: Sequence[Tensor]) -> Any:
+        """An answer as autograd would have given it for what it was run on (see `classes.dressed`)."""
+        return dressed(answer, (*(self.result if self.tupled else (self.result,)), *xs))
+
+
+def prepare(func, xs: tuple[Tensor, ...], create_graph: bool) -> Ran:
+    """Run ``func`` on inputs that require grad."""
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     grad = torch.is_grad_enabled()
@@ -106,7 +120,7 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool):
             ys = tuple(map(plain, ys))
     finally:
         torch._C._set_grad_enabled(grad)
-    return ys, leaves, tupled_out, result
+    return Ran(ys, leaves, tupled_out, result)
 
 
 _recording = threading.local()

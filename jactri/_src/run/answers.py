@@ -81,7 +81,14 @@ class Answer(Store):
     """
 
     def __init__(
-        self, sweep: Sweep, layout: Layout, out: Shape, into: Shape, per_sample: bool, like, dest
+        self,
+        sweep: Sweep,
+        layout: Layout,
+        out: Shape,
+        into: Shape,
+        per_sample: bool | str,
+        like,
+        dest,
     ):
         super().__init__(layout, like)
         self.sweep, self.out, self.into, self.per_sample = sweep, out, into, per_sample

@@ -433,7 +433,7 @@ def unravel(flat: Tensor, shape) -> Tensor:
     return found
 
 
-def check_pattern(graph: Graph, ys, xs, per_sample: bool) -> None:
+def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
     """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
     for i, v in enumerate(graph.inputs):
         trace = None if v is None else Trace(graph, v)
@@ -459,7 +459,7 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool) -> None:
                 )
 
 
-def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool):
+def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool | str):
     """The sparse Jacobian of an output that does not depend on an input."""
     shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
     samples = len(x) if per_sample else 1

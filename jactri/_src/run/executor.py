@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from types import MappingProxyType
 
@@ -39,7 +39,7 @@ Made = dict[tuple[int, int], Tensor]
 def run(
     graph: Graph,
     plan: Plan,
-    answers: dict[tuple[int, int], Answer],
+    answers: Mapping[tuple[int, int], Store],
     watch: Watch | None = None,
     given: Given | None = None,
 ) -> None:
@@ -75,7 +75,7 @@ def blocks_of(graph: Graph, sweep: Sweep, sel: Selection | None = None) -> dict[
     return {t: blocks[t][0] for t in ends}
 
 
-def _items(graph: Graph, sweep: Sweep) -> list[Item]:
+def _items(graph: Graph, sweep: Sweep) -> Sequence[Item]:
     """What a sweep runs, one after another."""
     planned = sweep.items is not None
     kernels = planned and backends.kernels_on(graph.values[sweep.seed].device)
@@ -123,7 +123,7 @@ def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None
 
 
 def _start(
-    graph: Graph, sweep: Sweep, sel: Selection | None, given: Given | None, items: list[Item]
+    graph: Graph, sweep: Sweep, sel: Selection | None, given: Given | None, items: Sequence[Item]
 ) -> Blocks:
     """The blocks of the seeds, for a chunk that runs ``items``."""
     if sweep.given:
@@ -184,9 +184,9 @@ def chunks(
     if not sweep.chunks:
         if skip and skip({}):
             return
-        blocks = _start(graph, sweep, None, given, items)
-        steps(graph, sweep, items, blocks, None, writable, frozenset(), ends)
-        yield {}, blocks
+        whole = _start(graph, sweep, None, given, items)
+        steps(graph, sweep, items, whole, None, writable, frozenset(), ends)
+        yield {}, whole
         return
     # steps in which every cut factor is still tied are the same for all chunks
     cut = frozenset(sweep.chunks)
@@ -211,7 +211,7 @@ def chunks(
         del local
 
 
-def _formed(sweep: Sweep, items: list[Item]) -> bool:
+def _formed(sweep: Sweep, items: Sequence[Item]) -> bool:
     """Whether the block of coloured seeds is needed: by anything but a kernel that knows them."""
     return sweep.seed in sweep.targets or any(
         sweep.seed in i.reads and not (i.__class__ is Fused and i.kind == "first") for i in items
@@ -242,7 +242,7 @@ def _patches(graph: Graph, sweep: Sweep, ends, watch: Watch | None, marks: Marks
 def _steps(
     graph: Graph,
     sweep: Sweep,
-    items: list[Item],
+    items: Sequence[Item],
     blocks: Blocks,
     sel: Selection | None,
     writable: bool,
@@ -252,7 +252,7 @@ def _steps(
     values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
     once = sweep.alone and sel is None
     for step in items:
-        if step.__class__ is Fused:
+        if isinstance(step, Fused):
             _fused(graph, sweep, step, blocks, sel, writable, pinned, ends)
             continue
         terms, frees = step.terms, step.frees
@@ -331,7 +331,7 @@ def add_terms(
     blocks: Blocks,
     sel,
     writable: bool,
-    made: dict[int, Tensor] = MappingProxyType({}),
+    made: Mapping[int, Tensor] = MappingProxyType({}),
 ):
     """The terms of a step added up; terms with more ties than the sum touch its diagonals only.
 
