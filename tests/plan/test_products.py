@@ -9,6 +9,7 @@ from torch.autograd.functional import jacobian as truth_of
 
 import jactri
 from jactri._src.calls.vectors import pull, push
+from jactri._src.prologue.arguments import Options
 
 
 class Attention(nn.Module):
@@ -227,12 +228,12 @@ def test_recorded_computations():
     h = x.sin()
     y = h * x
     t = torch.randn(2, 3, dtype=F64), torch.randn(2, 3, dtype=F64)
-    (got,) = push((y,), (x, h), t)
+    (got,) = push((y,), (x, h), t, Options())
     want = t[0] * (h + x * x.cos()) + t[1] * x
     assert_close(got, want.detach(), F64)
-    (got,) = push((y,), (x, h), (t[0], None))
+    (got,) = push((y,), (x, h), (t[0], None), Options())
     assert_close(got, (t[0] * (h + x * x.cos())).detach(), F64)
-    got = pull((y, h), (x, h), (t[0], t[1]))
+    got = pull((y, h), (x, h), (t[0], t[1]), Options())
     want = t[0] * (h + x * x.cos()) + t[1] * x.cos(), t[0] * x + t[1]
     for g, w in zip(got, want, strict=True):
         assert_close(g, w.detach(), F64)
