@@ -63,7 +63,7 @@ def test_chunks_of_samples_are_taken(monkeypatch):
 
 
 def test_a_limit_that_is_too_small():
-    with pytest.raises(ValueError, match="one direction of one sample needs"):
+    with pytest.raises(ValueError, match="one direction of one sample takes"):
         jactri.laplacian(mlp(nn.Tanh, 4, 50, 50, 1), torch.randn(3, 4, dtype=F64), memory_limit=500)
 
 

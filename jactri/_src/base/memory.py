@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ class Budget:
         self._total: float | None = self.given
 
     @property
-    def total(self) -> float:
+    def total(self) -> int:
         if self._total is None:
             self._total = max(free_bytes(self.device) // 2, LARGE)
         return self._total
@@ -126,7 +127,7 @@ class Budget:
     def unbounded(cls, device: torch.device) -> Budget:
         """For what is only looked at, and does not run."""
         made = cls(None, device)
-        made._total = inf
+        made._total = sys.maxsize
         return made
 
     def less(self, more: float) -> Budget:

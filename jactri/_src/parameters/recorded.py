@@ -273,7 +273,7 @@ class Recorded:
             + (f"; {WRAPPED}" if flat else "")
         )
 
-    def _structure(self, graph, seed, starts, data, picked, real, opened=()) -> Structure:
+    def _structure(self, graph, seed, starts, data, picked, real, opened=()):
         kernels = backends.kernels_on(self.y.device)
         key = (graph.key, self.y.device.type, kernels, len(starts), tuple(picked), opened)
         found = _structures.of(key, lambda: _found(graph, seed, starts, data, picked))
