@@ -97,15 +97,19 @@ class Budget:
 
     That is its ``memory_limit``, or half of what is free. This is looked up when something asks that may take more than
     `LARGE`, and once: a call is planned under one number. ``spent``: bytes that are not to be had any more, as those of
-    an answer that is there from the start.
+    an answer that is there from the start. ``bound``: what is left of a limit that was given, a part of the key of what
+    is planned under it; else None.
     """
 
-    __slots__ = ("_total", "device", "given", "spent")
+    __slots__ = ("_total", "bound", "device", "given", "spent")
 
     def __init__(self, memory_limit: int | str | None, device: torch.device, spent: float = 0.0):
-        self.given = None if memory_limit is None else parse_bytes(memory_limit)
-        self.device, self.spent = device, spent
-        self._total: float | None = self.given
+        self.given: int | None = None
+        self.bound: float | None = None
+        if memory_limit is not None:
+            self.given = parse_bytes(memory_limit)
+            self.bound = self.given - spent
+        self.device, self.spent, self._total = device, spent, self.given
 
     @property
     def total(self) -> int:
@@ -117,11 +121,6 @@ class Budget:
     def left(self) -> float:
         """What is not spent."""
         return self.total - self.spent
-
-    @property
-    def bound(self) -> float | None:
-        """What is left of a limit that was given: a part of the key of what is planned under it."""
-        return None if self.given is None else self.given - self.spent
 
     @classmethod
     def unbounded(cls, device: torch.device) -> Budget:
@@ -137,10 +136,10 @@ class Budget:
         return rest
 
     def fits(self, need: float) -> bool:
-        return need <= self.limit(need)
+        return (self.given is None and need + self.spent <= LARGE) or need <= self.left
 
     def limit(self, need: float) -> float:
-        """The bytes for what takes ``need`` at the most: no bound where none was given and that is small."""
+        """The bytes for what takes about ``need``: no bound if none was given and that is small."""
         return inf if self.given is None and need + self.spent <= LARGE else self.left
 
     def count(self, each: float, most: int) -> int:

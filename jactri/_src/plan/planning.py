@@ -115,9 +115,10 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     device, kernels = budget.device, ""
     if backends.kernels_for(xs[0]):
         kernels = "triton" if backends.forced() else "auto"
-    answer = Asked(bool(per_sample), given, sparse, kernels)
+    per_sample = bool(per_sample)
 
     def make(limit: float) -> Plan:
+        answer = Asked(per_sample, given, sparse, kernels)
         options = graph, strategy, summed, limit, chunk_size, device.type
         plan = make_plan(*options, answer=answer)
         times = sorted(plan.seconds.values())
@@ -125,17 +126,16 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
             return plan
         return make_plan(*options, rates.measured(device), answer)
 
-    def kept() -> Plan:
-        key = (graph.key, strategy, summed, chunk_size, device.type, answer, steady, budget.bound)
-        try:
-            return _kept(key, make, budget, chunk_size)
-        except MemoryLimitTooSmall as error:
-            raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
-
-    plan = kept()
+    key = (
+        graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, kernels, device.type, budget.bound
+    )  # fmt: skip
+    try:
+        plan = _kept(key, make, budget, chunk_size)
+    except MemoryLimitTooSmall as error:
+        raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
     if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
-        strategy = "reverse-mode"
-        return replace(kept(), reason="a derivative is not known to be finite")
+        plan = plan_for(graph, ys, xs, wanted._replace(strategy="reverse-mode"))
+        return replace(plan, reason="a derivative is not known to be finite")
     return plan
 
 
