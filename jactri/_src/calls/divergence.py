@@ -64,8 +64,8 @@ def divergence(
     Cost:
         Linear layers with one or two elementwise functions in between: after the forward pass, one product of
         ``(N, h1) @ (h1, h2)``, with a matrix of weights; forming it costs ``2 h1 h2 n`` flops, on a CPU only where a
-        weight has changed. Anything else: that of `jactri.diagonal`, whose last product is a contraction. An estimate:
-        a backward pass for each of the K vectors.
+        weight has changed. Anything else, and where that is predicted to cost less: that of `jactri.diagonal`, whose
+        last product is a contraction. An estimate: a backward pass for each of the K vectors.
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     points.check(x, "divergence", asked)
