@@ -28,7 +28,7 @@ from ..base.weights import made_of
 from ..maps.contraction import MatMul
 from ..maps.lettered import Lettered, multiply
 from ..maps.letters import Letter, Letters, order
-from ..maps.linear_map import Diagonal, Identity, Scale, View
+from ..maps.linear_map import Diagonal, Identity, LinearMap, Scale, View
 from ..maps.selection import Place, Slice, Take
 from ..plan.planner import predict
 from ..plan.sweep import itemsize
@@ -152,10 +152,12 @@ def _terms(graph: Graph, batch: bool) -> list[Term] | None:
 
 
 def _term(graph: Graph, v: int, scales, batch: bool) -> Term | None:
+    """What leads from the input to a value, from that back: a letter lies between two matrices."""
     values, x = graph.values, graph.inputs[0]
     n = values[x].shape[0] if batch else 1
-    matrices: list[list[int]] = [[]]
-    diagonals: list[list[int]] = []
+    matrices: list[tuple[Letters, list[int]]] = []
+    diagonals: list[tuple[Letter, list[int]]] = []
+    letter, sizes = 0, {SAMPLES: n, 0: prod(values[x].shape) // n}
     while v != x:
         if len(values[v].sources) != 1:
             return None
@@ -164,53 +166,42 @@ def _term(graph: Graph, v: int, scales, batch: bool) -> Term | None:
         if batch and (not before or not after or before[0] != n or after[0] != n):
             return None
         flat = len(before) == 2 and before[0] == n and len(after) == 2
+        scaled = bool(diagonals) and diagonals[-1][0] == letter
         if isinstance(edge, Scale):
             scales = (*scales, v)
         elif isinstance(edge, Diagonal):
-            if matrices[-1] or not diagonals:
-                diagonals.append([])
-                matrices.append([])
-            diagonals[-1].append(v)
-        elif flat and (
-            (
-                isinstance(edge, MatMul)
-                and edge.side == "right"
-                and edge.structure == "shared matrix"
-            )
-            or (isinstance(edge, Place | Slice | Take) and edge.axis == 1)
-        ):
-            matrices[-1].append(v)
+            if not scaled:
+                diagonals.append((letter, []))
+            diagonals[-1][1].append(v)
+        elif flat and _shared(edge):
+            if scaled or not matrices:
+                matrices.append(((letter + 1, letter), []))
+                letter += 1
+            matrices[-1][1].insert(0, v)
+            sizes[letter] = before[1]
         elif not isinstance(edge, View | Identity):
             return None
         v = s
     if len(diagonals) > 2:
         return None
-    matrices, diagonals = matrices[::-1], diagonals[::-1]
-    width = prod(values[x].shape) // n
-    letter, sizes = 0, {SAMPLES: n, 0: width}
-    ends: list[Letters] = []
-    at: list[Letter] = []
-    for i, part in enumerate(matrices):
-        if part:
-            sizes[letter + 1] = prod(values[part[0]].shape) // n
-            ends.append((letter, letter + 1))
-            letter += 1
-        if i < len(diagonals):
-            at.append(letter)
 
     def closed(c: Letter) -> Letter:
-        """The output's letter is the input's."""
+        """The input's letter is the output's."""
         return 0 if c == letter else c
 
     return Term(
         tuple(scales),
-        tuple(
-            ((closed(a), closed(b)), tuple(part[::-1]))
-            for (a, b), part in zip(ends, filter(None, matrices), strict=True)
-        ),
-        tuple((closed(c), tuple(part)) for c, part in zip(at, diagonals, strict=True)),
+        tuple(((closed(a), closed(b)), tuple(part)) for (a, b), part in reversed(matrices)),
+        tuple((closed(c), tuple(part)) for c, part in reversed(diagonals)),
         tuple(sorted(sizes.items())),
     )
+
+
+def _shared(edge: LinearMap) -> bool:
+    """Whether an edge between values ``(N, features)`` is one matrix for all samples."""
+    if isinstance(edge, MatMul):
+        return edge.side == "right" and edge.structure == "shared matrix"
+    return isinstance(edge, Place | Slice | Take) and edge.axis == 1
 
 
 def _edge(graph: Graph, value: int) -> Any:
