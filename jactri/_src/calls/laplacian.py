@@ -194,7 +194,9 @@ def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, asked: Optio
             if asked.assume or not apart(graph):
                 return None
         unit, plan = False, course(graph, curves, False, count)
-    seeds, samples, where, plan = _chunks(graph, curves, plan, y, x, count, unit, asked, lower)
+    seeds, samples, where, plan = _chunks(
+        graph, curves, plan, y, x, count=count, unit=unit, lower=lower, asked=asked
+    )
     if block is None and (seeds < count or not unit):
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         block = eye.reshape(n, *((1,) if batch else ()), *points.inner(x))
@@ -259,10 +261,11 @@ def _chunks(
     plan: Course,
     y: Tensor,
     x: Tensor,
+    *,
     count: int,
     unit: bool,
-    asked: Options,
     lower: bool,
+    asked: Options,
 ) -> tuple[int, int, dict | None, Course]:
     """How many seeds and how many samples run at once, and the course of that.
 

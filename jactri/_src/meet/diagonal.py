@@ -141,7 +141,7 @@ def _coloured(graph: Graph, trace: Trace, sweep: Sweep) -> DiagonalOrder | None:
     splits, colours = colours_of([trace], sweep, False)
     if not colours or splits:
         return None
-    fewer = follow(graph, sweep.seed, sweep.reverse, sweep.targets, 0, False, None, colours)
+    fewer = follow(graph, sweep.seed, sweep.reverse, sweep.targets, colours=colours)
     value = fewer.layouts[next(t for t in fewer.targets if t is not None)]
     seen = trace.values[graph.outputs[0]]
     masks = {}

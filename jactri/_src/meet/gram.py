@@ -103,14 +103,14 @@ def _found(graph: Graph, asked: GramRequest, summed: bool) -> list[GramOrder]:
         to = outer
         if cut is not None:
             to = [cut]
-            seeded = [follow(graph, k, not reverse, [cut], i) for i, k in enumerate(outer)]
+            seeded = [follow(graph, k, not reverse, [cut], index=i) for i, k in enumerate(outer)]
             far = min(
                 [follow(graph, cut, reverse, list(outer))], seeded, key=lambda s: seconds(s, rates)
             )
         for chunked in (True, False):
             seeds, targets = (contracted, to) if chunked else (to, contracted)
             near = [
-                follow(graph, v, reverse == chunked, list(targets), i, summed)
+                follow(graph, v, reverse == chunked, list(targets), index=i, summed=summed)
                 for i, v in enumerate(seeds)
             ]
             order = GramOrder(cut, near, far, chunked and not asked.dense)
@@ -414,13 +414,16 @@ def _cut(graph: Graph, order: GramOrder, limit: float, chunk_size: int | None) -
     device = graph.values[order.near[0].seed].device.type
 
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
-        # the copy of a chunk for its product
-        options = free / 2 if summing else free, chunk_size
-        cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, device))
-        if summing and len(cut.selections()) * 2 * order.result > sweep.bytes:
+        def cut(device: str) -> Sweep:
+            rest = free / 2 if summing else free  # the copy of a chunk for its product
+            chunks = choose_chunks(graph, sweep, rest, chunk_size=chunk_size, device=device)
+            return replace(sweep, chunks=chunks)
+
+        made = cut(device)
+        if summing and len(made.selections()) * 2 * order.result > sweep.bytes:
             # to add up the result again and again costs more than blocks that leave the cache
-            cut = replace(sweep, chunks=choose_chunks(graph, sweep, *options, "any"))
-        return fused(graph, cut)
+            made = cut("any")
+        return fused(graph, made)
 
     return replace(
         order,

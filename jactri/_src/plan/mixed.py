@@ -264,7 +264,7 @@ def _sweeps(graph: Graph, sources, targets, seconds) -> list[Table]:
     out = []
     for reverse, name in ((False, "forward"), (True, "reverse")):
         seeds, ends = (targets, sources) if reverse else (sources, targets)
-        made = [follow(graph, seed, reverse, list(ends), i) for i, seed in enumerate(seeds)]
+        made = [follow(graph, seed, reverse, list(ends), index=i) for i, seed in enumerate(seeds)]
         partials = {}
         for sweep in made:
             for end in sweep.targets:

@@ -73,6 +73,7 @@ def choose_chunks(
     graph: Graph,
     sweep: Sweep,
     limit: float,
+    *,
     chunk_size: int | None,
     device: str,
     answer: Asked | None = None,
@@ -287,7 +288,14 @@ class _Terms:
         if self.limit == inf:
             return True
         try:
-            choose_chunks(graph, sweep, self.limit, self.chunk_size, self.device, self.answer)
+            choose_chunks(
+                graph,
+                sweep,
+                self.limit,
+                chunk_size=self.chunk_size,
+                device=self.device,
+                answer=self.answer,
+            )
         except MemoryLimitTooSmall:
             return False
         return True
@@ -318,8 +326,9 @@ def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
                 patterns[t] = pattern_of(*pair)
     if colours:
         fewer = follow(
-            graph, sweep.seed, sweep.reverse, sweep.targets, sweep.index, False, splits, colours
-        )
+            graph, sweep.seed, sweep.reverse, sweep.targets,
+            index=sweep.index, splits=splits, colours=colours,
+        )  # fmt: skip
         fewer = replace(fewer, patterns=patterns)
         small = patches.by_patches(graph, fewer)
         fewer = terms.fused(graph, fewer)
@@ -353,6 +362,7 @@ def make_plan(
     graph: Graph,
     strategy: str = "auto",
     summed: bool = False,
+    *,
     limit: float = inf,
     chunk_size: int | None = None,
     device: str = "cpu",
@@ -414,6 +424,7 @@ def plan_given(
     seeds: list[int],
     columns: int,
     reverse: bool,
+    *,
     limit: float = inf,
     chunk_size: int | None = None,
     device: str = "cpu",
@@ -421,7 +432,7 @@ def plan_given(
     """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
     targets = list(graph.inputs if reverse else graph.outputs)
     sweep = replace(follow_given(graph, seeds, columns, reverse, targets), alone=True)
-    chunks = choose_chunks(graph, sweep, limit, chunk_size, device)
+    chunks = choose_chunks(graph, sweep, limit, chunk_size=chunk_size, device=device)
     peak = footprint(graph, sweep, chunks, None)
     sweep = fused(graph, replace(sweep, chunks=chunks, peak=peak))
     strategy = "reverse-mode" if reverse else "forward-mode"
@@ -440,7 +451,9 @@ def _cut(
             stage = stage.of(ready)
         try:
             limit = terms.limit - held
-            chunks = choose_chunks(graph, stage, limit, chunk_size, terms.device, answer)
+            chunks = choose_chunks(
+                graph, stage, limit, chunk_size=chunk_size, device=terms.device, answer=answer
+            )
         except MemoryLimitTooSmall as error:
             raise _refused(held + error.need, terms.limit) from None
         peak = held + footprint(graph, stage, chunks, answer)

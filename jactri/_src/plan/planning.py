@@ -119,12 +119,12 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
 
     def make(limit: float) -> Plan:
         answer = Asked(per_sample, given, sparse, kernels)
-        options = graph, strategy, summed, limit, chunk_size, device.type
-        plan = make_plan(*options, answer=answer)
+        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type, "answer": answer}
+        plan = make_plan(graph, strategy, summed, **how)
         times = sorted(plan.seconds.values())
         if steady or len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
             return plan
-        return make_plan(*options, rates.measured(device), answer)
+        return make_plan(graph, strategy, summed, rates=rates.measured(device), **how)
 
     key = (
         graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, kernels, device.type, budget.bound
@@ -176,7 +176,8 @@ def plan_for_given(
     device = budget.device
 
     def make(limit: float) -> Plan:
-        return plan_given(graph, seeds, columns, reverse, limit, chunk_size, device.type)
+        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type}
+        return plan_given(graph, seeds, columns, reverse, **how)
 
     kernels = backends.kernels_on(graph.values[seeds[0]].device)
     key = (

@@ -142,7 +142,7 @@ def simulate(graph: Graph, index: int, reverse: bool, summed: bool) -> Sweep:
     """
     seed = (graph.outputs if reverse else graph.inputs)[index]
     targets = list(graph.inputs if reverse else graph.outputs)
-    return follow(graph, seed, reverse, targets, index, summed)
+    return follow(graph, seed, reverse, targets, index=index, summed=summed)
 
 
 def follow(
@@ -150,6 +150,7 @@ def follow(
     seed: int,
     reverse: bool,
     targets: list[int | None],
+    *,
     index: int = 0,
     summed: bool = False,
     splits: dict[int, tuple[int, ...]] | None = None,
