@@ -14,8 +14,7 @@ stands for all ones, so that an identity seed costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -51,6 +50,19 @@ class Layout:
 
     axes: tuple[tuple[Factor, ...], ...]
     seed: tuple[int, ...]
+    shape: tuple[int, ...] = field(init=False, compare=False)
+    """Of the value."""
+    tied: frozenset[int] = field(init=False, compare=False)
+    """Seed factors that an axis is tied to."""
+    free: tuple[int, ...] = field(init=False, compare=False)
+    """The others: the block has a dim for them."""
+
+    def __post_init__(self) -> None:
+        tied = frozenset(t for axis in self.axes for _, t in axis if t != FREE)
+        fix = object.__setattr__
+        fix(self, "shape", tuple(prod(f[0] for f in axis) for axis in self.axes))
+        fix(self, "tied", tied)
+        fix(self, "free", tuple(s for s in range(len(self.seed)) if s not in tied))
 
     @staticmethod
     def identity(
@@ -79,22 +91,10 @@ class Layout:
             axes.append(tuple(factors))
         return Layout(tuple(axes), tuple(seed))
 
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(prod(f[0] for f in axis) for axis in self.axes)
-
-    @cached_property
-    def tied(self) -> frozenset[int]:
-        return frozenset(t for axis in self.axes for _, t in axis if t != FREE)
-
     @property
     def tied_axes(self) -> tuple[int, ...]:
         """The value's axes that are tied as a whole."""
         return tuple(a for a in range(len(self.axes)) if self.is_tied(a))
-
-    @cached_property
-    def free(self) -> tuple[int, ...]:
-        return tuple(s for s in range(len(self.seed)) if s not in self.tied)
 
     def seeds(self, sel: Selection | None = None) -> tuple[int, ...]:
         """Sizes of the free seed factors, restricted to a chunk's selection."""

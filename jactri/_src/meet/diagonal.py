@@ -26,7 +26,7 @@ from ..plan.pattern import Trace, colours_of, has_windows
 from ..plan.planner import CACHE_BYTES, cut_seeds, needs, predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
-from ..plan.sweep import Sweep, follow, itemsize
+from ..plan.sweep import Sweep, follow
 from ..read.graph import Graph, Value
 from ..run.entries import factors_of
 from ..run.executor import chunks
@@ -95,7 +95,7 @@ def cheapest(graph: Graph, found: Sequence[Order], chunk_size: int | None, budge
 def _bytes(graph: Graph) -> float:
     """Of the diagonal."""
     x = graph.inputs[0]
-    return float(prod(graph.values[x].shape) * itemsize(graph, x))
+    return float(prod(graph.values[x].shape) * graph.values[x].dtype.itemsize)
 
 
 def diagonal(graph: Graph, chunk_size: int | None, budget: Budget) -> Tensor:
@@ -178,7 +178,7 @@ def _middle(graph: Graph, ahead: Sweep, back: Sweep, rates) -> DiagonalOrder | N
         for s in crossing:
             numel = max(sweep.layouts[s].numel() for sweep in (ahead, back))
             cost += costs[1].get(s, 0.0) + predict(
-                2.0 * numel, numel * itemsize(graph, s), 1, rates
+                2.0 * numel, numel * graph.values[s].dtype.itemsize, 1, rates
             )
         if v != x and (best is None or cost < best[0]):
             best = cost, v, tuple(sorted(crossing))
@@ -226,7 +226,7 @@ def _cut(graph: Graph, order: DiagonalOrder, limit: float, chunk_size: int | Non
     sizes = [parts[0][1].layout.seed[f] for f in factors]
     total = count = prod(sizes)
     # an end is a part of the Jacobian, which is not to be there as a whole
-    widest = max(lay.numel() * itemsize(graph, v) for _, s in parts for v, lay in s.layouts.items())
+    widest = max(s.stored(g, v) for g, s in parts for v in s.layouts)
     most = block_bytes(graph.values[parts[0][1].seed].device.type, CACHE_BYTES)
     if chunk_size is not None:
         count = min(total, chunk_size)
@@ -237,7 +237,7 @@ def _cut(graph: Graph, order: DiagonalOrder, limit: float, chunk_size: int | Non
         sel = {f: (0, c) for f, c in chosen.items()}
         need = sum(needs(g, s, chosen, None) for g, s in parts)
         for v in order.at:  # where they meet, blocks are multiplied
-            need += sum(s.layouts[v].numel(sel) * itemsize(graph, v) for _, s in parts)
+            need += sum(s.stored(graph, v, sel) for _, s in parts)
         if need <= limit:
             break
         if count <= 1 or chunk_size is not None:

@@ -20,7 +20,7 @@ from ..plan.planner import SLACK, choose_chunks, predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
 from ..plan.samples import narrow, places
-from ..plan.sweep import Sweep, follow, itemsize
+from ..plan.sweep import Sweep, follow
 from ..read.graph import Graph
 from ..run.answers import Store
 from ..run.executor import chunks
@@ -132,12 +132,7 @@ def _cuts(graph: Graph) -> list[int]:
 
 def _size(graph: Graph, sweeps: list[Sweep]) -> float:
     """Bytes of the blocks at the ends of sweeps."""
-    return sum(
-        sweep.layouts[t].numel() * itemsize(graph, t)
-        for sweep in sweeps
-        for t in sweep.targets
-        if t is not None
-    )
+    return sum(sweep.stored(graph, t) for sweep in sweeps for t in sweep.targets if t is not None)
 
 
 def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
@@ -164,7 +159,7 @@ def _predicted(graph: Graph, order: GramOrder, asked: GramRequest) -> tuple[Gram
         made += more
         sums = {**sums, **summed_up(iter(more))}
     size = {
-        pair: prod(s.network.sizes[c] for c in s.made.dims) * itemsize(graph, pair[0])
+        pair: prod(s.network.sizes[c] for c in s.made.dims) * graph.values[pair[0]].dtype.itemsize
         for pair, s in sums.items()
     }
     answer = sum(
@@ -186,7 +181,7 @@ def _predicted(graph: Graph, order: GramOrder, asked: GramRequest) -> tuple[Gram
 def _whole(graph: Graph, a: int, b: int, per_sample: bool) -> float:
     """Bytes of the block of an answer between two outer values, zeros included."""
     first, second = graph.values[a].shape, graph.values[b].shape[per_sample:]
-    return float(prod(first) * prod(second) * itemsize(graph, a))
+    return float(prod(first) * prod(second) * graph.values[a].dtype.itemsize)
 
 
 _Made = Iterator[tuple[tuple[int, int], int, Network, Operand]]

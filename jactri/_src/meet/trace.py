@@ -31,7 +31,6 @@ from ..maps.letters import Letter, Letters, order
 from ..maps.linear_map import Diagonal, Identity, LinearMap, Scale, View
 from ..maps.selection import Place, Slice, Take
 from ..plan.planner import predict
-from ..plan.sweep import itemsize
 from ..read.graph import Graph
 from .diagonal import Order, accumulated, cheapest, orders
 
@@ -128,7 +127,7 @@ def _cost(graph: Graph, term: Term, forms: bool) -> tuple[float, float, int]:
         flops += size[SAMPLES] * size[letter] * len(values)
         entries += size[SAMPLES] * size[letter]
         steps += len(values)
-    return flops, entries * itemsize(graph, graph.inputs[0]), steps
+    return flops, entries * graph.values[graph.inputs[0]].dtype.itemsize, steps
 
 
 def _terms(graph: Graph, batch: bool) -> list[Term] | None:

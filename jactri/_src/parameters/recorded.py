@@ -19,7 +19,7 @@ from ..base.tracing import own
 from ..maps.layout import Selection
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, halves, probe_mixing
-from ..plan.sweep import itemsize, peak_bytes
+from ..plan.sweep import peak_bytes
 from ..prologue.arguments import ASSUME, check_samples
 from ..prologue.running import computing, record
 from ..read import handover
@@ -366,7 +366,7 @@ class Recorded:
             if step.shares:
                 owner[step.value] = owner.get(step.terms[0].other, sweep.seed)
         held = {owner[t] for t in sweep.targets if t in owner} - {sweep.seed}
-        return sum(sweep.layouts[v].numel() * itemsize(self.graph, v) for v in held)
+        return sum(sweep.stored(self.graph, v) for v in held)
 
     def kinds(self) -> dict[str, list[str]]:
         """What the uses of every parameter are, in words."""

@@ -17,7 +17,7 @@ from math import prod
 from ..maps.layout import FREE, Layout
 from ..maps.letters import Axes, Groups, Letter, Letters, Network, Unaligned, groups
 from ..read.graph import Graph
-from .sweep import Sweep, follow, itemsize
+from .sweep import Sweep, follow
 
 MOST_CUTS = 8
 """Cuts that `best` considers, the narrowest: it makes two sweeps for every pair of them."""
@@ -296,7 +296,7 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
             join.targets.append(source)
             join.layouts[source] = layout
             join.first[source], join.products[source] = first, how
-            join.itemsizes[source] = itemsize(graph, source)
+            join.itemsizes[source] = graph.values[source].dtype.itemsize
             partials[target, source] = Partial(join, source)
     total = below.seconds + above.seconds + sum(seconds(j) for j in joins)
     shape = "x".join(map(str, graph.values[at].shape))

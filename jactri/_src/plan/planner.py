@@ -19,7 +19,7 @@ from . import mixed, patches, patching, poles
 from . import sweep as sweeping
 from .fusion import fuse, fused
 from .pattern import Trace, colours_of, has_windows, pattern_of
-from .sweep import Sweep, follow, follow_given, itemsize, simulate, untied_targets
+from .sweep import Sweep, follow, follow_given, simulate, untied_targets
 
 CACHE_BYTES = 1 << 22
 """On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
@@ -100,13 +100,9 @@ def choose_chunks(
         return {}
     if chunk_size is not None:
         return cut(chunk_size) if chunk_size < total else {}
-    widest = max(
-        (lay.numel() / total * itemsize(graph, v) for v, lay in sweep.layouts.items()), default=0.0
-    )
+    widest = max((sweep.stored(graph, v) / total for v in sweep.layouts), default=0.0)
     count = total
-    ends = sum(
-        sweep.layouts[t].numel() * itemsize(graph, t) for t in sweep.targets if t is not None
-    )
+    ends = sum(sweep.stored(graph, t) for t in sweep.targets if t is not None)
     # a block that is written once and not read again gains nothing from a cache
     if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
         some = max(1, int(CACHE_BYTES // max(widest, 1)))
@@ -137,7 +133,7 @@ def _weights(graph: Graph, sweep: Sweep) -> float:
     """Bytes of the weights that every chunk reads."""
     return float(
         sum(
-            graph.values[t.owner].sources[t.edge][1].entries * itemsize(graph, s.value)
+            graph.values[t.owner].sources[t.edge][1].entries * graph.values[s.value].dtype.itemsize
             for s in sweep.steps
             for t in s.terms
         )
@@ -178,7 +174,7 @@ def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool | str
     numel = prod(seed) * prod(value)
     if per_sample:
         numel //= seed[0]
-    return float(numel * itemsize(graph, target))
+    return float(numel * graph.values[target].dtype.itemsize)
 
 
 def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
@@ -192,7 +188,7 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     if sweep.patterns:
         return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
     if sweep.given and chunks:
-        return peak + sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
+        return peak + sum(sweep.stored(graph, t) for t in targets)
     if answer is None or answer.given:
         return peak
     whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
@@ -206,7 +202,7 @@ def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked 
     for t in targets:
         layout = sweep.layouts[t]
         if not shares.get(t, False):
-            end += layout.numel() * itemsize(graph, t)
+            end += sweep.stored(graph, t)
         if shares.get(t, False) or layout.tied != keep:
             end += answer_bytes(graph, sweep, t, answer.per_sample)
     return max(peak, end)
@@ -216,14 +212,14 @@ def _stored(graph: Graph, sweep: Sweep, targets) -> float:
     """Bytes of the whole blocks from which entries are read."""
     if sweep.windows:
         return sum(patches.block_bytes(graph, sweep, t) for t in targets)
-    return sum(sweep.layouts[t].numel() * itemsize(graph, t) for t in targets)
+    return sum(sweep.stored(graph, t) for t in targets)
 
 
 def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> float:
     """Bytes while the entries of blocks are put in their places."""
     total = _stored(graph, sweep, targets)
     for t in targets:
-        size, pattern = itemsize(graph, t), sweep.patterns[t]
+        size, pattern = graph.values[t].dtype.itemsize, sweep.patterns[t]
         nnz = pattern.nnz
         shape = graph.values[t].shape
         each = pattern.sample(shape[0]) if shape else None  # the places are those of one sample
@@ -345,7 +341,8 @@ def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
                 terms.kernels and not sparse and whole is None
             ):  # entries are put in their places one by one, bands written out
                 moved = sum(
-                    p.nnz * (INDEX_BYTES + 2 * itemsize(graph, t)) for t, p in patterns.items()
+                    p.nnz * (INDEX_BYTES + 2 * graph.values[t].dtype.itemsize)
+                    for t, p in patterns.items()
                 )
                 mine += moved / terms.rates.bandwidth
             if mine < theirs and terms.fits(graph, small):
@@ -461,7 +458,7 @@ def _cut(
 
     for part in parts:
         ready[part] = cut(part, None, None)
-        held += sum(part.layouts[t].numel() * itemsize(graph, t) for t in {*part.targets} - {None})
+        held += sum(part.stored(graph, t) for t in {*part.targets} - {None})
     made = []
     alone = len(sweeps) == 1 and not parts
     for sweep in sweeps:

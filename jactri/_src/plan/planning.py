@@ -14,7 +14,7 @@ from .owners import joins
 from .planner import Asked, Plan, make_plan, plan_given
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
-from .sweep import itemsize, mixing_steps, simulate, untied_targets
+from .sweep import mixing_steps, simulate, untied_targets
 
 _plans: Cache[tuple, Plan] = Cache()
 
@@ -187,7 +187,9 @@ def plan_for_given(
         return _kept(key, make, budget, chunk_size)
     except MemoryLimitTooSmall as error:
         ends = {v for v in (graph.inputs if reverse else graph.outputs) if v is not None}
-        size = sum(columns * prod(graph.values[v].shape) * itemsize(graph, v) for v in ends)
+        size = sum(
+            columns * prod(graph.values[v].shape) * graph.values[v].dtype.itemsize for v in ends
+        )
         raise budget.refusal(ONE_SEED, error.need, size) from None
 
 

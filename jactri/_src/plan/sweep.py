@@ -102,6 +102,10 @@ class Sweep:
         """Those that it computes blocks of, in order."""
         return [s.value for s in self.steps]
 
+    def stored(self, graph: Graph, value: int, sel: Selection | None = None) -> int:
+        """Bytes of the block of a value, or of a chunk of it."""
+        return self.layouts[value].numel(sel) * graph.values[value].dtype.itemsize
+
     def columns(self) -> int:
         """The most seeds that any block carries."""
         return max((lay.columns() for lay in self.layouts.values()), default=1)
@@ -129,10 +133,6 @@ def factors_of(sweep: Sweep) -> list[tuple[int, int | None]]:
             found.append((n, None if none else count))
             count += not none
     return found
-
-
-def itemsize(graph: Graph, value: int) -> int:
-    return graph.values[value].dtype.itemsize
 
 
 def simulate(graph: Graph, index: int, reverse: bool, summed: bool) -> Sweep:
@@ -316,9 +316,6 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     """Predicted bytes of live blocks at the worst step, with the largest chunk of ``chunks`` in flight."""
     sel = {f: (0, c) for f, c in chunks.items()}
 
-    def held(layout: Layout) -> int:
-        return layout.numel(sel)
-
     # a view shares its source's memory: blocks are counted by the value that owns the memory
     nobody = -1
     root: dict[int, int] = dict.fromkeys(sweep.given or (sweep.seed,), nobody)
@@ -331,7 +328,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         return len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
 
     def derivative(step: Step) -> float:
-        return prod(step.layout.shape) * itemsize(graph, step.value)
+        return prod(step.layout.shape) * graph.values[step.value].dtype.itemsize
 
     def repeated(step: Step) -> bool:
         """Whether every chunk runs the step, and so needs its derivative."""
@@ -354,13 +351,14 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
             root[step.value] = behind if reused or not first.route.moves else nobody
         else:
             root[step.value] = step.value
-            size[step.value] = held(step.layout) * itemsize(graph, step.value)
+            size[step.value] = sweep.stored(graph, step.value, sel)
             live += size[step.value]
             if len(step.terms) > 1 or edge.structure == "opaque":
                 extra = size[step.value]
         if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
             if first.other not in turned:
-                extra += held(first.route.mid) * itemsize(graph, first.other)
+                read = graph.values[first.other].dtype.itemsize
+                extra += first.route.mid.numel(sel) * read
             if step.layout.shape[1] > 1 and (sweep.reverse or first.route.mid.shape[1] > 1):
                 turned.add(step.value)
         elif scaling and first.other in turned:
