@@ -25,11 +25,10 @@ from ..parameters.inner import (
 )
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
-from ..plan.poles import suspects
-from ..plan.through import pull, push
-from ..prologue.arguments import check_options
+from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
 from . import whole
+from .vectors import pull, push
 
 FORMED = 1 << 28
 """Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
@@ -247,16 +246,15 @@ class ParameterJacobian:
             if run.structure is None:
                 return self._by_rows(v, k, run.by_autograd)
             run.check_unchanged()
-            blocks = {
-                value: v[name].to(run.params[name].dtype).reshape(k or 1, *run.params[name].shape)
-                for name, value in run.values.items()
-                if value is not None
-            }
-            made = push(run.graph, blocks, run.graph.outputs[0]).to(run.y.dtype)
-            made = made[0] if k is None else made
-            if suspects(run.graph) and not bool(made.isfinite().all()):  # rows are autograd's
-                made = torch.where(made.isfinite(), made, self._by_rows(v, k))
-            return made
+            blocks = [v[name] if k is not None else v[name].unsqueeze(0) for name in run.params]
+            ends = (run.y,), tuple(run.params.values())
+            (made,) = push(*ends, blocks, self._options(), run.of_parameters)
+            made = made.to(run.y.dtype)
+            return made[0] if k is None else made
+
+    def _options(self) -> Options:
+        """Those of a product."""
+        return Options(self._run.create_graph, self._chunk_size, self._memory_limit, None)
 
     def _by_rows(self, v: dict[str, Tensor], k: int | None, depends: bool = True) -> Tensor:
         """``J v`` by the whole Jacobian."""
@@ -308,8 +306,9 @@ class ParameterJacobian:
                     found[name] = flat.reshape(k, *run.params[name].shape)
             else:
                 run.check_unchanged()
-                blocks = pull(run.graph, {run.graph.outputs[0]: c}, set(run.values.values()))
-                found = {name: blocks[v] for name, v in run.values.items() if v in blocks}
+                ends = (run.y,), tuple(run.params.values())
+                products = pull(*ends, [c], self._options(), run.of_parameters)
+                found = dict(zip(run.params, products, strict=True))
             made = {}
             for name, p in run.params.items():
                 t = found.get(name)

@@ -171,6 +171,7 @@ class Recorded:
             self.reason: UnsupportedGraph | None = None
             """Whether the graph holds what blocks do not represent: then the Jacobian is formed by autograd."""
             self.graph: Graph | None = None
+            """From the parameters, and inputs that require grad, to the output; ``of_parameters``: from these alone."""
             self.structure: Structure | None = None
             if read or written:
                 self._read()
@@ -237,6 +238,10 @@ class Recorded:
         count = len(self.params)
         starts = graph.inputs[:count]
         self.values = dict(zip(self.params, starts, strict=True))
+        self.of_parameters = graph
+        if len(graph.inputs) > count:
+            key = (graph.key, count)
+            self.of_parameters = Graph(graph.values, starts, graph.outputs, key, graph.layers)
         self._check_reached({i for i, s in enumerate(starts) if s is None})
         (seed,) = graph.outputs
         if seed is None or all(s is None for s in starts):

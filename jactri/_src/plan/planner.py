@@ -156,7 +156,9 @@ class Asked(NamedTuple):
     given: bool
     sparse: bool = False
     kernels: str = ""
-    """The backend by which kernels run the blocks: "auto", "triton" where they are asked for, or none."""
+    """The backend by which kernels run the seed's blocks: "auto", "triton" where they are asked for, or none."""
+    fused: bool = False
+    """Whether kernels run blocks of other dtypes than the seed's, if not these."""
 
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
@@ -275,7 +277,8 @@ class _Terms:
 
     def fused(self, graph: Graph, sweep: Sweep) -> Sweep:
         """A sweep with its items, where kernels run."""
-        if not self.kernels or sweep.items is not None or sweep.windows or not sweep.steps:
+        run = self.answer is not None and (self.answer.kernels or self.answer.fused)
+        if not run or sweep.items is not None or sweep.windows or not sweep.steps:
             return sweep
         return replace(sweep, items=fuse(graph, sweep))
 

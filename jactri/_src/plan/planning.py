@@ -113,12 +113,13 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     """
     budget, strategy, per_sample, summed, chunk_size, given, steady, sparse, _ = wanted
     device, kernels = budget.device, ""
-    if backends.kernels_for(xs[0]):
+    fused = backends.kernels_on(device)
+    if fused and backends.kernels_for(xs[0]):
         kernels = "triton" if backends.forced() else "auto"
     per_sample = bool(per_sample)
 
     def make(limit: float) -> Plan:
-        answer = Asked(per_sample, given, sparse, kernels)
+        answer = Asked(per_sample, given, sparse, kernels, fused)
         how = {"limit": limit, "chunk_size": chunk_size, "device": device.type, "answer": answer}
         plan = make_plan(graph, strategy, summed, **how)
         times = sorted(plan.seconds.values())
@@ -127,7 +128,8 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
         return make_plan(graph, strategy, summed, rates=rates.measured(device), **how)
 
     key = (
-        graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, kernels, device.type, budget.bound
+        graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, kernels, fused,
+        device.type, budget.bound,
     )  # fmt: skip
     try:
         plan = _kept(key, make, budget, chunk_size)

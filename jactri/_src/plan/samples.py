@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
 from .sweep import Sweep
-from .through import pull_outputs
 
 
 def halves(n: int, device) -> Iterator[Tensor]:
@@ -72,7 +71,7 @@ def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
             else:
                 only = [weight if k == j else None for k in range(len(outputs))]
                 # in the mode that the maps will be used in: they keep what they compute
-                found = pull_outputs(through, only, through.inputs[-len(inputs) :])
+                found = pulled(through, only, through.inputs[-len(inputs) :])
                 grads = [g if graph else g.detach() for g in found.values() if g.numel()]
             sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
             within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
@@ -146,3 +145,24 @@ def narrow(
         values.append(Value(value.op, shape, value.dtype, value.device, tuple(sources)))
         key.append((value.op, shape, value.dtype, tuple((s, m.key) for s, m in sources)))
     return Graph(values, graph.inputs, graph.outputs, (tuple(key), graph.key), graph.layers)
+
+
+def pulled(
+    graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
+) -> dict[int, Tensor]:
+    """One cotangent of each of a graph's outputs (None: zero), as cotangents of the values ``ends``, edge by edge."""
+    live: dict[int, Tensor] = {}
+
+    def add(v: int, c: Tensor) -> None:
+        live[v] = live[v] + c if v in live else c
+
+    for v, c in zip(graph.outputs, cotangents, strict=True):
+        if v is not None and c is not None:
+            add(v, c.unsqueeze(0))
+    kept = set(ends)
+    for v in range(max(live, default=-1), -1, -1):
+        if v in live and graph.values[v].sources:
+            c = live[v] if v in kept else live.pop(v)
+            for s, edge in graph.values[v].sources:
+                add(s, edge.pull(c, False)[0])
+    return {v: block.squeeze(0) for v, block in live.items() if v in kept}
