@@ -441,7 +441,11 @@ def test_pytest_benchmarks_refuses_a_device_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    "order", [("benchmarks", "tests/test_counts.py"), ("tests/test_counts.py", "benchmarks")]
+    "order",
+    [
+        ("benchmarks", "tests/benchmarks/test_counts.py"),
+        ("tests/benchmarks/test_counts.py", "benchmarks"),
+    ],
 )
 def test_tests_and_benchmarks_share_the_device_option(order):
     pytest.importorskip("pytest_benchmark")

@@ -407,16 +407,16 @@ def test_a_pytest_that_does_not_start_is_a_failure(tmp_path):
 
 def test_files_that_need_what_is_missing_are_left_out(monkeypatch):
     arguments, left_out = suite.whole("cuda")
-    assert arguments[0] == "--device=cuda" and "tests/test_ops.py" in arguments
+    assert arguments[0] == "--device=cuda" and "tests/rules/test_ops.py" in arguments
     assert (
         left_out["test_cli.py"].startswith("the command line")
-        and "tests/test_cli.py" not in arguments
+        and "tests/cli/test_cli.py" not in arguments
     )
-    assert "tests/test_cli.py" in suite.whole("cpu")[0]
+    assert "tests/cli/test_cli.py" in suite.whole("cpu")[0]
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None)
     arguments, left_out = suite.whole("cuda")
     assert left_out["test_random_networks.py"] == "needs hypothesis"
-    assert "tests/test_ops.py" in arguments
+    assert "tests/rules/test_ops.py" in arguments
 
 
 COLLECT = """

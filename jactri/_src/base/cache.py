@@ -21,7 +21,7 @@ class Cache(dict[K, V]):
 
     def __init__(self, most: int = 256):
         super().__init__()
-        self._most, self._lock = most, threading.Lock()
+        self._most, self._lock = most, threading.RLock()  # a plain one stops torch.compile
 
     def __setitem__(self, key: K, value: V) -> None:
         with self._lock:
