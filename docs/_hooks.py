@@ -1,0 +1,49 @@
+"""What mkdocs is told beside its configuration: pages that are files of the repository, and tables that are measured.
+
+README.md, CONTRIBUTING.md and CHANGELOG.md are pages as they stand, their links turned into the site's. A line
+``<!-- measured: NAME -->`` becomes the table that benchmarks/report.py makes of benchmarks/results/NAME.json.
+"""
+
+import json
+import posixpath
+import re
+import runpy
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "CHANGELOG.md": "project/changelog.md",
+}
+
+
+def on_files(files: Files, config) -> Files:
+    for source, page in PAGES.items():
+        text = relinked((ROOT / source).read_text(), page)
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def relinked(text: str, page: str) -> str:
+    """``text`` of the repository's root as the site's ``page``: links to docs/ and to `PAGES` hold there."""
+
+    def link(found: re.Match) -> str:
+        target, mark, anchor = found[1].partition("#")
+        there = PAGES.get(target) or (target.removeprefix("docs/") if "docs/" in target else None)
+        if there is None:  # another site, or an anchor of this page
+            return found[0]
+        return f"]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{mark}{anchor})"
+
+    return re.sub(r"\]\((?![a-z]+://)([^)\s]*)\)", link, text)
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    return re.sub(r"^<!-- measured: (\S+) -->$", lambda m: measured(m[1]), markdown, flags=re.M)
+
+
+def measured(name: str) -> str:
+    table = runpy.run_path(str(ROOT / "benchmarks/report.py"))["table"]
+    return table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
