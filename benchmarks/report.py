@@ -50,6 +50,22 @@ def _cpu(measured: dict) -> str:
     return "\n".join(lines)
 
 
+HEADLINE = ("W6-n4", "W8-divergence", "W9-ntk", "W7", "W1-silu")
+
+
+def headline(measured: dict) -> str:
+    """The rows of a file of benchmarks.compare with which README begins."""
+    lines = ["| | jactri, ms | best of torch, ms | times |", "|---|---|---|---|"]
+    by_name = {row["workload"]: row for row in measured["results"]}
+    for row in map(by_name.__getitem__, HEADLINE):
+        best = row["ratios"][BEST]
+        lines.append(
+            f"| {row['title']} | {_median(row, best['by'])} | {_median(row, best['peer'])} ({best['peer']}) | "
+            f"{_ratio(best['median'])} |"
+        )
+    return "\n".join(lines)
+
+
 def _penalty(measured: dict) -> str:
     """One row a network: the steps of a loss with a Jacobian in it."""
     calls = list(measured["results"][0]["seconds"])
