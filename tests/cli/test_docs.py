@@ -1,18 +1,23 @@
-"""Every Python block of the documentation runs, page by page; what a page shows is there."""
+"""Every Python block of README.md and docs/ runs, page by page; figures are those of the files, commands exist."""
 
+import json
 import pathlib
 import re
+import runpy
 
 import pytest
 import torch
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
-PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+REPORT = runpy.run_path(str(ROOT / "benchmarks/report.py"))
 
 
-def blocks(page):
+def blocks(page, language="python"):
     """Code of a page; a block's ``hl_lines`` and the like may follow the language."""
-    return re.findall(r"^```python.*?\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.M)
+    return re.findall(
+        rf"^```{language}\b.*?\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.M
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
@@ -22,3 +27,39 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     scope = {"__name__": page}
     for code in blocks(page):
         exec(compile(code, page, "exec"), scope)
+
+
+def test_headline_figures_are_those_of_the_file():
+    measured = json.loads((ROOT / "benchmarks/results/cpu-2core.json").read_text())
+    assert REPORT["headline"](measured) in (ROOT / "README.md").read_text()
+
+
+def test_measured_tables_are_made_of_files_that_are_there():
+    names = re.findall(
+        r"^<!-- measured: (\S+) -->$", (ROOT / "docs/benchmarks.md").read_text(), re.M
+    )
+    assert names == ["cpu-2core", "penalty"]
+    for name in names:
+        assert "|---|" in REPORT["table"](
+            json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        )
+
+
+def commands():
+    lines = [line for p in PAGES for block in blocks(p, "bash") for line in block.splitlines()]
+    return sorted({line.split("#")[0] for line in lines if "python -m jactri " in line})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_understood(line):
+    from jactri.cli.commands import build_parser
+
+    words = line.split("python -m jactri")[1].split()
+    assert vars(build_parser().parse_args(words))  # argparse exits on words that it does not know
+
+
+def test_links_to_files_hold():
+    """Within README and CONTRIBUTING; mkdocs holds those of the site."""
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page}: {target}"

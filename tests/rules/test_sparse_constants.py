@@ -61,7 +61,7 @@ def test_products(name, layout):
     try:
         product(matrix, x)
     except RuntimeError as error:
-        pytest.skip(f"torch has no such product: {error}")
+        pytest.skip(f"torch has no such product: {str(error).partition(chr(10))[0]}")
 
     def func(x):
         return product(matrix, x)
