@@ -75,6 +75,20 @@ def test_the_wheels_metadata(unpacked):
     assert list(info.rglob("LICENSE"))
 
 
+def python(code, *arguments, cwd, path, flags=()):
+    """Run code by this interpreter, with ``path`` before what is installed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 def test_the_wheel_works_away_from_the_checkout(unpacked, tmp_path):
     code = (
         "import sys\n"
@@ -85,18 +99,30 @@ def test_the_wheel_works_away_from_the_checkout(unpacked, tmp_path):
         "J = jactri.jacobian(torch.tanh, torch.zeros(3))\n"
         "assert torch.equal(J, torch.eye(3)), J\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(unpacked)]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python(code, str(unpacked), cwd=tmp_path, path=[str(unpacked)])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [["-S"], []], ids=["nothing is installed", "another is"])
+def test_a_clone_works_where_it_was_not_installed(flags, tmp_path):
+    """``-S``: no editable install is there; without, the kernels are the clone's all the same."""
+    for name in ("jactri", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import jactri, torch\n"
+        "from jactri.kernels import support\n"
+        "print(jactri.__file__, jactri.kernels.__file__, support.__file__)\n"
+        "assert torch.equal(jactri.jacobian(torch.tanh, torch.zeros(3)), torch.eye(3))\n"
+    )
+    done = python(code, cwd=tmp_path, path=["", *filter(os.path.isdir, sys.path)], flags=flags)
+    assert done.returncode == 0, done.stderr
+    assert [str(tmp_path) in file for file in done.stdout.split()] == [True] * 3
+    shutil.rmtree(tmp_path / "kernels")
+    done = python("import jactri", cwd=tmp_path, path=[], flags=flags)
+    assert (
+        "ImportError: jactri.kernels is neither in" in done.stderr
+        and "pip install -e" in done.stderr
+    )
 
 
 def test_the_kernels_import_as_a_part_of_the_package():
