@@ -30,5 +30,43 @@ def test_no_private_name_crosses_a_file():
     assert {f: names for f, names in found.items() if names} == {}
 
 
+def members(tree):
+    """The private methods, attributes and fields of the classes of a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                names = [
+                    getattr(part, "name", None),
+                    getattr(getattr(part, "target", None), "id", None),
+                ]
+                if (
+                    isinstance(part, ast.Assign)
+                    and getattr(part.targets[0], "id", "") == "__slots__"
+                ):
+                    names += [getattr(e, "value", None) for e in ast.walk(part.value)]
+                yield from (n for n in names if isinstance(n, str) and private(n))
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and private(node.attr)
+        ):
+            yield node.attr
+
+
+def test_no_private_attribute_is_read_in_another_file():
+    """Of torch's own private attributes it can tell those that no class here has a namesake of."""
+    trees = {f: ast.parse(f.read_text()) for f in FILES}
+    owned = {f: {*members(tree)} for f, tree in trees.items()}
+    every = set().union(*owned.values())
+    found = [
+        f"{f.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for f, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in every - owned[f]
+        if getattr(node.value, "id", None) not in ("self", "cls")
+    ]
+    assert found == []
+
+
 def test_every_file_says_what_it_is_for():
     assert [f for f in FILES if not ast.get_docstring(ast.parse(f.read_text()))] == []

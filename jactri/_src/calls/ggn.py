@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..maps.layout import Selection
 from ..maps.lettered import cut
+from ..parameters.factored import Factors, entries
 from ..parameters.inner import SECOND, Link, each_with_itself, of_second
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
-from .parameters import ParameterJacobian, entries
+from .parameters import ParameterJacobian
 
 
 @public
@@ -51,22 +52,23 @@ def ggn(
     """
     check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
-    return GGN(ParameterJacobian(run, chunk_size, memory_limit), loss_hessian)
+    return GGN(Factors(run, chunk_size, memory_limit), loss_hessian)
 
 
 class GGN:
     """``sum_n J_n^T H_n J_n``: see `ggn`. ``jacobian`` is the `ParameterJacobian`, ``output`` the module's."""
 
-    def __init__(self, jacobian: ParameterJacobian, loss_hessian):
-        self.jacobian, self.hessian = jacobian, loss_hessian
-        shape = tuple(jacobian.output.shape)
+    def __init__(self, factors: Factors, loss_hessian):
+        self._factors = factors
+        self.jacobian, self.hessian = ParameterJacobian(factors), loss_hessian
+        shape = tuple(self.output.shape)
         if isinstance(loss_hessian, Tensor):
             if tuple(loss_hessian.shape) not in (shape, (*shape, *shape[1:])):
                 raise RuntimeError(
                     f"loss_hessian must have shape {shape} (its diagonal) or {(*shape, *shape[1:])}, got "
                     f"{tuple(loss_hessian.shape)}"
                 )
-            check_real("loss_hessian", loss_hessian, "the output", jacobian.output)
+            check_real("loss_hessian", loss_hessian, "the output", self.output)
         elif not callable(loss_hessian):
             raise TypeError(
                 f"loss_hessian must be a Tensor or a function, got {type(loss_hessian)}"
@@ -106,7 +108,7 @@ class GGN:
         if not isinstance(v, dict):
             return NotImplemented
         jac = self.jacobian
-        with jac._run.computing():
+        with self._factors.run.computing():
             pushed = jac @ v
             block = pushed.dim() > jac.output.dim()
             turned = self._times(pushed if block else pushed.unsqueeze(0))
@@ -118,8 +120,7 @@ class GGN:
 
         For a complex entry, the sum of the two that its real and its imaginary part have.
         """
-        jac = self.jacobian
-        run = jac._run
+        run = self._factors.run
         with run.computing():
             h, n, m = self.hessian, run.n, prod(run.out)
             if not isinstance(h, Tensor):
@@ -130,7 +131,7 @@ class GGN:
             return self._contracted(h, h.numel() == n * m and h.shape == run.y.shape)
 
     def _formed(self, h: Tensor) -> dict[str, Tensor]:
-        run, made = self.jacobian._run, {}
+        run, made = self._factors.run, {}
         dense = self.jacobian.dense() if run.n and run.by_autograd else {}
         for name, p in run.params.items():
             if name not in dense:
@@ -143,8 +144,7 @@ class GGN:
         return made
 
     def _contracted(self, h: Tensor, is_diagonal: bool) -> dict[str, Tensor]:
-        jac = self.jacobian
-        run = jac._run
+        run = self._factors.run
         batch, out = run.letters()
         letters = (*batch, *out) if is_diagonal else (*batch, *out, *of_second(out))
         h = h.reshape([run.seeds[s % SECOND] for s in letters])
@@ -154,4 +154,4 @@ class GGN:
             return cut(h, letters, spans), letters
 
         link = Link(each_with_itself((*batch, *out) if is_diagonal else batch), (), own=True)
-        return entries(jac, link, third, not is_diagonal)
+        return entries(self._factors, link, third, not is_diagonal)

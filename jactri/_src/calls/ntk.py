@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parameters.factored import Factors, inner
 from ..parameters.inner import Link, of_second
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
-from .parameters import ParameterJacobian, inner
+from .parameters import formed_gram
 
 COMPUTE = ("full", "trace", "diagonal")
 
@@ -70,12 +71,12 @@ def check(compute: str) -> None:
 def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:
     """The kernel of one forward pass with itself, or of two."""
     with runs[0].computing():
-        return _kernel([ParameterJacobian(run, chunk_size, memory_limit) for run in runs], compute)
+        return _kernel([Factors(run, chunk_size, memory_limit) for run in runs], compute)
 
 
-def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
-    first, second = jacobians[0], jacobians[-1]
-    a, b = first._run, second._run
+def _kernel(factors: list[Factors], compute: str) -> Tensor:
+    first, second = factors[0], factors[-1]
+    a, b = first.run, second.run
     if a.out != b.out:
         raise RuntimeError(
             f"the outputs for x1 and x2 must have one shape behind the batch, got {a.out} and {b.out}"
@@ -86,7 +87,7 @@ def _kernel(jacobians: list[ParameterJacobian], compute: str) -> Tensor:
     if not (n1 and n2 and m):
         return a.y.new_zeros((n1, n2, *shapes[compute]))
     if a.structure is None or b.structure is None:
-        made = first._dense_gram(second).movedim(axes + 1, 1)
+        made = formed_gram(first, second).movedim(axes + 1, 1)
         return _reduced(made.reshape(n1, n2, m, m), compute).reshape(n1, n2, *shapes[compute])
     (batch1, out1), (batch2, out2) = a.letters(), b.letters()
     lead = (*batch1, *of_second(batch2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,28 +9,15 @@ import torch
 from torch import Tensor
 
 from ..base.memory import OFFER, Budget, Offer, si
-from ..maps.layout import Selection
-from ..maps.letters import Letters
-from ..parameters.factors import Piece, pieces_of, write
-from ..parameters.inner import (
-    SECOND,
-    Entries,
-    Link,
-    Total,
-    accumulate,
-    each_with_itself,
-    of_second,
-    with_bias,
-)
+from ..parameters.factored import Factors, inner
+from ..parameters.factors import write
+from ..parameters.inner import Link, each_with_itself, of_second
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
 from . import whole
 from .vectors import pull, push
-
-FORMED = 1 << 28
-"""Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
 
 
 @public
@@ -84,7 +70,7 @@ def parameter_jacobian(
     """
     check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=per_sample)
-    return ParameterJacobian(run, chunk_size, memory_limit)
+    return ParameterJacobian(Factors(run, chunk_size, memory_limit))
 
 
 class ParameterJacobian:
@@ -94,10 +80,9 @@ class ParameterJacobian:
     ``jac.T @ u`` are products with it; it is formed by `dense` only.
     """
 
-    def __init__(self, run: Recorded, chunk_size: int | None, memory_limit: int | str | None):
-        self._run = run
-        self._chunk_size, self._memory_limit = chunk_size, memory_limit
-        self._kept: dict[str, list[Piece]] | None = None
+    def __init__(self, factors: Factors):
+        run = factors.run
+        self._factors, self._run = factors, run
         self.output: Tensor = run.y if run.create_graph else run.y.detach()
 
     @property
@@ -143,7 +128,7 @@ class ParameterJacobian:
         with run.computing():
             taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
             offer = OFFER if out is not None else Offer(out="out=")
-            budget = self._budget("the Jacobian", 0 if out is not None else taken, offer)
+            budget = self._factors.budget("the Jacobian", 0 if out is not None else taken, offer)
             made = {}
             for name, p in run.params.items():
                 if out is not None:
@@ -153,8 +138,8 @@ class ParameterJacobian:
             if run.structure is None:
                 self._dense_without(made, budget)
                 return made
-            for sel in run.selections(self._chunk_size, budget, offer):
-                pieces = self._pieces(sel)
+            for sel in self._factors.selections(budget, offer):
+                pieces = self._factors.pieces(sel)
                 for name, p in run.params.items():
                     view = made[name].view((*run.seeds, *p.shape))
                     for letter, span in (sel or {}).items():
@@ -194,12 +179,6 @@ class ParameterJacobian:
                 f"{', ...' if len(self.names) > 8 else ''}; unknown: {wrong}, missing: {missing}"
             )
 
-    def _budget(self, what: str, size: float, offer: Offer = OFFER) -> Budget:
-        """The memory of a method beside its answer, of ``size`` bytes. Raises MemoryLimitTooSmall."""
-        budget = Budget(self._memory_limit, self._run.y.device)
-        budget.check(what, size, offer)
-        return budget.less(size)
-
     def _dense_without(self, made: dict[str, Tensor], budget: Budget) -> None:
         """The Jacobian where there is no graph to follow: zeros, or by autograd."""
         run = self._run
@@ -208,25 +187,11 @@ class ParameterJacobian:
         if run.by_autograd:
             run.check_unchanged()
             (row,) = whole.rows(
-                [run.y], list(run.params.values()), False, run.reason, budget=budget, chunk_size=self._chunk_size
+                [run.y], list(run.params.values()), False, run.reason,
+                budget=budget, chunk_size=self._factors.chunk_size,
             )  # fmt: skip
             for t, block in zip(made.values(), row, strict=True):
                 t.copy_(block)
-
-    # -- factors ----------------------------------------------------------------------------------
-
-    def _pieces(self, sel: Selection | None) -> dict[str, list[Piece]]:
-        """The factors of every parameter; none for one that the output does not use."""
-        run = self._run
-        if sel is None and self._kept is not None:
-            return self._kept
-        run.check_unchanged()
-        with run.computing():
-            found = pieces_of(run.graph, run.structure, sel)
-        pieces = {name: [] if v is None else found.get(v, []) for name, v in run.values.items()}
-        if sel is None:
-            self._kept = pieces
-        return pieces
 
     # -- products ---------------------------------------------------------------------------------
 
@@ -254,7 +219,8 @@ class ParameterJacobian:
 
     def _options(self) -> Options:
         """Those of a product."""
-        return Options(self._run.create_graph, self._chunk_size, self._memory_limit, None)
+        of = self._factors
+        return Options(of.run.create_graph, of.chunk_size, of.memory_limit, None)
 
     def _by_rows(self, v: dict[str, Tensor], k: int | None, depends: bool = True) -> Tensor:
         """``J v`` by the whole Jacobian."""
@@ -326,24 +292,12 @@ class ParameterJacobian:
         run = self._run
         shape = tuple(run.y.shape)
         if run.structure is None:
-            return self._dense_gram(self)
+            return formed_gram(self._factors, self._factors)
         batch, out = run.letters()
         with run.computing():
             link = Link((), (*batch, *out, *of_second(batch), *of_second(out)))
-            made = inner(self, self, link, what="J J^T")
+            made = inner(self._factors, self._factors, link, what="J J^T")
             return made.reshape(*shape, *shape)
-
-    def _dense_gram(self, other: ParameterJacobian) -> Tensor:
-        a, b = self._run.y, other._run.y
-        self._budget("J J^T", a.numel() * b.numel() * a.element_size())
-        with self._run.computing():
-            total = a.new_zeros(a.numel(), b.numel())
-            mine = self.dense() if self._run.reached and other._run.reached else {}
-            theirs = mine if other is self else other.dense()
-            for name, j in mine.items():
-                made = flat(j, a.numel()) @ flat(theirs[name], b.numel()).t()
-                total = total + made.to(total.dtype)
-            return total.reshape(*a.shape, *b.shape)
 
     @public
     def variance(self, v: dict[str, Tensor]) -> Tensor:
@@ -377,141 +331,35 @@ class ParameterJacobian:
             else:
                 batch, out = run.letters()
                 link = Link(each_with_itself(batch), (*batch, *out, *of_second(out)))
-                made = inner(self, self, link, v, what="J diag(v) J^T")
+                made = inner(self._factors, self._factors, link, v, what="J diag(v) J^T")
             return made.reshape(n, *run.out, *run.out)
+
+
+def formed_gram(first: Factors, second: Factors) -> Tensor:
+    """``J J^T`` of two Jacobians, ``(*output, *output)``, by the Jacobians themselves."""
+    run, other = first.run, second.run
+    a, b = run.y, other.y
+    first.budget("J J^T", a.numel() * b.numel() * a.element_size())
+    with run.computing():
+        total = a.new_zeros(a.numel(), b.numel())
+        mine = ParameterJacobian(first).dense() if run.reached and other.reached else {}
+        theirs = mine if second is first else ParameterJacobian(second).dense()
+        for name, j in mine.items():
+            made = flat(j, a.numel()) @ flat(theirs[name], b.numel()).t()
+            total = total + made.to(total.dtype)
+        return total.reshape(*a.shape, *b.shape)
 
 
 class Transposed:
     """``J^T``: ``jac.T @ u`` for ``u`` ``(N, *out)`` is ``{name: tensor}``, summed over samples; blocks alike."""
 
     def __init__(self, base: ParameterJacobian):
-        self._base = base
+        self._of = base
 
     @property
     def T(self) -> ParameterJacobian:
-        return self._base
+        return self._of
 
     @public
     def __matmul__(self, u: Tensor) -> dict[str, Tensor]:
-        return self._base._transposed(u)
-
-
-def inner(
-    first: ParameterJacobian,
-    second: ParameterJacobian,
-    link: Link,
-    weights: dict[str, Tensor] | None = None,
-    what: str = "the kernel",
-) -> Tensor:
-    """The sum over all parameters that ``link`` describes, its axes those letters.
-
-    ``weights``: a weight for every entry of the parameters. ``what`` it is, for a refusal.
-    """
-    a, b = first._run, second._run
-    if len(link.out) > 1:
-        wanted, link = link.out, replace(link, out=_batch_last(a, b, link.out))
-        if wanted != link.out:
-            made = inner(first, second, link, weights, what)
-            return made.permute([link.out.index(s) for s in wanted])
-    same = first is second
-    full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
-    size = prod([full[s] for s in link.out]) * a.y.element_size()
-    budget = first._budget(what, size)
-    sels = a.selections(first._chunk_size, budget), b.selections(second._chunk_size, budget)
-    whole_answer = len(sels[0]) == len(sels[1]) == 1 and sels[0][0] is None and sels[1][0] is None
-    with a.computing():
-        answer = None
-        if not whole_answer:
-            answer = a.y.new_zeros([full[s] for s in link.out])
-        for left in sels[0]:
-            mine = first._pieces(left)
-            for right in sels[1]:
-                if any((left or {}).get(s) != (right or {}).get(t) for s, t in link.shared):
-                    continue
-                theirs = mine if same and left == right else second._pieces(right)
-                cut = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
-                sizes = {s: cut[s][1] if s in cut else n for s, n in full.items()}
-                total = Total(sizes, link.out, a.y.dtype, a.y.device)
-                _add_all(total, first, second, mine, theirs, link, weights, formed(budget))
-                part = total.result()
-                if answer is None:
-                    return part
-                view = answer
-                for i, s in enumerate(link.out):
-                    if s in cut:
-                        view = view.narrow(i, *cut[s])
-                view.add_(part)
-        return answer
-
-
-def _batch_last(a: Recorded, b: Recorded, out: Letters) -> Letters:
-    """The letters of a result with the samples of each factor behind the rest of its output.
-
-    A kernel of inputs varies by samples only: along them a product with it runs through memory.
-    """
-    if min(a.n, b.n) < 16:
-        return out
-    batch = {*a.letters()[0], *of_second(b.letters()[0])}
-    return tuple(sorted(out, key=lambda s: (s >= SECOND, s in batch)))
-
-
-def _add_all(
-    total: Total,
-    first: ParameterJacobian,
-    second: ParameterJacobian,
-    mine,
-    theirs,
-    link: Link,
-    weights,
-    budget: float,
-) -> None:
-    run = first._run
-    seeds = len(run.seeds), len(second._run.seeds)
-    joined: dict[str, tuple[str, Piece, Piece]] = {}
-    if weights is None:
-        own = with_bias(mine)
-        other = own if theirs is mine else with_bias(theirs)
-        joined = {
-            name: (bias, p, other[name][1])
-            for name, (bias, p) in own.items()
-            if name in other and other[name][0] == bias
-        }
-    done = {bias for bias, _, _ in joined.values()}
-    for name, p in run.params.items():
-        if name in done:
-            continue
-        shape, ps = tuple(p.shape), (mine[name], theirs[name])
-        if name in joined:
-            _, one, two = joined[name]
-            ps = ([one], [one] if theirs is mine else [two])
-            shape = tuple(prod([one.sizes[s] for s in axis]) for axis in one.axes)
-        if theirs is mine:
-            ps = (ps[0], ps[0])
-        extra = None if weights is None else (weights[name].to(p.dtype), None)
-        accumulate(total, *ps, shape, link, seeds, budget, extra)
-
-
-def formed(budget: Budget) -> float:
-    """The bytes for Jacobians that are formed on the way."""
-    return float(FORMED if budget.bound is None else min(budget.bound / 4, FORMED))
-
-
-def entries(jac: ParameterJacobian, link: Link, third, both: bool) -> dict[str, Tensor]:
-    """For every parameter the sum over pairs of output entries of two Jacobians and a third operand.
-
-    ``third(left, right)`` gives that operand with its letters, for selections. ``both``: of different entries too.
-    """
-    run = jac._run
-    size = sum(p.numel() * p.element_size() for p in run.params.values())
-    budget = jac._budget("the diagonal", size)
-    sels = run.selections(jac._chunk_size, budget)
-    made = {name: torch.zeros_like(p, requires_grad=False) for name, p in run.params.items()}
-    for left, right in [(a, b) for a in sels for b in sels if both or a == b]:
-        mine = jac._pieces(left)
-        theirs = mine if left == right else jac._pieces(right)
-        for name, p in run.params.items():
-            accumulate(
-                Entries(made[name]), mine[name], theirs[name], tuple(p.shape), link, (len(run.seeds),) * 2,
-                formed(budget), third(left, right),
-            )  # fmt: skip
-    return made
+        return self._of._transposed(u)

@@ -98,7 +98,7 @@ class Reached:
                             self.tensors[id(t)] = t
                             self.places.setdefault(id(t), []).append(Place(table, name, path))
         self._of = func, options, [*called]
-        self._weights = self._parameters() if in_weights else None
+        self._weights = self._present() if in_weights else None
         self._registered = {id(t) for m in self.modules for t in (m._parameters, m._buffers)}
 
     def contents(self) -> list[tuple[Any, dict]]:
@@ -148,11 +148,11 @@ class Reached:
         for table, name in self._empty:
             if table.get(name) is not None:
                 return f"the tensor {name}"
-        if self._weights is not None and self._weights != self._parameters():
+        if self._weights is not None and self._weights != self._present():
             return "the parameters"
         return None
 
-    def _parameters(self) -> list[tuple]:
+    def _present(self) -> list[tuple]:
         """Which there are: names, shapes, which are to be differentiated, and which are one."""
         first: dict[int, int] = {}
         return [

@@ -251,7 +251,7 @@ class Sample(LinearMap):
             return self
         return Sample(source.of(self.grid, self.grid.dim()), self.options, self.size)
 
-    def _ops(self):
+    def _pair(self):
         """Push and pull of ``(N, channels, ...)`` blocks."""
         aten, grid, options, size = torch.ops.aten, self.grid, self.options, self.size
         if grid.requires_grad and torch.is_grad_enabled():
@@ -289,8 +289,8 @@ class Sample(LinearMap):
         return out.reshape(n, k, c, *out.shape[2:]).transpose(0, 1), True
 
     def push(self, t, own):
-        return self._run(t, *self._ops())
+        return self._run(t, *self._pair())
 
     def pull(self, c, own):
-        push, pull = self._ops()
+        push, pull = self._pair()
         return self._run(c, pull, push)

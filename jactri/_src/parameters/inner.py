@@ -142,6 +142,7 @@ def accumulate(
     seconds: list[Piece],
     shape,
     link: Link,
+    *,
     seeds: tuple[int, int],
     budget: float,
     extra: Lettered | None = None,

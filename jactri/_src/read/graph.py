@@ -199,9 +199,9 @@ class Reader:
         self, sources: Sequence[Source], shape: Shape, dtype=None, op: str | None = None
     ) -> int:
         """Add a value; ``dtype`` defaults to the node's. Returns its index."""
-        return self._add(op or self.name, shape, dtype or self.dtype, self.device, tuple(sources))
+        return self.append(op or self.name, shape, dtype or self.dtype, self.device, tuple(sources))
 
-    def _add(self, op, shape, dtype, device, sources) -> int:
+    def append(self, op, shape, dtype, device, sources) -> int:
         values = self.values
         values.append(Value(op, shape, dtype, device, sources))
         if len(sources) == 1:
@@ -216,7 +216,7 @@ class Reader:
         values, op = self.values, self.name
         v = values[source]
         shape, dtype = v.shape if shape is None else shape, v.dtype
-        self._key.append((op, shape, dtype, source, linear_map.key))  # as `_add` does
+        self._key.append((op, shape, dtype, source, linear_map.key))  # as `append` does
         values.append(Value(op, shape, dtype, v.device, ((source, linear_map),)))
         return len(values) - 1
 
@@ -293,7 +293,7 @@ class Reader:
         if v.dtype == self.dtype and v.device == self.device:
             return source
         edge = Cast((v.dtype, v.device), (self.dtype, self.device))
-        return self._add(self.name, v.shape, self.dtype, self.device, ((source, edge),))
+        return self.append(self.name, v.shape, self.dtype, self.device, ((source, edge),))
 
     def match(self, source: int) -> int:
         """Broadcast and cast to the node's output, as a type-promoting elementwise op does."""
@@ -309,7 +309,7 @@ class Reader:
             return source
         v = self.values[source]  # the node's first output may be one that nobody asked for
         shape = self.shape if shape is None else shape
-        return self._add(self.name, shape, v.dtype, v.device, tuple(terms))
+        return self.append(self.name, shape, v.dtype, v.device, tuple(terms))
 
     def plus(self, ids: Sequence[int | None]) -> int:
         """The sum of values, each broadcast and cast to the node's output."""
@@ -349,7 +349,7 @@ class Reader:
                     else:
                         pairs = kept.get((nr, edge), ())
                     sources.append((s, Opaque(call, nr, edge, v, pairs)))
-            ids.append(self._add(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
+            ids.append(self.append(self.name, tuple(m.shape), m.dtype, m.device, tuple(sources)))
         return tuple(ids)
 
 
@@ -393,7 +393,7 @@ def follow(
     def leaf(x: Tensor) -> int | None:
         value = leaves.get(id(x), -1)
         if value is None and x.numel():  # nothing depends on an empty input
-            value = leaves[id(x)] = reader._add("input", tuple(x.shape), x.dtype, x.device, ())
+            value = leaves[id(x)] = reader.append("input", tuple(x.shape), x.dtype, x.device, ())
         return None if value == -1 else value
 
     # an interior input ends the search behind it, unless another input may lie there
@@ -469,7 +469,7 @@ def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
             for nr in wanted[node]:
                 m = meta[nr]
                 if made[nr] is None and 0 not in m.shape:
-                    made[nr] = reader._add("input", tuple(m.shape), m.dtype, m.device, ())
+                    made[nr] = reader.append("input", tuple(m.shape), m.dtype, m.device, ())
                 wanted[node][nr] = made[nr]
             ids = tuple(made)
         done[node] = ids

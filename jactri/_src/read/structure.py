@@ -25,10 +25,10 @@ class Place(NamedTuple):
 class Structure:
     """The dependence of one output on one input, as `Node`'s methods make it."""
 
-    __slots__ = ("_emit",)
+    __slots__ = ("emit",)
 
     def __init__(self, emit: Callable[[Reader, int, str], int]):
-        self._emit = emit
+        self.emit = emit
 
 
 class Bent(Diagonal):

@@ -36,7 +36,7 @@ def squared(g, a: int, b: int) -> int | None:
             edge = Scale(edge.factor**2)
         elif a == b and edge.__class__ is Diagonal:
             edge = Diagonal(partial(_square, edge))
-        value = g._add(old.op, old.shape, old.dtype, old.device, ((value, edge),))
+        value = g.append(old.op, old.shape, old.dtype, old.device, ((value, edge),))
     g.smooth.add(value)
     return value
 

@@ -39,7 +39,7 @@ class Rule:
                 "jactri.rule needs what it is for: a class of autograd.Function, an op or the name of a node"
             )
         self.targets = tuple(dict.fromkeys(map(_target, targets)))
-        self._replace, self._linear = replace, linear
+        self._replaces, self._linear = replace, linear
         self._function: Callable | None = None
         self._second: Callable | None = None
         self._records: dict[str | type, Record] = {}
@@ -51,7 +51,7 @@ class Rule:
         if self._function is not None:
             raise RuntimeError(f"{self} has its function already; make another rule")
         for target in self.targets:
-            if target in REGISTRY and REGISTRY[target].read is not None and not self._replace:
+            if target in REGISTRY and REGISTRY[target].read is not None and not self._replaces:
                 raise ValueError(
                     f"there is a rule for {_named(target)} already; pass replace=True to jactri.rule to take its place"
                 )
@@ -136,7 +136,7 @@ class Rule:
                 continue
             at = Output(g, nr)
             terms = [
-                (r._emit(at, s, where), Identity())
+                (r.emit(at, s, where), Identity())
                 for r, s in zip(row, g.src, strict=True)
                 if s is not None and r is not None
             ]
