@@ -19,7 +19,7 @@ from ._src.read.structure import Node
 from ._src.run.entries import Banded
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule
-from ._src.tools.profiling import Profile, profile
+from ._src.tools.profiling import Profile, named_layers, profile
 from ._src.tools.report import Explanation, explain
 from ._src.tools.sparsity import sparsity
 
@@ -56,6 +56,7 @@ __all__ = [
     "jtj",
     "jvp",
     "laplacian",
+    "named_layers",
     "parameter_jacobian",
     "profile",
     "rule",

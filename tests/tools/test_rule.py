@@ -1,7 +1,5 @@
 """`jactri.rule`, as somebody outside of the package uses it."""
 
-import doctest
-
 import pytest
 import torch
 from torch.autograd import Function
@@ -67,14 +65,6 @@ def swish_rule(Swish, **options):
         )
 
     return swish
-
-
-def test_the_example_of_its_documentation():
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
-    for test in finder.find(jactri.rule, "rule", globs={}):
-        assert test.examples
-        runner.run(test)
-    assert runner.summarize().failed == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

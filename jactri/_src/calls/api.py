@@ -70,9 +70,10 @@ def jacobian(
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
     ``func`` runs once, in eager PyTorch; the graph that autograd recorded is read into structured local Jacobians,
-    which are multiplied in the cheaper of the two orders. Ops without a structure are computed by autograd.
-    What of ``func`` is compiled by ``torch.compile`` runs eagerly (in all threads, while ``func`` runs). Within
-    autocast ``func`` is cast as ever; products of the Jacobian are in the dtypes that its graph has.
+    which are multiplied in the cheaper order (Griewank and Walther, Evaluating Derivatives, 2008, chapter 10). Ops
+    without a structure are computed by autograd. What of ``func`` is compiled by ``torch.compile`` runs eagerly (in all
+    threads, while ``func`` runs). Within autocast ``func`` is cast as ever; products of the Jacobian are in the dtypes
+    that its graph has.
 
     Args:
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
@@ -81,7 +82,7 @@ def jacobian(
         strict: raise if an output does not depend on an input, instead of returning zeros.
         vectorize: accepted for compatibility; jactri is always vectorized.
         strategy: ``"forward-mode"`` (a column at a time: cheap for few inputs), ``"reverse-mode"`` (a row at a time:
-            cheap for few outputs) or ``"auto"``, which predicts the cost of both.
+            cheap for few outputs), ``"mixed"`` (both meet at a cut) or ``"auto"``, which predicts the cost of all.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
             one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
             that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros. ``"assume"``: take
@@ -125,6 +126,23 @@ def jacobian(
     Cost:
         One forward pass plus, for each block of ``K`` seeds, about ``2 K`` times the multiply-adds of the forward pass
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        >>> x = torch.randn(8, 3)
+        >>> J = jactri.jacobian(net, x)
+        >>> J.shape
+        torch.Size([8, 2, 8, 3])
+        >>> torch.allclose(J, torch.autograd.functional.jacobian(net, x), atol=1e-5)
+        True
+
+        Samples do not mix: the blocks that are not zero, with the output.
+
+        >>> y, blocks = jactri.jacobian(net, x, per_sample=True, return_output=True)
+        >>> blocks.shape
+        torch.Size([8, 2, 3])
+        >>> torch.allclose(blocks[5], J[5, :, 5], atol=1e-5)
+        True
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
@@ -175,11 +193,44 @@ def jacobian_of(
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
-    ``inputs`` are leaves or intermediate tensors that require grad. The graph is read, not consumed: it can be used
-    again afterwards. Other arguments, results, errors and cost are those of `jacobian`; in addition a RuntimeError
-    is raised for an input that does not require grad, for one that none of the outputs was computed from (as by
-    ``torch.autograd.grad``), and by autograd if the graph was freed. Whether the graph has hooks on gradients cannot be
-    seen: where any hook was registered since the process began, finding out costs three backward passes.
+    The graph is read, not consumed: it can be used again afterwards. Results are those of `jacobian`.
+
+    Args:
+        outputs: a tensor or a tuple of them, computed in grad mode.
+        inputs: leaves or intermediate tensors that require grad, as one tensor or a tuple.
+        create_graph: as of `jacobian`, like all that follow.
+        strict: raise where an output does not depend on an input.
+        strategy: the order of accumulation.
+        per_sample: the blocks of samples that do not mix, ``(N, *out, *in)``.
+        chunk_size: how many seeds run at once.
+        memory_limit: bytes that the call may allocate, the answer included.
+        out: tensors, arrays or memmaps to write to.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        progress: show a progress bar over the chunks.
+        resume: go on where an interrupted call left a memmap.
+        layout: dense, sparse or banded.
+
+    Returns:
+        What `jacobian` returns, nested as ``outputs`` and ``inputs`` are.
+
+    Raises:
+        RuntimeError: an input that does not require grad, or that none of the outputs was computed from (as by
+            ``torch.autograd.grad``); a graph that was freed. Else what `jacobian` raises.
+
+    Cost:
+        That of `jacobian`, without the forward pass. Whether the graph has hooks on gradients cannot be seen: where any
+        hook was registered since the process began, finding out costs three backward passes.
+
+    Examples:
+        >>> x = torch.randn(8, 3, requires_grad=True)
+        >>> hidden = torch.tanh(x @ torch.randn(3, 5))
+        >>> y = hidden @ torch.randn(5, 2)
+        >>> of_x, of_hidden = jactri.jacobian_of(y, (x, hidden), per_sample=True)
+        >>> of_x.shape, of_hidden.shape
+        (torch.Size([8, 2, 3]), torch.Size([8, 2, 5]))
+        >>> (grad,) = torch.autograd.grad(y.sum(), x)  # the graph is still there
+        >>> torch.allclose(of_x.sum(1), grad, atol=1e-5)
+        True
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,

@@ -35,12 +35,13 @@ def diagonal(
     """The diagonal of the Jacobian, ``d out_i / d x_i``, for a ``func`` whose output has the shape of ``x``.
 
     Args:
-        func: takes ``x``, a floating-point tensor of any shape, and returns one of its shape.
+        func: takes ``x`` and returns a floating-point tensor of its shape.
+        x: a floating-point tensor of any shape.
         create_graph: the result can be differentiated.
         return_output: return ``(output, result)``; the output is detached unless ``create_graph``.
         chunk_size: how many seeds run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the result included.
-        backend: as for `jacobian`.
+        backend: as of `jacobian`.
 
     Returns:
         A tensor of the shape, dtype and device of ``x``.
@@ -52,8 +53,16 @@ def diagonal(
 
     Cost:
         An elementwise function: its derivative. A convolutional network: a sweep of as many seeds as an output sees
-        inputs. Else at most the sweeps of a Jacobian whose samples are kept apart, less its most expensive product;
-        memory for chunks of it only.
+        inputs (Curtis, Powell and Reid 1974). Else at most the sweeps of a Jacobian whose samples are kept apart, less
+        its most expensive product; memory for chunks of it only.
+
+    Examples:
+        >>> x = torch.linspace(-1, 1, 12).reshape(4, 3)
+        >>> own = jactri.diagonal(lambda x: x.sin() + x.flip(1), x)
+        >>> expected = x.cos()
+        >>> expected[:, 1] += 1  # flip leaves the middle where it is
+        >>> torch.allclose(own, expected)
+        True
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x of diagonal must be a Tensor, got {type(x)}")

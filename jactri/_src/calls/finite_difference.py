@@ -35,7 +35,8 @@ def finite_difference(
 
     An independent check: values of ``func`` are all that is used. ``func`` is called as `jactri.jacobian` calls it (in
     grad mode, on leaves that require grad, so it may differentiate inside), each time on fresh copies of the inputs
-    and with the same random state, which is restored afterwards.
+    and with the same random state, which is restored afterwards. Step sizes: Press et al., Numerical Recipes, section
+    5.7.
 
     Args:
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
@@ -63,8 +64,17 @@ def finite_difference(
             under ``per_sample``.
         IndexError: an empty tuple of inputs or outputs.
 
-    Cost: two evaluations of ``func`` for each entry of the inputs (four by ``richardson``); under ``per_sample`` for
-    each entry of a sample, and ``2 log2(N)`` to see that samples do not mix (not with ``"assume"``).
+    Cost:
+        Two evaluations of ``func`` for each entry of the inputs (four by ``richardson``); under ``per_sample`` for
+        each entry of a sample, and ``2 log2(N)`` to see that samples do not mix (not with ``"assume"``).
+
+    Examples:
+        >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64)
+        >>> by_differences = jactri.finite_difference(torch.sin, x)
+        >>> torch.allclose(by_differences, torch.diag(x.cos()), atol=1e-8)
+        True
+        >>> by_differences.allclose(jactri.jacobian(torch.sin, x), atol=1e-8)
+        True
     """
     tupled, xs = as_tuple(inputs, "inputs", "finite_difference")
     if handover.transforming(xs):

@@ -66,8 +66,18 @@ def jacrev(
             integers to differentiate by; complex arguments or outputs; outputs that are not floating-point tensors,
             or none; ``has_aux`` and no pair.
 
-    Cost: that of `jactri.jacobian`. Where the result depends on an argument that requires grad, that of
-    ``create_graph=True``; for other tensors that require grad, once more that at the first backward pass.
+    Cost:
+        That of `jactri.jacobian`. Where the result depends on an argument that requires grad, that of
+        ``create_graph=True``; for other tensors that require grad, once more that at the first backward pass.
+
+    Examples:
+        >>> predict = lambda w, x: torch.tanh(x @ w)
+        >>> w, x = torch.randn(3, 2), torch.randn(5, 3)
+        >>> of_w, of_x = jactri.func.jacrev(predict, argnums=(0, 1))(w, x)
+        >>> of_w.shape, of_x.shape
+        (torch.Size([5, 2, 3, 2]), torch.Size([5, 2, 5, 3]))
+        >>> torch.allclose(of_w, torch.func.jacrev(predict)(w, x), atol=1e-6)
+        True
     """
     return _Transform("jacrev", func, argnums, has_aux, chunk_size).wrapper()
 
@@ -83,14 +93,32 @@ def jacfwd(
     """``torch.func.jacfwd``, faster: as `jacrev`, but the dtype of a Jacobian is the output's.
 
     Args:
-        func, argnums, has_aux: as for `jacrev`. Outputs of integers or booleans have Jacobians of zeros.
+        func: as of `jacrev`. Outputs of integers or booleans have Jacobians of zeros.
+        argnums: as of `jacrev`.
+        has_aux: as of `jacrev`.
         chunk_size: how many seeds run at once. Inside of a torch.func transform it is not used.
         randomness: ``func`` runs once, so one draw of random numbers serves all columns of the Jacobian, which is
             ``"same"``. ``"error"``: raise if ``func`` moved torch's default generators. ``"different"``: a draw for
             every column, which takes a run for every column: torch.func computes.
 
-    Returns, Raises, Cost: as `jacrev`, but a ValueError for tensors of integers to differentiate by, and a
-    RuntimeError for an unknown ``randomness`` (here) and for random numbers under ``"error"`` (when called).
+    Returns:
+        A function of the arguments of ``func``, as `jacrev`.
+
+    Raises:
+        ValueError: when called, tensors of integers to differentiate by.
+        RuntimeError: an unknown ``randomness`` (here); random numbers under ``"error"`` (when called). Else as
+            `jacrev`.
+
+    Cost:
+        That of `jacrev`.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> jactri.func.jacfwd(lambda x: torch.outer(x, x))(x).shape
+        torch.Size([2, 2, 2])
+        >>> jactri.func.jacfwd(lambda x: (x * x, x.sum()), has_aux=True)(x)
+        (tensor([[2., 0.],
+                [0., 4.]]), tensor(3.))
     """
     if randomness not in _RANDOMNESS:
         raise RuntimeError(
@@ -109,17 +137,30 @@ def hessian(
     """``torch.func.hessian``, faster: the Jacobian of the gradient, by a structured sweep over the gradient's graph.
 
     Args:
-        func, argnums, has_aux, chunk_size: as for `jacrev`.
+        func: as of `jacrev`.
+        argnums: as of `jacrev`.
+        has_aux: as of `jacrev`.
+        chunk_size: as of `jacrev`.
 
     Returns:
         A function of the arguments of ``func``. It gives the tree of the outputs; in place of each leaf the tree of
         the arguments, and in place of each leaf of that the tree of the arguments again, whose leaves are
-        ``(*out, *in, *in)``. The dtype is that of the first of the two. An output of one element costs one backward
-        pass and a sweep over its graph, in which samples that do not mix are carried once: the Hessian of the sum of
-        a function of each of ``N`` samples costs ``N`` blocks, not ``N * N``. Other outputs cost a differentiable
-        Jacobian and a sweep over that one's graph.
+        ``(*out, *in, *in)``. The dtype is that of the first of the two.
 
-    Raises: as `jacrev`, but a ValueError for tensors of integers to differentiate by.
+    Raises:
+        ValueError: when called, tensors of integers to differentiate by.
+        RuntimeError: as `jacrev`.
+
+    Cost:
+        An output of one element: one backward pass and a sweep over its graph, in which samples that do not mix are
+        carried once: the Hessian of the sum of a function of each of ``N`` samples costs ``N`` blocks, not ``N * N``.
+        Other outputs: a differentiable Jacobian and a sweep over that one's graph.
+
+    Examples:
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+        >>> H = jactri.func.hessian(lambda x: 0.5 * x @ A @ x)(torch.randn(2))
+        >>> torch.allclose(H, A)
+        True
     """
     return _Transform("hessian", func, argnums, has_aux, chunk_size).wrapper()
 

@@ -33,7 +33,9 @@ def gradient(
         create_graph: return what can be differentiated again.
         per_sample: ``"assume"``: that samples do not mix is not proven but taken for granted, as by `jactri.jacobian`.
         return_lower: return ``(output, gradient)``.
-        chunk_size, memory_limit, backend: as of `jactri.jacobian`.
+        chunk_size: as of `jactri.jacobian`.
+        memory_limit: as of `jactri.jacobian`.
+        backend: as of `jactri.jacobian`.
 
     Returns:
         ``(N, *out, *in)``: ``(N, *in)`` for a function with one number a sample, ``func(x)`` of shape ``(N,)``. For a
@@ -44,7 +46,15 @@ def gradient(
         RuntimeError: they are not of floating point, or samples mix (the op is named).
         ValueError: ``func`` does not return a value for each sample; an option is out of range.
 
-    Cost: that of `jactri.jacobian` with ``per_sample=True``.
+    Cost:
+        That of `jactri.jacobian` with ``per_sample=True``.
+
+    Examples:
+        >>> distance = lambda p: p.norm(dim=1) - 1.0  # from a sphere
+        >>> points = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, -2.0]])
+        >>> d, normal = jactri.gradient(distance, points, return_lower=True)
+        >>> torch.allclose(normal, points / points.norm(dim=1, keepdim=True))
+        True
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     points.check(x, "gradient", asked)

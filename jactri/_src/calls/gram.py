@@ -53,12 +53,12 @@ def jtj(
             nested as the outputs, None allowed for some. Under ``per_sample``, ``out`` is the shape of one sample, and
             a weight of its own for each has N in front. For outputs ``(N, m)``, a weight of two axes is ``(m, m)``.
         create_graph: the result can be differentiated, in the inputs and in the weight.
-        per_sample: as for `jacobian`: samples must not mix, and the result is one matrix for each. With ``"assume"``,
+        per_sample: as of `jacobian`: samples must not mix, and the result is one matrix for each. With ``"assume"``,
             it is made of the Jacobians that `jacobian` then returns.
         return_output: return ``(output, result)``; the output is detached unless ``create_graph``.
         chunk_size: how many seeds run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the result included.
-        backend: as for `jacobian`.
+        backend: as of `jacobian`.
 
     Returns:
         ``G[i][k]`` of shape ``in_i + in_k`` (per sample: ``(N, *in_i, *in_k)``), a tensor for one input that is no
@@ -74,6 +74,14 @@ def jtj(
     Cost:
         The sweeps of a Jacobian and ``2 m n^2`` flops a sample, or less: of ``2 h^2 (m + n)`` and ``2 h n^2`` with a
         value of ``h`` entries through which all goes. Chunks of J are summed up where J does not fit.
+
+    Examples:
+        >>> decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 30))
+        >>> z = torch.randn(8, 2)
+        >>> metric = jactri.jtj(decoder, z, per_sample=True)
+        >>> J = jactri.jacobian(decoder, z, per_sample=True)
+        >>> metric.shape, torch.allclose(metric, J.mT @ J, atol=1e-4)
+        (torch.Size([8, 2, 2]), True)
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     return _gram("jtj", func, inputs, weight, asked, return_output)
@@ -94,13 +102,37 @@ def jjt(
 ) -> Any:
     """``J M J^T``: the covariance M of the inputs, propagated to the outputs; a tangent kernel.
 
-    Arguments, errors and cost are those of `jtj`, with inputs and outputs exchanged: the sum is over the inputs,
-    ``weight`` is nested as they are, and of the shape of an input (a diagonal) or ``in + in``. Inputs may be complex:
-    then the sum is over their real and their imaginary parts, both with the same M.
+    It is `jtj` with inputs and outputs exchanged. Inputs may be complex: then the sum is over their real and their
+    imaginary parts, both with the same M.
+
+    Args:
+        func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
+        inputs: a floating-point or complex tensor, or a tuple of them, over which is summed.
+        weight: M, nested as the inputs: as of `jtj`, of the shape of an input (a diagonal) or ``in + in``.
+        create_graph: the result can be differentiated, in the inputs and in the weight.
+        per_sample: one matrix a sample, as of `jtj`.
+        return_output: return ``(output, result)``.
+        chunk_size: how many seeds run at once.
+        memory_limit: bytes that the call may allocate after ``func`` has run, the result included.
+        backend: as of `jacobian`.
 
     Returns:
         ``G[j][k]`` of shape ``out_j + out_k`` (per sample: ``(N, *out_j, *out_k)``), a tensor for one output that is
         no tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated).
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as by `jtj`, of inputs in place of outputs.
+
+    Cost:
+        That of `jtj`, with ``m`` and ``n`` exchanged.
+
+    Examples:
+        >>> polar = lambda p: torch.stack([p[:, 0] * p[:, 1].cos(), p[:, 0] * p[:, 1].sin()], 1)
+        >>> measured = torch.tensor([[2.0, 0.0]])  # radius, angle
+        >>> variance = torch.tensor([0.01, 0.04])
+        >>> cov = jactri.jjt(polar, measured, torch.diag(variance), per_sample=True)
+        >>> torch.allclose(cov, torch.diag(torch.tensor([0.01, 4 * 0.04])))  # r^2 times the angle's
+        True
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     return _gram("jjt", func, inputs, weight, asked, return_output)

@@ -80,6 +80,19 @@ def laplacian(
     Cost:
         ``n + 2`` rows a sample through every layer after the first: the forward pass, n tangents and the Laplacian;
         with a weight of rank r, ``r + 2``. On a CPU, samples run in chunks that stay in cache.
+
+    Examples:
+        >>> points = torch.randn(100, 3)
+        >>> square = lambda p: p.square().sum(1)
+        >>> u, gradient, lap = jactri.laplacian(square, points, return_lower=True)
+        >>> torch.allclose(lap, torch.full((100,), 6.0)), torch.allclose(gradient, 2 * points)
+        (True, True)
+
+        With a weight, as the diffusion matrix of a Fokker-Planck equation: here ``2 tr A``.
+
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 0.0]))
+        >>> torch.allclose(jactri.laplacian(square, points, A), torch.full((100,), 6.0))
+        True
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     points.check(x, "laplacian", asked)
@@ -106,11 +119,33 @@ def bilaplacian(
 ) -> Tensor | tuple[Tensor, ...]:
     """The Laplacian of the Laplacian, ``sum_ij d4 func / d x_i^2 d x_j^2``, at each sample.
 
-    The graph of the first Laplacian is read again. Arguments, errors and shapes are those of `laplacian`;
-    ``return_lower`` gives ``(output, laplacian, bilaplacian)``. ``func`` should have four derivatives: at kinks the
-    result is what autograd's derivatives give.
+    The graph of the first Laplacian is read again. ``func`` should have four derivatives: at kinks the result is what
+    autograd's derivatives give.
 
-    Cost: two Laplacians, the second over a graph of ``n + 1`` rows a sample; all of it is held.
+    Args:
+        func: as of `laplacian`, like all that follow.
+        x: floating-point, ``(N, *in)``, or a single point ``(n,)``.
+        create_graph: return what can be differentiated again.
+        per_sample: ``"assume"``: that samples do not mix is taken for granted.
+        return_lower: return ``(output, laplacian, bilaplacian)``.
+        chunk_size: how many directions run at once.
+        memory_limit: bytes that the call may allocate, but for what its graphs hold.
+        backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Returns:
+        ``(N, *out)``, for a single point ``(*out,)``.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as by `laplacian`.
+
+    Cost:
+        Two Laplacians, the second over a graph of ``n + 1`` rows a sample; all of it is held.
+
+    Examples:
+        >>> points = torch.randn(5, 2, dtype=torch.float64)
+        >>> r4 = lambda p: p.square().sum(1) ** 2
+        >>> torch.allclose(jactri.bilaplacian(r4, points), torch.full((5,), 64.0, dtype=torch.float64))
+        True
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     points.check(x, "bilaplacian", asked)

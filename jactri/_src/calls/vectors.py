@@ -57,7 +57,7 @@ def jvp(
             ``create_graph`` for a product that is constant.
         chunk_size: how many of the K tangents run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
-        backend: as for `jacobian`.
+        backend: as of `jacobian`.
 
     Returns:
         ``(output, product)``: the product is nested as the output, of its shapes and dtypes, with K in front for
@@ -71,6 +71,14 @@ def jvp(
 
     Cost:
         About as many flops as ``K`` forward passes, beside the one of ``func``.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        >>> x, tangents = torch.randn(8, 3), torch.randn(4, 8, 3)  # K = 4
+        >>> y, along = jactri.jvp(net, x, tangents)
+        >>> J = jactri.jacobian(net, x, per_sample=True)
+        >>> torch.allclose(along, torch.einsum("noi,kni->kno", J, tangents), atol=1e-5)
+        True
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, strict=strict)
     _, xs = taken("jvp", inputs, asked)
@@ -115,7 +123,7 @@ def vjp(
             ``create_graph`` for a product that is constant.
         chunk_size: how many of the K cotangents run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
-        backend: as for `jacobian`.
+        backend: as of `jacobian`.
 
     Returns:
         ``(output, product)``: the product is nested as the inputs, of their shapes and dtypes, with K in front for
@@ -129,6 +137,12 @@ def vjp(
 
     Cost:
         About as many flops as ``K`` backward passes to the inputs, beside the forward pass of ``func``.
+
+    Examples:
+        >>> x = torch.randn(8, 3)
+        >>> y, (back, of_bias) = jactri.vjp(lambda x, b: (x + b).sin(), (x, torch.zeros(3)), torch.ones(8, 3))
+        >>> torch.allclose(back, x.cos()), torch.allclose(of_bias, x.cos().sum(0), atol=1e-6)
+        (True, True)
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, strict=strict)
     tupled, xs = taken("vjp", inputs, asked)

@@ -23,11 +23,16 @@ TRACKED = {"trace.provenance_tracking_level": 2}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of the compiler's; or, where it is not ``fused``, a call of a library, as mm or convolution."""
+    """One kernel of the compiler's, or a call of a library, as mm or convolution.
+
+    Attributes:
+        name: as the compiler has it.
+        ops: of the compiler's graph: as often as it holds them, by name.
+        fused: whether it is a kernel, rather than a call.
+    """
 
     name: str
     ops: tuple[str, ...]
-    """Of the compiler's graph: as often as it holds them, by name."""
     fused: bool
 
     def __str__(self) -> str:
@@ -37,14 +42,19 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Part:
-    """A graph that an engine runs: the call itself, or its backward."""
+    """A graph that an engine runs: the call itself, or its backward.
+
+    Attributes:
+        name: which of the two.
+        engine: what runs it.
+        ops: how many the traced graph has.
+        kernels: in the order in which they run; None where there are none, with ``"fx"``, or the compiler did not say.
+    """
 
     name: str
     engine: str
     ops: int
-    """Of the traced graph."""
     kernels: tuple[Kernel, ...] | None
-    """In the order in which they run; None where there are none, with ``"fx"``, or the compiler did not say."""
 
     def __str__(self) -> str:
         head = f"{self.name}: {self.engine} runs {self.ops} ops"
@@ -60,20 +70,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Compilation:
-    """How a compiled call runs; ``str()`` of it is a table."""
+    """How a compiled call runs; ``str()`` of it is a table.
+
+    Attributes:
+        name: the call.
+        reason: why it runs eagerly, as the ordinary call; None if it does not.
+        parts: its graphs.
+        looked_up: what of modules is looked up again at each call: ``0.weight``.
+        fixed: how many tensors no module holds: as they were, but for writes in place.
+        constants: how many tensors are constants of its graph, by ``freeze=True``.
+        seconds: what the trace took, and the compilation.
+        cuda_graph: whether it is replayed as one CUDA graph.
+    """
 
     name: str
     reason: str | None
-    """Why it runs eagerly, as the ordinary call; None if it does not."""
     parts: tuple[Part, ...] = ()
     looked_up: tuple[str, ...] = ()
-    """What of modules is looked up again at each call: ``0.weight``."""
     fixed: int = 0
-    """Tensors that no module holds: as they were, but for writes in place."""
     constants: int = 0
-    """Tensors that are constants of its graph, by ``freeze=True``."""
     seconds: tuple[float, float] = (0.0, 0.0)
-    """What the trace took, and the compilation."""
     cuda_graph: bool = False
 
     def __str__(self) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _DisableAutocast, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -19,11 +19,11 @@ from ...kernels import launches
 from ...kernels.support import Unfit
 from ..base import backends
 from ..base.cache import Cache
-from ..base.constants import arbitrary
 from ..calls.api import jacobian
 from ..prologue.running import public
 from ..read import handover
 from . import calls, engines
+from .agreement import apart, apart_in_gradients, dtypes, relative
 from .captured import captured
 from .compilation import Compilation
 from .plans import Eager, Plan, state
@@ -38,25 +38,27 @@ _log = logging.getLogger("jactri")
 _KEPT = 8
 """Signatures whose plans are kept."""
 
-_TOLERANCE = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-3,
-    torch.complex128: 1e-8,
-    torch.complex64: 1e-3,
-}
-"""Of the largest entry: what a graph may be off by, which sums in another order."""
-_LOW = 5e-2
-"""The same, of types of less precision."""
-_CANCELS = 64
-"""Roundings of the largest entry of all tensors together, by which one whose entries cancel may be off."""
-
 
 class Compiled:
-    """A call of jactri as one compiled graph; made by `compile`.
+    """A call of jactri as one compiled graph; made by `compile`. Print it to see how it runs.
 
-    ``traces`` counts how often it was traced; ``graph`` is the graph of the last trace (`torch.fx.GraphModule`; None
-    where the call runs eagerly), ``reason`` why it runs eagerly (or None), ``seconds`` how long the last trace and its
-    compilation took. Print it to see how it runs.
+    Attributes:
+        func: the function that was given.
+        of: the call that is computed; None for ``func`` itself.
+        engine: ``"inductor"``, ``"aot"`` or ``"fx"``.
+        freeze: whether all that ``func`` holds is a constant.
+        traces: how often it was traced.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> step = jactri.compile(net, torch.randn(4, 3), per_sample=True, engine="fx")
+        >>> x = torch.randn(4, 3)
+        >>> torch.allclose(step(x), jactri.jacobian(net, x, per_sample=True), atol=1e-6)
+        True
+        >>> step(torch.randn(6, 3)).shape, step.traces  # another shape is another trace
+        (torch.Size([6, 8, 3]), 2)
+        >>> step.verify(x) < 1e-5
+        True
     """
 
     def __init__(self, of, func, engine: str, freeze: bool, options: dict[str, Any]):
@@ -72,14 +74,17 @@ class Compiled:
 
     @property
     def graph(self) -> fx.GraphModule | None:
+        """The graph of the last trace; None where the call runs eagerly."""
         return self._last.graph if isinstance(self._last, Plan) else None
 
     @property
     def seconds(self) -> tuple[float, float]:
+        """How long the last trace took, and its compilation."""
         return self._last.seconds if isinstance(self._last, Plan) else (0.0, 0.0)
 
     @property
     def reason(self) -> str | None:
+        """Why the call runs eagerly, as the ordinary call; None if it does not."""
         return self._last.reason if isinstance(self._last, Eager) else None
 
     def _title(self) -> str:
@@ -103,8 +108,10 @@ class Compiled:
     def __call__(self, *inputs: Any, out: Any = None) -> Any:
         """What the call returns at ``inputs``.
 
-        ``out``: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
-        returned. Other calls take none.
+        Args:
+            inputs: nested as the examples. Another shape, stride, dtype, device or mode is another trace.
+            out: tensors to write the answer to, as of `jactri.jacobian` and `ParameterJacobian.dense`; they are what is
+                returned. Other calls take none.
         """
         if self._as_func and torch.is_inference_mode_enabled():  # where func's answer has no graph
             with torch.inference_mode(False), torch.no_grad():
@@ -244,7 +251,7 @@ class Compiled:
         off = apart([*found, *again], want, inside)
         if off is None and both is not None:
             ends = [t for t in (*flat, *traced.held) if t.requires_grad]
-            off = _apart_in_gradients(found, want, ends, inside)
+            off = apart_in_gradients(found, want, ends, inside)
         if off is not None:
             _log.warning("compiled %s runs eagerly: %s", self._name, off)
             return Eager(off, reached)
@@ -283,7 +290,10 @@ class Compiled:
 
         By graph (of the call, and of its backward where it can be differentiated): the kernels that the compiler wrote,
         with the ops that each holds, and the calls that it left to libraries; then what modules hold and is looked up
-        again at each call. Or why the call runs eagerly. ``inputs`` are traced if they were not yet.
+        again at each call. Or why the call runs eagerly.
+
+        Args:
+            inputs: are traced if they were not yet.
         """
         plan = self._last
         if inputs:
@@ -295,8 +305,12 @@ class Compiled:
     def verify(self, *inputs: Any) -> float:
         """How far the compiled call is from the ordinary one at ``inputs``, relative to the largest entry.
 
-        Raises RuntimeError where that is more than rounding: 1e-8 in double precision, 1e-3 in single, 0.05 in less;
-        the narrowest counts that ``func`` computes in.
+        Args:
+            inputs: as those of a call.
+
+        Raises:
+            RuntimeError: it is more than rounding: 1e-8 in double precision, 1e-3 in single, 0.05 in less; the
+                narrowest counts that ``func`` computes in.
         """
         got, want = tree_leaves(self(*inputs)), tree_leaves(self._call(inputs, None))
         plan = self._plans.get(self._key(inputs, None)[0])
@@ -339,83 +353,6 @@ def _with_some(
     return changed
 
 
-def dtypes(graph: fx.GraphModule) -> set[torch.dtype]:
-    """Those that the ops of a graph compute in."""
-    made = [n.meta.get("val") for n in graph.graph.nodes if n.op == "call_function"]
-    found = {t.dtype for t in tree_leaves(made) if isinstance(t, Tensor)}
-    return {d for d in found if d.is_floating_point or d.is_complex}
-
-
-def _allowed(t: Tensor, inside: Iterable[torch.dtype]) -> float:
-    """What a result may be off by, which was computed in these dtypes, too."""
-    if not (t.is_floating_point() or t.is_complex()):
-        return 0.0
-    return max(_TOLERANCE.get(d, _LOW) for d in (t.dtype, *inside))
-
-
-def apart(
-    got: Sequence[Tensor], want: Sequence[Tensor], inside: Iterable[torch.dtype] = ()
-) -> str | None:
-    """What of ``got`` differs from ``want`` by more than rounding, that of the dtypes ``inside``, too."""
-    if len(got) != len(want):
-        return f"{len(got)} tensors for {len(want)}"
-    beside, largest = [], 0.0
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-            return f"tensor {k} is {tuple(a.shape)}, {a.dtype}, not {tuple(b.shape)}, {b.dtype}"
-        away, size = _distance(a, b)
-        if not away <= _allowed(b, inside) * size:
-            beside.append((k, away, size, b.dtype))
-        largest = max(largest, size)
-    for k, away, size, dtype in beside:
-        # what cancels, as the gradient of a key's bias in attention, is off by the rounding of its terms
-        if not (dtype.is_floating_point and away <= _CANCELS * torch.finfo(dtype).eps * largest):
-            off = away / size if size else float("inf")
-            return f"tensor {k} is off by {off:.1e} of its largest entry"
-    return None
-
-
-def _apart_in_gradients(
-    got: Sequence[Tensor],
-    want: Sequence[Tensor],
-    ends: Sequence[Tensor],
-    inside: Iterable[torch.dtype],
-) -> str | None:
-    """What of the gradients of ``got`` in ``ends`` differs from those of ``want`` by more than rounding."""
-    both: list[list[Tensor]] = []
-    for ys in (got, want):
-        live = [y for y in ys if y.requires_grad]
-        cotangents = [arbitrary(y.shape, y) for y in live]
-        if len(live) != sum(y.requires_grad for y in want):
-            return "other tensors have gradients"
-        with _DisableAutocast():
-            grads = torch.autograd.grad(
-                live, ends, cotangents, retain_graph=True, allow_unused=True
-            )
-        both.append(
-            [torch.zeros_like(x) if g is None else g for x, g in zip(ends, grads, strict=True)]
-        )
-    off = apart(both[0], both[1], inside)
-    return None if off is None else f"of the gradients, {off}"
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two tensors relative to the largest finite entry of ``b``."""
-    away, size = _distance(a, b)
-    return 0.0 if away == 0 else away / size if size else float("inf")
-
-
-def _distance(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The largest difference of two tensors, and the largest finite entry of ``b``."""
-    a, b = a.detach(), b.detach()
-    if not (a.is_floating_point() or a.is_complex()):
-        return 0.0 if torch.equal(a, b) else float("inf"), 1.0
-    if a.numel() == 0:
-        return 0.0, 0.0
-    away = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).max().item()
-    return away, b.abs().masked_fill(~b.isfinite(), 0).max().item()
-
-
 def _autocast() -> tuple:
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
@@ -431,17 +368,24 @@ def compile(
 ) -> Compiled:
     """A call of jactri for many inputs alike, traced once into one graph and compiled by PyTorch's compiler.
 
+    ``compile(func, x)(x)`` is ``jacobian(func, x)``, and ``compile(func, x, y)(x, y)`` is ``jacobian(func, (x, y))``.
     The Python of ``func`` runs while tracing only. Tensors that ``func`` reaches through modules (that it is, is bound
     to, closes over, names, is a partial of, or calls) are looked up again at each call, so that an update, a
     replacement, ``.train()`` or ``.eval()`` is seen. Everything else is as it was when the call was traced, but for
     tensors that are written to in place.
 
-    ``compile(func, x)(x)`` is ``jacobian(func, x)``, and ``compile(func, x, y)(x, y)`` is ``jacobian(func, (x, y))``.
     Other shapes, strides, dtypes, devices, grad modes or autocast trace again: that is counted in ``traces`` and logged
     by the logger ``jactri``; the last 8 are kept. A graph is compared with the ordinary call once, at the inputs that
     it is traced for, and `Compiled.verify` compares it at others. What cannot be traced runs as the ordinary call, and
     printing the callable says why: what reads values in Python (``item``, ``numpy``, branches on tensors), writes to
     inputs or buffers, or leaves it to a probe whether samples mix.
+
+    With ``create_graph=True``, and for ``of=None``, the answer can be differentiated once, in inputs and weights: the
+    backward is a compiled graph, too, parted from the call's by min-cut. On CUDA a call without a derivative is one
+    CUDA graph (with ``"inductor"`` and ``"fx"``, of tensors on one device): inputs are copied to its memory, the answer
+    from there. jactri's Triton kernels run where they do in an ordinary call (``backend``): each launch is an op of the
+    graph, ``jactri.kernel``, at the precision that torch allowed when it was traced. A package, that of ``"aot"`` too,
+    has torch's ops in their place.
 
     Args:
         func: as for ``of``.
@@ -463,26 +407,27 @@ def compile(
         options: those of ``of``, but for what is for one long call (``progress``, ``layout``, ``strict``,
             ``estimate``). Tensors among them may be updated in place.
 
-    With ``create_graph=True``, and for ``of=None``, the answer can be differentiated once, in inputs and weights: the
-    backward is a compiled graph, too, traced together with the call and parted from it by min-cut. On CUDA a call
-    without a derivative is one CUDA graph (with ``"inductor"`` and ``"fx"``, of tensors on one device): its inputs are
-    copied to the graph's memory, its answer from there. jactri's Triton kernels run where they do in an ordinary call
-    (``backend``), by its choices: each launch is an op of the graph, ``jactri.kernel``, which Inductor leaves as it is
-    and fuses around, at the precision that torch allowed when it was traced. A package, that of ``"aot"`` too, has
-    torch's ops in their place.
+    Returns:
+        A `Compiled`: call it with inputs like the examples.
 
-    Raises: what ``of`` raises, at compilation too; TypeError for another ``of``, an option or a number of inputs that
-    it does not take; ValueError for ``freeze=True`` with a derivative in weights; RuntimeError inside of a torch.func
-    transform, for ``"aot"`` with ``backend="triton"``, and with ``freeze=True`` for an answer that is to be
-    differentiated in an input.
+    Raises:
+        TypeError: another ``of``, an option or a number of inputs that it does not take.
+        ValueError: ``freeze=True`` with a derivative in weights.
+        RuntimeError: inside of a torch.func transform; ``"aot"`` with ``backend="triton"``; with ``freeze=True``, an
+            answer that is to be differentiated in an input. Else, at compilation too, what ``of`` raises.
 
-    Cost: at compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call, and
-    where the answer can be differentiated a backward of both calls. Then about 10 microseconds beside what the engine
-    takes.
+    Cost:
+        At compilation an ordinary call, a trace (0.2 s to some seconds), the engine's compilation, one call, and
+        where the answer can be differentiated a backward of both calls. Then about 10 microseconds beside the engine's.
 
-    Example:
-        >>> step = jactri.compile(net, x, per_sample=True)
-        >>> jac = step(x)
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(4, 3)
+        >>> trace = jactri.compile(net, x, of=jactri.divergence, engine="fx")
+        >>> with torch.no_grad():
+        ...     _ = net[2].weight.mul_(2.0)  # an update is seen
+        >>> torch.allclose(trace(x), jactri.divergence(net, x), atol=1e-5)
+        True
     """
     if "static" in options:
         raise TypeError(

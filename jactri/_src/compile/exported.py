@@ -23,7 +23,7 @@ from ..calls.api import jacobian
 from ..prologue.running import computing, public
 from ..read import handover
 from . import calls, engines
-from .compiled import apart, dtypes
+from .agreement import apart, dtypes
 from .reached import Reached, called
 
 if TYPE_CHECKING:
@@ -59,21 +59,33 @@ def export(
         of: what is computed: `jacobian` and the other calls of jactri, `func.hessian`, ``None`` for ``func`` itself.
         options: those of ``of`` that `compile` takes, but for ``create_graph``: a package has no derivative.
 
-    Returns: the path.
+    Returns:
+        The path.
 
-    Raises: what ``of`` raises; TypeError for another ``of``, an option, a number of inputs that it does not take, or a
-    container that a package cannot name; ValueError for a path without ``.pt2`` and for ``create_graph``;
-    FileNotFoundError where the folder is not there; RuntimeError for ``backend="triton"``, where the call cannot be one
-    graph, without a C++ compiler, where the package does not answer as the ordinary call does, or inside of a
-    torch.func transform.
+    Raises:
+        TypeError: another ``of``, an option, a number of inputs that it does not take, or a container that a package
+            cannot name.
+        ValueError: a path without ``.pt2``; ``create_graph``.
+        FileNotFoundError: the folder is not there.
+        RuntimeError: ``backend="triton"``; a call that cannot be one graph; no C++ compiler; a package that does not
+            answer as the ordinary call does; inside of a torch.func transform. Else what ``of`` raises.
 
-    Cost: an ordinary call, a trace, and 5 to 30 seconds of compilation; then a call of the package takes what
-    ``compile(engine="aot")`` takes.
+    Cost:
+        An ordinary call, a trace, and 5 to 30 seconds of compilation; then a call of the package takes what
+        ``compile(engine="aot")`` takes.
 
-    Example:
-        >>> jactri.export(net, x, path="step.pt2", per_sample=True)
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> x = torch.randn(4, 3)
+        >>> jactri.export(net, x, path="step.pt2", per_sample=True)  # doctest: +SKIP
         'step.pt2'
-        >>> jac = torch._inductor.aoti_load_package("step.pt2")(x)
+        >>> jac = torch._inductor.aoti_load_package("step.pt2")(x)  # doctest: +SKIP
+
+        What cannot be a package is refused before anything is compiled:
+
+        >>> jactri.export(net, x, path="step.pt2", create_graph=True)
+        Traceback (most recent call last):
+        ValueError: a package has no derivative: export takes no create_graph=True; jactri.compile does
     """
     path = os.fspath(path)
     if not path.endswith(".pt2"):

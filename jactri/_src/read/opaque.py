@@ -44,18 +44,37 @@ _logged: set[tuple] = set()
 
 
 class FallbackError(RuntimeError):
-    """An op has no rule and ``jactri.fallback("error")`` is in force."""
+    """An op has no rule and ``jactri.fallback("error")`` is in force; the message names the op.
+
+    Examples:
+        >>> class Double(torch.autograd.Function):
+        ...     forward = staticmethod(lambda ctx, x: 2 * x)
+        ...     backward = staticmethod(lambda ctx, grad: 2 * grad)
+        >>> try:
+        ...     with jactri.fallback("error"):
+        ...         J = jactri.jacobian(Double.apply, torch.ones(2))
+        ... except jactri.FallbackError as error:
+        ...     print("DoubleBackward" in str(error))
+        True
+    """
 
 
 @contextlib.contextmanager
 def fallback(mode: str):
     """Decide what happens at an op without a rule, inside of a ``with`` block and in this thread.
 
-    ``"allow"`` (the default): autograd computes that op, which is exact but may be slow; each op and shape is
-    logged once on the logger ``jactri`` at level INFO (entering the block forgets what was logged).
-    ``"error"``: `FallbackError` is raised, naming the op.
+    Args:
+        mode: ``"allow"`` (the default): autograd computes that op, which is exact but may be slow; each op and shape is
+            logged once on the logger ``jactri`` at level INFO (entering the block forgets what was logged).
+            ``"error"``: `FallbackError` is raised, naming the op.
 
-    Raises ValueError for another mode.
+    Raises:
+        ValueError: another mode.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> with jactri.fallback("error"):  # passes: all of it has rules
+        ...     J = jactri.jacobian(net, torch.randn(4, 3), per_sample=True)
     """
     if mode not in ("allow", "error"):
         raise ValueError(f"mode must be 'allow' or 'error', got {mode!r}")

@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 class Structure:
-    """The dependence of one output on one input, as `Node`'s methods make it."""
+    """The dependence of one output on one input, as `Node`'s methods make it; for a rule to return."""
 
     __slots__ = ("emit",)
 
@@ -50,6 +50,18 @@ class Node:
         name: ``ctx.name()``.
         inputs: shape, dtype and device of each tensor argument; None for one that no input of jactri's call reaches.
         outputs: those of each output.
+
+    Examples:
+        >>> class Flip(torch.autograd.Function):
+        ...     forward = staticmethod(lambda ctx, x: x.flip(1))
+        ...     backward = staticmethod(lambda ctx, grad: grad.flip(1))
+        >>> def flip(node):  # blocks have K in front; samples, the axis 0, stay apart
+        ...     return node.linear(lambda t: t.flip(2), lambda c: c.flip(2), kept=(0,))
+        >>> with jactri.rule(Flip, linear=True)(flip):
+        ...     jactri.jacobian(Flip.apply, torch.ones(1, 3), per_sample=True)
+        tensor([[[0., 0., 1.],
+                 [0., 1., 0.],
+                 [1., 0., 0.]]])
     """
 
     __slots__ = ("_where", "ctx", "inputs", "name", "outputs")
@@ -73,8 +85,10 @@ class Node:
     def elementwise(self, slope, bend=None) -> Structure:
         """Each entry of the output depends on one entry of the input (which may broadcast): ``dy = slope * dx``.
 
-        ``slope`` broadcasts to the output; a function without arguments is called at its first use. ``bend`` is the
-        second derivative, which `jactri.laplacian` uses where no other argument depends on x.
+        Args:
+            slope: a tensor or number that broadcasts to the output; a function without arguments is called at its first
+                use.
+            bend: the second derivative, alike, which `jactri.laplacian` uses where no other argument depends on x.
         """
 
         def emit(g, s, where):
@@ -89,7 +103,8 @@ class Node:
     def mask(self, keep) -> Structure:
         """``dy = dx`` where ``keep`` is true, and 0 elsewhere, whatever stands behind (0 times infinity is NaN).
 
-        ``keep`` is a boolean tensor that broadcasts to the output, or a function without arguments that gives one.
+        Args:
+            keep: a boolean tensor that broadcasts to the output, or a function without arguments that gives one.
         """
 
         def emit(g, s, where):
@@ -98,9 +113,11 @@ class Node:
         return Structure(emit)
 
     def matrix(self, matrix: Tensor) -> Structure:
-        """A matrix on the last axis: ``dy[..., o] = sum_i matrix[o, i] dx[..., i]``, of shape ``(out, in)``.
+        """A matrix on the last axis: ``dy[..., o] = sum_i matrix[o, i] dx[..., i]``.
 
-        Or one for each index of the axes before, ``(*axes, out, in)``: for an input ``(N, in)``, a matrix a sample.
+        Args:
+            matrix: ``(out, in)``, or one for each index of the axes before, ``(*axes, out, in)``: for an input ``(N,
+                in)``, a matrix a sample.
         """
 
         def emit(g, s, where):
@@ -134,10 +151,11 @@ class Node:
     def linear(self, push, pull, kept: Sequence = ()) -> Structure:
         """Any linear map, by its action on blocks of K tangents or cotangents.
 
-        ``push`` takes ``(K, *input)`` to ``(K, *output)`` (a jvp of each), ``pull`` the reverse (a vjp). Under
-        ``create_graph`` both must be differentiable. ``kept``: the axes that the map does not mix, as ``a`` or as
-        ``(input axis, output axis)``: the batch axis, say, by which samples are known to be apart. It is what makes a
-        sweep short.
+        Args:
+            push: takes ``(K, *input)`` to ``(K, *output)``: a jvp of each. Differentiable, under ``create_graph``.
+            pull: takes ``(K, *output)`` to ``(K, *input)``: a vjp of each. Differentiable, under ``create_graph``.
+            kept: the axes that the map does not mix, as ``a`` or as ``(input axis, output axis)``: the batch axis, say,
+                by which samples are known to be apart. It is what makes a sweep short.
         """
 
         def emit(g, s, where):

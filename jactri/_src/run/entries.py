@@ -41,11 +41,23 @@ ROWS_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Banded:
-    """A Jacobian whose rows hold the entries of a pattern only.
+    """A Jacobian whose rows hold the entries of a pattern only: what ``layout="banded"`` of `jacobian` returns.
 
-    ``values`` is ``(*out, W)`` with the most entries of a row on the last axis, for ``per_sample`` Jacobians with the
-    samples first, as in ``out``. ``columns``, of the shape of one sample's values, gives the flat index in the input
-    (of one sample) of each, and -1 where a row has fewer; there ``values`` are 0. ``shape`` is that of the Jacobian.
+    Attributes:
+        values: ``(*out, W)`` with the most entries of a row on the last axis, for ``per_sample`` Jacobians with the
+            samples first, as in ``out``; 0 where a row has fewer.
+        columns: of the shape of one sample's values, the flat index in the input (of one sample) of each; -1 where a
+            row has fewer.
+        shape: of the Jacobian.
+
+    Examples:
+        >>> conv = torch.nn.Conv1d(1, 1, kernel_size=3, padding=1)
+        >>> x = torch.randn(1, 1, 6)
+        >>> band = jactri.jacobian(conv, x, layout="banded")
+        >>> band.values.shape, band.columns[0, 0, 0].tolist()
+        (torch.Size([1, 1, 6, 3]), [0, 1, -1])
+        >>> torch.allclose(band.to_dense(), jactri.jacobian(conv, x))
+        True
     """
 
     values: Tensor
@@ -53,7 +65,7 @@ class Banded:
     shape: tuple[int, ...]
 
     def to_dense(self) -> Tensor:
-        """The Jacobian itself."""
+        """The Jacobian itself, of ``shape``."""
         width = self.columns.shape[-1]
         rows = prod(self.columns.shape[:-1])
         samples = prod(self.values.shape[:-1]) // max(rows, 1)

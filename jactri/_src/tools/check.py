@@ -35,20 +35,53 @@ _UNSCRIPTED = (
 
 
 class JacobianMismatch(AssertionError):
-    """Raised by ``check(..., raise_on_error=True)``; the message is the report."""
+    """Raised by `check` with ``raise_on_error=True``, and by the proof of a `rule`; the message is the report.
+
+    Examples:
+        >>> class Square(torch.autograd.Function):
+        ...     forward = staticmethod(lambda ctx, x: x * x)
+        ...     backward = staticmethod(lambda ctx, grad: grad)  # wrong: it is 2 * x * grad
+        >>> x = torch.ones(3)
+        >>> try:
+        ...     jactri.check(Square.apply, x, finite_difference=True, raise_on_error=True)
+        ... except jactri.JacobianMismatch as error:
+        ...     print(str(error).splitlines()[0])
+        MISMATCH: output 0, input 0 is off from finite differences at entry (0, 0)
+    """
 
 
 @dataclass(frozen=True)
 class CheckReport:
     """What `check` found; ``str()`` of it is readable. Errors are against float64 autograd unless said otherwise.
 
-    ``relative`` errors are relative to the largest entry of the block. ``worst`` is (output index, input index) of the
-    largest relative error. ``float64_rel_error`` is jactri in float64 against torch in float64: it is rounding
-    or a bug of either, whatever the dtype of the inputs: ``reason`` says with which of them finite differences agree.
-    It is NaN where a script (``torch.jit``) cannot run in float64: then errors are against torch in the inputs' dtype.
-    The ``finite_difference_`` fields are None unless these were asked for: how far jactri in float64 is from them at
-    most, the (output index, input index, index in the block) of that entry, and how far the slopes to both sides are
-    apart there: at a kink, at least as far as the derivatives.
+    Relative errors are relative to the largest entry of the block.
+
+    Attributes:
+        ok: whether the check passed.
+        max_abs_error: the largest error in the inputs' dtype.
+        max_rel_error: the same, relative.
+        worst: (output index, input index) of the largest relative error.
+        torch_rel_error: torch's own error in the inputs' dtype.
+        same_dtype_abs_error: how far jactri and torch are apart in the inputs' dtype.
+        float64_rel_error: jactri in float64 against torch in float64: rounding, or a bug of either, whatever the dtype
+            of the inputs. It is NaN where a script (``torch.jit``) cannot run in float64: then errors are against torch
+            in the inputs' dtype.
+        jactri_ms: milliseconds of `jactri.jacobian`.
+        torch_ms: milliseconds of ``torch.autograd.functional.jacobian``.
+        fallbacks: the ops that have no rule.
+        reason: why it is not ok, and with which of the two finite differences agree.
+        finite_difference_rel_error: how far jactri in float64 is from finite differences at most; None, as the next
+            two, unless they were asked for.
+        finite_difference_at: (output index, input index, index in the block) of that entry.
+        finite_difference_gap: how far the slopes to both sides are apart there: at a kink, at least as far as the
+            derivatives.
+
+    Examples:
+        >>> report = jactri.check(torch.nn.functional.gelu, torch.linspace(-2, 2, 5))
+        >>> report.ok, report.fallbacks
+        (True, ())
+        >>> report.float64_rel_error < 1e-12
+        True
     """
 
     ok: bool
@@ -148,8 +181,11 @@ def check(
     hundred units of rounding).
 
     Args:
-        func, inputs, per_sample, strategy: as for `jactri.jacobian`. Under ``per_sample`` torch differentiates the sum
-            over the batch, and a probe confirms that samples do not mix (with ``"assume"``, none does).
+        func: as of `jactri.jacobian`.
+        inputs: as of `jactri.jacobian`.
+        per_sample: as of `jactri.jacobian`. Torch differentiates the sum over the batch, and a probe confirms that
+            samples do not mix (with ``"assume"``, none does).
+        strategy: as of `jactri.jacobian`.
         raise_on_error: raise `JacobianMismatch` instead of returning a report that is not ok.
         finite_difference: compare jactri in float64 with `jactri.finite_difference` too, which shares no derivative
             rule with torch. An entry passes that lies between the slopes to both sides, or is as near to their mean as
@@ -162,9 +198,16 @@ def check(
         A `CheckReport`.
 
     Raises:
-        JacobianMismatch, and whatever `jactri.jacobian` raises.
+        JacobianMismatch: under ``raise_on_error``, a check that does not pass. Else what `jactri.jacobian` raises.
 
-    Cost: torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
+    Cost:
+        Torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> report = jactri.check(net, torch.randn(4, 3), per_sample=True, raise_on_error=True)
+        >>> print(str(report).splitlines()[0])
+        ok
     """
     tupled, xs = as_tuple(inputs, "inputs", "check")
     given, func = func, eagerly(func)

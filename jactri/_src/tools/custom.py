@@ -31,6 +31,19 @@ class Rule:
     """A rule of a user, in force from when it is given a function until `remove`; as a context manager, for a block.
 
     It is made by `jactri.rule`.
+
+    Attributes:
+        targets: what it is for.
+
+    Examples:
+        >>> class Double(torch.autograd.Function):
+        ...     forward = staticmethod(lambda ctx, x: 2 * x)
+        ...     backward = staticmethod(lambda ctx, grad: 2 * grad)
+        >>> with jactri.rule(Double)(lambda node: node.elementwise(2.0)) as double:
+        ...     double.check(Double.apply, torch.ones(3))
+        ...     jactri.diagonal(Double.apply, torch.ones(3))
+        1
+        tensor([2., 2., 2.])
     """
 
     def __init__(self, targets: tuple, replace: bool, linear: bool):
@@ -47,7 +60,11 @@ class Rule:
         self._met: list[str] | None = None
 
     def __call__(self, function: Callable[[Node], object]) -> Rule:
-        """Register ``function``."""
+        """Put the rule in force.
+
+        Args:
+            function: takes a `Node`, returns what its methods make: see `rule`.
+        """
         if self._function is not None:
             raise RuntimeError(f"{self} has its function already; make another rule")
         for target in self.targets:
@@ -89,9 +106,13 @@ class Rule:
     def second(self, function: Callable) -> Callable:
         """Decorate what gives the second derivative along tangents, for `jactri.laplacian` and `jactri.bilaplacian`.
 
-        ``function(node, *tangents)`` gets a block ``(K, *input)`` for each tensor argument, None for one that does not
-        depend on x, and returns the K values ``D2f[u, u]``, ``(K, *output)``; for several outputs, a tuple. Without it,
-        ``linear=True`` or a ``bend``, the Laplacian is taken from the graph of the gradient, which is slower.
+        Without it, ``linear=True`` or a ``bend``, the Laplacian is taken from the graph of the gradient, which is
+        slower.
+
+        Args:
+            function: ``function(node, *tangents)`` gets a block ``(K, *input)`` for each tensor argument, None for one
+                that does not depend on x, and returns the K values ``D2f[u, u]``, ``(K, *output)``; for several
+                outputs, a tuple.
         """
         self._second = function
         return function
@@ -99,8 +120,16 @@ class Rule:
     def check(self, func: Callable, *inputs: Tensor) -> int:
         """Run ``func`` and hold every node of this rule in it, in first and second derivatives, against autograd.
 
-        Returns how many nodes there were. Raises `jactri.JacobianMismatch` at the first that disagrees, ValueError if
-        there was none, or if the rule declined it.
+        Args:
+            func: takes ``inputs``, returns a tensor or a tuple of tensors.
+            inputs: floating-point tensors.
+
+        Returns:
+            How many nodes there were.
+
+        Raises:
+            JacobianMismatch: at the first node that disagrees.
+            ValueError: there was no node, or the rule declined it.
         """
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         with torch.enable_grad():
@@ -334,6 +363,11 @@ def rule(*targets, replace: bool = False, linear: bool = False) -> Rule:
     For one argument that is the structure alone; else a tuple, in which None stands for an argument without gradient;
     for several outputs, a tuple with one such entry for each. To return None leaves that node to its own backward.
 
+    At its first use, and for every new combination of shapes and dtypes, the rule is held against the node's own
+    gradient: by one cotangent, its push against its pull, the axes that it keeps; its second derivatives, for
+    ``create_graph`` and the Laplacian, against those of autograd, where autograd records them. It is in force for calls
+    that come after; what `jactri.compile` planned before stays as it was planned.
+
     Args:
         targets: classes of ``torch.autograd.Function`` (the very class, not those derived from it), ops of
             ``torch.library`` (``torch.ops.mine.op.default``, or what ``custom_op`` returns), or names of nodes of
@@ -345,20 +379,15 @@ def rule(*targets, replace: bool = False, linear: bool = False) -> Rule:
         The `jactri.Rule`, which stands where the decorated function stood: ``remove()`` takes it back, a ``with`` block
         does so at its end; ``second`` decorates a second derivative; ``check(func, *inputs)`` verifies it.
 
-    At its first use, and for every new combination of shapes and dtypes, the rule is held against the node's own
-    gradient: by one cotangent, its push against its pull, the axes that it keeps; its second derivatives, for
-    ``create_graph`` and the Laplacian, against those of autograd, where autograd records them. It is in force for calls
-    that come after; what `jactri.compile` planned before stays as it was planned.
-
     Raises:
         TypeError, ValueError: a target or a structure that is none, a wrong shape, a second rule for a target; the
             message says which.
         JacobianMismatch: (in the call that uses the rule) it contradicts autograd.
 
-    Cost: that of the function, at every reading of a graph, and one product with the node at the first use.
+    Cost:
+        That of the function, at every reading of a graph, and one product with the node at the first use.
 
-    Example:
-        >>> import torch, jactri
+    Examples:
         >>> class Square(torch.autograd.Function):
         ...     @staticmethod
         ...     def forward(ctx, x):

@@ -30,10 +30,15 @@ Seconds = dict[int, float]
 
 @dataclass(frozen=True)
 class ProfiledStep:
-    """A step of `explain`, its layer in ``step.layer``, with its times in milliseconds.
+    """A step of a call, with its times.
 
-    ``measured_ms`` is None for a step that runs as one with a later step, which has the time of both. ``roofline``: how
-    much of the measured time the device needs at least at its measured rates; None where nothing is computed.
+    Attributes:
+        step: the `StepReport`, its layer in ``step.layer``.
+        predicted_ms: milliseconds that the planner predicts.
+        measured_ms: milliseconds that it took; None for a step that runs as one with a later step, which has the
+            time of both.
+        roofline: how much of the measured time the device needs at least at its measured rates; None where nothing is
+            computed.
     """
 
     step: StepReport
@@ -44,16 +49,31 @@ class ProfiledStep:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` returns; ``str()`` of it is the table. All times are those of one call."""
+    """What `profile` returns; ``str()`` of it is the table. All times are milliseconds of one call.
+
+    Attributes:
+        steps: a `ProfiledStep` for each step, in the order in which they run.
+        plan: the order of accumulation, and why.
+        function_ms: the function itself, with what autograd records.
+        planning_ms: reading the graph, planning, checking arguments: all that is neither the function nor accumulation.
+        accumulation_ms: the steps, and what lies between them: chunks put in their places, Python.
+        total_ms: the whole call.
+        repeats: of how many calls this is the one with the median accumulation.
+        rates: what the device was measured to do: ``flops`` of float32 products, ``bandwidth`` in bytes, both a second.
+        trace: where the Chrome trace was written; None where none was.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> found = jactri.profile(net, torch.randn(4, 3), per_sample=True, repeats=1)
+        >>> found.total_ms >= found.function_ms + found.accumulation_ms
+        True
+    """
 
     steps: tuple[ProfiledStep, ...]
     plan: str
     function_ms: float
-    """The function itself, with what autograd records."""
     planning_ms: float
-    """Reading the graph, planning, checking arguments: all that is neither the function nor accumulation."""
     accumulation_ms: float
-    """The steps, and what lies between them: chunks put in their places, Python."""
     total_ms: float
     repeats: int
     rates: rates.Rates
@@ -110,12 +130,37 @@ def profile(
 ) -> Profile:
     """Where the time of ``jactri.jacobian(func, inputs, ...)`` goes. Print the result: a row a step, as in `explain`.
 
-    Calls it ``repeats + 2`` times; the times are those of the call with the median accumulation, and on a CUDA device,
-    for the steps, those of their kernels. ``path``: where to write a Chrome trace of one more call (``.json``, or
-    ``.json.gz``) with a named range around every step; open it in Perfetto or ``chrome://tracing``.
+    The times are those of the call with the median accumulation, and on a CUDA device, for the steps, those of their
+    kernels.
 
-    Raises ValueError for ``repeats`` below 1, RuntimeError where a torch profiler is on, and the OSError of a ``path``
-    that cannot be written to, before anything is computed. Else arguments and errors are those of `jacobian`.
+    Args:
+        func: as of `jacobian`.
+        inputs: as of `jacobian`.
+        path: where to write a Chrome trace of one more call (``.json``, or ``.json.gz``) with a named range around
+            every step; open it in Perfetto or ``chrome://tracing``.
+        per_sample: as of `jacobian`.
+        strategy: as of `jacobian`.
+        chunk_size: as of `jacobian`.
+        memory_limit: as of `jacobian`.
+        backend: as of `jacobian`.
+        repeats: how many calls are measured.
+
+    Returns:
+        A `Profile`.
+
+    Raises:
+        ValueError: ``repeats`` below 1.
+        RuntimeError: a torch profiler is on.
+        OSError: a ``path`` that cannot be written to, before anything is computed. Else what `jacobian` raises.
+
+    Cost:
+        ``repeats + 2`` calls of `jacobian`, one more for a trace.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> found = jactri.profile(net, torch.randn(4, 3), per_sample=True, repeats=1)
+        >>> [step.step.layer for step in found.steps if "Linear" in step.step.layer] != []
+        True
     """
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats must be a positive integer, got {repeats!r}")
@@ -177,7 +222,22 @@ def profile(
 def named_layers(func: Callable | None = None) -> Layers:
     """A context that notes the layers which run in it, for the ranges of `jacobian_of` after it in the same thread.
 
-    `jacobian` and `profile` do so themselves. ``func``: what modules are named by, as in ``named_layers(net)``.
+    `jacobian` and `profile` do so themselves. The ranges are those that torch's profiler, or NVTX, shows of each step.
+
+    Args:
+        func: what modules are named by, as in ``named_layers(net)``; without it, by their classes.
+
+    Returns:
+        A context manager.
+
+    Examples:
+        >>> net, x = torch.nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
+        >>> with jactri.named_layers(net):
+        ...     y = net(x)
+        >>> with torch.profiler.profile() as trace:
+        ...     J = jactri.jacobian_of(y, x, per_sample=True)
+        >>> any("Linear" in event.name for event in trace.events())
+        True
     """
     return Layers(func)
 

@@ -34,7 +34,22 @@ from ..run.entries import band, blocks
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of a sweep. ``columns`` seeds are carried in all; ``flops`` and ``bytes`` are predicted."""
+    """One step of a sweep.
+
+    Attributes:
+        op: of autograd's graph.
+        structure: what linear map it is: diagonal, matrix, convolution.
+        direction: ``"forward-mode"``, ``"reverse-mode"`` or ``"mixed"``.
+        shape: of the value.
+        columns: how many seeds are carried in all.
+        tied: the axes of the value that are tied to the seed, and so cost nothing.
+        flops: predicted.
+        bytes: predicted to be written.
+        backend: what runs it.
+        why: why that runs it.
+        fallback: whether autograd does, for want of a rule.
+        layer: of which module, where that was noted.
+    """
 
     op: str
     structure: str
@@ -48,12 +63,32 @@ class StepReport:
     why: str
     fallback: bool
     layer: str = ""
-    """Of which module, where that was noted (see ranges.py)."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns; ``str()`` of it is the table."""
+    """What `explain` returns; ``str()`` of it is the table.
+
+    Attributes:
+        steps: a `StepReport` for each step, in the order in which they run.
+        direction: of the accumulation.
+        reason: why that was chosen.
+        flops: predicted, of all steps.
+        bytes: predicted to be written by them.
+        peak_bytes: predicted to be held at once, the answer included.
+        chunks: in how many the seeds run.
+        answer_bytes: of the Jacobian.
+        naive_flops: of one backward pass a row.
+        fallbacks: the ops that have no rule.
+        note: what the table does not show: seeds that run as one, ranges of samples.
+        compiled: what the compiler made of the call, if that was asked for.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> plan = jactri.explain(net, torch.randn(4, 3), per_sample=True)
+        >>> plan.answer_bytes, plan.chunks, plan.fallbacks
+        (96, 1, ())
+    """
 
     steps: tuple[StepReport, ...]
     direction: str
@@ -67,7 +102,6 @@ class Explanation:
     fallbacks: tuple[str, ...]
     note: str = ""
     compiled: Compilation | None = None
-    """What the compiler made of the call, if that was asked for."""
 
     def __str__(self) -> str:
         head = (
@@ -126,15 +160,40 @@ def explain(
 ) -> Explanation:
     """How `jactri.jacobian` would compute the Jacobian of ``func`` at ``inputs``, without computing it.
 
-    Runs ``func`` once. Print the result: a row a step with op, structure, shape of the value, seeds carried, which axes
-    are tied to the seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those
-    of one backward pass a row. Steps that one kernel runs say so; how it was chosen stands at the last of them.
-    Arguments and errors are those of `jacobian`.
+    Print the result: a row a step with op, structure, shape of the value, seeds carried, which axes are tied to the
+    seed (and so cost nothing), predicted flops and bytes, backend and why; then the totals beside those of one backward
+    pass a row. Steps that one kernel runs say so; how it was chosen stands at the last of them. A call that is compiled
+    already, of any ``of``, tells what the compiler made of it by its method ``explain``.
 
-    ``compiled=True`` compiles the call, too, as `jactri.compile` does by ``engine``, and adds what came of it: the
-    kernels with the ops that each fuses, the calls left to libraries, the time it took, what is looked up again at each
-    call, or why the call runs eagerly. It costs what compiling costs. A call that is compiled already, of any ``of``,
-    tells the same by its method ``explain``.
+    Args:
+        func: as of `jacobian`.
+        inputs: as of `jacobian`.
+        strategy: as of `jacobian`.
+        per_sample: as of `jacobian`.
+        chunk_size: as of `jacobian`.
+        memory_limit: as of `jacobian`.
+        backend: as of `jacobian`.
+        compiled: compile the call, too, as `jactri.compile` does, and add what came of it: the kernels with the ops
+            that each fuses, the calls left to libraries, the time it took, what is looked up again at each call, or why
+            the call runs eagerly.
+        engine: by which engine: see `jactri.compile`.
+
+    Returns:
+        An `Explanation`.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as by `jacobian`.
+
+    Cost:
+        One run of ``func``, and reading its graph. ``compiled=True`` costs what compiling costs.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+        >>> plan = jactri.explain(net, torch.randn(16, 32), per_sample=True)
+        >>> plan.flops < plan.naive_flops  # less than one backward pass a row
+        True
+        >>> "fallbacks: none" in str(plan)
+        True
     """
     options: dict[str, Any] = {
         "strategy": strategy, "per_sample": per_sample, "chunk_size": chunk_size,

@@ -23,15 +23,35 @@ def sparsity(
 ) -> Any:
     """The entries of ``jacobian(func, inputs)`` that can be non-zero, whatever the weights and the inputs' values.
 
-    Returns boolean ``torch.sparse_coo`` tensors of the Jacobian's shape, nested as it is; what is left out is zero by
-    structure: samples that do not mix, pixels outside of a window, channels of another group. Where the analysis knows
-    nothing (a dense layer, an op without a rule) all entries are there. A sparse ``layout`` of `jacobian` has the same
-    entries.
+    What is left out is zero by structure: samples that do not mix, pixels outside of a window, channels of another
+    group. Where the analysis knows nothing (a dense layer, an op without a rule) all entries are there. A sparse
+    ``layout`` of `jacobian` has the same entries.
 
-    Raises what `jacobian` raises for its inputs; ValueError where samples are not known to be independent under
-    ``per_sample``, and for complex, nested or sparse intermediates, of which no pattern is known.
+    Args:
+        func: as of `jacobian`.
+        inputs: as of `jacobian`.
+        per_sample: of the blocks of samples, ``(N, *out, *in)``.
 
-    Cost: one forward pass, and memory for ``8 * (axes + 1)`` bytes an entry.
+    Returns:
+        Boolean ``torch.sparse_coo`` tensors of the Jacobian's shape, nested as it is.
+
+    Raises:
+        TypeError, RuntimeError, IndexError: as by `jacobian`, of inputs and outputs.
+        ValueError: samples that are not known to be independent, under ``per_sample``; complex, nested or sparse
+            intermediates, of which no pattern is known.
+
+    Cost:
+        One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry.
+
+    Examples:
+        >>> conv = torch.nn.Conv1d(1, 1, kernel_size=3, padding=1)
+        >>> mask = jactri.sparsity(conv, torch.randn(1, 1, 5))
+        >>> mask.to_dense().reshape(5, 5).int()
+        tensor([[1, 1, 0, 0, 0],
+                [1, 1, 1, 0, 0],
+                [0, 1, 1, 1, 0],
+                [0, 0, 1, 1, 1],
+                [0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     tupled, xs = as_tuple(inputs, "inputs", "sparsity")
     ys, leaves, tupled_out, _ = prepare(func, xs, False)
