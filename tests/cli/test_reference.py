@@ -46,7 +46,7 @@ def test_every_public_name_is_in_the_reference_once():
 def test_examples_of_docstrings(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    scope = {"torch": torch, "jactri": jactri}
+    scope = {"torch": torch, "nn": torch.nn, "jactri": jactri}
     (test,) = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=scope)
     assert test.examples
     said = []

@@ -128,7 +128,7 @@ def jacobian(
         that lie between two nonlinear ops; samples that do not mix cost ``N`` blocks, not ``N * N``, in either shape.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+        >>> net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
         >>> x = torch.randn(8, 3)
         >>> J = jactri.jacobian(net, x)
         >>> J.shape

@@ -76,8 +76,7 @@ def divergence(
 
         An estimate from 64 random vectors, and how far it may be off:
 
-        >>> signs = torch.Generator().manual_seed(0)
-        >>> mean, error = jactri.divergence(field, points, estimate=64, generator=signs)
+        >>> mean, error = jactri.divergence(field, points, estimate=64)
         >>> bool(((mean - exact).abs() <= 4 * error + 1e-6).all())
         True
     """

@@ -76,7 +76,7 @@ def jtj(
         value of ``h`` entries through which all goes. Chunks of J are summed up where J does not fit.
 
     Examples:
-        >>> decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 30))
+        >>> decoder = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 30))
         >>> z = torch.randn(8, 2)
         >>> metric = jactri.jtj(decoder, z, per_sample=True)
         >>> J = jactri.jacobian(decoder, z, per_sample=True)
@@ -127,12 +127,14 @@ def jjt(
         That of `jtj`, with ``m`` and ``n`` exchanged.
 
     Examples:
-        >>> polar = lambda p: torch.stack([p[:, 0] * p[:, 1].cos(), p[:, 0] * p[:, 1].sin()], 1)
-        >>> measured = torch.tensor([[2.0, 0.0]])  # radius, angle
-        >>> variance = torch.tensor([0.01, 0.04])
-        >>> cov = jactri.jjt(polar, measured, torch.diag(variance), per_sample=True)
-        >>> torch.allclose(cov, torch.diag(torch.tensor([0.01, 4 * 0.04])))  # r^2 times the angle's
-        True
+        >>> def position(p):  # of a radius and an angle
+        ...     r, angle = p.unbind(1)
+        ...     return torch.stack([r * angle.cos(), r * angle.sin()], 1)
+        >>> measured = torch.tensor([[2.0, 0.0]])
+        >>> noise = torch.diag(torch.tensor([0.01, 0.04]))
+        >>> jactri.jjt(position, measured, noise, per_sample=True)  # r^2 times the angle's
+        tensor([[[0.0100, 0.0000],
+                 [0.0000, 0.1600]]])
     """
     asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
     return _gram("jjt", func, inputs, weight, asked, return_output)

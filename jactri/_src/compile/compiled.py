@@ -50,12 +50,12 @@ class Compiled:
         traces: how often it was traced.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh())
         >>> step = jactri.compile(net, torch.randn(4, 3), per_sample=True, engine="fx")
         >>> x = torch.randn(4, 3)
-        >>> torch.allclose(step(x), jactri.jacobian(net, x, per_sample=True), atol=1e-6)
-        True
-        >>> step(torch.randn(6, 3)).shape, step.traces  # another shape is another trace
+        >>> step(x).shape, step.traces
+        (torch.Size([4, 8, 3]), 1)
+        >>> step(torch.randn(6, 3)).shape, step.traces  # another shape, another trace
         (torch.Size([6, 8, 3]), 2)
         >>> step.verify(x) < 1e-5
         True
@@ -421,7 +421,7 @@ def compile(
         where the answer can be differentiated a backward of both calls. Then about 10 microseconds beside the engine's.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x = torch.randn(4, 3)
         >>> trace = jactri.compile(net, x, of=jactri.divergence, engine="fx")
         >>> with torch.no_grad():

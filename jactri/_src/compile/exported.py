@@ -75,7 +75,7 @@ def export(
         ``compile(engine="aot")`` takes.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh())
         >>> x = torch.randn(4, 3)
         >>> jactri.export(net, x, path="step.pt2", per_sample=True)  # doctest: +SKIP
         'step.pt2'

@@ -72,7 +72,7 @@ def fallback(mode: str):
         ValueError: another mode.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh())
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh())
         >>> with jactri.fallback("error"):  # passes: all of it has rules
         ...     J = jactri.jacobian(net, torch.randn(4, 3), per_sample=True)
     """

@@ -82,7 +82,11 @@ class Node:
         """What a Function's forward gave to ``ctx.save_for_backward``."""
         return self.ctx.saved_tensors
 
-    def elementwise(self, slope, bend=None) -> Structure:
+    def elementwise(
+        self,
+        slope: Tensor | float | Callable[[], Tensor],
+        bend: Tensor | float | Callable[[], Tensor] | None = None,
+    ) -> Structure:
         """Each entry of the output depends on one entry of the input (which may broadcast): ``dy = slope * dx``.
 
         Args:
@@ -100,7 +104,7 @@ class Node:
 
         return Structure(emit)
 
-    def mask(self, keep) -> Structure:
+    def mask(self, keep: Tensor | Callable[[], Tensor]) -> Structure:
         """``dy = dx`` where ``keep`` is true, and 0 elsewhere, whatever stands behind (0 times infinity is NaN).
 
         Args:
@@ -148,7 +152,12 @@ class Node:
 
         return Structure(emit)
 
-    def linear(self, push, pull, kept: Sequence = ()) -> Structure:
+    def linear(
+        self,
+        push: Callable[[Tensor], Tensor],
+        pull: Callable[[Tensor], Tensor],
+        kept: Sequence = (),
+    ) -> Structure:
         """Any linear map, by its action on blocks of K tangents or cotangents.
 
         Args:

@@ -51,7 +51,7 @@ class Banded:
         shape: of the Jacobian.
 
     Examples:
-        >>> conv = torch.nn.Conv1d(1, 1, kernel_size=3, padding=1)
+        >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
         >>> x = torch.randn(1, 1, 6)
         >>> band = jactri.jacobian(conv, x, layout="banded")
         >>> band.values.shape, band.columns[0, 0, 0].tolist()

@@ -40,10 +40,10 @@ class JacobianMismatch(AssertionError):
     Examples:
         >>> class Square(torch.autograd.Function):
         ...     forward = staticmethod(lambda ctx, x: x * x)
-        ...     backward = staticmethod(lambda ctx, grad: grad)  # wrong: it is 2 * x * grad
-        >>> x = torch.ones(3)
+        ...     backward = staticmethod(lambda ctx, grad: grad)  # should be 2 x grad
+        >>> options = {"finite_difference": True, "raise_on_error": True}
         >>> try:
-        ...     jactri.check(Square.apply, x, finite_difference=True, raise_on_error=True)
+        ...     jactri.check(Square.apply, torch.ones(3), **options)
         ... except jactri.JacobianMismatch as error:
         ...     print(str(error).splitlines()[0])
         MISMATCH: output 0, input 0 is off from finite differences at entry (0, 0)
@@ -77,7 +77,7 @@ class CheckReport:
             derivatives.
 
     Examples:
-        >>> report = jactri.check(torch.nn.functional.gelu, torch.linspace(-2, 2, 5))
+        >>> report = jactri.check(nn.functional.gelu, torch.linspace(-2, 2, 5))
         >>> report.ok, report.fallbacks
         (True, ())
         >>> report.float64_rel_error < 1e-12
@@ -204,8 +204,9 @@ def check(
         Torch's row-by-row Jacobian, three times over; with ``finite_difference`` its evaluations of ``func`` too.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        >>> report = jactri.check(net, torch.randn(4, 3), per_sample=True, raise_on_error=True)
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> x = torch.randn(4, 3)
+        >>> report = jactri.check(net, x, per_sample=True, raise_on_error=True)
         >>> print(str(report).splitlines()[0])
         ok
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -352,7 +353,7 @@ def _named(target: str | type) -> str:
     return target if isinstance(target, str) else target.__qualname__
 
 
-def rule(*targets, replace: bool = False, linear: bool = False) -> Rule:
+def rule(*targets: Any, replace: bool = False, linear: bool = False) -> Rule:
     """Tell jactri the derivative of an op or of an ``autograd.Function`` as a structure.
 
     Without a rule jactri calls the node's own backward, once for each row: exact, and slow. With one, the op takes part

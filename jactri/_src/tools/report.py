@@ -84,7 +84,7 @@ class Explanation:
         compiled: what the compiler made of the call, if that was asked for.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> plan = jactri.explain(net, torch.randn(4, 3), per_sample=True)
         >>> plan.answer_bytes, plan.chunks, plan.fallbacks
         (96, 1, ())
@@ -188,7 +188,7 @@ def explain(
         One run of ``func``, and reading its graph. ``compiled=True`` costs what compiling costs.
 
     Examples:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+        >>> net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
         >>> plan = jactri.explain(net, torch.randn(16, 32), per_sample=True)
         >>> plan.flops < plan.naive_flops  # less than one backward pass a row
         True

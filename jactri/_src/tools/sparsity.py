@@ -44,7 +44,7 @@ def sparsity(
         One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry.
 
     Examples:
-        >>> conv = torch.nn.Conv1d(1, 1, kernel_size=3, padding=1)
+        >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
         >>> mask = jactri.sparsity(conv, torch.randn(1, 1, 5))
         >>> mask.to_dense().reshape(5, 5).int()
         tensor([[1, 1, 0, 0, 0],
