@@ -34,21 +34,39 @@ def ggn(
 ) -> GGN:
     """The generalised Gauss-Newton matrix ``sum_n J_n^T H_n J_n`` of a loss summed over samples, as an operator.
 
+    Formula: Schraudolph 2002; Martens 2020, arXiv:1412.1193.
+
     Args:
-        module, x, params, per_sample, create_graph, chunk_size, memory_limit: see `parameter_jacobian`.
+        module: as of `parameter_jacobian`.
+        x: as of `parameter_jacobian`.
         loss_hessian: of the loss in the output, a sample at a time: a tensor ``(N, *out)`` (its diagonal), a tensor
             ``(N, *out, *out)``, or a function of blocks ``(K, N, *out)`` that returns products of the same shape. For
             the softmax's cross-entropy: ``torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)``; for half the
             squared error, ones.
+        params: as of `parameter_jacobian`.
+        per_sample: as of `parameter_jacobian`.
+        create_graph: as of `parameter_jacobian`.
+        chunk_size: as of `parameter_jacobian`.
+        memory_limit: as of `parameter_jacobian`.
 
     Returns:
-        a `GGN`: ``g @ v`` for ``v`` ``{name: tensor}``, and ``g.diagonal()``.
+        A `GGN`: ``g @ v`` for ``v`` ``{name: tensor}``, and ``g.diagonal()``.
 
     Raises:
+        TypeError: a ``loss_hessian`` that is neither a tensor nor a function.
         RuntimeError: a Hessian of another shape, or a complex one; and what `parameter_jacobian` raises.
 
     Cost:
-        a product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
+        A product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
+
+    Examples:
+        >>> net, x = nn.Linear(3, 4), torch.randn(5, 3)
+        >>> p = net(x).softmax(1).detach()
+        >>> G = jactri.ggn(net, x, torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))
+        >>> {name: tuple(d.shape) for name, d in G.diagonal().items()}
+        {'weight': (4, 3), 'bias': (4,)}
+        >>> torch.allclose(G.diagonal()["bias"], (p - p * p).sum(0), atol=1e-5)
+        True
     """
     check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
@@ -56,7 +74,21 @@ def ggn(
 
 
 class GGN:
-    """``sum_n J_n^T H_n J_n``: see `ggn`. ``jacobian`` is the `ParameterJacobian`, ``output`` the module's."""
+    """``sum_n J_n^T H_n J_n``: what `ggn` returns.
+
+    Attributes:
+        jacobian: the `ParameterJacobian`.
+        hessian: H, as it was given.
+
+    Examples:
+        >>> net, x = nn.Linear(3, 2), torch.randn(5, 3)
+        >>> G = jactri.ggn(net, x, torch.ones(5, 2))  # of half the squared error
+        >>> v = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        >>> along = G.jacobian @ v
+        >>> curvature = sum(((G @ v)[name] * v[name]).sum() for name in v)  # v' G v
+        >>> torch.allclose(curvature, along.square().sum(), rtol=1e-4)
+        True
+    """
 
     def __init__(self, factors: Factors, loss_hessian):
         self._factors = factors
@@ -76,10 +108,12 @@ class GGN:
 
     @property
     def output(self) -> Tensor:
+        """The module's."""
         return self.jacobian.output
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
         return self.jacobian.names
 
     def _times(self, block: Tensor) -> Tensor:

@@ -37,20 +37,38 @@ def empirical_ntk(
     (Novak et al. 2022, arXiv:2206.08720).
 
     Args:
-        module, params, per_sample, create_graph, chunk_size: see `parameter_jacobian`. Samples must not mix.
-        x1, x2: batches of ``N1`` and ``N2`` samples; without ``x2``, ``x1`` with itself, computed once.
+        module: as of `parameter_jacobian`.
+        x1: a batch of ``N1`` samples, which must not mix.
+        x2: a batch of ``N2`` samples; without it, ``x1`` with itself, computed once.
         compute: ``"full"``: ``(N1, N2, *out, *out)``; ``"diagonal"``: of that, ``(N1, N2, *out)``; ``"trace"``: its
             sum, ``(N1, N2)``.
+        params: as of `parameter_jacobian`.
+        per_sample: as of `parameter_jacobian`.
+        create_graph: as of `parameter_jacobian`.
+        chunk_size: as of `parameter_jacobian`.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after the forward passes, the kernel included; by
             default half of what is free. Entries of the output run in chunks under it, and parameters in ranges.
+
+    Returns:
+        The kernel, of the shape that ``compute`` says, in the output's dtype.
 
     Raises:
         ValueError: another ``compute``; and what `parameter_jacobian` raises.
         RuntimeError: outputs of different shapes.
 
     Cost:
-        two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
+        Two forward passes and reverse sweeps; then for a Linear layer ``(N1 m) (N2 m)`` multiply-adds an output
         feature.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> train, test = torch.randn(6, 3), torch.randn(4, 3)
+        >>> kernel = jactri.empirical_ntk(net, test, train)
+        >>> kernel.shape
+        torch.Size([4, 6, 2, 2])
+        >>> trace = jactri.empirical_ntk(net, test, train, compute="trace")
+        >>> torch.allclose(trace, kernel.diagonal(0, 2, 3).sum(-1), atol=1e-4)
+        True
     """
     check(compute)
     check_options("auto", chunk_size, None, create_graph)

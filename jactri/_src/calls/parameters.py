@@ -37,6 +37,9 @@ def parameter_jacobian(
     the layer saw, whose product is the Jacobian: an outer product for a Linear layer, patches for a convolution,
     indices for an embedding. Sums over the parameters are contractions of those.
 
+    A complex parameter is a pair of real ones: its Jacobian holds ``d out / d re + i d out / d im``, as autograd's
+    gradients do; products with it, and sums over it, go over both, as those of ``torch.view_as_real`` of it would.
+
     Args:
         module: takes the tensors of ``x``, returns one tensor ``(N, *out)``. It runs as it is: its training flags stay,
             and buffers that the forward pass writes to are put back.
@@ -53,7 +56,7 @@ def parameter_jacobian(
             free. Sizes the chunks.
 
     Returns:
-        a `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
+        A `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
         to in between is refused.
 
     Raises:
@@ -62,11 +65,17 @@ def parameter_jacobian(
             small.
         RuntimeError: parameters that are frozen; samples that mix (the op is named); an output that is not real.
 
-    A complex parameter is a pair of real ones: its Jacobian holds ``d out / d re + i d out / d im``, as autograd's
-    gradients do; products with it, and sums over it, go over both, as those of ``torch.view_as_real`` of it would.
-
     Cost:
-        the forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
+        The forward pass; then for factors one reverse sweep with as many seeds as a sample's output has entries.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> jac = jactri.parameter_jacobian(net, torch.randn(5, 3))
+        >>> jac.dense()["0.weight"].shape
+        torch.Size([5, 2, 8, 3])
+        >>> step = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        >>> (jac @ step).shape  # how the outputs change along it, to first order
+        torch.Size([5, 2])
     """
     check_options("auto", chunk_size, None, create_graph)
     run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=per_sample)
@@ -76,8 +85,23 @@ def parameter_jacobian(
 class ParameterJacobian:
     """The Jacobian of a module's output ``(N, *out)`` in its parameters: see `parameter_jacobian`.
 
-    ``output`` is the module's (detached unless ``create_graph``), ``names`` the parameters. ``jac @ v`` and
-    ``jac.T @ u`` are products with it; it is formed by `dense` only.
+    ``jac @ v`` and ``jac.T @ u`` are products with it; it is formed by `dense` only.
+
+    Attributes:
+        output: the module's (detached unless ``create_graph``).
+
+    Examples:
+        >>> net = nn.Linear(3, 2)
+        >>> jac = jactri.parameter_jacobian(net, torch.randn(5, 3))
+        >>> jac.names
+        ('weight', 'bias')
+        >>> u = torch.randn(5, 2)
+        >>> (grad,) = torch.autograd.grad((net(torch.ones(5, 3)) * u).sum(), net.bias)
+        >>> torch.allclose((jac.T @ u)["bias"], grad)
+        True
+        >>> prior = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+        >>> jac.variance(prior).shape, jac.gram().shape
+        (torch.Size([5, 2, 2]), torch.Size([5, 2, 5, 2]))
     """
 
     def __init__(self, factors: Factors):
@@ -87,11 +111,15 @@ class ParameterJacobian:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the parameters."""
         return tuple(self._run.params)
 
     @property
     def T(self) -> Transposed:
-        """The transpose, for ``jac.T @ u``."""
+        """The transpose, for products.
+
+        ``jac.T @ u`` for ``u`` ``(N, *out)``, or a block of them, is ``{name: tensor}``, summed over samples.
+        """
         return Transposed(self)
 
     def __repr__(self) -> str:
@@ -116,10 +144,14 @@ class ParameterJacobian:
     def dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The Jacobian itself: ``{name: (N, *out, *parameter)}``, in the parameter's dtype.
 
-        ``out``: tensors of these shapes to write it to; they are returned. Zeros where an output does not depend on a
-        parameter.
+        Zeros where an output does not depend on a parameter.
 
-        Raises RuntimeError for an ``out`` that does not fit or with ``create_graph``, ValueError for other names.
+        Args:
+            out: tensors of these shapes to write it to; they are returned.
+
+        Raises:
+            RuntimeError: an ``out`` that does not fit, or with ``create_graph``.
+            ValueError: ``out`` has other names; a ``memory_limit`` that is too small.
         """
         run = self._run
         shape = tuple(run.y.shape)
@@ -304,8 +336,11 @@ class ParameterJacobian:
         """``J_n diag(v) J_n^T`` for every sample ``n``, ``(N, *out, *out)``.
 
         That is the covariance of the linearised output if the parameters are independent with variances ``v``, as in a
-        Laplace approximation with a diagonal Hessian. For a complex parameter ``v`` is the variance of its real and of
-        its imaginary part alike.
+        Laplace approximation with a diagonal Hessian (Immer et al. 2021, arXiv:2008.08400).
+
+        Args:
+            v: ``{name: tensor}`` of the parameters' shapes, real. For a complex parameter, the variance of its real and
+                of its imaginary part alike.
         """
         run = self._run
         self._check_names(v, "v")
