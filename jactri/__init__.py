@@ -1,5 +1,8 @@
 """jactri: fast exact Jacobians of neural networks in PyTorch."""
 
+import warnings as _warnings
+from typing import Any as _Any
+
 from . import func
 from ._src.calls.api import jacobian, jacobian_of
 from ._src.calls.diagonal import diagonal
@@ -17,13 +20,14 @@ from ._src.compile.exported import export
 from ._src.read.opaque import FallbackError, fallback
 from ._src.read.structure import Node
 from ._src.run.entries import Banded
+from ._src.tools import profiling as _profiling
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule
 from ._src.tools.profiling import Profile, named_layers, profile
 from ._src.tools.report import Explanation, explain
 from ._src.tools.sparsity import sparsity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GGN",
@@ -67,3 +71,19 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+# name: (what it still gives, what to write instead, the version in which it ends)
+_DEPRECATED = {"profiling": (_profiling, "jactri.named_layers", "0.3.0")}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _DEPRECATED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value, instead, end = _DEPRECATED[name]
+    _warnings.warn(
+        f"jactri.{name} is deprecated and ends in jactri {end}: write {instead}",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return value

@@ -51,6 +51,28 @@ def unpacked(wheel, tmp_path_factory):
     return folder
 
 
+def test_one_version():
+    """In the package, the citation and the changelog's newest section; its release is dated alike."""
+    citation = dict(
+        line.split(": ", 1)
+        for line in (ROOT / "CITATION.cff").read_text().splitlines()
+        if re.match(r"(version|date-released): ", line)
+    )
+    newest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest.groups() == (citation["version"], citation["date-released"])
+    assert newest[1] == jactri.__version__
+
+
+@pytest.mark.parametrize("name", jactri._DEPRECATED)
+def test_what_is_deprecated_warns_and_works(name):
+    value, instead, end = jactri._DEPRECATED[name]
+    with pytest.warns(DeprecationWarning, match=rf"ends in jactri {end}: write {instead}") as told:
+        assert getattr(jactri, name) is value
+    assert told[0].filename == __file__
+    assert instead.removeprefix("jactri.") in jactri.__all__
+    assert [int(n) for n in end.split(".")] > [int(n) for n in jactri.__version__.split(".")]
+
+
 def modules_of(folder, under):
     return {f"{under}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
 
@@ -68,7 +90,7 @@ def test_the_wheels_metadata(unpacked):
     assert metadata["Name"] == "jactri"
     assert metadata["Version"] == jactri.__version__
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "test", "check", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == {*("demo", "test", "check", "docs", "bench")}
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in required} == {"torch", "numpy", "triton"}
     assert any("Linux" in line for line in required if line.startswith("triton"))
