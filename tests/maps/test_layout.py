@@ -22,13 +22,13 @@ from jactri._src.maps.layout import (
 def dense(data, layout, sel=None):
     """(K of all seeds, *shape): the block with nothing tied."""
     loose = layout.drop(layout.tied)
-    target = torch.zeros(loose.columns(sel), *loose.shape, dtype=torch.float64)
+    target = torch.zeros(loose.columns_of(sel), *loose.shape, dtype=torch.float64)
     return scatter(target, loose, data, layout, sel)
 
 
 def random_block(layout, seed=0):
     gen = torch.Generator().manual_seed(seed)
-    return torch.randn(layout.columns(), *layout.shape, generator=gen, dtype=torch.float64)
+    return torch.randn(layout.columns, *layout.shape, generator=gen, dtype=torch.float64)
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
@@ -38,7 +38,7 @@ shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 def test_identity_is_the_identity_matrix(shape):
     layout = Layout.identity(shape)
     n = prod(shape)
-    assert layout.numel() == n
+    assert layout.numel == n
     assert torch.equal(dense(None, layout).reshape(n, n), torch.eye(n, dtype=torch.float64))
 
 
@@ -62,7 +62,7 @@ def test_converting_to_fewer_ties_changes_nothing_but_storage(shape, data):
     fewer = layout.drop(frozenset(ties))
     block = random_block(layout)
     stored = convert(block, layout, fewer, None, block)
-    assert stored.shape == (fewer.columns(), *shape)
+    assert stored.shape == (fewer.columns, *shape)
     assert torch.equal(dense(stored, fewer), dense(block, layout))
 
 
@@ -79,7 +79,7 @@ def test_release_reads_the_diagonal(shape, data):
     sel = {factor: (start, length)}
     block = random_block(layout)
     out = released(layout, axis)
-    got = release(block, layout, axis, sel).reshape(out.columns(sel), *out.shape)
+    got = release(block, layout, axis, sel).reshape(out.columns_of(sel), *out.shape)
     # summing the dense block over the axis picks the one entry that is not zero
     want = dense(block, layout, {}).sum(axis + 1, keepdim=True)
     want = want.reshape(*layout.seed, *out.shape).narrow(factor, start, length)
@@ -97,7 +97,7 @@ def test_matrix_view_contracts_a_tied_axis(axis, batched):
     got = release(block, layout, axis, None) * matrix_view(
         matrix, layout, axis, 0 if batched else None, None
     )
-    got = got.reshape(out.columns(), *out.shape)
+    got = got.reshape(out.columns, *out.shape)
     moved = dense(block, layout).movedim(axis + 1, -1)
     want = (moved @ matrix).movedim(-1, axis + 1)  # one matrix, or one a sample
     torch.testing.assert_close(dense(got, out), want)
@@ -163,7 +163,7 @@ def test_viewed_blocks_are_reshaped_blocks(sizes, data):
                 at += len(factors)
     mid = layout.drop(layout.tied - out.tied)
     block = random_block(layout)
-    stored = convert(block, layout, mid, None, block).reshape(out.columns(), *target)
+    stored = convert(block, layout, mid, None, block).reshape(out.columns, *target)
     assert torch.equal(dense(stored, out).reshape(24, *shape), dense(block, layout))
 
 

@@ -74,7 +74,7 @@ def test_samples_cost_n_blocks_and_not_n_squared():
 
 def test_elementwise_functions_stay_diagonal():
     plan = make_plan(graph_of(lambda x: torch.tanh(x).exp().sin(), (50, 40)))
-    assert all(step.layout.columns() == 1 for step in plan.sweeps[0].steps)
+    assert all(step.layout.columns == 1 for step in plan.sweeps[0].steps)
     assert plan.bytes <= 3 * 50 * 40 * 4
 
 
@@ -82,7 +82,7 @@ def test_tokens_stay_apart_through_a_token_wise_mlp():
     net = mlp(8, 32, 8)
     (sweep,) = make_plan(graph_of(lambda x: x + net(x), (2, 5, 8))).sweeps
     (target,) = [t for t in sweep.targets if t is not None]
-    assert sweep.layouts[target].columns() == 8
+    assert sweep.layouts[target].columns == 8
 
 
 def test_a_plan_holds_no_tensor():

@@ -219,7 +219,7 @@ def test_what_runs_as_one_has_one_range(monkeypatch):
 
     def taken(graph, sweep, item, data, sel, out):
         value = graph.values[item.value]
-        return torch.zeros(item.layout.columns(sel), *value.shape)
+        return torch.zeros(item.layout.columns_of(sel), *value.shape)
 
     monkeypatch.setattr(launch, "run", taken)
     names, _ = traced(lambda: jactri.jacobian(net, x, per_sample=True, strategy="reverse-mode"))

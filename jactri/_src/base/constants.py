@@ -22,11 +22,12 @@ _ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def one(like: Tensor) -> Tensor:
     """A cached 0-d tensor holding 1, of the dtype and device of ``like``."""
     key = (like.dtype, like.device)
-    found = None if _len_torch_dispatch_stack() and tracing() else _ONES.get(key)
+    traced = _len_torch_dispatch_stack() and tracing()
+    found = None if traced else _ONES.get(key)
     if found is None:
         with torch.inference_mode(False), torch.no_grad():
             found = torch.ones((), dtype=like.dtype, device=like.device)
-        if not tracing():
+        if not traced:
             _ONES[key] = found
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from ..plan.planning import (
     plan_for,
     proof,
     prove_by_probe,
-    small,
     split_samples,
 )
 from ..prologue.arguments import (
@@ -31,7 +31,6 @@ from ..prologue.arguments import (
     as_tuple,
     check_batch,
     destinations,
-    form,
     out_rows,
     taken,
 )
@@ -146,7 +145,7 @@ def jacobian(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        form(layout, out, create_graph), of="",
+        layout, of="",
     )  # fmt: skip
     tupled, xs = taken("jacobian", inputs, asked)
     if handover.transforming(xs):
@@ -164,7 +163,8 @@ def jacobian(
             out,
         )
     ran = prepare(func, xs, create_graph)
-    asked.out = out_rows(out, ran.tupled, tupled)
+    if out is not None:
+        asked.out = out_rows(out, ran.tupled, tupled)
     rows = compute(ran.ys, ran.leaves, asked)
     answer = out
     if out is None:
@@ -234,7 +234,7 @@ def jacobian_of(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        form(layout, out, create_graph), None, of="",
+        layout, None, of="",
     )  # fmt: skip
     tupled, xs = taken("jacobian_of", inputs, asked)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -255,7 +255,8 @@ def jacobian_of(
                 "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
                 + (f". It is a DTensor: {FSDP}" if is_distributed(xs[i]) else "")
             )
-    asked.out = out_rows(out, tupled_out, tupled)
+    if out is not None:
+        asked.out = out_rows(out, tupled_out, tupled)
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
         return out
@@ -328,7 +329,7 @@ def _rows(ys, xs, asked: Options, dests):
             elif not apart(graph):
                 prove_by_probe(graph, plan, ys, xs)
             plan, wanted = None, wanted._replace(strategy=strategy, summed=True)
-        elif asked.chunk_size is not None or budget.given is not None or not small(plan):
+        elif asked.chunk_size is not None or budget.limit(plan.peak) < inf:
             plan = None
     forward = strategy == "forward-mode"
     if sparse:

@@ -31,9 +31,7 @@ class Sum(LinearMap):
         return tuple((a, a) for a in range(len(in_shape)) if a not in self.axes)
 
     def _contract(self, layout: Layout) -> Route:
-        partly = [a for a in self.axes if layout.has_tie(a) and not layout.is_tied(a)]
-        mid = layout.untie(partly) if partly else layout
-        out = mid
+        mid = out = layout.untie([a for a in self.axes if not layout.is_tied(a)])
         for a in self.axes:
             out = released(out, a)
         sums = any(mid.shape[a] > 1 and not mid.is_tied(a) for a in self.axes)
@@ -78,9 +76,9 @@ class Sum(LinearMap):
                 data = release(data, at, a, sel)
                 at = released(at, a)
                 if data is not None:
-                    data = data.reshape(at.columns(sel), *at.shape)
+                    data = data.reshape(at.columns_of(sel), *at.shape)
         if data is None and route.out.free:  # ones for every freed seed
-            data, own = one(like).expand(at.columns(sel), *at.shape), False
+            data, own = one(like).expand(at.columns_of(sel), *at.shape), False
         return data, own
 
     def _expand(self, data: Tensor) -> tuple[Tensor, bool]:
@@ -121,17 +119,15 @@ class MatMul(LinearMap):
     partner's rows scaled (or the partner itself, under an identity seed).
     """
 
-    __slots__ = ("key", "partner", "side", "structure")
+    __slots__ = ("key", "partner", "side", "structure", "uniform")
     name = "matmul"
 
     def __init__(self, partner: Tensor, side: str = "right"):
         self.partner, self.side = partner, side
         self.key = (MatMul, side, partner.dim())  # type: ignore[misc]
-        self.structure = "shared matrix" if partner.dim() == 2 else "batched matrix"
-
-    @property
-    def uniform(self):
-        return self.side == "right" and self.partner.dim() == 2
+        shared = partner.dim() == 2
+        self.structure = "shared matrix" if shared else "batched matrix"
+        self.uniform = side == "right" and shared
 
     def kept(self, in_shape, out_shape):
         n = len(in_shape)
@@ -141,13 +137,10 @@ class MatMul(LinearMap):
     def route(self, layout, in_shape, out_shape, reverse):
         n = len(in_shape)
         axis = n - 1 if self.side == "right" else n - 2
-        to = in_shape if reverse else out_shape
-        if layout.is_tied(axis):
-            return Route(layout, released(layout, axis, to[axis]), axis)
-        mid = layout.untie((axis,)) if layout.has_tie(axis) else layout
-        return Route(
-            mid, released(mid, axis, to[axis]), None, self.work(in_shape, out_shape, reverse)
-        )
+        mid, out, tied = layout.contract(axis, (in_shape if reverse else out_shape)[axis])
+        if tied:
+            return Route(mid, out, axis)
+        return Route(mid, out, None, self.work(in_shape, out_shape, reverse))
 
     def reach(self, t, in_shape, out_shape, reverse, values):
         """By the partner's zeros, where they count and are not too many to look at."""
@@ -225,7 +218,7 @@ class MatMul(LinearMap):
         rows = release(data, layout, axis, sel)
         matrix = matrix_view(p, layout, axis, 0 if p.dim() == 3 else None, sel).contiguous()
         if rows is None:
-            full = matrix.expand(*out.seeds(sel), *out.shape)
-            return full.reshape(out.columns(sel), *out.shape), False
+            full = matrix.expand(*out.seeds_of(sel), *out.shape)
+            return full.reshape(out.columns_of(sel), *out.shape), False
         # a product takes the memory order of its operands, and the features must come last
-        return (rows.contiguous() * matrix).reshape(out.columns(sel), *out.shape), True
+        return (rows.contiguous() * matrix).reshape(out.columns_of(sel), *out.shape), True

@@ -259,7 +259,7 @@ def full(t: Tangents, value: int, ties: frozenset[int]) -> Tensor:
     block = t.block(value, ties)
     if block is None:
         layout = t.layout(value)
-        return one(t.like(value)).expand(layout.columns(), *layout.shape)
+        return one(t.like(value)).expand(layout.columns, *layout.shape)
     return block
 
 

@@ -44,25 +44,35 @@ class SplitSeed(Exception):
         self.factor, self.sizes = factor, sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Layout:
     """How a block is stored: for each value axis its factors, and the sizes of the seed's factors."""
 
     axes: tuple[tuple[Factor, ...], ...]
     seed: tuple[int, ...]
-    shape: tuple[int, ...] = field(init=False, compare=False)
+    shape: tuple[int, ...] = field(compare=False)
     """Of the value."""
-    tied: frozenset[int] = field(init=False, compare=False)
+    tied: frozenset[int] = field(compare=False)
     """Seed factors that an axis is tied to."""
-    free: tuple[int, ...] = field(init=False, compare=False)
-    """The others: the block has a dim for them."""
+    free: tuple[int, ...] = field(compare=False)
+    """The others: the block has a dim for them,"""
+    seeds: tuple[int, ...] = field(compare=False)
+    """of these sizes."""
+    columns: int = field(compare=False)
+    """``K``: how many seeds the stored data carries."""
+    numel: int = field(compare=False)
+    """Stored elements."""
 
-    def __post_init__(self) -> None:
-        tied = frozenset(t for axis in self.axes for _, t in axis if t != FREE)
-        fix = object.__setattr__
-        fix(self, "shape", tuple(prod(f[0] for f in axis) for axis in self.axes))
-        fix(self, "tied", tied)
-        fix(self, "free", tuple(s for s in range(len(self.seed)) if s not in tied))
+    def __init__(self, axes: tuple[tuple[Factor, ...], ...], seed: tuple[int, ...]):
+        shape = tuple([prod([n for n, _ in axis]) for axis in axes])
+        tied = frozenset([t for axis in axes for _, t in axis if t != FREE])
+        free = tuple([s for s in range(len(seed)) if s not in tied])
+        seeds = tuple([seed[s] for s in free])
+        columns = prod(seeds)
+        vars(self).update(
+            axes=axes, seed=seed, shape=shape, tied=tied, free=free, seeds=seeds, columns=columns,
+            numel=columns * prod(shape),
+        )  # fmt: skip
 
     @staticmethod
     def identity(
@@ -96,26 +106,23 @@ class Layout:
         """The value's axes that are tied as a whole."""
         return tuple(a for a in range(len(self.axes)) if self.is_tied(a))
 
-    def seeds(self, sel: Selection | None = None) -> tuple[int, ...]:
-        """Sizes of the free seed factors, restricted to a chunk's selection."""
+    def seeds_of(self, sel: Selection | None) -> tuple[int, ...]:
+        """``seeds`` of a chunk."""
         if not sel:
-            return tuple(self.seed[s] for s in self.free)
-        return tuple(sel[s][1] if s in sel else self.seed[s] for s in self.free)
+            return self.seeds
+        return tuple([sel[s][1] if s in sel else self.seed[s] for s in self.free])
 
-    def columns(self, sel: Selection | None = None) -> int:
-        """``K``: how many seeds the stored data carries."""
-        return prod(self.seeds(sel))
+    def columns_of(self, sel: Selection | None) -> int:
+        """``columns`` of a chunk."""
+        return prod(self.seeds_of(sel)) if sel else self.columns
 
-    def numel(self, sel: Selection | None = None) -> int:
-        """Stored elements."""
-        return self.columns(sel) * prod(self.shape)
+    def numel_of(self, sel: Selection | None) -> int:
+        """``numel`` of a chunk."""
+        return self.columns_of(sel) * prod(self.shape)
 
     def is_tied(self, axis: int) -> bool:
         """Whether every factor of an axis is tied (so that a contraction over it needs no sum)."""
         return all(t != FREE for _, t in self.axes[axis])
-
-    def has_tie(self, axis: int) -> bool:
-        return any(t != FREE for _, t in self.axes[axis])
 
     def drop(self, ties: frozenset[int]) -> Layout:
         """The same value with fewer ties."""
@@ -129,6 +136,15 @@ class Layout:
     def untie(self, axes) -> Layout:
         """The same value with no tie on ``axes``."""
         return self.drop(frozenset(t for a in axes for _, t in self.axes[a] if t != FREE))
+
+    def contract(self, axis: int, size: int) -> tuple[Layout, Layout, bool]:
+        """Before and after a map that mixes ``axis`` and gives it ``size`` entries, and whether the axis is tied.
+
+        Then nothing is summed. An axis that is tied in part loses its ties first.
+        """
+        tied = self.is_tied(axis)
+        mid = self if tied else self.untie((axis,))
+        return mid, released(mid, axis, size), tied
 
     def carry(self, kept: tuple[tuple[int, int], ...], out_shape: tuple[int, ...]) -> Layout:
         """After a map that passes ``kept`` (in, out) axis pairs through and mixes all others."""
@@ -220,7 +236,7 @@ def factor_view(
     factors are at least as fine.
     """
     sizes = [n for axis in like.axes for n, _ in axis]
-    return data.reshape((*layout.seeds(sel), *sizes)), [t for axis in like.axes for _, t in axis]
+    return data.reshape((*layout.seeds_of(sel), *sizes)), [t for axis in like.axes for _, t in axis]
 
 
 def scatter(
@@ -270,7 +286,7 @@ def convert(
     if source.tied == to.tied:
         return data
     ref = data if data is not None else like
-    target = torch.zeros(to.columns(sel), *to.shape, dtype=ref.dtype, device=ref.device)
+    target = torch.zeros(to.columns_of(sel), *to.shape, dtype=ref.dtype, device=ref.device)
     return scatter(target, to, data, source, sel)
 
 
@@ -322,7 +338,7 @@ def release(
     n_free = len(layout.free)
     shape = layout.shape
     view = data.reshape(
-        *layout.seeds(sel), *shape[:axis], *(n for n, _ in factors), *shape[axis + 1 :]
+        *layout.seeds_of(sel), *shape[:axis], *(n for n, _ in factors), *shape[axis + 1 :]
     )
     first = n_free + axis
     for i, (_, tie) in enumerate(factors):

@@ -99,7 +99,7 @@ class Network:
         for s, span in (sel or {}).items():
             self.chunk[of_seed[s]] = span
         if data is not None:
-            made.data = data.reshape([*layout.seeds(sel), *(self.sizes[c] for c in values)])
+            made.data = data.reshape([*layout.seeds_of(sel), *(self.sizes[c] for c in values)])
         return made
 
     def identify(self, mine: Axes, theirs: Axes) -> None:

@@ -9,16 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contraction import MatMul
 from .linear_map import LinearMap
 from .maps import Once
-
-
-def matmul(partner: Tensor, side: str = "right") -> LinearMap:
-    """Multiplication by a matrix, dense or sparse, on one side; or by a batch of them."""
-    if partner.layout is torch.strided:
-        return MatMul(partner, side)
-    return SparseMatMul(partner, side)
 
 
 class SparseMatMul(LinearMap):

@@ -176,7 +176,7 @@ def _middle(graph: Graph, ahead: Sweep, back: Sweep, rates) -> DiagonalOrder | N
             crossing.add(v)
         cost = before + behind
         for s in crossing:
-            numel = max(sweep.layouts[s].numel() for sweep in (ahead, back))
+            numel = max(sweep.layouts[s].numel for sweep in (ahead, back))
             cost += costs[1].get(s, 0.0) + predict(
                 2.0 * numel, numel * graph.values[s].dtype.itemsize, 1, rates
             )
@@ -226,7 +226,7 @@ def _cut(graph: Graph, order: DiagonalOrder, limit: float, chunk_size: int | Non
     sizes = [parts[0][1].layout.seed[f] for f in factors]
     total = count = prod(sizes)
     # an end is a part of the Jacobian, which is not to be there as a whole
-    widest = max(s.stored(g, v) for g, s in parts for v in s.layouts)
+    widest = max(s.largest(g) for g, s in parts)
     most = block_bytes(graph.values[parts[0][1].seed].device.type, CACHE_BYTES)
     if chunk_size is not None:
         count = min(total, chunk_size)
@@ -235,7 +235,7 @@ def _cut(graph: Graph, order: DiagonalOrder, limit: float, chunk_size: int | Non
     while True:
         chosen = cut_seeds(factors, sizes, count)
         sel = {f: (0, c) for f, c in chosen.items()}
-        need = sum(needs(g, s, chosen, None) for g, s in parts)
+        need = sum(needs(g, s, chosen, None)[1] for g, s in parts)
         for v in order.at:  # where they meet, blocks are multiplied
             need += sum(s.stored(graph, v, sel) for _, s in parts)
         if need <= limit:

@@ -132,7 +132,7 @@ def _cuts(graph: Graph) -> list[int]:
 
 def _size(graph: Graph, sweeps: list[Sweep]) -> float:
     """Bytes of the blocks at the ends of sweeps."""
-    return sum(sweep.stored(graph, t) for sweep in sweeps for t in sweep.targets if t is not None)
+    return sum(sweep.ends(graph) for sweep in sweeps)
 
 
 def _blocks(sweeps: list[Sweep], made=None) -> _Blocks:
@@ -411,7 +411,7 @@ def _cut(graph: Graph, order: GramOrder, limit: float, chunk_size: int | None) -
     def chosen(sweep: Sweep, summing: bool) -> Sweep:
         def cut(device: str) -> Sweep:
             rest = free / 2 if summing else free  # the copy of a chunk for its product
-            chunks = choose_chunks(graph, sweep, rest, chunk_size=chunk_size, device=device)
+            chunks, _ = choose_chunks(graph, sweep, rest, chunk_size=chunk_size, device=device)
             return replace(sweep, chunks=chunks)
 
         made = cut(device)

@@ -94,14 +94,6 @@ class Join(Sweep):
     products: dict[int, Product] = field(default_factory=dict)
 
     @property
-    def flops(self) -> float:
-        return sum(2.0 * prod(p.sizes) for p in self.products.values())
-
-    @property
-    def bytes(self) -> float:
-        return self.peak_bytes({})
-
-    @property
     def direction(self) -> str:
         return "product"
 
@@ -120,15 +112,14 @@ class Join(Sweep):
         first = {v: now(p) for v, p in self.first.items()}
         return replace(self, first=first, second=now(self.second))
 
-    def peak_bytes(self, chunks: dict[int, int], copies: bool = False) -> float:
-        """Bytes of the results with the largest chunk in flight; with the ``copies`` that the last one makes."""
+    def peak_bytes(self, chunks: dict[int, int]) -> float:
+        """Bytes of the results with the largest chunk in flight, and of the copies that the last one makes."""
         sel = {f: (0, c) for f, c in chunks.items()}
         total, last = 0.0, 0.0
         for v, p in self.products.items():
-            total += self.layouts[v].numel(sel) * self.itemsizes[v]
-            if copies:
-                taken = {p.seeds[f]: c for f, c in chunks.items()}
-                last = max(last, p.copies(taken) * self.itemsizes[v])
+            total += self.layouts[v].numel_of(sel) * self.itemsizes[v]
+            taken = {p.seeds[f]: c for f, c in chunks.items()}
+            last = max(last, p.copies(taken) * self.itemsizes[v])
         return total + last
 
 
@@ -282,22 +273,25 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
     partials: dict[tuple[int, int], Partial] = {}
     joins: list[Sweep] = []
     for i, (target, _) in enumerate(above.partials):
-        second, join = above.partials[target, at], None
-        for (_, source), first in below.partials.items():
-            found = product(first, second)
-            if found is None:
-                return None
-            how, layout, identity = found
-            if join is None:
-                join = Join(True, target, identity, [], {}, [], i, at=at, second=second)
-                joins.append(join)
-            elif join.layout != identity:  # one refinement of the target's axes serves all sources
-                return None
-            join.targets.append(source)
-            join.layouts[source] = layout
-            join.first[source], join.products[source] = first, how
-            join.itemsizes[source] = graph.values[source].dtype.itemsize
-            partials[target, source] = Partial(join, source)
+        second = above.partials[target, at]
+        first = {source: partial for (_, source), partial in below.partials.items()}
+        found = {source: product(partial, second) for source, partial in first.items()}
+        if None in found.values():
+            return None
+        products = {source: how for source, (how, _, _) in found.items()}
+        layouts = {source: layout for source, (_, layout, _) in found.items()}
+        identities = {identity for _, _, identity in found.values()}
+        if len(identities) > 1:  # one refinement of the target's axes serves all sources
+            return None
+        sizes = {source: graph.values[source].dtype.itemsize for source in found}
+        join = Join(
+            True, target, identities.pop(), [], layouts, list(found), index=i,
+            flops=sum(2.0 * prod(p.sizes) for p in products.values()),
+            bytes=float(sum(layouts[s].numel * sizes[s] for s in found)),
+            at=at, second=second, first=first, products=products, itemsizes=sizes,
+        )  # fmt: skip
+        joins.append(join)
+        partials.update({(target, source): Partial(join, source) for source in found})
     total = below.seconds + above.seconds + sum(seconds(j) for j in joins)
     shape = "x".join(map(str, graph.values[at].shape))
     name = f"({below.name} to {shape}, {above.name} from there)"

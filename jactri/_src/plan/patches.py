@@ -149,7 +149,8 @@ def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
         written = (seed.shape[1] if alike else n * seeds) * prod(found.size) * shape[1]
         size = values[step.value].dtype.itemsize
         steps.append(replace(step, flops=float(flops), bytes=float(written * size)))
-    return replace(sweep, steps=steps, windows=windows, chunks={})
+    flops, written = sum(s.flops for s in steps), sum(s.bytes for s in steps)
+    return replace(sweep, steps=steps, flops=flops, bytes=written, windows=windows, chunks={})
 
 
 def multiplies(graph: Graph, sweep: Sweep, step: Step) -> bool:

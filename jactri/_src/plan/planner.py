@@ -77,11 +77,11 @@ def choose_chunks(
     chunk_size: int | None,
     device: str,
     answer: Asked | None = None,
-) -> dict[int, int]:
-    """How many indices of each free seed factor to run at once.
+) -> tuple[dict[int, int], float]:
+    """How many indices of each free seed factor to run at once, and the bytes that the sweep then takes (see `needs`).
 
     The last factors stay whole as long as possible. The seeds at once are at most ``chunk_size``; else as many
-    as keep the predicted `footprint` under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
+    as keep what it needs under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
     Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
     """
     freed: set[int] = set()
@@ -94,27 +94,27 @@ def choose_chunks(
     def cut(count: int) -> dict[int, int]:
         return cut_seeds(factors, sizes, count)
 
-    if total <= 1 or sweep.windows:
-        if needs(graph, sweep, {}, answer) > limit:
-            raise _refused(needs(graph, sweep, {}, answer), limit)
-        return {}
-    if chunk_size is not None:
-        return cut(chunk_size) if chunk_size < total else {}
-    widest = max((sweep.stored(graph, v) / total for v in sweep.layouts), default=0.0)
     count = total
-    ends = sum(sweep.stored(graph, t) for t in sweep.targets if t is not None)
-    # a block that is written once and not read again gains nothing from a cache
-    if device == "cpu" and widest * total > 1.5 * CACHE_BYTES and sweep.bytes > 1.5 * ends:
-        some = max(1, int(CACHE_BYTES // max(widest, 1)))
-        if ceil(total / some) * _weights(graph, sweep) < sweep.bytes:
-            count = some
+    if total > 1 and not sweep.windows:
+        if chunk_size is not None:
+            chunks = cut(chunk_size) if chunk_size < total else {}
+            return chunks, needs(graph, sweep, chunks, answer)[0]
+        largest = sweep.largest(graph)
+        # a block that is written once and not read again gains nothing from a cache
+        cached = device == "cpu" and largest > 1.5 * CACHE_BYTES
+        if cached and sweep.bytes > 1.5 * sweep.ends(graph):
+            some = max(1, int(CACHE_BYTES // max(largest / total, 1)))
+            if ceil(total / some) * _weights(graph, sweep) < sweep.bytes:
+                count = some
     chunks = cut(count) if count < total else {}
-    while needs(graph, sweep, chunks, answer) > limit:
-        if count <= 1:
-            raise _refused(needs(graph, sweep, cut(1), answer), limit)
+    while True:
+        taken, need = needs(graph, sweep, chunks, answer)
+        if need <= limit:
+            return chunks, taken
+        if count <= 1 or sweep.windows:
+            raise _refused(need, limit)
         count = max(1, count // 2)
         chunks = cut(count)
-    return chunks
 
 
 def cut_seeds(factors: list[int], sizes: list[int], count: int) -> dict[int, int]:
@@ -144,11 +144,6 @@ def _refused(need: float, limit: float) -> MemoryLimitTooSmall:
     return MemoryLimitTooSmall(f"one seed at a time takes {need:.0f} bytes of {limit:.0f}", need)
 
 
-def needs(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
-    """The bytes that must be free for a sweep: its `footprint`, and `SLACK`."""
-    return footprint(graph, sweep, chunks, answer) + SLACK * peak_bytes(graph, sweep, chunks)
-
-
 class Asked(NamedTuple):
     """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
 
@@ -164,7 +159,7 @@ class Asked(NamedTuple):
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     """Predicted bytes of live blocks at the worst moment of a sweep or product."""
     if isinstance(sweep, mixed.Join):
-        return sweep.peak_bytes(chunks, copies=True)
+        return sweep.peak_bytes(chunks)
     if sweep.windows:
         return patches.peak_bytes(graph, sweep)
     return sweeping.peak_bytes(graph, sweep, chunks)
@@ -179,18 +174,29 @@ def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool | str
     return float(numel * graph.values[target].dtype.itemsize)
 
 
-def footprint(graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None) -> float:
-    """Predicted bytes that a sweep takes at its worst, its part of the answer included (None: blocks are the answer).
+def needs(
+    graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None
+) -> tuple[float, float]:
+    """Predicted bytes that a sweep takes at its worst, and that must be free for it (with `SLACK`).
+
+    Its part of the answer is included (None: blocks are the answer).
+    """
+    peak = peak_bytes(graph, sweep, chunks)
+    taken = _with_answer(graph, sweep, chunks, answer, peak)
+    return taken, taken + SLACK * peak
+
+
+def _with_answer(graph: Graph, sweep: Sweep, chunks, answer: Asked | None, peak: float) -> float:
+    """The bytes of blocks, ``peak``, and of the answer.
 
     Chunks are written to an answer that is there from the start; a block that comes whole becomes the answer if it
     has its form, and is copied to it at the end if not.
     """
-    peak = peak_bytes(graph, sweep, chunks)
     targets = {t for t in sweep.targets if t is not None}
     if sweep.patterns:
         return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
     if sweep.given and chunks:
-        return peak + sum(sweep.stored(graph, t) for t in targets)
+        return peak + sweep.ends(graph)
     if answer is None or answer.given:
         return peak
     whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
@@ -214,7 +220,7 @@ def _stored(graph: Graph, sweep: Sweep, targets) -> float:
     """Bytes of the whole blocks from which entries are read."""
     if sweep.windows:
         return sum(patches.block_bytes(graph, sweep, t) for t in targets)
-    return sum(sweep.stored(graph, t) for t in targets)
+    return sweep.ends(graph)
 
 
 def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> float:
@@ -282,19 +288,21 @@ class _Terms:
             return sweep
         return replace(sweep, items=fuse(graph, sweep))
 
+    def chunks(
+        self, graph: Graph, sweep: Sweep, chunk_size: int | None, answer: Asked | None, held=0.0
+    ) -> tuple[dict[int, int], float]:
+        """`choose_chunks` where so much is ``held`` by stages before."""
+        limit = self.limit - held
+        return choose_chunks(
+            graph, sweep, limit, chunk_size=chunk_size, device=self.device, answer=answer
+        )
+
     def fits(self, graph: Graph, sweep: Sweep) -> bool:
         """Whether some chunks of the sweep fit the memory limit."""
         if self.limit == inf:
             return True
         try:
-            choose_chunks(
-                graph,
-                sweep,
-                self.limit,
-                chunk_size=self.chunk_size,
-                device=self.device,
-                answer=self.answer,
-            )
+            self.chunks(graph, sweep, self.chunk_size, self.answer)
         except MemoryLimitTooSmall:
             return False
         return True
@@ -432,8 +440,7 @@ def plan_given(
     """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
     targets = list(graph.inputs if reverse else graph.outputs)
     sweep = replace(follow_given(graph, seeds, columns, reverse, targets), alone=True)
-    chunks = choose_chunks(graph, sweep, limit, chunk_size=chunk_size, device=device)
-    peak = footprint(graph, sweep, chunks, None)
+    chunks, peak = choose_chunks(graph, sweep, limit, chunk_size=chunk_size, device=device)
     sweep = fused(graph, replace(sweep, chunks=chunks, peak=peak))
     strategy = "reverse-mode" if reverse else "forward-mode"
     return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False, peak)
@@ -450,18 +457,14 @@ def _cut(
         if isinstance(stage, mixed.Join):
             stage = stage.of(ready)
         try:
-            limit = terms.limit - held
-            chunks = choose_chunks(
-                graph, stage, limit, chunk_size=chunk_size, device=terms.device, answer=answer
-            )
+            chunks, taken = terms.chunks(graph, stage, chunk_size, answer, held)
         except MemoryLimitTooSmall as error:
             raise _refused(held + error.need, terms.limit) from None
-        peak = held + footprint(graph, stage, chunks, answer)
-        return terms.fused(graph, replace(stage, chunks=chunks, peak=peak))
+        return terms.fused(graph, replace(stage, chunks=chunks, peak=held + taken))
 
     for part in parts:
         ready[part] = cut(part, None, None)
-        held += sum(part.stored(graph, t) for t in {*part.targets} - {None})
+        held += part.ends(graph)
     made = []
     alone = len(sweeps) == 1 and not parts
     for sweep in sweeps:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import inf, prod
 from typing import NamedTuple
 
-from ..base import backends, memory, rates
+from ..base import backends, rates
 from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
 from ..read.graph import Graph
@@ -154,15 +154,10 @@ def _at_once(plan: Plan, device) -> bool:
 def proof(
     graph: Graph, strategy: str, ys, xs, *, given: bool = False, sparse: bool = False
 ) -> Plan:
-    """The plan that tells whether samples are kept apart (``tied``), and that runs if it is `small`."""
+    """The plan that tells whether samples are kept apart (``tied``), and that runs if it takes little memory."""
     budget = Budget.unbounded(xs[0].device)
     wanted = Wanted(budget, strategy, per_sample=True, given=given, sparse=sparse)
     return plan_for(graph, ys, xs, wanted)
-
-
-def small(plan: Plan) -> bool:
-    """Whether a plan runs without a look at how much memory is free."""
-    return plan.peak <= memory.LARGE
 
 
 def plan_for_given(

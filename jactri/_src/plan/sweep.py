@@ -64,6 +64,8 @@ class Sweep:
     steps: list[Step]
     layouts: dict[int, Layout]
     targets: list[int | None]
+    flops: float
+    bytes: float
     index: int = 0
     summed: bool = False
     colours: Colours = field(default_factory=dict)
@@ -85,14 +87,6 @@ class Sweep:
     """The values whose blocks are made of weights alone, the same for all samples."""
 
     @property
-    def flops(self) -> float:
-        return sum(s.flops for s in self.steps)
-
-    @property
-    def bytes(self) -> float:
-        return sum(s.bytes for s in self.steps)
-
-    @property
     def direction(self) -> str:
         """As profilers and tables name it."""
         return "reverse" if self.reverse else "forward"
@@ -104,11 +98,20 @@ class Sweep:
 
     def stored(self, graph: Graph, value: int, sel: Selection | None = None) -> int:
         """Bytes of the block of a value, or of a chunk of it."""
-        return self.layouts[value].numel(sel) * graph.values[value].dtype.itemsize
+        layout = self.layouts[value]
+        return (layout.numel_of(sel) if sel else layout.numel) * graph.values[value].dtype.itemsize
+
+    def largest(self, graph: Graph) -> int:
+        """Bytes of the largest block."""
+        return max((self.stored(graph, v) for v in self.layouts), default=0)
+
+    def ends(self, graph: Graph) -> int:
+        """Bytes of the blocks that are the answer."""
+        return sum(self.stored(graph, t) for t in {*self.targets} - {None})
 
     def columns(self) -> int:
         """The most seeds that any block carries."""
-        return max((lay.columns() for lay in self.layouts.values()), default=1)
+        return max((lay.columns for lay in self.layouts.values()), default=1)
 
     def selections(self) -> list[Selection]:
         """The chunks, as ranges of the seed factors that are cut."""
@@ -290,7 +293,7 @@ def from_blocks(
             itself = len(terms) > 1 and edge.places(reverse)  # added where it belongs
             sums += len(terms) > 1 and not itself
             if route.moves and not free:
-                made = (route.mid if itself else route.out).numel()
+                made = (route.mid if itself else route.out).numel
                 if alike[other] and edge.uniform:
                     made //= prod(route.out.shape[a] for a in route.out.tied_axes)
                 flops += route.work * made
@@ -298,8 +301,8 @@ def from_blocks(
             shares = not route.moves or (ones[other] and route.axis is not None)
             unit = unit and ones[other] and not route.moves and not route.out.free
         if sums:
-            flops += meet.numel() * sums
-            written += meet.numel() * values[v].dtype.itemsize
+            flops += meet.numel * sums
+            written += meet.numel * values[v].dtype.itemsize
         layouts[v], ones[v] = meet, unit
         alike[v] = len(terms) == 1 and alike[terms[0].other] and edge.uniform
         shares = shares and len(terms) == 1
@@ -307,6 +310,7 @@ def from_blocks(
     return Sweep(
         reverse=reverse, seed=next(iter(seeds)), layout=layout, steps=steps, layouts=layouts,
         targets=[t if t in present else None for t in targets],
+        flops=sum(s.flops for s in steps), bytes=sum(s.bytes for s in steps),
         alike=frozenset(v for v, same in alike.items() if same),
         **fields,
     )  # fmt: skip
@@ -358,7 +362,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
             if first.other not in turned:
                 read = graph.values[first.other].dtype.itemsize
-                extra += first.route.mid.numel(sel) * read
+                extra += first.route.mid.numel_of(sel) * read
             if step.layout.shape[1] > 1 and (sweep.reverse or first.route.mid.shape[1] > 1):
                 turned.add(step.value)
         elif scaling and first.other in turned:

@@ -24,7 +24,8 @@ class Options:
     """What a call was asked for, beside its function and inputs; each call has some of it.
 
     ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `entries.Entries`
-    names it; ``handles`` that of `graph.read`; ``what`` names the answer in refusals, ``of``: see `planning.Wanted`.
+    names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
+    refusals, ``of``: see `planning.Wanted`.
     """
 
     create_graph: bool = False
@@ -37,10 +38,11 @@ class Options:
     progress: bool = False
     resume: bool = True
     out: Any = None
-    form: str = "dense"
+    layout: torch.layout | str = torch.strided
     handles: int | None = 0
     what: str = "the Jacobian"
     of: str | None = None
+    form: str = "dense"
 
     @property
     def assume(self) -> bool:
@@ -52,6 +54,7 @@ def taken(
     call: str, inputs: Any, asked: Options, name: str = "inputs"
 ) -> tuple[bool, tuple[Tensor, ...]]:
     """Whether the inputs of a call are a tuple, and they as one. Raises for what they or its options cannot be."""
+    asked.form = _form(asked.layout, asked.out)
     check_options(asked.strategy, asked.chunk_size, asked.out, asked.create_graph)
     tupled, xs = as_tuple(inputs, name, call)
     backends.check_asked(asked.backend, xs[0].device if xs else None, asked.create_graph)
@@ -73,7 +76,7 @@ def check_options(strategy, chunk_size, out, create_graph) -> None:
         )
 
 
-def form(layout, out, create_graph: bool) -> str:
+def _form(layout, out) -> str:
     """The form of the answer."""
     kind = FORMS.get(layout)
     if kind is None:
@@ -137,8 +140,6 @@ def block_shape(y: Tensor, x: Tensor, per_sample: bool | str) -> tuple[int, ...]
 
 def out_rows(out, tupled_out: bool, tupled: bool):
     """``out`` with both tuple levels."""
-    if out is None:
-        return None
     rows = out if tupled_out else (out,)
     return tuple(row if tupled else (row,) for row in rows)
 

@@ -231,7 +231,7 @@ class Marks:
 
         def name() -> str:
             at = "x".join(map(str, self.graph.values[join.at].shape))
-            written = join.layouts[source].numel() * join.itemsizes[source]
+            written = join.layouts[source].numel * join.itemsizes[source]
             flops = 2.0 * prod(join.products[source].sizes)
             return f"product at {at} {_cost(flops, written, len(join.selections()))}"
 

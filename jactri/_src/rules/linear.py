@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..maps.contraction import MatMul
 from ..maps.convolution import Conv, ConvWeight
 from ..maps.curvature import Curves, Matrices
 from ..maps.linear_map import Functional, keep_all_but
 from ..maps.maps import Batched
-from ..maps.sparse_product import SparseMatMul, matmul
+from ..maps.sparse_product import SparseMatMul
 from . import rule
 from .elementwise import multiplied, only
 
@@ -33,6 +34,11 @@ def in_one_factor(r) -> Curves | None:
     factors = {"AddmvBackward0": (1, 2), "TrilinearBackward0": (0, 1, 2)}.get(r.name, (0, 1))
     known = only(r, MatMul, SparseMatMul, Conv, ConvWeight, Functional)
     return {} if known and sum(r.active(*factors)) <= 1 else None
+
+
+def matmul(partner: Tensor, side: str = "right") -> MatMul | SparseMatMul:
+    """Multiplication by a matrix, dense or sparse, on one side; or by a batch of them."""
+    return (MatMul if partner.layout is torch.strided else SparseMatMul)(partner, side)
 
 
 def product(g, a, b, left: str, right: str, shape) -> list[int]:

@@ -25,7 +25,7 @@ class Store:
 
     def allocate(self) -> Tensor:
         """The memory that chunks are written to."""
-        shape = (*self.final.seeds(), *self.final.shape)
+        shape = (*self.final.seeds, *self.final.shape)
         return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
 
     def reserve(self) -> None:
@@ -107,9 +107,7 @@ class Answer(Store):
         seed, value = self._seed_and_value()
         make = torch.empty if self.final.tied == self.layout.tied else torch.zeros
         if self.dest is None:
-            return make(
-                (*self.final.seeds(), *value), dtype=self.like.dtype, device=self.like.device
-            )
+            return make((*self.final.seeds, *value), dtype=self.like.dtype, device=self.like.device)
         if make is torch.zeros and not self.begun:
             self.dest.zero_()
         # undo `finish`: bring the seed's axes to the front; splitting them into factors stays a view
@@ -120,7 +118,7 @@ class Answer(Store):
             dims = [*range(1, 1 + n), 0, *range(1 + n, m)]
         else:
             dims = list(range(m))
-        return self.dest.permute(dims).view((*self.final.seeds(), *value))
+        return self.dest.permute(dims).view((*self.final.seeds, *value))
 
     def finish(self) -> Tensor:
         """The Jacobian, in the caller's shape."""

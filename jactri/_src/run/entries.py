@@ -106,7 +106,7 @@ def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
             )
         sizes.append(prod(block.shape[at : at + len(axis)]))
         at += len(axis)
-    return block.reshape(layout.columns(sel), *sizes).expand(-1, *layout.shape)
+    return block.reshape(layout.columns_of(sel), *sizes).expand(-1, *layout.shape)
 
 
 def blocks(sweep: Sweep, layout: Layout, out, into, pattern: Pattern) -> tuple[int, Pattern]:

@@ -368,7 +368,7 @@ def add_terms(
     if sparse:
         if total is None:
             total = torch.zeros(
-                step.layout.columns(sel), *like.shape, dtype=like.dtype, device=like.device
+                step.layout.columns_of(sel), *like.shape, dtype=like.dtype, device=like.device
             )
         elif not (own and writable):
             total = total.clone(memory_format=torch.contiguous_format)

@@ -52,7 +52,7 @@ def run(
         return _chain(graph, item, t, sweep.reverse, out)
     if item.kind == "conv":
         return _convolution(graph, item, t, sweep.reverse, out)
-    kind = _passing(graph, sweep, item, item.layout.columns(sel), t.dtype, t.device)
+    kind = _passing(graph, sweep, item, item.layout.columns_of(sel), t.dtype, t.device)
     pass_ = {"sum": _scaled_sum, "pool": _pooled, "rows": _mapped_rows}[item.kind]
     return pass_(graph, item, kind, data, sweep.reverse, out)
 
@@ -65,7 +65,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
         return "torch", f"{str(dtype).removeprefix('torch.')} has no kernels"
     # the block of the first layer under an identity seed is its weight, the same for all rows
     shared = any(s.value == first and s.shares for s in sweep.steps)
-    seeds = item.layout.columns((sweep.selections() or [None])[0])
+    seeds = item.layout.columns_of((sweep.selections() or [None])[0])
     if item.kind == "conv":
         edge, around, sizes = _parts(graph, item, sweep.layouts[first].shape)
         samples = item.layout.shape[0]
@@ -286,7 +286,7 @@ def _first(graph: Graph, sweep: Sweep, item: Fused, sel: Selection, out: Tensor 
         problem = _around(edge, not sweep.reverse, block, around, (given, shape))
         return problem.first(len(block), n).torch(dtype)
 
-    seeds = item.layout.columns(sel)
+    seeds = item.layout.columns_of(sel)
     kind = _passing(graph, sweep, item, seeds, seed.dtype, seed.device)
     entries = seeds * max(prod(given[1:]), prod(shape[1:]))
     made = chooser.run(Pass(kind, samples, entries, kernel, steps), out)

@@ -36,7 +36,9 @@ def multiply(
     if out is not None and not torch.is_grad_enabled() and _fits(out, first, second):
         contract(*one, *other, how.out, out.view(shape))
         return out
-    return contract(*one, *other, how.out).expand(shape).reshape(layout.columns(sel), *layout.shape)
+    return (
+        contract(*one, *other, how.out).expand(shape).reshape(layout.columns_of(sel), *layout.shape)
+    )
 
 
 def _fits(out: Tensor, first: Tensor, second: Tensor) -> bool:

@@ -280,7 +280,7 @@ class LaplacianRun:
             return route.mid is self.layouts[source]
         edge = self.values[owner].sources[edge][1]
         at = self.layouts[source]
-        return isinstance(edge, Sum) and not any(at.has_tie(a) for a in edge.axes)
+        return isinstance(edge, Sum) and at.untie(edge.axes) is at
 
     def _pushed(self, step: Step) -> tuple[Tensor, bool]:
         """The sum of terms that all come as one block each, and whether it may be overwritten."""

@@ -274,7 +274,7 @@ def _start(run: LaplacianRun, step: Step) -> Tensor | None:
     block, _ = run.blocks[source]
     if block is None:  # ones, tied to the features: the identity
         ties = [t for _, t in layout.axes[-1]]
-        if run.layouts[step.value].columns() != n or ties != sorted(ties):
+        if run.layouts[step.value].columns != n or ties != sorted(ties):
             return None
         block = torch.eye(n, dtype=like.dtype, device=like.device).unsqueeze(1)
     elif source in run.plan.dense:

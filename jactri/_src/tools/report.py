@@ -287,7 +287,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
 def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     """How many seeds run as one, and what writes the answer out."""
     sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
-    columns = max(sweep.layouts[t].columns() for t in sweep.targets if t is not None)
+    columns = max(sweep.layouts[t].columns for t in sweep.targets if t is not None)
     seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
     found = f"{columns} colours for {seeds} seeds that never meet in one entry"
     if sweep.why:
@@ -297,7 +297,7 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
         for t, pattern in sweep.patterns.items():
             ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
             samples, each = blocks(sweep, sweep.layouts[t], ends[0], ends[1], pattern)
-            both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns()
+            both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns
             kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
             if kind is not None:
                 found += ", written out by {} ({})".format(*chooser.described(kind))
@@ -347,8 +347,8 @@ def _product(graph: Graph, join: Join, source: int) -> StepReport:
         b, m, k, n = (prod(p.sizes[c] for c in letters) for letters in p.groups)
         ran = batching.described(b, m, k, n, value.dtype, value.device)
     return StepReport(
-        "product", f"meets at {at}", "mixed", value.shape, layout.columns(), _tied(layout), flops,
-        float(layout.numel() * value.dtype.itemsize), *ran, False,
+        "product", f"meets at {at}", "mixed", value.shape, layout.columns, _tied(layout), flops,
+        float(layout.numel * value.dtype.itemsize), *ran, False,
     )  # fmt: skip
 
 
@@ -379,7 +379,7 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
             "torch",
             "view" if not step.flops else "convolution" if mixes else "elementwise",
         )
-    columns = step.layout.columns()
+    columns = step.layout.columns
     if sweep.windows:
         size = sweep.windows[step.value].size
         structures.append(f"patches of {'x'.join(map(str, size))}")
