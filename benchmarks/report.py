@@ -238,7 +238,8 @@ def _shape(row: dict) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    ms = 1e3 * seconds
+    return f"{ms:.3g}" if ms < 999.5 else f"{ms:.0f}"
 
 
 def _ratio(value: float) -> str:

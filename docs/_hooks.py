@@ -19,10 +19,14 @@ PAGES = {
     "CHANGELOG.md": "project/changelog.md",
 }
 
+WIDE = "---\nhide:\n  - navigation\n---\n"  # a page without siblings
+
 
 def on_files(files: Files, config) -> Files:
     for source, page in PAGES.items():
         text = relinked((ROOT / source).read_text(), page)
+        if page == "index.md":
+            text = WIDE + text
         files.append(File.generated(config, page, content=text))
     return files
 
