@@ -75,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train two networks on handwritten digits, compute, check, time and draw their Jacobians",
-        description="Train a small convolutional classifier and an autoencoder on scikit-learn's handwritten digits, "
+        help="train three networks on handwritten digits, compute, check, time and draw their Jacobians",
+        description="Train a denoiser, an autoencoder and a classifier on scikit-learn's handwritten digits, "
         "compute the Jacobian of every test image and the decoder's pullback metric, check them against float64 "
         "autograd, time them beside torch.autograd.functional and torch.func, and draw them. "
         "Needs the extra 'demo': scikit-learn, matplotlib, rich.",

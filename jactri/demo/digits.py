@@ -1,4 +1,4 @@
-"""The data and the two networks of the demo."""
+"""The data and the three networks of the demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 LATENT = 2  # a plane, so that the decoder's metric can be drawn whole
 BATCH = 64
+NOISE = 0.4  # of a pixel in [0, 1], standard deviation: what the denoiser is to take away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,23 @@ def make_classifier() -> nn.Sequential:
     )
 
 
+def make_denoiser() -> nn.Sequential:
+    """Three 3x3 convolutions: grey images (N, 1, H, W) of any size to images of the same."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 1, 3, padding=1),
+    )
+
+
+def pages(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Digits set ``side`` in a row and as many rows: (N, 1, 8, 8) to (N // side**2, 1, 8 side, 8 side)."""
+    whole = images[: len(images) // side**2 * side**2].reshape(-1, side, side, 8, 8)
+    return whole.transpose(2, 3).reshape(-1, 1, 8 * side, 8 * side)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Networks this small gain nothing from more threads, and lose much on a busy machine."""
@@ -96,13 +114,14 @@ def _fit(
     count: int,
     epochs: int,
     tick: Callable[[], None],
+    size: int = BATCH,
 ) -> None:
-    steps = epochs * -(-count // BATCH)
+    steps = epochs * -(-count // size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     net.train()
     for _ in range(epochs):
-        for batch in torch.randperm(count).split(BATCH):
+        for batch in torch.randperm(count).split(size):
             loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()
@@ -138,6 +157,18 @@ def train_autoencoder(data: Digits, epochs: int, tick: Callable[[], None]) -> Au
         return F.mse_loss(decoded, images.flatten(1)) + 1e-3 * codes.square().mean()
 
     _fit(net, loss_of, len(data.train_labels), epochs, tick)
+    return net
+
+
+def train_denoiser(data: Digits, epochs: int, tick: Callable[[], None]) -> nn.Sequential:
+    """A denoiser of pages of digits."""
+    net, clean = make_denoiser(), pages(data.train_images, 3)
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        page = clean[batch]
+        return F.mse_loss(net(page + NOISE * torch.randn_like(page)), page)
+
+    _fit(net, loss_of, len(clean), epochs, tick, size=8)
     return net
 
 

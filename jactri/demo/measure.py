@@ -21,6 +21,10 @@ Jacobian = Callable[[], torch.Tensor]
 TOLERANCE = 1e-4
 
 
+PACKAGES = ("jactri", "torch.autograd.functional", "torch.func")
+"""What the ways of `contenders` belong to: the first word of their names."""
+
+
 class DemoFailure(RuntimeError):
     """A result of the demo was wrong, so that nothing may be said about its speed."""
 
@@ -36,22 +40,23 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the demo's table; times are medians in milliseconds, memory is in MiB."""
+    """One line of the demo's table; ``ms`` and ``mib`` are of the fastest way of each of `PACKAGES`."""
 
     name: str
     shape: tuple[int, ...]
-    jactri_ms: float
-    functional_ms: float
-    func_ms: float
     error: float
-    jactri_mib: float
-    peer_mib: float
-    peer: str
+    ms: dict[str, float]  # medians
+    mib: dict[str, float]
+
+    @property
+    def peer(self) -> str:
+        """The faster of torch's two packages."""
+        return min(PACKAGES[1:], key=self.ms.__getitem__)
 
     @property
     def speedup(self) -> float:
         """How many times faster jactri is than the better of torch's two packages."""
-        return min(self.functional_ms, self.func_ms) / self.jactri_ms
+        return self.ms[self.peer] / self.ms["jactri"]
 
 
 def contenders(work: Workload) -> dict[str, Jacobian]:
@@ -177,20 +182,15 @@ def measure(
                 f"{work.name}: {name} is {difference:.1e} from jactri, allowed {TOLERANCE:.0e}"
             )
     times = interleaved_medians(ways, budget_s, rounds, tick)
-    peer = min((name for name in times if name != "jactri"), key=times.__getitem__)
-
-    def fastest(wanted: str) -> float:
-        return min(ms for name, ms in times.items() if package(name) == wanted)
-
+    fastest = {
+        wanted: min((name for name in times if package(name) == wanted), key=times.__getitem__)
+        for wanted in PACKAGES
+    }
     row = Row(
         name=work.name,
         shape=tuple(ours.shape),
-        jactri_ms=fastest("jactri"),
-        functional_ms=fastest("torch.autograd.functional"),
-        func_ms=fastest("torch.func"),
         error=error,
-        jactri_mib=peak_mib(ways["jactri"]),
-        peer_mib=peak_mib(ways[peer]),
-        peer=peer,
+        ms={name: times[way] for name, way in fastest.items()},
+        mib={name: peak_mib(ways[way]) for name, way in fastest.items()},
     )
     return row, ours

@@ -1,4 +1,4 @@
-"""The demo's three figures. Only matplotlib's object interface: no window, no global state."""
+"""The demo's four figures. Only matplotlib's object interface: no window, no global state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 from torch.nn import functional as F
+
+from jactri.demo.measure import PACKAGES, Row
 
 INK = "#22262e"
 MUTED = "#6b7280"
@@ -300,3 +303,72 @@ def _circles(axes, plane: Plane, at: torch.Tensor, room: float) -> None:
             offset_transform=axes.transData, facecolors="none", edgecolors="white", linewidths=0.8, alpha=0.7, zorder=2,
         )
     )  # fmt: skip
+
+
+def comparison(path: Path, rows: list[Row]) -> Path:
+    """Time and memory of every row of the table, for jactri and for torch's two packages."""
+    figure = Figure(figsize=(14, 1.7 + 1.0 * len(rows)), dpi=150, facecolor="white")
+    time, memory = figure.subplots(
+        1,
+        2,
+        gridspec_kw={
+            "left": 0.215, "right": 0.985, "bottom": 0.02, "top": 1 - 1.6 / figure.get_figheight(), "wspace": 0.05,
+        },
+    )  # fmt: skip
+    for axes, title in ((time, "time"), (memory, "memory, at its peak")):
+        axes.set(xlim=(0, 1.45), ylim=(len(rows) - 0.45, -0.5), xticks=[], yticks=[])
+        axes.set_title(title, fontsize=11, color=INK, loc="left")
+        for side in ("top", "right", "bottom"):
+            axes.spines[side].set_visible(False)
+        axes.spines["left"].set_color("#b6bcc6")
+    for k, row in enumerate(rows):
+        shape = " x ".join(map(str, row.shape))
+        place = {"ha": "right", "va": "center", "transform": time.get_yaxis_transform()}
+        time.text(-0.03, k - 0.12, row.name, fontsize=10.5, color=INK, **place)
+        time.text(-0.03, k + 0.17, shape, fontsize=9, color=MUTED, **place)
+        _bars(time, k, row.ms, _milliseconds, ("faster", "slower"))
+        _bars(memory, k, row.mib, _mebibytes, ("less", "more"))
+    figure.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in _COLOURS.items()],
+        loc="upper right", bbox_to_anchor=(0.985, 1 - 0.1 / figure.get_figheight()), ncols=3, frameon=False,
+        fontsize=9.5, labelcolor=INK,
+    )  # fmt: skip
+    heading(
+        figure,
+        "Per-sample Jacobians: time and memory against torch",
+        "The fastest way of each package, on this machine; the longest bar of each group has the whole length.\n"
+        "In colour: against the better of torch's two. Under each name: the Jacobian's shape.",
+        top=1 - 0.2 / figure.get_figheight(),
+    )
+    return save(figure, path)
+
+
+_COLOURS = dict(zip(PACKAGES, (ACCENT, "#9aa3af", "#ccd1d9"), strict=True))
+
+
+def _bars(axes, at: int, values: dict[str, float], text, words: tuple[str, str]) -> None:
+    """A group of bars, the longest of length 1; jactri's says how it compares with the better of the others."""
+    most, (ours, *theirs) = max(values.values()), values.values()
+    for k, (name, value) in enumerate(values.items()):
+        y = at + 0.26 * (k - 1)
+        axes.barh(y, value / most, height=0.22, color=_COLOURS[name])
+        told = axes.annotate(
+            text(value), (value / most, y), (5, 0), textcoords="offset points", va="center", fontsize=9,
+            color=MUTED if k else INK, fontweight="normal" if k else "bold",
+        )  # fmt: skip
+        if not k:
+            times = min(theirs) / ours
+            compared = f"{max(times, 1 / times):.1f}x"
+            axes.annotate(
+                "the same" if compared == "1.0x" else f"{compared} {words[times < 1]}", (1, 0.5), (8, 0),
+                xycoords=told, textcoords="offset points", va="center", fontsize=9,
+                color=ALARM if compared != "1.0x" and times < 1 else ACCENT,
+            )  # fmt: skip
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value:.3g} MiB"

@@ -3,6 +3,7 @@
 import configparser
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import jactri
 from jactri import demo
 from jactri.cli import commands as cli
 from jactri.cli import doctor
+from jactri.demo import digits, measure
 from jactri.demo import main as demo_main
-from jactri.demo import measure
 
 MODEL = """
 import torch
@@ -392,13 +393,25 @@ def test_demo_draws_and_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     out = tmp_path / "made" / "by the demo"
     assert cli.main(["demo", "--quick", "--seed", "3", "--out", str(out)]) == 0
-    for name in ("saliency.png", "spectrum.png", "metric.png"):
+    for name in ("saliency.png", "spectrum.png", "metric.png", "comparison.png"):
         png = (out / name).read_bytes()
         assert png.startswith(b"\x89PNG")
         assert len(png) > 20_000
     text = capsys.readouterr().out
-    for word in ("classifier", "autoencoder", "(120, 10, 1, 8, 8)", "(120, 64, 2)", "peak"):
+    for word in ("autoencoder", "(120, 10, 1, 8, 8)", "(120, 64, 2)", "peak"):
         assert word in text
+    assert text.index("denoiser: page to page") < text.index("classifier: image to scores")
+    noise, left = re.search(r"denoiser: (\S+) RMS noise a pixel made (\S+)", text).groups()
+    assert float(left) < 0.75 * float(noise)
+
+
+def test_demo_pages_hold_the_digits():
+    images = torch.arange(11 * 64.0).view(11, 1, 8, 8)
+    pages = digits.pages(images, 3)
+    assert pages.shape == (1, 1, 24, 24)
+    for k in range(9):
+        row, column = 8 * (k // 3), 8 * (k % 3)
+        assert torch.equal(pages[0, 0, row : row + 8, column : column + 8], images[k, 0])
 
 
 def test_demo_refuses_a_folder_it_cannot_write_to(tmp_path, capsys):
@@ -423,6 +436,11 @@ def test_demo_times_no_wrong_result(tmp_path, monkeypatch, capsys):
     row, jacobian = measure.measure(work, picks, 0.0, (2, 2), lambda: None)
     assert row.shape == tuple(jacobian.shape) == (6, 4, 3)
     assert row.error < 1e-6
+    assert set(row.ms) == set(row.mib) == set(measure.PACKAGES)
+    assert (
+        row.speedup
+        == min(row.ms["torch.func"], row.ms["torch.autograd.functional"]) / row.ms["jactri"]
+    )
 
     def timed(*arguments):
         pytest.fail("a wrong result was timed")
