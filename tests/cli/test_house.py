@@ -68,5 +68,15 @@ def test_no_private_attribute_is_read_in_another_file():
     assert found == []
 
 
+def test_no_file_is_long():
+    """For a reader: what takes more than 500 lines is about more than one thing."""
+    ours = (
+        p
+        for d in ("benchmarks", "docs", "examples", "jactri", "kernels", "tests")
+        for p in (ROOT / d).rglob("*.py")
+    )
+    assert {str(f.relative_to(ROOT)) for f in ours if f.read_text().count("\n") > 500} == set()
+
+
 def test_every_file_says_what_it_is_for():
     assert [f for f in FILES if not ast.get_docstring(ast.parse(f.read_text()))] == []

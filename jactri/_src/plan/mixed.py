@@ -296,3 +296,17 @@ def _join(graph: Graph, below: Table | None, above: Table | None, at: int, secon
     shape = "x".join(map(str, graph.values[at].shape))
     name = f"({below.name} to {shape}, {above.name} from there)"
     return Table(partials, [*below.makes, *above.makes, *joins], total, name)
+
+
+def stages(graph: Graph, table: Table) -> tuple[list[Sweep], list[Sweep]]:
+    """The parts of a mixed plan, and the products that are the answers: one for each output."""
+    last = {target: p.made for (target, _), p in table.partials.items()}
+    ends = {id(m) for m in last.values()}
+    parts = [m for m in table.makes if id(m) not in ends]
+    sweeps: list[Sweep] = []
+    for j, v in enumerate(graph.outputs):
+        join = last.get(v)
+        if isinstance(join, Join):
+            targets = [i if i in join.first else None for i in graph.inputs]
+            sweeps.append(replace(join, index=j, targets=targets))
+    return parts, sweeps

@@ -403,7 +403,7 @@ def make_plan(
         cost["mixed"] = table.seconds
     refused: list[MemoryLimitTooSmall] = []
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
-        parts, sweeps = _stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
+        parts, sweeps = mixed.stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
         if (
             chosen == "mixed"
             and _untied(graph, sweeps)
@@ -484,20 +484,6 @@ def _meeting(graph: Graph, strategy: str, terms: _Terms) -> mixed.Table | None:
     """The cheapest mixed plan, or None where there is no cut that is worth a look."""
     at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
     return mixed.best(graph, at, lambda s: terms.seconds(graph, s), joined=True) if at else None
-
-
-def _stages(graph: Graph, table: mixed.Table) -> tuple[list[Sweep], list[Sweep]]:
-    """The parts of a mixed plan, and the products that are the answers: one for each output."""
-    last = {target: p.made for (target, _), p in table.partials.items()}
-    ends = {id(m) for m in last.values()}
-    parts = [m for m in table.makes if id(m) not in ends]
-    sweeps: list[Sweep] = []
-    for j, v in enumerate(graph.outputs):
-        join = last.get(v)
-        if isinstance(join, mixed.Join):
-            targets = [i if i in join.first else None for i in graph.inputs]
-            sweeps.append(replace(join, index=j, targets=targets))
-    return parts, sweeps
 
 
 def _compare(cost: dict[str, float], chosen: str) -> str:
