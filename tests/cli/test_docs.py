@@ -5,11 +5,13 @@ import pathlib
 import re
 import runpy
 
+import matplotlib.pyplot
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+TUTORIALS = sorted(path.name for path in ROOT.glob("docs/tutorials/*.py"))
 REPORT = runpy.run_path(str(ROOT / "benchmarks/report.py"))
 
 
@@ -27,6 +29,22 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     scope = {"__name__": page}
     for code in blocks(page):
         exec(compile(code, page, "exec"), scope)
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorials_run(name, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    dtype = torch.get_default_dtype()
+    try:
+        runpy.run_path(str(ROOT / "docs/tutorials" / name))
+    finally:
+        torch.set_default_dtype(dtype)
+        matplotlib.pyplot.close("all")
+
+
+def test_the_list_of_tutorials_is_whole():
+    text = (ROOT / "docs/tutorials/index.md").read_text()
+    assert sorted(re.findall(r"\((\w+\.py)\)", text)) == TUTORIALS
 
 
 def test_headline_figures_are_those_of_the_file():
