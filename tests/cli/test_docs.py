@@ -17,18 +17,28 @@ REPORT = runpy.run_path(str(ROOT / "benchmarks/report.py"))
 
 def blocks(page, language="python"):
     """Code of a page; a block's ``hl_lines`` and the like may follow the language."""
-    return re.findall(
-        rf"^```{language}\b.*?\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.M
+    return [code for code, _ in printed(page, language)]
+
+
+def printed(page, language="python"):
+    """Blocks of code, each with the ``text`` block right behind it: what it prints."""
+    found = re.findall(
+        rf"^```{language}\b.*?\n(.*?)^```\n(?:\n(?:[^\n`]+\n\n)?```text\n(.*?)^```)?",
+        (ROOT / page).read_text(),
+        re.DOTALL | re.M,
     )
+    return [(code, text) for code, text in found]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # some write files
     torch.manual_seed(0)
     scope = {"__name__": page}
-    for code in blocks(page):
+    for code, text in printed(page):
         exec(compile(code, page, "exec"), scope)
+        shown = capsys.readouterr().out
+        assert not text or text == shown
 
 
 @pytest.mark.parametrize("name", TUTORIALS)

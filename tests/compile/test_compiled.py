@@ -239,6 +239,22 @@ def test_values_that_python_reads(name):
     assert any(w in compiled.reason for w in why.split("|")), compiled.reason
 
 
+def test_samples_that_values_prove_apart():
+    """As where rows are picked by index: the ordinary call, unless they are taken to be apart."""
+    rows = torch.tensor([2, 0, 1])
+
+    def func(x):
+        return torch.zeros_like(x).index_put((rows,), x[rows].sin())
+
+    x = torch.randn(3, 2, dtype=F64)
+    proven = compile(func, x, per_sample=True, engine="fx")
+    assert 'per_sample="assume"' in proven.reason
+    assumed = compile(func, x, per_sample="assume", engine="fx")
+    assert assumed.reason is None
+    for call in (proven, assumed):
+        torch.testing.assert_close(call(x), torch.diag_embed(x.cos()))
+
+
 def test_writes_to_what_is_not_its_own():
     w = torch.zeros(4, dtype=F64)
 

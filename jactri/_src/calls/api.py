@@ -110,7 +110,8 @@ def jacobian(
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
         is a tuple; a tensor where neither is. dtype and device of the input (of the output under
         ``strategy="forward-mode"``). Strides are unspecified: use ``reshape``, not ``view``, on the result.
-        Tensor hooks are not run; entries that are zero by structure are zero, also where autograd gives a NaN.
+        Where tensor hooks change gradients, autograd computes the rows, hooks included. Entries that are zero by
+        structure are zero, also where autograd gives a NaN.
 
     Raises:
         TypeError: inputs or outputs that are not tensors or tuples of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from ..base.tracing import REFUSALS, made_now, of_others, stands_for_others, tracing
+from ..plan.owners import apart, apart_behind
+from ..plan.planning import prove_by_probe
 from .reached import Reached
 
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
@@ -142,6 +145,14 @@ def _check_lazy(t: Tensor, what: str) -> None:
         )
 
 
+def _what_is_read(error: DataDependentOutputException) -> str:
+    """Why a value is asked for, which only a run has."""
+    proofs = {apart.__code__, apart_behind.__code__, prove_by_probe.__code__}
+    if any(frame.f_code in proofs for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return 'values prove that samples do not mix; per_sample="assume" takes your word for it'
+    return f"a value is read, by {error.func}"
+
+
 def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, list[tuple]]:
     """The graph of a function of fake tensors, and what of func's it had to be taken out of."""
     with _one_at_a_time:
@@ -162,7 +173,7 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
                 finally:
                     accumulated = _grads_put_back(others)
         except DataDependentOutputException as error:
-            raise Untraceable(f"a value is read, by {error.func}") from error
+            raise Untraceable(_what_is_read(error)) from error
         except DynamicOutputShapeException as error:
             raise Untraceable(f"the shape of what {error.func} gives depends on values") from error
         except REFUSALS as error:  # the ordinary call went well
