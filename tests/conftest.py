@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import os
 import random
 
@@ -14,6 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has its share of the cores, 
 import numpy as np
 import pytest
 import torch
+
+# torch.manual_seed notes a stack trace for every kind of device that is not there, which takes a millisecond
+for _absent in (torch.cuda, torch.xpu, torch.mtia):
+    if not _absent.is_available():
+        _absent.manual_seed_all = lambda seed: None
 
 CPU_ONLY = {
     "test_backends.py": "oneDNN and torch.mm on the CPU",
@@ -54,6 +60,10 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [i for i in items if i.path.name not in CPU_ONLY]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # tests are there until the end: no collection needs to look at all of them again
 
 
 def device_of(config):
