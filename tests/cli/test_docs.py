@@ -6,39 +6,26 @@ import re
 import runpy
 
 import matplotlib.pyplot
+import pages
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 TUTORIALS = sorted(path.name for path in ROOT.glob("docs/tutorials/*.py"))
+CLIENTS = "docs/howto/libraries.md"  # tests/clients/test_libraries.py runs it
 REPORT = runpy.run_path(str(ROOT / "benchmarks/report.py"))
 
 
 def blocks(page, language="python"):
-    """Code of a page; a block's ``hl_lines`` and the like may follow the language."""
-    return [code for code, _ in printed(page, language)]
+    return [code for code, _ in pages.printed((ROOT / page).read_text(), language)]
 
 
-def printed(page, language="python"):
-    """Blocks of code, each with the ``text`` block right behind it: what it prints."""
-    found = re.findall(
-        rf"^```{language}\b.*?\n(.*?)^```\n(?:\n(?:[^\n`]+\n\n)?```text\n(.*?)^```)?",
-        (ROOT / page).read_text(),
-        re.DOTALL | re.M,
-    )
-    return [(code, text) for code, text in found]
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != CLIENTS])
 def test_python_blocks_run_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # some write files
     torch.manual_seed(0)
-    scope = {"__name__": page}
-    for code, text in printed(page):
-        exec(compile(code, page, "exec"), scope)
-        shown = capsys.readouterr().out
-        assert not text or text == shown
+    pages.run((ROOT / page).read_text(), page, capsys)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
