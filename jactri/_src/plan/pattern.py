@@ -126,9 +126,7 @@ class Trace:
                 self._made[i] = np.tile(self._made[before].repeat(inner, 0), (outer, 1))
             else:
                 before, edge, axis, in_shape, out_shape = rest
-                step = edge.support(axis, in_shape, out_shape)
-                product = step.astype(np.float32) @ self._made[before].astype(np.float32)
-                self._made[i] = product > 0
+                self._made[i] = _seen(edge.support(axis, in_shape, out_shape), self._made[before])
         return self._made[last]
 
     def lost(self, value: int, batch: bool = False) -> int:
@@ -149,6 +147,22 @@ class Trace:
     def _parents(self, i: int) -> tuple[int, ...]:
         kind, *rest = self._nodes[i]
         return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
+
+
+def _seen(step: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The boolean product: for each row of ``step``, the union of those rows of ``before`` that it holds.
+
+    Rows are bits, and as many passes as the longest row has entries: a window has few.
+    """
+    bits = np.packbits(before, axis=1)
+    made = np.zeros((len(step), bits.shape[1]), np.uint8)
+    at, held = np.divmod(np.flatnonzero(step), step.shape[1])
+    counts = np.bincount(at, minlength=len(step))
+    starts = np.cumsum(counts) - counts
+    for j in range(counts.max(initial=0)):
+        rows = np.flatnonzero(counts > j)
+        made[rows] |= bits[held[starts[rows] + j]]
+    return np.unpackbits(made, axis=1, count=before.shape[1]).view(bool)
 
 
 def has_windows(graph: Graph) -> bool:
