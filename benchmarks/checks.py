@@ -37,10 +37,15 @@ def error_of(workload: Workload, result: Any) -> float:
         if shape == one + workload.out_shape + one + workload.in_shape:
             shape = workload.shape
             result = result.reshape(shape)
-    if shape != workload.shape:
-        raise WrongResult(f"shape {shape}, not {workload.shape}")
-    if result.dtype != torch.float32:
-        raise WrongResult(f"dtype {result.dtype}, not torch.float32")
+    return distance(result, want, torch.float32)
+
+
+def distance(result: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    """`error_of` a tensor against the truth. Raises `WrongResult`."""
+    if result.shape != want.shape:
+        raise WrongResult(f"shape {tuple(result.shape)}, not {tuple(want.shape)}")
+    if result.dtype != dtype:
+        raise WrongResult(f"dtype {result.dtype}, not {dtype}")
     result = result.detach().cpu()
     worst = scale = 0.0
     step = max(1, 2**24 * len(want) // want.numel())

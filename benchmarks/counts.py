@@ -8,7 +8,10 @@ seen on any machine. They are held against benchmarks/results/counts.json: exit 
 ``ops`` that compute something, each about one kernel launch; ``bytes_moved`` by them; the ``allocations`` of new
 memory; ``flops`` of those ops that torch can count (products), left out where there are none.
 
-The second table is of the GPU workloads, counted without a GPU, see `benchmarks.gpu.traffic`.
+The second table is of the inputs of `benchmarks.worst` at small sizes, the function's own run included: ``naive_...``
+is what is written without jactri, ``node_calls`` are calls of nodes of autograd's graph, one a block of cotangents.
+
+The third table is of the GPU workloads, counted without a GPU, see `benchmarks.gpu.traffic`.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 from jactri._src.base import backends
+from jactri._src.read.opaque import OpaqueCall
 
 from .workloads import ALL, Workload
+from .worst_cases import CASES, Case
 
 FILE = Path(__file__).parent / "results" / "counts.json"
 FIGURES = (
@@ -41,6 +46,7 @@ FIGURES = (
     "ops", "bytes_moved", "allocations", "allocated_bytes", "flops",
 )  # fmt: skip
 PLANNED = FIGURES[:3]
+OF_CASES = (*FIGURES[3:7], "node_calls", "naive_ops", "naive_bytes_moved")
 ON_GPU = ("ops", "bytes_moved", "launches", "launch_bytes")
 
 SAMPLES = {"square": 100}  # of 10^4: its inputs alone would take 1.2 GB to draw
@@ -181,6 +187,37 @@ def measure(workload: Workload) -> Counts:
         return {**dict(zip(PLANNED, map(int, planned), strict=True)), **counted(call, net)}
 
 
+@contextlib.contextmanager
+def node_calls() -> Iterator[list[int]]:
+    """A list of one number: how often jactri has called a node by itself."""
+    plain, found = OpaqueCall.edges, [0]
+
+    def edges(self: OpaqueCall, grads: tuple) -> tuple:
+        found[0] += 1
+        return plain(self, grads)
+
+    OpaqueCall.edges = edges
+    try:
+        yield found
+    finally:
+        OpaqueCall.edges = plain
+
+
+def measure_case(case: Case) -> Counts:
+    """All figures of an input of `benchmarks.worst`, at its small sizes and at a call that is not the first."""
+    given = case.given(quick=True)
+    (naive, *_) = given.peers.values()
+    with untimed():
+        given.ours(LIMIT)
+        with node_calls() as calls, Counter() as ours:
+            given.ours(LIMIT)
+        naive()
+        with Counter() as other:
+            naive()
+    found = {**ours.counts, "node_calls": calls[0]}
+    return found | {f"naive_{n}": other.counts[n] for n in ("ops", "bytes_moved")}
+
+
 def traffic(names: Iterable[str] = ()) -> dict[str, Counts]:
     """`gpu.traffic` of workloads (default: all), in a process of its own, which it patches."""
     made = subprocess.run(
@@ -208,12 +245,17 @@ def changes(found: Counts, kept: Counts, figures: Iterable[str] = FIGURES) -> di
     return differ
 
 
-def moved(found: dict[str, Counts], kept: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What differs from a file in `traffic`, by row; nothing if another torch wrote it."""
+def moved(
+    found: dict[str, Counts],
+    kept: dict[str, Any],
+    part: str = "gpu",
+    figures: Iterable[str] = ON_GPU,
+) -> dict[str, dict[str, str]]:
+    """What differs from a part of a file that holds no plans, by row; nothing if another torch wrote it."""
     if kept.get("torch") != version():
         return {}
-    rows = kept.get("gpu", {})
-    differ = {n: changes(f, rows.get(n, {}), ON_GPU) for n, f in found.items()}
+    rows = kept.get(part, {})
+    differ = {n: changes(f, rows.get(n, {}), figures) for n, f in found.items()}
     return {n: d for n, d in differ.items() if d}
 
 
@@ -253,18 +295,22 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(found, differ))
     if against == PLANNED:
         print(f"counted with torch {version()}, {FILE.name} with {kept['torch']}: plans compared")
+    cases = {c.name: measure_case(c) for c in CASES}
+    differ_of_cases = moved(cases, kept, "worst", OF_CASES)
+    print(f"\n{table(cases, differ_of_cases, OF_CASES)}")
     on_gpu = traffic()
     differ_on_gpu = moved(on_gpu, kept)
     print(f"\n{table(on_gpu, differ_on_gpu, ON_GPU)}")
     gone = [n for n in kept["workloads"] if n not in found]
+    gone += [n for n in kept.get("worst", {}) if n not in cases]
     gone += [n for n in kept.get("gpu", {}) if n not in on_gpu]
     if gone:
         print(f"in {FILE.name} only: {', '.join(gone)}")
     if options.write:
-        text = json.dumps({"torch": version(), "workloads": found, "gpu": on_gpu}, indent=1)
-        FILE.write_text(text + "\n")
+        data = {"torch": version(), "workloads": found, "worst": cases, "gpu": on_gpu}
+        FILE.write_text(json.dumps(data, indent=1) + "\n")
         return 0
-    return 1 if gone or differ_on_gpu or any(differ.values()) else 0
+    return 1 if gone or differ_of_cases or differ_on_gpu or any(differ.values()) else 0
 
 
 if __name__ == "__main__":

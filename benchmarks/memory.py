@@ -36,15 +36,23 @@ def measure(workload: Workload, peer: Peer) -> dict[str, Any]:
 
 def in_subprocess(workload: Workload, peer: Peer, timeout: float = 600) -> dict[str, Any]:
     """`measure` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", workload.name, peer.name]
-    command.append(str(torch.get_num_threads()))
-    done = subprocess.run(
-        command, cwd=machine.ROOT, capture_output=True, text=True, timeout=timeout
-    )
+    threads = str(torch.get_num_threads())
+    return fresh("benchmarks.memory", workload.name, peer.name, threads, timeout=timeout)[0]
+
+
+def fresh(module: str, *words: str, timeout: float = 600) -> tuple[dict[str, Any], list[str]]:
+    """What ``python -m module words`` found, its last line; and what stands on its stderr."""
+    command = [sys.executable, "-m", module, *words]
+    try:
+        done = subprocess.run(
+            command, cwd=machine.ROOT, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {timeout:.0f} s"}, []
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return {"failed": tail[0]}
-    return json.loads(done.stdout.splitlines()[-1])
+        return {"failed": (lines or [f"exit status {done.returncode}"])[-1]}, lines
+    return json.loads(done.stdout.splitlines()[-1]), lines
 
 
 def main(arguments: list[str]) -> None:

@@ -165,3 +165,22 @@ def draw(net: nn.Module, samples: int, shape: tuple[int, ...], seed: int = SEED)
     if int(keep.sum()) < samples:
         raise ValueError(f"only {int(keep.sum())} of {len(pool)} samples are clear of a ReLU kink")
     return pool[keep][:samples].clone()
+
+
+class FourierBlock(nn.Module):
+    """Li et al. 2021, arXiv:2010.08895: the lowest modes mixed by weights, beside a 1 x 1 convolution."""
+
+    def __init__(self, channels: int, modes: int):
+        super().__init__()
+        self.modes = modes
+        self.lift, self.beside = nn.Conv2d(1, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.project = nn.Conv2d(channels, 1, 1)
+        self.weight = nn.Parameter(torch.randn(channels, channels, modes, modes, 2) / channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, m = self.lift(x), self.modes
+        spectrum = torch.fft.rfft2(h)
+        mixed = torch.zeros_like(spectrum)
+        weight = torch.view_as_complex(self.weight)
+        mixed[..., :m, :m] = torch.einsum("nixy,ioxy->noxy", spectrum[..., :m, :m], weight)
+        return self.project(F.gelu(torch.fft.irfft2(mixed, s=h.shape[-2:]) + self.beside(h)))

@@ -50,7 +50,7 @@ def _side_by_side(result: Any) -> Tensor:
     return torch.cat([gradient.reshape(len(gradient), -1), laplacian.reshape(-1, 1)], 1)
 
 
-def _trace(y: Tensor, x: Tensor) -> Tensor:
+def trace(y: Tensor, x: Tensor) -> Tensor:
     """The trace of each sample's Jacobian, a row at a time: (N,)."""
     return sum(
         torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1])
@@ -60,7 +60,7 @@ def _trace(y: Tensor, x: Tensor) -> Tensor:
 def _laplacian_truth(net: nn.Module, x: Tensor) -> Tensor:
     x = x.requires_grad_()
     (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    return _side_by_side((gradient.detach(), _trace(gradient, x)))
+    return _side_by_side((gradient.detach(), trace(gradient, x)))
 
 
 def _laplacian(net: nn.Module, x: Tensor, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def _laplacian(net: nn.Module, x: Tensor, **options: Any) -> Any:
 
 def _divergence_truth(net: nn.Module, x: Tensor) -> Tensor:
     x = x.requires_grad_()
-    return _trace(net(x), x)
+    return trace(net(x), x)
 
 
 def _divergence(net: nn.Module, x: Tensor, **options: Any) -> Any:
@@ -239,7 +239,7 @@ def grad_of_grad(w: Workload, net: nn.Module) -> Call:
     def call(x: Tensor) -> Any:
         x = x.detach().requires_grad_()
         (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-        return g.detach(), _trace(g, x)
+        return g.detach(), trace(g, x)
 
     return call
 
@@ -261,7 +261,7 @@ def trace_by_loop(w: Workload, net: nn.Module) -> Call:
 
     def call(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        return _trace(net(x), x)
+        return trace(net(x), x)
 
     return call
 

@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare, scaling or penalty, or of ``benchmarks.gpu lease``."""
-    kinds = {"gpu": _gpu, "scaling": _scaling, "penalty": _penalty}
+    """The table of one file of benchmarks.compare, scaling, penalty or worst, or of ``benchmarks.gpu lease``."""
+    kinds = {"gpu": _gpu, "scaling": _scaling, "penalty": _penalty, "worst": _worst}
     return kinds.get(measured.get("kind"), _cpu)(measured)
 
 
@@ -75,6 +75,55 @@ def _penalty(measured: dict) -> str:
         times = " | ".join(_ms(row["seconds"][c]["median"]) for c in calls)
         lines.append(f"| {row['title']} | {times} |")
     return "\n".join(lines)
+
+
+def _worst(measured: dict) -> str:
+    """One row an input of benchmarks.worst."""
+    machine = measured["machine"]
+    lines = [
+        f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}; ratios of "
+        "jactri to the fastest of the others: above 1, jactri takes more. First calls and memory in a fresh process, "
+        "MB above what it held, planned and under a limit without what the function's own run keeps.",
+        "",
+        "| input | jactri, ms | other, ms | time | first call | jactri, MB | other, MB | memory | planned, MB "
+        "| under a limit, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += map(worst_row, measured["results"])
+    loud = {
+        r["case"]: r["alone"]["jactri"]["stderr_lines"] for r in measured["results"] if "alone" in r
+    }
+    noise = ", ".join(f"{name} {count} lines" for name, count in loud.items() if count)
+    return "\n".join([*lines, *(["", f"Written to stderr: {noise}."] if noise else [])])
+
+
+def worst_row(row: dict) -> str:
+    """A line of that table; "-" for what was not measured."""
+    cells = ["-"] * 9
+    if "peer" in row:
+        cells[:2] = _median(row, "jactri"), f"{_median(row, row['peer'])} ({row['peer']})"
+        cells[2] = _ratio(row["ratio"]["median"])
+    if "peak_ratio" in row:
+        cells[3] = _ratio(row["first_ratio"])
+        cells[4:6] = (_mb(row["alone"][n]["peak_bytes"]) for n in ("jactri", row["peer"]))
+        cells[6] = _ratio(row["peak_ratio"])
+        if "planned_bytes" in row:
+            cells[7] = f"{_mb(row['planned_bytes'])}, was {_mb(row['above_forward_bytes'])}"
+    if row.get("limits"):
+        cells[8] = "; ".join(f"{k}: {_under(found)}" for k, found in row["limits"].items())
+    return f"| {row['title']} | {' | '.join(cells)} |"
+
+
+def _under(found: dict) -> str:
+    if "refused" in found:
+        return "refused"
+    if "kept" not in found:
+        return "failed"
+    return _mb(found["above_forward_bytes"]) + ("" if found["kept"] else " PASSED")
+
+
+def _mb(size: int) -> str:
+    return f"{1e-6 * size:.3g}"
 
 
 def _median(row: dict, name: str) -> str:
@@ -352,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     files = [f for f in files if "results" in f]  # counts.json holds no times
     print("\n\n".join(map(table, files)))
-    files = [f for f in files if f.get("kind") != "penalty"]  # whose steps no plot has
+    files = [f for f in files if f.get("kind") not in ("penalty", "worst")]  # no plot has those
     if options.plot:
         plot(files, options.plot)
     if options.plots:

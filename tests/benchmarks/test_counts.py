@@ -23,6 +23,13 @@ def test_a_call_does_what_the_file_says(workload):
     assert not differ, "if that is meant: python -m benchmarks.counts --write"
 
 
+@pytest.mark.filterwarnings("ignore:a hook on gradients")
+@pytest.mark.parametrize("case", counts.CASES, ids=lambda c: c.name)
+def test_a_call_of_the_worst_inputs_does_what_the_file_says(case):
+    differ = counts.moved({case.name: counts.measure_case(case)}, KEPT, "worst", counts.OF_CASES)
+    assert not differ, "if that is meant: python -m benchmarks.counts --write"
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="the kernels are Triton's")
 def test_traffic_on_a_gpu_is_what_the_file_says():
     found = counts.traffic()
@@ -48,6 +55,9 @@ def test_the_file_is_whole():
     for figures in KEPT["workloads"].values():
         assert set(counts.FIGURES[:-1]) <= set(figures) <= set(counts.FIGURES)
         assert all(type(n) is int for n in figures.values())
+    assert list(KEPT["worst"]) == [c.name for c in counts.CASES]
+    for figures in KEPT["worst"].values():
+        assert tuple(figures) == counts.OF_CASES
     names = [f"{s.name} {backend}" for s in sized([]) for backend in ("triton", "torch")]
     assert list(KEPT["gpu"]) == names
     for figures in KEPT["gpu"].values():
@@ -117,6 +127,7 @@ def test_the_function_itself_is_not_counted():
 def own_file(monkeypatch, tmp_path):
     monkeypatch.setattr(counts, "FILE", tmp_path / "counts.json")
     monkeypatch.setattr(counts, "WORKLOADS", (SMALL,))
+    monkeypatch.setattr(counts, "CASES", counts.CASES[:1])
     monkeypatch.setattr(counts, "traffic", lambda: {"W4 triton": dict.fromkeys(counts.ON_GPU, 8)})
     return tmp_path / "counts.json"
 
@@ -136,6 +147,10 @@ def test_the_command(own_file, capsys):
     own_file.write_text(json.dumps(kept))
     assert counts.main([]) == 1 and "8 (+1)" in capsys.readouterr().out
     kept["gpu"]["W4 triton"]["launches"] = 8
+    kept["worst"][counts.CASES[0].name]["naive_ops"] -= 3
+    own_file.write_text(json.dumps(kept))
+    assert counts.main([]) == 1 and "(+3)" in capsys.readouterr().out
+    kept["worst"][counts.CASES[0].name]["naive_ops"] += 3
     kept["workloads"] = {SMALL.name: counts.measure(SMALL), "gone": {}}
     own_file.write_text(json.dumps(kept))
     assert counts.main([]) == 1 and "gone" in capsys.readouterr().out
