@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import support
+from .remedies import one_of
 from .tracing import tracing
 
 BACKENDS = ("auto", "torch", "triton")
@@ -100,8 +101,7 @@ def check_asked(backend: str, device: torch.device, create_graph: bool) -> None:
     if backend == "auto":
         return
     if backend not in BACKENDS:
-        names = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        raise ValueError(one_of("backend", backend, BACKENDS))
     if backend != "triton":
         return
     if create_graph:

@@ -245,8 +245,13 @@ def jacobian_of(
         if not x.requires_grad:
             raise RuntimeError(
                 f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
-                "before computing outputs"
+                "before computing outputs (for what a layer returned to a hook, on the input of the model)"
             )
+    if ys and not any(y.requires_grad for y in ys):
+        raise RuntimeError(
+            "outputs do not require grad, so they have no graph; compute them in grad mode (with torch.enable_grad(), "
+            "not torch.no_grad() or detach()), from inputs that require grad"
+        )
     found = reached(ys, xs)
     for i in range(len(xs) if ys else 0):
         if i not in found:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..base.elsewhere import check_local
 from ..base.memory import Budget
+from ..base.remedies import one_tensor
 from ..meet import diagonal as meeting
-from ..prologue.arguments import Options, as_tuple, taken
+from ..prologue.arguments import Options, outputs, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import UnsupportedGraph
@@ -64,13 +65,12 @@ def diagonal(
         >>> torch.allclose(own, expected)
         True
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x of diagonal must be a Tensor, got {type(x)}")
+    one_tensor(x, "x", "diagonal")
     taken("diagonal", x, Options(create_graph, chunk_size, memory_limit, backend), "x")
     if handover.transforming((x,)):
         output, made = handover.diagonal(eagerly(func), x, check_shape, chunk_size)
         return (output, made) if return_output else made
-    ran = prepare(func, (x,), create_graph)
+    ran = prepare(func, (x,), create_graph, "diagonal")
     check_shape(ran.ys if ran.tupled else ran.result, x)
     (y,), (leaf,) = ran.ys, ran.leaves
     with computing(create_graph, backend):
@@ -81,10 +81,11 @@ def diagonal(
 
 def check_shape(y, x: Tensor) -> None:
     """Raise unless ``y`` is a tensor of the shape of ``x``."""
-    as_tuple(y, "outputs of the user-provided function", "diagonal")
+    outputs(y, "diagonal")
     if isinstance(y, tuple):
         raise TypeError(
-            f"diagonal needs a function that returns one tensor, got a tuple of {len(y)}"
+            f"diagonal needs a function that returns one tensor, got a tuple of {len(y)}: call it for each, "
+            "lambda x: func(x)[0]"
         )
     if y.shape != x.shape:
         raise RuntimeError(

@@ -16,7 +16,7 @@ from ..base.classes import as_given, dressed, plain
 from ..base.memory import Budget
 from ..plan.planning import Wanted, check_answer
 from ..plan.samples import halves
-from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch
+from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch, outputs
 from ..prologue.running import public, record
 from ..read import handover
 from .api import nest
@@ -122,8 +122,7 @@ class Differences:
         ):
             leaves = [x.clone().requires_grad_() for x in xs]
             result, _ = record(self.func, *map(as_given, leaves, self.like))
-        name = "outputs of the user-provided function"
-        self.tupled_out, self.given = as_tuple(result, name, "finite_difference")
+        self.tupled_out, self.given = outputs(result, "finite_difference")
         return tuple(plain(y.detach()) for y in self.given)
 
     def blocks(
@@ -201,7 +200,7 @@ class Differences:
                     raise RuntimeError(
                         f"per_sample=True, but samples mix: outputs[{j}] of some samples changed when others were "
                         "moved. Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: "
-                        "call eval())"
+                        "call net.eval())"
                     )
 
 

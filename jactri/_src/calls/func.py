@@ -24,9 +24,11 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..base.elsewhere import check_graph
+from ..base.remedies import NO_DERIVATIVE, check_callable, instead_of, one_of, returned
 from ..base.tracing import making, own
 from ..prologue.arguments import Options, check_options
-from ..prologue.running import computing, eagerly, prepare, recording
+from ..prologue.failures import noted
+from ..prologue.running import computing, eagerly, prepare, recording, with_remedies
 from ..read import handover
 from ..read.behind import Outside, handles_of
 from ..read.opaque import others
@@ -36,6 +38,7 @@ from .deferred import differentiable
 _RANDOMNESS = ("error", "different", "same")
 
 
+@with_remedies
 def jacrev(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
@@ -82,6 +85,7 @@ def jacrev(
     return _Transform("jacrev", func, argnums, has_aux, chunk_size).wrapper()
 
 
+@with_remedies
 def jacfwd(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
@@ -121,12 +125,11 @@ def jacfwd(
                 [0., 4.]]), tensor(3.))
     """
     if randomness not in _RANDOMNESS:
-        raise RuntimeError(
-            f"randomness must be one of {', '.join(map(repr, _RANDOMNESS))}, got {randomness!r}"
-        )
+        raise RuntimeError(one_of("randomness", randomness, _RANDOMNESS))
     return _Transform("jacfwd", func, argnums, has_aux, chunk_size, randomness).wrapper()
 
 
+@with_remedies
 def hessian(
     func: Callable[..., Any],
     argnums: int | tuple[int, ...] = 0,
@@ -185,6 +188,11 @@ class _Transform:
 
     def __init__(self, name, func, argnums, has_aux, chunk_size, randomness="same"):
         check_options("auto", chunk_size, None, False)
+        check_callable(func)
+        if isinstance(argnums, Tensor):
+            raise RuntimeError(
+                f"argnums must be an int or a tuple of ints, got a Tensor: write jactri.func.{name}(func)(x)"
+            )
         self.name, self.func, self.argnums, self.has_aux = name, func, argnums, has_aux
         self.chunk_size, self.randomness = chunk_size, randomness
 
@@ -248,7 +256,7 @@ class _Transform:
             given = tree_unflatten(leaves, spec)
             given = given if isinstance(self.argnums, tuple) else (given,)
             into = dict(zip(places, given, strict=True))
-            out = func(*(into.get(k, a) for k, a in enumerate(args)), **kwargs)
+            out = noted(func, [into.get(k, a) for k, a in enumerate(args)], kwargs)
             aux = None
             if self.has_aux:
                 out, aux = self._pair(out)
@@ -334,7 +342,7 @@ class _Transform:
             if not isinstance(x, Tensor):
                 raise ValueError(
                     f"{self.name} differentiates by tensors, but the arguments of argnums={self.argnums!r} hold "
-                    f"{x!r} of {type(x)}; pass a tensor, or leave the argument out of argnums"
+                    f"{type(x)}{instead_of(x, 'x')}, or leave the argument out of argnums"
                 )
             if not x.is_floating_point():
                 # as torch.func, whose two modes differ here
@@ -366,8 +374,8 @@ class _Transform:
         for y in ys:
             if not isinstance(y, Tensor):
                 raise RuntimeError(
-                    f"{self.name}: func must return tensors only, but it returned one of {type(y)}; under "
-                    "has_aux=True what is not to be differentiated goes to aux"
+                    f"{self.name}: func must return tensors only, but it returned one of {type(y)}"
+                    f"{returned(y)}; under has_aux=True what is not to be differentiated goes to aux"
                 )
             if y.is_complex():
                 raise RuntimeError(
@@ -376,7 +384,8 @@ class _Transform:
                 )
             if self.name != "jacfwd" and not y.is_floating_point():
                 raise RuntimeError(
-                    f"{self.name}: func must return floating-point tensors, but it returned one of {y.dtype}"
+                    f"{self.name}: func must return floating-point tensors, but it returned one of {y.dtype}, "
+                    + NO_DERIVATIVE
                 )
 
 

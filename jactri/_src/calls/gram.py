@@ -21,7 +21,7 @@ from ..maps.letters import Network
 from ..meet.gram import GramRequest, between, gram, pairs, summed_up, weight_in
 from ..plan.owners import apart
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
-from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch, taken
+from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch, outputs, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import UnsupportedGraph
@@ -151,7 +151,7 @@ def _gram(kind: str, func, inputs, weight, asked: Options, return_output: bool):
             kind, eagerly(func), xs, weights, asked.per_sample, asked.chunk_size
         )
         return nested(kind, rows, tupled, tupled_out, result, return_output)
-    ran = prepare(func, xs, asked.create_graph)
+    ran = prepare(func, xs, asked.create_graph, kind)
     rows = ran.dressed(rows_of(kind, ran.ys, ran.leaves, weight, asked), xs)
     output = ran.output(asked.create_graph) if return_output else None
     return nested(kind, rows, tupled, ran.tupled, output, return_output)
@@ -321,7 +321,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
     def as_tuples(*args):
         y = func(*args)
         shapes[:] = [isinstance(y, tuple)]
-        return as_tuple(y, "outputs of the user-provided function", kind)[1]
+        return outputs(y, kind)[1]
 
     ys, rows = handover.jacobian(
         as_tuples, xs, True, "auto", False, per_sample, True, chunk_size, None

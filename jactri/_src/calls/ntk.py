@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.remedies import one_of
 from ..parameters.factored import Factors, inner
 from ..parameters.inner import Link, of_second
 from ..parameters.recorded import Recorded
@@ -83,7 +84,7 @@ def empirical_ntk(
 def check(compute: str) -> None:
     """Raise ValueError for what ``compute`` cannot be."""
     if compute not in COMPUTE:
-        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
+        raise ValueError(one_of("compute", compute, COMPUTE))
 
 
 def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..base.remedies import instead_of
+from ..base.remedies import NO_DERIVATIVE, one_tensor
 from ..prologue.arguments import Options, check_samples, taken
 from ..prologue.running import prepare
 from .api import compute
@@ -19,23 +19,13 @@ from .api import compute
 
 def check(x, name: str, asked: Options) -> None:
     """Raises what the arguments deserve; ``name`` is the call's."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x of {name} must be a tensor, got {type(x)}{_one_tensor(x)}")
+    one_tensor(x, "x", name)
     if not x.dtype.is_floating_point:
         raise RuntimeError(
             f"x of {name} must be a floating-point tensor, got {x.dtype}: convert it, as by x.float()"
         )
     check_samples(asked.per_sample, True)
     taken(name, x, asked, "x")
-
-
-def _one_tensor(x) -> str:
-    if isinstance(x, (tuple, list)):
-        return (
-            "; of coordinates, make one tensor, lambda p: func(*p.split(1, -1)) at torch.cat(x, -1), and close over "
-            "inputs that are not differentiated: lambda x: func(x, t)"
-        )
-    return instead_of(x, "x", False)
 
 
 def batched(x: Tensor) -> bool:
@@ -63,22 +53,24 @@ def evaluate(
 
     ``same``: the output must have the shape of the input.
     """
-    ys, (leaf,), tupled, result = prepare(func, (x,), create_graph)
+    ys, (leaf,), tupled, result = prepare(func, (x,), create_graph, name)
     if tupled:
         raise TypeError(
-            f"func of {name} must return one tensor, got a tuple of {len(ys)}: call {name} for each"
+            f"func of {name} must return one tensor, got a tuple of {len(ys)}: call {name} for each, "
+            "lambda x: func(x)[0]"
         )
     (y,) = ys
     if not y.dtype.is_floating_point:
         raise RuntimeError(
-            f"func of {name} must return a floating-point tensor, got {y.dtype}, which has no derivative"
+            f"func of {name} must return a floating-point tensor, got {y.dtype}, {NO_DERIVATIVE}"
         )
     if same:
         check_same(y, x, name)
     if batched(x) and (y.dim() == 0 or y.shape[0] != x.shape[0]):
         raise ValueError(
             f"x of {name} has shape {tuple(x.shape)}: a batch of {x.shape[0]} samples, for which func must return "
-            f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. Pass a single point as a tensor of one axis"
+            f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. Pass a single point as a tensor of one "
+            "axis, or as x.unsqueeze(0)"
         )
     return result, y, leaf
 

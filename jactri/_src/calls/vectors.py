@@ -87,7 +87,7 @@ def jvp(
     if handover.transforming((*xs, *ts)):
         handover.refuse(strict=strict)
         return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
-    ran = prepare(func, xs, create_graph)
+    ran = prepare(func, xs, create_graph, "jvp")
     if strict:
         check_ends(ran.ys, ran.leaves, True)
     with computing(create_graph):
@@ -158,7 +158,7 @@ def vjp(
     if handover.transforming((*xs, *(cs or ()))):
         handover.refuse(strict=strict)
         return handover.vjp(eagerly(func), xs, tupled, ready, chunk_size)
-    ran = prepare(func, xs, create_graph)
+    ran = prepare(func, xs, create_graph, "vjp")
     if not ran.ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     if strict:
@@ -203,13 +203,13 @@ def check_vectors(name: str, vectors, of: str, tensors) -> bool:
             )
         if not (v.is_floating_point() or v.is_complex()):
             raise RuntimeError(
-                f"{name}[{i}] has dtype {v.dtype}; expected that of {of}[{i}], {t.dtype}"
+                f"{name}[{i}] has dtype {v.dtype}; expected that of {of}[{i}]; pass v.to({t.dtype})"
             )
         if v.is_complex() and not t.is_complex():
             raise RuntimeError(f"{name}[{i}] is complex ({v.dtype}), but {of}[{i}] is {t.dtype}")
         if v.device != t.device:
             raise RuntimeError(
-                f"{name}[{i}] is on {v.device}; expected {t.device}, as {of}[{i}] is"
+                f"{name}[{i}] is on {v.device}; expected {t.device}, as {of}[{i}] is; pass v.to({str(t.device)!r})"
             )
         own = v.shape[0] if block else None
         if i and own != columns:

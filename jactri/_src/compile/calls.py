@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base.remedies import instead_of, keyword
 from ..calls import func as transforms
 from ..calls.api import jacobian
 from ..calls.diagonal import diagonal
@@ -52,12 +53,12 @@ def check(what: str, of: Any, options: dict[str, Any], examples: Sequence[Any]) 
     if of is not None and of not in _CALLS:
         names = ", ".join(f"jactri.{f.__name__}" for f in _CALLS)
         raise TypeError(f"of must be one of {names}, or None for func itself, got {of!r}")
-    known = _options(of)
+    known = [*_options(of), *(("engine", "freeze") if what == "compile" else ("path",))]
     wrong = [option for option in options if option not in known]
     if wrong:
         called = "func itself" if of is None else of.__name__
         raise TypeError(
-            f"{what} of {called} takes no {', '.join(map(repr, wrong))}; its options are {', '.join(known)}"
+            f"{what} of {called} takes no {', '.join(map(repr, wrong))}{keyword(wrong[0], known)}"
         )
     if not examples:
         raise IndexError("example_inputs is empty: pass the tensors that func takes")
@@ -78,8 +79,7 @@ def check_tensors(inputs: Sequence[Any], whose: str) -> None:
     for x in inputs:
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"the inputs of {whose} must be tensors, got {type(x)}; fix other arguments by a lambda or "
-                "functools.partial"
+                f"the inputs of {whose} must be tensors, got {type(x)}{instead_of(x, 'x')}"
             )
 
 

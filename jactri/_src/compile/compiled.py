@@ -429,10 +429,6 @@ def compile(
         >>> torch.allclose(trace(x), jactri.divergence(net, x), atol=1e-5)
         True
     """
-    if "static" in options:
-        raise TypeError(
-            "compile takes no 'static': every compiled call is; engine= chooses what runs it"
-        )
     calls.check("compile", of, options, example_inputs)
     engine = engines.usable(engine, example_inputs)
     if engine == "aot":

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._C import _DisableAutocast, _is_any_autocast_enabled
 from torch.utils._pytree import tree_leaves
 
+from ..base.remedies import one_of
 from ..base.tracing import REFUSALS
 from .compilation import TRACKED, Kernel, Part, of_artifact, of_graphs, of_package
 
@@ -68,7 +69,7 @@ def has_compiler() -> bool:
 def usable(engine: str, inputs: Any) -> str:
     """The engine that is asked for, or ``"fx"``, with a warning, where it needs a C++ compiler that is not there."""
     if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(map(repr, ENGINES))}, got {engine!r}")
+        raise ValueError(one_of("engine", engine, ENGINES))
     on_cpu = all(t.device.type == "cpu" for t in tree_leaves(inputs) if isinstance(t, Tensor))
     # of a package, what calls the kernels is C++ too
     if engine == "fx" or (engine == "inductor" and not on_cpu) or has_compiler():

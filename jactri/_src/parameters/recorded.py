@@ -15,12 +15,13 @@ from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
 from ..base.memory import OFFER, Budget, Offer
+from ..base.remedies import NO_DERIVATIVE, returned
 from ..base.tracing import own
 from ..maps.layout import Selection
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, halves, probe_mixing
 from ..plan.sweep import peak_bytes
-from ..prologue.arguments import ASSUME, check_samples
+from ..prologue.arguments import ASSUME, as_tuple, check_samples
 from ..prologue.running import computing, record
 from ..read import handover
 from ..read.behind import leaves_behind, reached
@@ -132,17 +133,11 @@ class Recorded:
         check_samples(per_sample, True)
         self.assume = per_sample == ASSUME
         self.module, self.params = module, chosen(module, params)
-        xs = x if isinstance(x, tuple) else (x,)
-        for i, t in enumerate(xs):
-            if not isinstance(t, Tensor):
-                where = f"x[{i}]" if isinstance(x, tuple) else "x"
-                raise TypeError(
-                    f"x of {call} must be a Tensor or a tuple of Tensors, but {where} has type {type(t)}"
-                )
-            if t.dim() == 0:
-                raise ValueError(
-                    "x needs a batch of samples on its first axis, but it is 0-dimensional"
-                )
+        _, xs = as_tuple(x, "x", call)
+        if any(t.dim() == 0 for t in xs):
+            raise ValueError(
+                "x needs a batch of samples on its first axis, but it is 0-dimensional; pass x.unsqueeze(0)"
+            )
         if not xs:
             raise IndexError("x is an empty tuple: pass at least one tensor")
         if handover.transforming([*xs, *self.params.values()]):
@@ -181,12 +176,17 @@ class Recorded:
         name = type(module).__name__
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the output of {name} must be a Tensor, but it has type {type(y)}; wrap the module in one that "
-                "returns the tensor that is meant"
+                f"the output of {name} must be a Tensor, but it has type {type(y)}"
+                + returned(y, of_module=True)
             )
         if not _differentiable(y):
             raise RuntimeError(
-                f"the output of {name} has dtype {y.dtype}: only real floating-point outputs have one"
+                f"the output of {name} has dtype {y.dtype}"
+                + (
+                    "; return torch.view_as_real(output)"
+                    if y.is_complex()
+                    else f", {NO_DERIVATIVE}"
+                )
             )
         n = leaves[0].shape[0]
         for i, t in enumerate(leaves):
@@ -418,7 +418,7 @@ def _after_forward(module, params: dict[str, Tensor]) -> dict[str, Tensor]:
 def _mixing(why: str) -> RuntimeError:
     return RuntimeError(
         f"samples mix: {why}. A Jacobian a sample does not exist then; make the samples independent (BatchNorm: call "
-        "eval(); attention: batch_first=True)" + REMEDY
+        "net.eval(); attention: batch_first=True)" + REMEDY
     )
 
 

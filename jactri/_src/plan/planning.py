@@ -221,7 +221,7 @@ def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
     raise RuntimeError(
         f"per_sample=True, but samples mix: the op {value.op} (output {tuple(value.shape)}) does not keep the batch "
         f"axis, and {leak}. Drop per_sample for the whole Jacobian, or make the samples independent (BatchNorm: call "
-        "eval())" + REMEDY
+        "net.eval())" + REMEDY
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
-from ..base.remedies import instead_of, nearest, of_shape
+from ..base.remedies import instead_of, nearest, of_shape, one_of, returned
 from ..run.entries import FORMS
 
 ASSUME = "assume"
@@ -64,33 +65,48 @@ def taken(
 def check_options(strategy, chunk_size, out, create_graph) -> None:
     """Raise for an option out of range, and for two that exclude each other."""
     if strategy not in STRATEGIES:
-        raise AssertionError(
-            f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}"
-            + nearest(strategy, STRATEGIES)
-        )
+        raise AssertionError(one_of("strategy", strategy, STRATEGIES))
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+    if isinstance(create_graph, Tensor):
+        raise TypeError(
+            "create_graph must be a bool, got a Tensor; pass several inputs as one tuple: (x, y)"
+        )
     if out is not None and create_graph:
         raise RuntimeError(
             "out= and create_graph=True exclude each other: a result written in place has no graph"
         )
 
 
+_LAYOUTS = {
+    "coo": "torch.sparse_coo", "csr": "torch.sparse_csr", "banded": "'banded'", "dense": "torch.strided",
+    **{name: name for name in ("torch.sparse_coo", "torch.sparse_csr", "torch.strided")},
+    **{name: f"torch.{name}" for name in ("sparse_coo", "sparse_csr", "strided")},
+}  # fmt: skip
+"""What names of layouts stand for."""
+
+
 def _form(layout, out) -> str:
     """The form of the answer."""
     kind = FORMS.get(layout)
     if kind is None:
+        close = nearest(layout, _LAYOUTS)
         raise ValueError(
             f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
-            + (f", did you mean torch.sparse_{layout}?" if layout in ("coo", "csr") else "")
+            + ("" if close is None else f", did you mean {_LAYOUTS[close]}?")
         )
     if kind != "dense" and out is not None:
         raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
     return kind
 
 
-def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]]:
-    """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does."""
+def as_tuple(
+    value: Any, name: str, call: str, instead: Callable[[Any, str, bool], str] = instead_of
+) -> tuple[bool, tuple[Tensor, ...]]:
+    """Whether ``value`` is a tuple, and it as one. Raises TypeError where torch does.
+
+    ``instead``: the end of that message, of a value, its name, and whether it lies in a tuple.
+    """
     if isinstance(value, Tensor):
         return False, (value,)
     tupled = isinstance(value, tuple)
@@ -100,16 +116,22 @@ def as_tuple(value: Any, name: str, call: str) -> tuple[bool, tuple[Tensor, ...]
             where = f"value at index {i} has" if tupled else f"given {name} has"
             raise TypeError(
                 f"The {name} of {call} must be a Tensor or a tuple of Tensors, but the {where} type {type(v)}"
-                + instead_of(v, name, tupled)
+                + instead(v, name, tupled)
             )
     return tupled, values
+
+
+def outputs(result: Any, call: str) -> tuple[bool, tuple[Tensor, ...]]:
+    """The same of what the caller's function returned."""
+    name = "outputs of the user-provided function"
+    return as_tuple(result, name, call, lambda value, _, nested: returned(value, nested))
 
 
 def check_samples(per_sample, needed: bool = False) -> None:
     """Raise ValueError for a ``per_sample`` that is no option; ``needed``: of a call that is for samples only."""
     if (isinstance(per_sample, str) and per_sample != ASSUME) or (needed and not per_sample):
-        options = 'True or "assume"' if needed else 'True, False or "assume"'
-        raise ValueError(f"per_sample must be {options}, got {per_sample!r}")
+        options = (True, ASSUME) if needed else (True, False, ASSUME)
+        raise ValueError(one_of("per_sample", per_sample, options))
 
 
 def check_batch(per_sample, ys, xs) -> None:
@@ -127,9 +149,15 @@ def check_batch(per_sample, ys, xs) -> None:
                 )
             n = t.shape[0] if n is None else n
             if t.shape[0] != n:
+                remedy = (
+                    "close over what all samples share: lambda x: func(x, shared)"
+                    if name == "inputs"
+                    else "for one sample, pass x.unsqueeze(0)"
+                )
                 raise ValueError(
                     f"per_sample=True needs one batch size on the first axis of all inputs and outputs, but "
-                    f"{name}[{i}] has shape {tuple(t.shape)} and inputs[0] has {n} samples"
+                    f"{name}[{i}] has shape {tuple(t.shape)} and inputs[0] has {n} samples; {remedy}, or drop "
+                    "per_sample"
                 )
 
 
@@ -181,7 +209,7 @@ def destination(given, y: Tensor, x: Tensor, want: tuple[int, ...], name: str) -
     ):
         raise RuntimeError(
             f"out for {name} must have shape {want}, dtype {x.dtype} and device {x.device} (or cpu), "
-            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}{of_shape(dest, y, x)}"
+            f"got {tuple(dest.shape)}, {dest.dtype} and {dest.device}{of_shape(dest, y, x, want)}"
         )
     if dest.requires_grad:
         raise RuntimeError(f"out for {name} requires grad; pass a detached tensor")

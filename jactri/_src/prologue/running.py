@@ -8,7 +8,6 @@ size). Products run outside of autocast: they belong to the graph, whose dtypes 
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -21,30 +20,43 @@ from torch.utils.hooks import RemovableHandle
 from ...kernels.support import Ready
 from ..base import backends
 from ..base.classes import PLAIN, dressed, leaf_and_given, plain
-from ..base.remedies import no_such
+from ..base.remedies import check_callable, misfit
 from ..read import ranges
 from ..read.ranges import watching
-from .arguments import as_tuple
+from .arguments import outputs
+from .failures import noted
 
 
 def public(call: Callable) -> Callable:
     """A public call, or method: outside of inference mode, in which autograd records nothing.
 
-    For a keyword that it does not have, it says what to write instead. Within a function of torch.compile it runs as
-    it is.
+    Within a function of torch.compile it runs as it is.
     """
-    known = frozenset(inspect.signature(call).parameters)
 
     @functools.wraps(call)
     def called(*args, **options):
-        if not known.issuperset(options):
-            raise no_such(next(o for o in options if o not in known), call, known)
         if torch.compiler.is_dynamo_compiling():  # what is traced of a call leaves its modes behind
-            return torch.compiler.disable(call)(*args, **options)
+            return torch.compiler.disable(checked)(*args, **options)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return call(*args, **options)
-        return call(*args, **options)
+                return checked(*args, **options)
+        return checked(*args, **options)
+
+    checked = with_remedies(call)
+    return called
+
+
+def with_remedies(call: Callable) -> Callable:
+    """A call that says what to write instead of arguments that it does not have."""
+
+    @functools.wraps(call)
+    def called(*args, **options):
+        try:
+            return call(*args, **options)
+        except TypeError:
+            if (error := misfit(call, args, options)) is None:
+                raise
+        raise error
 
     return called
 
@@ -100,8 +112,8 @@ class Ran(NamedTuple):
         return dressed(answer, (*(self.result if self.tupled else (self.result,)), *xs))
 
 
-def prepare(func, xs: tuple[Tensor, ...], create_graph: bool) -> Ran:
-    """Run ``func`` on inputs that require grad."""
+def prepare(func, xs: tuple[Tensor, ...], create_graph: bool, call: str = "jacobian") -> Ran:
+    """Run ``func`` on inputs that require grad, for a call of this name."""
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     grad = torch.is_grad_enabled()
@@ -115,7 +127,7 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool) -> Ran:
         if handles:
             for leaf in leaves:
                 leaf._jactri_handles = handles  # see graph.read
-        tupled_out, ys = as_tuple(result, "outputs of the user-provided function", "jacobian")
+        tupled_out, ys = outputs(result, call)
         if not PLAIN.issuperset(map(type, ys)):
             ys = tuple(map(plain, ys))
     finally:
@@ -128,10 +140,11 @@ _recording = threading.local()
 
 def record(call, *args):
     """Call a function for its graph, which will be read: what it returns, and how many hooks it registered."""
+    check_callable(call)
     before, _recording.now = recording(), True
     number = RemovableHandle.next_id
     try:
-        return _eager(call, args, {}), RemovableHandle.next_id - number
+        return _eager(noted, (call, args, {}), {}), RemovableHandle.next_id - number
     finally:
         _recording.now = before
 
@@ -143,6 +156,7 @@ def recording() -> bool:
 
 def eagerly(func: Callable) -> Callable:
     """A function that runs as `record` runs it, for those who call it themselves, as torch.func's transforms."""
+    check_callable(func)
 
     @functools.wraps(func, updated=())
     def called(*args, **kwargs):

@@ -24,7 +24,7 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
 from ..base.constants import arbitrary
-from ..base.remedies import untwice
+from ..base.remedies import one_of, untwice
 from ..maps.linear_map import LinearMap
 from .unrecorded import (
     ERROR,
@@ -77,7 +77,7 @@ def fallback(mode: str):
         ...     J = jactri.jacobian(net, torch.randn(4, 3), per_sample=True)
     """
     if mode not in ("allow", "error"):
-        raise ValueError(f"mode must be 'allow' or 'error', got {mode!r}")
+        raise ValueError(one_of("mode", mode, ("allow", "error")))
     token = _mode.set(mode)
     _logged.clear()
     try:
@@ -91,7 +91,7 @@ def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") ->
     if _mode.get() == "error":
         raise FallbackError(
             f"{op} {reason} (output {tuple(out_shape)}) and jactri.fallback('error') is in force; "
-            "use jactri.fallback('allow') to let autograd compute it"
+            "use jactri.fallback('allow') to let autograd compute it, or write a rule for the op (jactri.rule)"
         )
     use = (op, tuple(out_shape), reason)
     if use not in _logged:

@@ -55,7 +55,7 @@ class Layers:
         self._open: list[tuple[Module | None, str]] = [(None, "")]
         self._starts, self._layers = [0], [""]
         self._thread = threading.get_ident()  # sequence numbers are counted by thread
-        for variable, root in _roots(func):
+        for variable, root in roots(func):
             self._add(root, variable)
 
     def _add(self, root: Module, prefix: str) -> None:
@@ -104,7 +104,7 @@ class Layers:
         return self._layers[bisect_right(self._starts, node._sequence_nr()) - 1]
 
 
-def _roots(func) -> Iterator[tuple[str, Module]]:
+def roots(func) -> Iterator[tuple[str, Module]]:
     """The modules that a function is or holds in variables, with the names of those."""
     for root in (func, getattr(func, "__self__", None)):
         if isinstance(root, Module):

@@ -212,7 +212,7 @@ def _explained(
     """The plan of a call."""
     _, given = as_tuple(inputs, "inputs", "explain")
     backends.check_asked(backend, given[0].device if given else None, False)
-    ys, xs, _, _ = prepare(func, given, False)
+    ys, xs, _, _ = prepare(func, given, False, "explain")
     check_batch(per_sample, ys, xs)
     with computing(False, backend):
         if not all(t.numel() for t in (*xs, *ys)):

@@ -54,7 +54,7 @@ def sparsity(
                 [0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     tupled, xs = as_tuple(inputs, "inputs", "sparsity")
-    ys, leaves, tupled_out, _ = prepare(func, xs, False)
+    ys, leaves, tupled_out, _ = prepare(func, xs, False, "sparsity")
     check_batch(per_sample, ys, leaves)
     try:
         with computing(False):
