@@ -19,7 +19,7 @@ from ._src.compile.compiled import Compiled, compile
 from ._src.compile.exported import export
 from ._src.read.opaque import FallbackError, fallback
 from ._src.read.structure import Node
-from ._src.run.entries import Banded
+from ._src.run.banded import Banded
 from ._src.tools import profiling as _profiling
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule

@@ -41,7 +41,8 @@ from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
 from ..run.answers import Answer
-from ..run.entries import Banded, Entries, check_pattern, nothing
+from ..run.banded import Banded
+from ..run.entries import Entries, check_pattern, nothing
 from ..run.executor import run
 from . import reentrant, whole
 from .strictness import check_dependence

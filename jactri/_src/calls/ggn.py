@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.tables import Shown, Table
 from ..maps.layout import Selection
 from ..maps.lettered import cut
 from ..parameters.factored import Factors, entries
@@ -73,7 +74,7 @@ def ggn(
     return GGN(Factors(run, chunk_size, memory_limit), loss_hessian)
 
 
-class GGN:
+class GGN(Shown):
     """``sum_n J_n^T H_n J_n``: what `ggn` returns.
 
     Attributes:
@@ -105,6 +106,11 @@ class GGN:
             raise TypeError(
                 f"loss_hessian must be a Tensor or a function, got {type(loss_hessian)}"
             )
+
+    def _parts(self) -> list[str | Table]:
+        h = self.hessian
+        told = f"{tuple(h.shape)} {h.dtype}" if isinstance(h, Tensor) else "a function"
+        return [f"GGN(loss_hessian {told}), J' H J of", *self.jacobian._parts()]
 
     @property
     def output(self) -> Tensor:

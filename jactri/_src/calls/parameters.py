@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.memory import OFFER, Budget, Offer, si
+from ..base.tables import Shown, Table
 from ..parameters.factored import Factors, inner
 from ..parameters.factors import write
 from ..parameters.inner import Link, each_with_itself, of_second
@@ -82,7 +83,7 @@ def parameter_jacobian(
     return ParameterJacobian(Factors(run, chunk_size, memory_limit))
 
 
-class ParameterJacobian:
+class ParameterJacobian(Shown):
     """The Jacobian of a module's output ``(N, *out)`` in its parameters: see `parameter_jacobian`.
 
     ``jac @ v`` and ``jac.T @ u`` are products with it; it is formed by `dense` only.
@@ -122,21 +123,22 @@ class ParameterJacobian:
         """
         return Transposed(self)
 
-    def __repr__(self) -> str:
+    def _parts(self) -> list[str | Table]:
         run = self._run
         entries = sum(p.numel() for p in run.params.values())
-        size = run.y.numel() * sum(p.numel() * p.element_size() for p in run.params.values())
-        head = (
-            f"ParameterJacobian(output {tuple(run.y.shape)}, {len(run.params)} parameters with {entries} entries, "
-            f"formed {si(size)}B"
+        sizes = {name: run.y.numel() * p.nbytes for name, p in run.params.items()}
+        known = run.structure is not None
+        uses = run.kinds() if known else dict.fromkeys(run.params, ("-",))
+        text = (
+            f"ParameterJacobian(output {tuple(run.y.shape)} {run.y.dtype} on {run.y.device}, {len(run.params)} "
+            f"parameters with {entries} entries, formed {si(sum(sizes.values()))}B"
+            + (f", factors {si(run.factor_bytes())}B)" if known else ")")
         )
-        if run.structure is None:
-            return head + ")"
-        lines = [f"{head}, factors {si(run.factor_bytes())}B:"]
-        kinds = run.kinds()
-        width = max(map(len, kinds))
-        lines += [f"  {name:{width}}  {', '.join(uses)}" for name, uses in kinds.items()]
-        return "\n".join(lines) + ")"
+        rows = [
+            (name, str(tuple(p.shape)), str(p.dtype), f"{si(sizes[name])}B", ", ".join(uses[name]))
+            for name, p in run.params.items()
+        ]
+        return [text, Table(("parameter", "shape", "dtype", "formed", "kept as"), rows)]
 
     # -- formed -----------------------------------------------------------------------------------
 
@@ -385,11 +387,14 @@ def formed_gram(first: Factors, second: Factors) -> Tensor:
         return total.reshape(*a.shape, *b.shape)
 
 
-class Transposed:
+class Transposed(Shown):
     """``J^T``: ``jac.T @ u`` for ``u`` ``(N, *out)`` is ``{name: tensor}``, summed over samples; blocks alike."""
 
     def __init__(self, base: ParameterJacobian):
         self._of = base
+
+    def _parts(self) -> list[str | Table]:
+        return ["the transpose of", *self._of._parts()]
 
     @property
     def T(self) -> ParameterJacobian:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..base.tables import Shown
+
 TRACKED = {"trace.provenance_tracking_level": 2}
 """Of Inductor: node names alone, without where in Python they come from."""
 
@@ -68,8 +70,8 @@ class Part:
         return "\n".join([head, *rows])
 
 
-@dataclass(frozen=True)
-class Compilation:
+@dataclass(frozen=True, repr=False)
+class Compilation(Shown):
     """How a compiled call runs; ``str()`` of it is a table.
 
     Attributes:
@@ -92,9 +94,9 @@ class Compilation:
     seconds: tuple[float, float] = (0.0, 0.0)
     cuda_graph: bool = False
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str]:
         if self.reason is not None:
-            return f"{self.name} runs eagerly: {self.reason}"
+            return [f"{self.name} runs eagerly: {self.reason}"]
         lines = [
             "{}: traced in {:.2g} s, compiled in {:.2g} s".format(self.name, *self.seconds),
             *map(str, self.parts),
@@ -106,7 +108,7 @@ class Compilation:
             lines.append(f"constants: {_count(self.constants, 'tensor')}, updates are not seen")
         if self.cuda_graph:
             lines.append("replayed as one CUDA graph")
-        return "\n".join(lines)
+        return lines
 
 
 def _count(n: int, what: str) -> str:

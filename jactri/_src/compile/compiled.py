@@ -19,6 +19,7 @@ from ...kernels import launches
 from ...kernels.support import Unfit
 from ..base import backends
 from ..base.cache import Cache
+from ..base.tables import Shown
 from ..calls.api import jacobian
 from ..prologue.running import public
 from ..read import handover
@@ -39,7 +40,7 @@ _KEPT = 8
 """Signatures whose plans are kept."""
 
 
-class Compiled:
+class Compiled(Shown):
     """A call of jactri as one compiled graph; made by `compile`. Print it to see how it runs.
 
     Attributes:
@@ -92,7 +93,7 @@ class Compiled:
         of = "" if self.of is jacobian else f", of={self._name}"
         return f"jactri.compile({name}{of})"
 
-    def __repr__(self) -> str:
+    def _parts(self) -> list[str]:
         how = f"runs eagerly: {self.reason}"
         if self.graph is not None:
             ops = [n.target for n in self.graph.graph.nodes if n.op == "call_function"]
@@ -103,7 +104,7 @@ class Compiled:
             how += f"traced in {traced:.2g} s, compiled in {built:.2g} s"
             if isinstance(self._last, Plan) and self._last.cuda_graph:
                 how += ", one CUDA graph"
-        return f"{self._title()}: {how}; traces: {self.traces}"
+        return [f"{self._title()}: {how}; traces: {self.traces}"]
 
     def __call__(self, *inputs: Any, out: Any = None) -> Any:
         """What the call returns at ``inputs``.

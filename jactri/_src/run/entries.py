@@ -7,7 +7,6 @@ mix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
@@ -26,6 +25,7 @@ from ..plan.pattern import Pattern, Trace, pattern_of
 from ..plan.sweep import Sweep, factors_of
 from ..read.graph import Graph
 from .answers import Answer, Store
+from .banded import Banded
 
 FORMS = {
     torch.strided: "dense",
@@ -37,46 +37,6 @@ FORMS = {
 
 ROWS_BYTES = 1 << 26
 """Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
-
-
-@dataclass(frozen=True)
-class Banded:
-    """A Jacobian whose rows hold the entries of a pattern only: what ``layout="banded"`` of `jacobian` returns.
-
-    Attributes:
-        values: ``(*out, W)`` with the most entries of a row on the last axis, for ``per_sample`` Jacobians with the
-            samples first, as in ``out``; 0 where a row has fewer.
-        columns: of the shape of one sample's values, the flat index in the input (of one sample) of each; -1 where a
-            row has fewer.
-        shape: of the Jacobian.
-
-    Examples:
-        >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
-        >>> x = torch.randn(1, 1, 6)
-        >>> band = jactri.jacobian(conv, x, layout="banded")
-        >>> band.values.shape, band.columns[0, 0, 0].tolist()
-        (torch.Size([1, 1, 6, 3]), [0, 1, -1])
-        >>> torch.allclose(band.to_dense(), jactri.jacobian(conv, x))
-        True
-    """
-
-    values: Tensor
-    columns: Tensor
-    shape: tuple[int, ...]
-
-    def to_dense(self) -> Tensor:
-        """The Jacobian itself, of ``shape``."""
-        width = self.columns.shape[-1]
-        rows = prod(self.columns.shape[:-1])
-        samples = prod(self.values.shape[:-1]) // max(rows, 1)
-        n = prod(self.shape) // max(samples * rows, 1)
-        columns = self.columns.reshape(1, rows, width).expand(samples, -1, -1)
-        values = self.values.reshape(samples, rows, width)
-        dense = values.new_zeros(
-            samples, rows, n + 1
-        )  # what is nowhere goes to a column of its own
-        dense = dense.scatter(2, columns.remainder(n + 1), values)
-        return dense[..., :n].reshape(self.shape)
 
 
 def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:

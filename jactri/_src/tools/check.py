@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_map
 
 from ..base.classes import plain
 from ..base.elsewhere import check_here
+from ..base.tables import Shown, Table
 from ..calls.api import jacobian
 from ..calls.finite_difference import Differences
 from ..plan.samples import probe_mixing
 from ..prologue.arguments import as_tuple
 from ..prologue.running import eagerly, public
-from .report import explain
+from .report import explain, fallbacks
 
 _TIMED_SECONDS = 0.5
 _ROUNDED = 1e5 * torch.finfo(torch.float64).eps  # what is farther off in float64 is not rounding
@@ -50,8 +51,8 @@ class JacobianMismatch(AssertionError):
     """
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Shown):
     """What `check` found; ``str()`` of it is readable. Errors are against float64 autograd unless said otherwise.
 
     Relative errors are relative to the largest entry of the block.
@@ -99,29 +100,37 @@ class CheckReport:
     finite_difference_at: tuple[int, int, tuple[int, ...]] | None = None
     finite_difference_gap: float | None = None
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str | Table]:
         alone = isnan(self.float64_rel_error)
         truth = "torch's" if alone else "float64"
-        lines = [
-            f"{'ok' if self.ok else 'MISMATCH'}{': ' + self.reason if self.reason else ''}",
-            f"  against {truth} autograd: largest error {self.max_abs_error:.3g} ({self.max_rel_error:.3g} of the "
-            f"largest entry), at output {self.worst[0]}, input {self.worst[1]}",
-            f"  torch in the inputs' dtype is off by {self.torch_rel_error:.3g} of the largest entry; "
-            f"jactri and torch differ by {self.same_dtype_abs_error:.3g}",
-            f"  both in float64: {'not known' if alone else f'{self.float64_rel_error:.3g} of the largest entry'}",
-            f"  jactri {self.jactri_ms:.3g} ms, torch.autograd.functional.jacobian {self.torch_ms:.3g} ms",
-            f"  fallbacks: {', '.join(self.fallbacks) if self.fallbacks else 'none'}",
-        ]
+        rows = [
+            (
+                f"against {truth} autograd",
+                f"largest error {self.max_abs_error:.3g} ({self.max_rel_error:.3g} of the largest entry), at output "
+                f"{self.worst[0]}, input {self.worst[1]}",
+            ),
+            (
+                "in the inputs' dtype",
+                f"torch is off by {self.torch_rel_error:.3g} of the largest entry; jactri and torch differ by "
+                f"{self.same_dtype_abs_error:.3g}",
+            ),
+            ("both in float64", "not known" if alone else f"{self.float64_rel_error:.3g} of the largest entry"),
+            ("time", f"jactri {self.jactri_ms:.3g} ms, torch.autograd.functional.jacobian {self.torch_ms:.3g} ms"),
+            ("fallbacks", fallbacks(self.fallbacks)),
+        ]  # fmt: skip
         if self.finite_difference_rel_error is not None:
-            lines.insert(4, f"  {self._slopes()}")
-        return "\n".join(lines)
+            rows.insert(3, ("finite differences in float64", self._slopes()))
+        return [
+            f"{'ok' if self.ok else 'MISMATCH'}{': ' + self.reason if self.reason else ''}",
+            Table((), rows),
+        ]
 
     def _slopes(self) -> str:
         if self.finite_difference_at is None:
-            return "finite differences in float64: none to compare with"
+            return "none to compare with"
         j, i, index = self.finite_difference_at
         return (
-            f"finite differences in float64: off by {self.finite_difference_rel_error:.3g} of the largest entry, at "
+            f"off by {self.finite_difference_rel_error:.3g} of the largest entry, at "
             f"entry {index} of output {j}, input {i}; the slopes to both sides are {self.finite_difference_gap:.3g} "
             "apart there"
         )

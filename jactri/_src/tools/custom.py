@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 
+from ..base.tables import Shown
 from ..maps.curvature import Curvature, Curves, Unary, as_they_are, full
 from ..maps.linear_map import Identity
 from ..maps.mask import Mask
@@ -28,7 +29,7 @@ from ..second.curves import CurveReader, UnknownCurvature, default
 from .verification import Verification
 
 
-class Rule:
+class Rule(Shown):
     """A rule of a user, in force from when it is given a function until `remove`; as a context manager, for a block.
 
     It is made by `jactri.rule`.
@@ -101,8 +102,8 @@ class Rule:
     def __exit__(self, *_):
         self.remove()
 
-    def __repr__(self):
-        return f"<jactri.rule for {', '.join(map(_named, self.targets))}>"
+    def _parts(self) -> list[str]:
+        return [f"<jactri.rule for {', '.join(map(_named, self.targets))}>"]
 
     def second(self, function: Callable) -> Callable:
         """Decorate what gives the second derivative along tangents, for `jactri.laplacian` and `jactri.bilaplacian`.

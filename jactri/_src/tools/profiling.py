@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 
 from ..base import backends, rates
 from ..base.memory import si
+from ..base.tables import Shown, Table
 from ..calls.api import jacobian
 from ..plan.planner import predict
 from ..prologue.arguments import as_tuple
@@ -47,8 +48,8 @@ class ProfiledStep:
     roofline: float | None
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, repr=False)
+class Profile(Shown):
     """What `profile` returns; ``str()`` of it is the table. All times are milliseconds of one call.
 
     Attributes:
@@ -79,7 +80,7 @@ class Profile:
     rates: rates.Rates
     trace: str | None
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str | Table]:
         head = ("step", "layer", "op", "structure", "shape", "seeds", "flops", "bytes", "predicted ms", "measured ms",
                 "roofline")  # fmt: skip
         rows = [
@@ -91,13 +92,9 @@ class Profile:
             )
             for i, s in enumerate(self.steps)
         ]  # fmt: skip
-        widths = [max(len(r[c]) for r in (head, *rows)) for c in range(len(head))]
-        lines = [self.plan]
+        lines: list[str | Table] = [self.plan]
         if rows:
-            lines += [
-                "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
-                for r in (head, *rows)
-            ]
+            lines.append(Table(head, rows))
         inside = sum(s.measured_ms or 0.0 for s in self.steps)
         lines += [
             f"function {self.function_ms:.3g} ms, reading and planning {self.planning_ms:.3g} ms, accumulation "
@@ -112,7 +109,7 @@ class Profile:
             )
         if self.trace:
             lines.append(f"trace: {self.trace}")
-        return "\n".join(lines)
+        return lines
 
 
 @public

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.memory import Budget, MemoryLimitTooSmall, si
+from ..base.tables import Shown, Table
 from ..compile.compilation import Compilation
 from ..compile.compiled import compile
 from ..device import batching, chooser
@@ -65,8 +66,8 @@ class StepReport:
     layer: str = ""
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """What `explain` returns; ``str()`` of it is the table.
 
     Attributes:
@@ -103,7 +104,7 @@ class Explanation:
     note: str = ""
     compiled: Compilation | None = None
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[str | Table]:
         head = (
             "step",
             "op",
@@ -122,27 +123,48 @@ class Explanation:
             )
             for i, s in enumerate(self.steps)
         ]  # fmt: skip
-        widths = [max(len(r[c]) for r in (head, *rows)) for c in range(len(head))]
-        lines = [f"{self.direction}: {self.reason}"]
-        lines += [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
-            for r in (head, *rows)
-        ]
         ratio = self.naive_flops / self.flops if self.flops else float("inf")
-        lines.append(
-            f"total {si(self.flops)}flop, {si(self.bytes)}B written, peak {si(self.peak_bytes)}B with the answer's "
-            f"{si(self.answer_bytes)}B, {self.chunks} chunk{'s' if self.chunks != 1 else ''}"
-        )
-        lines.append(
+        parts: list[str | Table] = [f"{self.direction}: {self.reason}"]
+        if rows:
+            parts.append(Table(head, rows))
+        parts += [
+            f"accumulation only, without func itself: {si(self.flops)}flop, {si(self.bytes)}B written, peak "
+            f"{si(self.peak_bytes)}B with the answer's {si(self.answer_bytes)}B, "
+            f"{self.chunks} chunk{'s' if self.chunks != 1 else ''}",
             f"one backward pass a row: {si(self.naive_flops)}flop"
-            + (f", {ratio:.3g} times as many" if self.flops else "")
-        )
-        lines.append("fallbacks: " + (", ".join(self.fallbacks) if self.fallbacks else "none"))
+            + (f", {ratio:.3g} times as many" if self.flops else ""),
+            f"fallbacks: {fallbacks(self.fallbacks)}",
+        ]
         if self.note:
-            lines.append(self.note)
+            parts.append(self.note)
+        if self.steps:
+            parts.append(_LEGEND)
         if self.compiled is not None:
-            lines.append(str(self.compiled))
-        return "\n".join(lines)
+            parts += self.compiled._parts()
+        return parts
+
+
+_LEGEND = (
+    "seeds: rows (in reverse) or columns that a step carries; tied axes: those that the value shares with the seed, "
+    "which cost nothing\n"
+    "flops, bytes: predicted, the bytes are those written; backend: what runs the step (and why)"
+)
+
+
+def fallbacks(ops: Sequence[str]) -> str:
+    """Which ops have no rule, and what one can do."""
+    if not ops:
+        return "none"
+    if ops == WHOLE:
+        return f"{ops[0]}, by autograd, one product a row"
+    return (
+        f"{', '.join(ops)}: by autograd, one product a row; a rule (jactri.rule) gives an op or an autograd.Function "
+        "its structure"
+    )
+
+
+WHOLE = ("the whole function",)
+"""The fallbacks of a plan without steps."""
 
 
 @public
@@ -252,7 +274,7 @@ def _explained(
 def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
     return Explanation(
         (), direction, reason, 0.0, 0.0, 0.0, 0, answer_bytes(ys, xs, per_sample), 0.0,
-        ("the whole function",) if "whole" in direction else (),
+        WHOLE if "whole" in direction else (),
     )  # fmt: skip
 
 
