@@ -171,7 +171,7 @@ def check_callable(func: Any) -> None:
             "; pass the function itself, not what it returned (jactri.jacobian_of(outputs, inputs) takes that): "
             "jacobian(net, x), not jacobian(net(x), x)"
         )
-    raise TypeError(f"func must be callable, got {type(func)}{remedy}")
+    raise TypeError(f"func is not callable, but {type(func)}{remedy}")
 
 
 # -- options ----------------------------------------------------------------------------------------
