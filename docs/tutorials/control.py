@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Linearising learned dynamics
 #
-# Controllers and filters want a model as two matrices: how the next state moves with the state, $A$, and with the
-# control, $B$. For a learned model these are Jacobians, needed anew at every step, at one state: small, and always of
+# Controllers and filters want a model as two matrices: how the next state moves with the state, `A`, and with the
+# control, `B`. For a learned model these are Jacobians, needed anew at every step, at one state: small, and always of
 # the same shape. This tutorial balances a pendulum with a linear-quadratic regulator (LQR) over a learned model, and
 # compiles its linearisation.
 
@@ -82,7 +82,7 @@ true_A, true_B = jactri.jacobian(pendulum, (upright, still), per_sample=True)
 print(f"against the true dynamics: {(A - true_A).abs().max():.3f}, {(B - true_B).abs().max():.3f}")
 
 # %% [markdown]
-# The eigenvalues of $A$ tell that the pendulum falls: one lies outside of the unit circle.
+# The eigenvalues of `A` tell that the pendulum falls: one lies outside of the unit circle.
 
 # %%
 print(torch.linalg.eigvals(A[0]).abs())
@@ -90,8 +90,8 @@ print(torch.linalg.eigvals(A[0]).abs())
 # %% [markdown]
 # ## LQR
 #
-# The regulator minimises $\sum x^\top Q x + u^\top R u$ along $x' = A x + B u$. Iterating Riccati's equation gives the
-# gain $K$ of the best control $u = -K x$.
+# The regulator minimises `Σ xᵀ Q x + uᵀ R u` along `x′ = A x + B u`. Iterating Riccati's equation gives the
+# gain `K` of the best control `u = -K x`.
 
 
 # %%

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Convolutional networks: windows instead of matrices
 #
-# An image of 24 x 24 pixels mapped to another has a Jacobian of 576 x 576 entries; one of a megapixel has $10^{12}$.
+# An image of 24 x 24 pixels mapped to another has a Jacobian of 576 x 576 entries; one of a megapixel has 10¹².
 # Almost all are zero, because an output pixel of a convolutional network sees a window of the input. This tutorial
 # looks at that structure, computes those entries only, and uses them: to see what a denoiser averages, to estimate its
 # error without the clean image, and to see which pixels a classifier's scores hang on.
@@ -113,7 +113,7 @@ for panel in axes:
 # ## How good is it, without the clean image?
 #
 # Stein's unbiased risk estimate needs the noise and the *trace* of the Jacobian alone:
-# $\mathrm{SURE} = \|y - f(y)\|^2 / n - \sigma^2 + 2 \sigma^2 \operatorname{tr} J / n$. `jactri.divergence` returns it,
+# `SURE = |y - f(y)|² / n - σ² + 2 σ² tr J / n`. `jactri.divergence` returns it,
 # exactly; usually one settles for a random estimate of it.
 
 # %%

@@ -87,7 +87,7 @@ assert torch.allclose(predicted, moved.detach(), atol=1e-5)
 # %% [markdown]
 # ## The tangent kernel
 #
-# $K(x, x') = J(x) J(x')^\top$ (Jacot et al. 2018) compares samples by how they pull at the weights. It has the samples'
+# `K(x, x′) = J(x) J(x′)ᵀ` (Jacot et al. 2018) compares samples by how they pull at the weights. It has the samples'
 # size, `(N1, N2, *out, *out)`, and is contracted from the factors.
 
 # %%
@@ -103,8 +103,8 @@ print(f"{most} of 80 directions hold 99% of the trace")
 # %% [markdown]
 # ## The Gauss-Newton matrix
 #
-# $G = \sum_n J_n^\top H_n J_n$, with $H_n$ the Hessian of the loss in the output, is the curvature that optimisers and
-# Laplace approximations use. It is an operator: `G @ v` and `G.diagonal()`. For half the squared error $H_n$ is 1.
+# `G = Σₙ Jₙᵀ Hₙ Jₙ`, with `Hₙ` the Hessian of the loss in the output, is the curvature that optimisers and
+# Laplace approximations use. It is an operator: `G @ v` and `G.diagonal()`. For half the squared error `Hₙ` is 1.
 
 # %%
 G = jactri.ggn(net, x, torch.ones(80))
@@ -119,11 +119,11 @@ assert torch.allclose(product, matrix.T @ (matrix @ flat_step))
 # %% [markdown]
 # ## Error bars
 #
-# Around the trained weights the posterior is taken as normal, with precision $J^\top J / \sigma^2 + \lambda$ (MacKay
-# 1992). The variance of the prediction at $x$ is then $J(x)\, \Sigma\, J(x)^\top$. By Woodbury's identity this is a
+# Around the trained weights the posterior is taken as normal, with precision `JᵀJ / σ² + λ` (MacKay
+# 1992). The variance of the prediction at `x` is then `J(x) Σ J(x)ᵀ`. By Woodbury's identity this is a
 # Gaussian process with the tangent kernel, so that no matrix of the parameters' size is needed:
 #
-# $$ \operatorname{var}(x) = \left( K_{xx} - K_{xX} (K_{XX} + \lambda \sigma^2)^{-1} K_{Xx} \right) / \lambda $$
+#     var(x) = (K(x, x) - K(x, X) (K(X, X) + λ σ²)⁻¹ K(X, x)) / λ
 
 # %%
 at = torch.linspace(-6, 6, 241).unsqueeze(1)

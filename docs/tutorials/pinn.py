@@ -6,7 +6,7 @@
 # once more, in the parameters. This tutorial computes them with `jactri.laplacian`, which needs neither nested
 # gradients nor a Hessian.
 #
-# The equation: heat in a rod, $u_t = \kappa\, u_{xx}$ on $0 \le x \le 1$, ends held at 0.
+# The equation: heat in a rod, `u_t = κ u_xx` on `0 ≤ x ≤ 1`, ends held at 0.
 
 # %%
 import math
@@ -25,7 +25,7 @@ KAPPA, END = 0.05, 1.0
 # ## The Laplacian of a field
 #
 # A *field* is a function of points `(N, n)` with a value for each point. `jactri.laplacian(field, points)` returns
-# $\sum_i \partial^2 u / \partial x_i^2$, one number a point.
+# `Σᵢ ∂²u / ∂xᵢ²`, one number a point.
 #
 # It goes through the network once, forward: value, Jacobian and Laplacian together, `n + 2` rows a point (the *forward
 # Laplacian*, Li et al. 2023). Nested reverse mode goes through it twice for each of the `n` axes.
@@ -46,8 +46,8 @@ assert torch.allclose(laplacian.detach(), hessian.diagonal(dim1=1, dim2=2).sum(1
 # %% [markdown]
 # ## Not all second derivatives
 #
-# The heat equation wants $u_{xx}$, but not $u_{tt}$. A weight `A` gives $\sum_{ij} A_{ij}\, \partial_i \partial_j u$:
-# here a matrix with a single one. It has rank 1, so one direction is carried instead of two. The first derivative $u_t$
+# The heat equation wants `u_xx`, but not `u_tt`. A weight `A` gives `Σᵢⱼ Aᵢⱼ ∂ᵢ∂ⱼu`:
+# here a matrix with a single one. It has rank 1, so one direction is carried instead of two. The first derivative `u_t`
 # comes from the same sweep.
 
 # %%
@@ -70,7 +70,7 @@ def exact(points):
 
 
 # %% [markdown]
-# What is known goes into the network's form (Lagaris et al. 1998): the factor $t\, x (1 - x)$ leaves the start and the
+# What is known goes into the network's form (Lagaris et al. 1998): the factor `t x (1 - x)` leaves the start and the
 # ends as they are, whatever the network says. Only the equation is left to be learned.
 
 
