@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..base.classes import dressed
 from ..base.memory import Budget
-from ..meet.trace import closed_form, trace
+from ..meet.trace import trace, ways
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
 from ..prologue.arguments import Options
@@ -119,10 +119,11 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
         return entries.diagonal(0, -2, -1).sum(-1)
     if graph.outputs[0] is None or graph.inputs[0] is None:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
-    if batch and not asked.assume and closed_form(graph, batch) is None:
+    found = ways(graph, batch)
+    if batch and not (asked.assume or found.closed):
         _prove(graph, y, x)
     budget = Budget(asked.memory_limit, x.device)
-    return trace(graph, batch, asked.chunk_size, budget).to(x.dtype)
+    return trace(graph, found, batch, asked.chunk_size, budget).to(x.dtype)
 
 
 def _prove(graph: Graph, y: Tensor, x: Tensor) -> None:

@@ -179,6 +179,7 @@ class Groups(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def groups(first: Letters, second: Letters, out: Letters) -> Groups:
     """The letters of ``first`` times ``second`` by their part in it: those that ``out`` lacks are summed."""
     return Groups(

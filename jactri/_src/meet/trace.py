@@ -13,10 +13,11 @@ residual connection is one of them, with trace n) is summed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,32 +75,36 @@ class ClosedForm:
         return self
 
 
-_known: Cache[tuple, ClosedForm | None] = Cache()
+class Ways(NamedTuple):
+    """The orders that a trace can take, the cheapest first; ``closed``: a closed form is one, so samples are apart."""
+
+    orders: Sequence[Order]
+    closed: bool
 
 
-def closed_form(graph: Graph, batch: bool) -> ClosedForm | None:
-    """The closed form of a graph from one input to one output, or None where it has none. Remembered."""
+_known: Cache[tuple, Ways] = Cache()
+
+
+def ways(graph: Graph, batch: bool) -> Ways:
+    """What is worth a look for a graph from one input to one output. Remembered."""
     device = graph.values[graph.inputs[0]].device.type
     forms = torch.is_grad_enabled() or device != "cpu"
 
-    def make() -> ClosedForm | None:
-        terms = _terms(graph, batch)
+    def make() -> Ways:
+        found, terms = orders(graph), _terms(graph, batch)
         if terms is None:
-            return None
+            return Ways(found, closed=False)
         costs = [_cost(graph, term, forms) for term in terms]
         flops, written, steps = (sum(each) for each in zip(*costs, strict=True))
-        return ClosedForm(terms, predict(flops, written, steps, rough(device)), written)
+        form = ClosedForm(terms, predict(flops, written, steps, rough(device)), written)
+        return Ways(sorted([form, *found], key=lambda order: order.seconds), closed=True)
 
     return _known.of((graph.key, batch, forms), make)
 
 
-def trace(graph: Graph, batch: bool, chunk_size: int | None, budget: Budget) -> Tensor:
+def trace(graph: Graph, found: Ways, batch: bool, chunk_size: int | None, budget: Budget) -> Tensor:
     """The trace of every sample, ``(N,)``, of samples that do not mix; without a batch of the whole, ``()``."""
-    form = closed_form(graph, batch)
-    found: list[Order] = [*orders(graph)]
-    if form is not None:
-        found = sorted([form, *found], key=lambda order: order.seconds)
-    taken = cheapest(graph, found, chunk_size, budget)
+    taken = cheapest(graph, found.orders, chunk_size, budget)
     if isinstance(taken, ClosedForm):
         total = reduce(torch.add, [_trace(graph, term) for term in taken.terms])
         x = graph.values[graph.inputs[0]]
