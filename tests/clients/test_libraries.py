@@ -16,6 +16,8 @@ from helpers import client
 from tolerances import assert_close
 from torch import nn
 
+import jactri
+
 PAGE = "docs/howto/libraries.md"
 _, *SECTIONS = re.split(r"^## ", (Path(__file__).parents[2] / PAGE).read_text(), flags=re.M)
 SECTIONS = dict(section.split("\n", 1) for section in SECTIONS)
@@ -72,6 +74,10 @@ def test_laplace(recipe):
     from laplace import Laplace, curvature
     from torch.utils.data import DataLoader, TensorDataset
 
+    J = curvature.GGNInterface(found["net"], "classification").jacobians(found["x"])[0]
+    truth = found["posterior"].functional_variance(J).detach()
+    assert_close(found["covariance"], truth, torch.float32, length=400)
+
     def same(ours, theirs, what):
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a.detach(), b.detach(), F64, length=400, what=what)
@@ -122,8 +128,6 @@ def test_torchjd(recipe):
     from torchjd.autogram import Engine
     from torchjd.autojac import backward, jac_to_grad
 
-    import jactri
-
     net = found["net"].double()
     x, y, parameters = found["x"].double(), found["y"], list(net.parameters())
 
@@ -173,6 +177,12 @@ def test_lightning(recipe):
             values = {n: p.detach().clone() for n, p in self.named_parameters()}
             self.seen.append((values, [p.grad.clone() for p in self.parameters()]))
 
+        def test_step(self, batch, batch_idx):
+            assert torch.is_inference_mode_enabled()
+            J = jactri.jacobian(self, batch[0], per_sample=True)
+            truth = torch.func.vmap(torch.func.jacrev(lambda row: self(row[None])[0]))(x)
+            assert_close(J, truth.detach(), F64)
+
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     module = Recorded().double()
     x, y = torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
@@ -182,6 +192,7 @@ def test_lightning(recipe):
     trainer.fit(module, torch_data.DataLoader(torch_data.TensorDataset(x, y), batch_size=4))
     assert len(module.seen) == 2 and "training_step" not in vars(module)
     assert trainer.callback_metrics["jacobian_penalty"] > 0
+    trainer.test(module, torch_data.DataLoader(torch_data.TensorDataset(x, y), 8), verbose=False)
     for (values, grads), a, b in zip(module.seen, x.split(4), y.split(4), strict=True):
 
         def loss(values, a=a, b=b):
