@@ -29,8 +29,10 @@ class Slice(LinearMap):
         return ((self.axis, self.axis),)
 
     def support(self, axis, in_shape, out_shape):
-        index = self.start + self.step * numpy.arange(self.length)
-        return numpy.arange(self.size) == index[:, None]
+        return numpy.arange(self.size) == self.index()[:, None]
+
+    def index(self) -> numpy.ndarray:
+        return self.start + self.step * numpy.arange(self.length)
 
     def narrow(self, source, target, in_shape, out_shape):
         return self
@@ -68,7 +70,7 @@ class Place(Slice):
     name = "place"
 
     def support(self, axis, in_shape, out_shape):
-        return super().support(axis, in_shape, out_shape).T
+        return self.index() == numpy.arange(self.size)[:, None]
 
     def places(self, reverse):
         return not reverse
