@@ -1,6 +1,6 @@
 """Makes the pictures of the documentation, small enough for a page: ``python docs/pictures/gallery.py``, by hand.
 
-Runs the demo and every example in full, some minutes, and keeps what they draw at 1600 pixels' width and 256 colours.
+Runs the demo and every example in full, some minutes, and keeps what they draw at 1200 pixels' width and 256 colours.
 """
 
 import importlib
@@ -14,15 +14,17 @@ from jactri import examples
 from jactri.demo import run
 
 HERE = Path(__file__).parent
-WIDTH = 1600
+WIDTH = 1200
 
 
-def shrink(picture: Path, name: str) -> None:
-    """Writes ``picture`` to ``name`` beside this file, at most `WIDTH` wide, with a palette."""
+def shrink(picture: Path, name: str, width: int = WIDTH) -> None:
+    """Writes ``picture`` to ``name`` beside this file, at most ``width`` wide, with a palette."""
     image = Image.open(picture).convert("RGB")
-    if image.width > WIDTH:
-        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.LANCZOS)
-    image.quantize(256, dither=Image.Dither.NONE).save(HERE / name, optimize=True)
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
+    # of the most different colours, not the most frequent ones: a colour bar is small
+    few = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(HERE / name, optimize=True)
 
 
 def main() -> None:

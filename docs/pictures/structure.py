@@ -94,7 +94,7 @@ def main() -> None:
         ],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        shrink(save(figure, Path(folder) / "drawn.png"), "structure.png")
+        shrink(save(figure, Path(folder) / "drawn.png"), "structure.png", width=1600)
 
 
 if __name__ == "__main__":

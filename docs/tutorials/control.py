@@ -90,8 +90,8 @@ print(torch.linalg.eigvals(A[0]).abs())
 # %% [markdown]
 # ## LQR
 #
-# The regulator minimises `Σ xᵀ Q x + uᵀ R u` along `x′ = A x + B u`. Iterating Riccati's equation gives the
-# gain `K` of the best control `u = -K x`.
+# The regulator minimises `Σ xᵀQx + uᵀRu` along `x' = Ax + Bu`. Iterating Riccati's equation gives the
+# gain `K` of the best control `u = -Kx`.
 
 
 # %%
@@ -122,7 +122,7 @@ assert closed.max() < 1
 
 # %%
 linearise = jactri.compile(model, upright, still, per_sample=True, return_output=True, engine="fx")
-linearise
+print(linearise)
 
 # %%
 y, (A, B) = linearise(upright, still)

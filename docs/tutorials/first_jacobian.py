@@ -64,7 +64,7 @@ assert torch.equal(y, net(x))
 # layer one matrix that all samples share. Here three outputs are fewer than five inputs, so the sweep goes in reverse.
 
 # %%
-jactri.explain(net, x, per_sample=True)
+print(jactri.explain(net, x, per_sample=True))
 
 # %% [markdown]
 # What has no rule is computed by autograd, a row at a time: exact, and slower. The plan marks such steps as fallbacks,
@@ -78,7 +78,7 @@ jactri.explain(net, x, per_sample=True)
 
 # %%
 report = jactri.check(net, x, raise_on_error=True)
-report
+print(report)
 
 # %% [markdown]
 # ## Asking for what is not there

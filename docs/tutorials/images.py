@@ -91,30 +91,29 @@ assert torch.allclose(denoised, denoiser(noisy), atol=1e-5)
 
 # %%
 filters = matrix.to_dense().view(24, 24, 24, 24)
-spots = [(3, 4), (12, 11), (20, 19)]
-figure, axes = plt.subplots(1, 6, figsize=(12, 2.5), layout="constrained")
-for panel, image, name in zip(
-    axes, (clean, noisy, denoised), ("clean", "noisy", "denoised"), strict=False
-):
+spots = {"a": (4, 5), "b": (11, 12), "c": (18, 19)}
+figure, axes = plt.subplots(2, 3, figsize=(7.5, 5), layout="constrained")
+pages_shown = {"clean": clean, "noisy": noisy, "denoised": denoised}
+for panel, (name, image) in zip(axes[0], pages_shown.items(), strict=True):
     panel.imshow(image[0, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
     panel.set_title(name)
-for panel, (row, column), letter in zip(axes[3:], spots, "abc", strict=True):
-    row_of = filters[row, column]
-    limit = row_of.abs().max()
-    panel.imshow(row_of.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-    panel.set_title(f"its filter at {letter}")
-    for here in (panel, axes[2]):
-        here.plot(column, row, "+", color="#d55e00")
-    axes[2].annotate(letter, (column, row), (4, 4), textcoords="offset points", color="#d55e00")
-for panel in axes:
+limit = max(filters[spot].abs().max() for spot in spots.values())
+for panel, (letter, (row, column)) in zip(axes[1], spots.items(), strict=True):
+    shown = panel.imshow(filters[row, column].numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
+    panel.contour(clean[0, 0].numpy(), levels=[0.5], colors="#22262e", linewidths=0.7)
+    panel.set(xlim=(column - 5.5, column + 5.5), ylim=(row + 5.5, row - 5.5))
+    panel.set_title(f"the filter at {letter}")
+    axes[0, 2].text(column, row, letter, color="#d55e00", ha="center", va="center", weight="bold")
+figure.colorbar(shown, ax=axes[1], label="d output / d pixel")
+for panel in axes.flat:
     panel.set(xticks=[], yticks=[])
 
 # %% [markdown]
 # ## How good is it, without the clean image?
 #
 # Stein's unbiased risk estimate needs the noise and the *trace* of the Jacobian alone:
-# `SURE = |y - f(y)|² / n - σ² + 2 σ² tr J / n`. `jactri.divergence` returns it,
-# exactly; usually one settles for a random estimate of it.
+# `‖y - f(y)‖²/n - σ² + 2σ² tr(J)/n`. `jactri.divergence` returns the trace, exactly; usually one settles for a
+# random estimate.
 
 # %%
 test = pages[180:]
@@ -176,7 +175,7 @@ saliency = J[torch.arange(10), scores.argmax(1), 0]
 gradient = torch.func.vmap(torch.func.grad(lambda image: classifier(image.unsqueeze(0)).max()))
 assert torch.allclose(saliency, gradient(images[picks])[:, 0], atol=1e-4)
 
-figure, axes = plt.subplots(2, 10, figsize=(12, 2.6), layout="constrained")
+figure, axes = plt.subplots(2, 10, figsize=(9, 2.3), layout="constrained")
 limit = saliency.abs().max()
 for column in range(10):
     axes[0, column].imshow(images[picks[column], 0].numpy(), cmap="gray_r")
@@ -186,7 +185,7 @@ for column in range(10):
     )
 for panel in axes.flat:
     panel.set(xticks=[], yticks=[])
-figure.colorbar(shown, ax=axes[1], label="d score / d pixel")
+bar = figure.colorbar(shown, ax=axes[1], label="d score / d pixel")
 
 # %% [markdown]
 # ## Where to go on

@@ -58,7 +58,7 @@ print(f"misfit: {(net(x) - y).square().mean().sqrt():.3f}, noise: {NOISE}")
 
 # %%
 P = jactri.parameter_jacobian(net, x)
-P
+print(P)
 
 # %% [markdown]
 # `dense()` forms it if you ask, a tensor for each parameter, `(N, *out, *parameter)`:
@@ -87,7 +87,7 @@ assert torch.allclose(predicted, moved.detach(), atol=1e-5)
 # %% [markdown]
 # ## The tangent kernel
 #
-# `K(x, x′) = J(x) J(x′)ᵀ` (Jacot et al. 2018) compares samples by how they pull at the weights. It has the samples'
+# `K(x, x') = J(x) J(x')ᵀ` (Jacot et al. 2018) compares samples by how they pull at the weights. It has the samples'
 # size, `(N1, N2, *out, *out)`, and is contracted from the factors.
 
 # %%
@@ -103,8 +103,8 @@ print(f"{most} of 80 directions hold 99% of the trace")
 # %% [markdown]
 # ## The Gauss-Newton matrix
 #
-# `G = Σₙ Jₙᵀ Hₙ Jₙ`, with `Hₙ` the Hessian of the loss in the output, is the curvature that optimisers and
-# Laplace approximations use. It is an operator: `G @ v` and `G.diagonal()`. For half the squared error `Hₙ` is 1.
+# `G = Σ_n J_nᵀ H_n J_n`, with `H_n` the Hessian of the loss in the output, is the curvature that optimisers and
+# Laplace approximations use. It is an operator: `G @ v` and `G.diagonal()`. For half the squared error `H_n` is 1.
 
 # %%
 G = jactri.ggn(net, x, torch.ones(80))
@@ -119,11 +119,11 @@ assert torch.allclose(product, matrix.T @ (matrix @ flat_step))
 # %% [markdown]
 # ## Error bars
 #
-# Around the trained weights the posterior is taken as normal, with precision `JᵀJ / σ² + λ` (MacKay
+# Around the trained weights the posterior is taken as normal, with precision `JᵀJ/σ² + λ` (MacKay
 # 1992). The variance of the prediction at `x` is then `J(x) Σ J(x)ᵀ`. By Woodbury's identity this is a
 # Gaussian process with the tangent kernel, so that no matrix of the parameters' size is needed:
 #
-#     var(x) = (K(x, x) - K(x, X) (K(X, X) + λ σ²)⁻¹ K(X, x)) / λ
+# `var(x) = (K(x, x) - K(x, X) (K(X, X) + λσ²)⁻¹ K(X, x)) / λ`, with `X` the data
 
 # %%
 at = torch.linspace(-6, 6, 241).unsqueeze(1)

@@ -25,7 +25,7 @@ KAPPA, END = 0.05, 1.0
 # ## The Laplacian of a field
 #
 # A *field* is a function of points `(N, n)` with a value for each point. `jactri.laplacian(field, points)` returns
-# `Σᵢ ∂²u / ∂xᵢ²`, one number a point.
+# `Σ_i ∂²u/∂x_i²`, one number a point.
 #
 # It goes through the network once, forward: value, Jacobian and Laplacian together, `n + 2` rows a point (the *forward
 # Laplacian*, Li et al. 2023). Nested reverse mode goes through it twice for each of the `n` axes.
@@ -46,7 +46,7 @@ assert torch.allclose(laplacian.detach(), hessian.diagonal(dim1=1, dim2=2).sum(1
 # %% [markdown]
 # ## Not all second derivatives
 #
-# The heat equation wants `u_xx`, but not `u_tt`. A weight `A` gives `Σᵢⱼ Aᵢⱼ ∂ᵢ∂ⱼu`:
+# The heat equation wants `u_xx`, but not `u_tt`. A weight `A` gives `Σ_ij A_ij ∂_i ∂_j u`:
 # here a matrix with a single one. It has rank 1, so one direction is carried instead of two. The first derivative `u_t`
 # comes from the same sweep.
 

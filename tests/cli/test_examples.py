@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -127,6 +129,16 @@ def test_the_package_lists_its_examples():
     for name, module in ALL.items():
         assert f"``{name}``" in examples.__doc__
         assert module.__doc__.splitlines()[0].endswith(".")
+
+
+def test_the_gallery_shows_every_example():
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    text = (docs / "gallery.md").read_text()
+    shown = re.findall(r"\]\(pictures/(\w+)\.png\)", text)
+    assert set(shown) == {*ALL, "saliency", "metric"}
+    for name in shown:
+        assert (docs / f"pictures/{name}.png").stat().st_size < 150_000
+        assert name not in ALL or f"python -m jactri.examples.{name}\n" in text
 
 
 def test_an_example_runs_as_a_module():
