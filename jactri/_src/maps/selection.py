@@ -29,9 +29,9 @@ class Slice(LinearMap):
         return ((self.axis, self.axis),)
 
     def support(self, axis, in_shape, out_shape):
-        return numpy.arange(self.size) == self.index()[:, None]
+        return numpy.arange(self.size) == self.selected()[:, None]
 
-    def index(self) -> numpy.ndarray:
+    def selected(self) -> numpy.ndarray:
         return self.start + self.step * numpy.arange(self.length)
 
     def narrow(self, source, target, in_shape, out_shape):
@@ -70,7 +70,7 @@ class Place(Slice):
     name = "place"
 
     def support(self, axis, in_shape, out_shape):
-        return self.index() == numpy.arange(self.size)[:, None]
+        return self.selected() == numpy.arange(self.size)[:, None]
 
     def places(self, reverse):
         return not reverse
