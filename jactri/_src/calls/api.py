@@ -154,16 +154,9 @@ def jacobian(
         if asked.form != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         return handover.jacobian(
-            eagerly(func),
-            xs,
-            tupled,
-            strategy,
-            strict,
-            per_sample,
-            return_output,
-            chunk_size,
-            out,
-        )
+            eagerly(func), xs, tupled, strategy=strategy, strict=strict, per_sample=per_sample,
+            return_output=return_output, chunk_size=chunk_size, out=out,
+        )  # fmt: skip
     ran = prepare(func, xs, create_graph)
     if out is not None:
         asked.out = out_rows(out, ran.tupled, tupled)

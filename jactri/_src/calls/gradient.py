@@ -60,7 +60,7 @@ def gradient(
     points.check(x, "gradient", asked)
     if handover.transforming((x,)):
         y, answer = handover.jacobian(
-            eagerly(func), (x,), False, "auto", False, points.batched(x), True, chunk_size, None
+            eagerly(func), (x,), False, per_sample=points.batched(x), chunk_size=chunk_size
         )
     else:
         out, y, leaf = points.evaluate(func, x, "gradient", create_graph)

@@ -323,9 +323,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
         shapes[:] = [isinstance(y, tuple)]
         return outputs(y, kind)[1]
 
-    ys, rows = handover.jacobian(
-        as_tuples, xs, True, "auto", False, per_sample, True, chunk_size, None
-    )
+    ys, rows = handover.jacobian(as_tuples, xs, True, per_sample=per_sample, chunk_size=chunk_size)
     _check_real(kind, ys, xs)
     ends = (ys, xs) if kind == "jtj" else (xs, ys)
     forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)

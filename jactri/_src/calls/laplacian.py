@@ -177,7 +177,7 @@ def of_output(
         first = None
         try:
             graph, curves = read_curves(y, x)
-            found = _forward(graph, curves, y, x, a, asked, lower and a is None)
+            found = _forward(graph, curves, y, x, a, asked=asked, lower=lower and a is None)
             if suspects(graph, curves) and not _finite(found):
                 found = (
                     None  # what autograd's second derivatives are there, only reverse mode tells
@@ -207,7 +207,7 @@ def _finite(found) -> bool:
     return found is not None and all(finite(t) for t in found if t is not None)
 
 
-def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, asked: Options, lower: bool):
+def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, *, asked: Options, lower: bool):
     """``(jacobian or None, laplacian)`` by the forward Laplacian; None where samples are not proven to be apart."""
     batch = points.batched(x)
     shape = (*y.shape, *points.inner(x))

@@ -152,7 +152,7 @@ def _predicted(graph: Graph, order: GramOrder, asked: GramRequest) -> tuple[Gram
     Raises Unaligned where its blocks have no letters in common.
     """
     half = not asked.dense
-    made = list(_products(graph, order, _blocks(order.near), None, asked, half))
+    made = list(_products(graph, order, _blocks(order.near), None, asked, half=half))
     sums = summed_up(iter(made))
     if order.cut is not None:
         more = list(_around(graph, order, _blocks(order.far), sums[order.cut, order.cut], half))
@@ -194,6 +194,7 @@ def _products(
     near: _Blocks,
     weights,
     asked: GramRequest,
+    *,
     half: bool,
     sel=None,
     seed=None,
@@ -219,7 +220,8 @@ def _products(
                 continue
             network = Network()
             left, right = (
-                _block(network, graph, near[end, v], v, sel, plain, planned) for v in (a, b)
+                _block(network, graph, near[end, v], v, sel, planned=planned, written=plain)
+                for v in (a, b)
             )
             weight = None if planned else weights[c]
             shape = graph.values[end].shape
@@ -234,7 +236,7 @@ def _around(graph: Graph, order: GramOrder, far: _Blocks, middle: Sum, half: boo
     for a, b in pairs(outer, half):
         network = Network()
         left, right = (
-            _block(network, graph, far[order.cut, v], v, None, False, planned) for v in (a, b)
+            _block(network, graph, far[order.cut, v], v, planned=planned) for v in (a, b)
         )
         inner = network.copy(middle.network, middle.made)
         yield (a, b), 0, network, between(network, left, inner, right)
@@ -270,7 +272,7 @@ def summed_up(made: _Made) -> dict[tuple[int, int], Sum]:
 
 
 def _block(
-    network: Network, graph: Graph, entry, value: int, sel, written: bool, planned: bool
+    network: Network, graph: Graph, entry, value: int, sel=None, *, planned: bool, written=False
 ) -> Part:
     """The block between a contracted end and ``value`` in a network."""
     sweep, target, data = entry
@@ -331,7 +333,7 @@ def _run(
     ready = _fitting(graph, orders[:1], asked, limit)
     needs: list[float] = []
     if ready is None and asked.per_sample and not summed:
-        made = _in_ranges(graph, orders[0], weights, asked, half, limit, needs)
+        made = _in_ranges(graph, orders[0], weights, asked, half=half, limit=limit, needs=needs)
         if made is not None:
             return made
     if ready is None:
@@ -361,7 +363,7 @@ def _fitting(
 
 
 def _in_ranges(
-    graph: Graph, order: GramOrder, weights, asked: GramRequest, half: bool, limit: float, needs
+    graph: Graph, order: GramOrder, weights, asked: GramRequest, *, half: bool, limit: float, needs
 ):
     """The products of ranges of samples, the longest that fit the memory limit; None where there are none.
 
@@ -433,13 +435,17 @@ def _computed(graph: Graph, order: GramOrder, weights, asked: GramRequest, half:
             ends = [t for t in sweep.targets if t is not None]
             for sel, blocks in chunks(graph, sweep):
                 near = _blocks([sweep], {(0, t): blocks[t][0] for t in ends})
-                yield from _products(graph, order, near, weights, asked, half, sel, sweep.seed)
+                yield from _products(
+                    graph, order, near, weights, asked, half=half, sel=sel, seed=sweep.seed
+                )
 
     if order.summing:
         total = summed_up(chunked())
     else:
         near = _blocks(order.near, stored(graph, order.near))
-        total = summed_up(_products(graph, order, near, weights, asked, half, plain=order.plain))
+        total = summed_up(
+            _products(graph, order, near, weights, asked, half=half, plain=order.plain)
+        )
     if order.cut is not None:
         far = _blocks(order.far, stored(graph, order.far))
         total = summed_up(_around(graph, order, far, total[order.cut, order.cut], half))

@@ -55,7 +55,10 @@ def refuse(**given: bool) -> None:
             raise RuntimeError(f"{name} is not available inside of a torch.func transform")
 
 
-def jacobian(func, xs, tupled, strategy, strict, per_sample, return_output, chunk_size, out):
+def jacobian(
+    func, xs, tupled: bool, *,
+    strategy="auto", strict=False, per_sample=False, return_output=True, chunk_size=None, out=None,
+):  # fmt: skip
     """`jactri.jacobian` by torch.func, nested as torch.autograd.functional nests it.
 
     Raises RuntimeError for what cannot be answered under a transform: ``strict``, ``out``.
