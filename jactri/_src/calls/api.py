@@ -241,11 +241,6 @@ def jacobian_of(
                 f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
                 "before computing outputs (for what a layer returned to a hook, on the input of the model)"
             )
-    if ys and not any(y.requires_grad for y in ys):
-        raise RuntimeError(
-            "outputs do not require grad, so they have no graph; compute them in grad mode (with torch.enable_grad(), "
-            "not torch.no_grad() or detach()), from inputs that require grad"
-        )
     found = reached(ys, xs)
     for i in range(len(xs) if ys else 0):
         if i not in found:
@@ -254,6 +249,7 @@ def jacobian_of(
                 "it; pass the very tensor that they were computed from (a view or a copy of it, as x[0], is another). "
                 "Where zeros are meant, write torch.zeros(*y.shape, *x.shape) for its block"
                 + (f". It is a DTensor: {FSDP}" if is_distributed(xs[i]) else "")
+                + ("" if any(y.requires_grad for y in ys) else _NO_GRAPH)
             )
     if out is not None:
         asked.out = out_rows(out, tupled_out, tupled)
@@ -262,6 +258,12 @@ def jacobian_of(
         return out
     answer = nest(rows, tupled_out, tupled)
     return dressed(answer, (*ys, *xs)) if asked.form == "dense" else answer
+
+
+_NO_GRAPH = (
+    ". No output has a graph: compute them in grad mode (with torch.enable_grad(), not under torch.no_grad()), and do "
+    "not detach them"
+)
 
 
 def compute(ys, xs, asked: Options) -> list[list[Tensor]]:
