@@ -103,7 +103,8 @@ for panel, (letter, (row, column)) in zip(axes[1], spots.items(), strict=True):
     panel.contour(clean[0, 0].numpy(), levels=[0.5], colors="#22262e", linewidths=0.7)
     panel.set(xlim=(column - 5.5, column + 5.5), ylim=(row + 5.5, row - 5.5))
     panel.set_title(f"the filter at {letter}")
-    axes[0, 2].text(column, row, letter, color="#d55e00", ha="center", va="center", weight="bold")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axes[0, 2].text(column, row, letter, color="#d55e00", ha="center", va="center", bbox=box)
 figure.colorbar(shown, ax=axes[1], label="d output / d pixel")
 for panel in axes.flat:
     panel.set(xticks=[], yticks=[])
