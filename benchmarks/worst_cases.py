@@ -364,9 +364,13 @@ def jacrev_parameters(dtype: torch.dtype, samples: int) -> Given:
     net, x = nets.mlp((32, 64, 64, 8), nn.Tanh).to(dtype), draw(dtype, samples, 32)
     params = dict(net.named_parameters())
 
+    def predict(p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        y = functional_call(net, p, (x,))
+        return y, y
+
     def flat(transform: Callable) -> Tensor:
-        made = transform(lambda p: functional_call(net, p, (x,)))(params)
-        return torch.cat([made[n].flatten(2).detach() for n in params], 2)
+        made, _ = transform(predict, has_aux=True)(params)
+        return torch.cat([made[n].flatten(2) for n in params], 2).detach()
 
     def loop() -> Tensor:
         return parameter_rows(lambda: net(x), list(params.values())).reshape(samples, 8, -1)
