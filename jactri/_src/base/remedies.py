@@ -181,7 +181,7 @@ def nearest(given: Any, allowed: Iterable[Any], alike: float = 0.65) -> str | No
     """The option that a text is a beginning of, or may be meant as: ``alike`` is the share of letters in common."""
     known = {a.casefold(): a for a in allowed if isinstance(a, str)}
     text = str(given).casefold()
-    close = [k for k in known if text and k.startswith(text)]
+    close = [text] if text in known else [k for k in known if text and k.startswith(text)]
     close = close or difflib.get_close_matches(text, known, 1, alike)
     return known[close[0]] if close else None
 
