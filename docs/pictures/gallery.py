@@ -3,6 +3,7 @@
 Runs the demo and every example in full, some minutes, and keeps what they draw at 1200 pixels' width and 256 colours.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from jactri import examples
+from jactri.examples import kalman
 from jactri.demo import run
 
 HERE = Path(__file__).parent
@@ -32,6 +34,9 @@ def main() -> None:
         for module in pkgutil.iter_modules(examples.__path__, "jactri.examples."):
             if not module.name.endswith(".common"):
                 importlib.import_module(module.name).main(["--output", folder])
+        # times of one machine are no part of a page
+        found = dataclasses.replace(kalman.main(["--no-plot"]), microseconds={})
+        kalman.draw(found).savefig(Path(folder) / "kalman.png", dpi=110)
         run(Path(folder))
         for picture in Path(folder).glob("*.png"):
             shrink(picture, picture.name)

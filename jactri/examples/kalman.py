@@ -136,9 +136,8 @@ class Found:
     tip_error: dict[str, float]  # m, root mean square distance from the true tip
     speed_error: dict[str, float]  # rad/s, root mean square
     covered: float  # share of true speeds within the filter's 95% band
-    microseconds: dict[
-        str, float
-    ]  # of the processor, a time step of the filter, by how it linearises
+    # of the processor, a time step of the filter, by how it linearises
+    microseconds: dict[str, float]
     apart: float  # the largest difference between those ways' states
 
 
@@ -297,6 +296,11 @@ def draw(found: Found) -> Figure:
         0, -0.07, "\n".join(["root mean square error", *errors]), ha="center", va="top", fontsize=8,
         color=common.INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 3},
     )  # fmt: skip
+    if (
+        not found.microseconds
+    ):  # a picture that is shown elsewhere than on the machine that took them
+        costs.remove()
+        return figure
     names, values = zip(*found.microseconds.items(), strict=True)
     costs.barh(names, values, color=[common.BLUE, common.SKY, "#b6bcc6"], height=0.65)
     costs.bar_label(costs.containers[0], fmt="%.0f", padding=3, fontsize=9, color=common.INK)
