@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from jactri import examples
-from jactri.examples import kalman
 from jactri.demo import run
+from jactri.examples import kalman
 
 HERE = Path(__file__).parent
 WIDTH = 1200
