@@ -161,17 +161,15 @@ def of_shape(given: Tensor, y: Tensor, x: Tensor, want: tuple[int, ...]) -> str:
 # -- functions --------------------------------------------------------------------------------------
 
 
-def check_callable(func: Any) -> None:
-    """Raise TypeError for a function that is none."""
-    if callable(func):
-        return
+def not_callable(func: Any) -> TypeError:
+    """What to raise for a function that is none."""
     remedy = ""
     if isinstance(func, (Tensor, tuple, list)):
         remedy = (
             "; pass the function itself, not what it returned (jactri.jacobian_of(outputs, inputs) takes that): "
             "jacobian(net, x), not jacobian(net(x), x)"
         )
-    raise TypeError(f"func is not callable, but {type(func)}{remedy}")
+    return TypeError(f"func is not callable, but {type(func)}{remedy}")
 
 
 # -- options ----------------------------------------------------------------------------------------

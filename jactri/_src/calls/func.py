@@ -24,10 +24,10 @@ from torch.autograd import _get_sequence_nr
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..base.elsewhere import check_graph
-from ..base.remedies import NO_DERIVATIVE, check_callable, instead_of, one_of, returned
+from ..base.remedies import NO_DERIVATIVE, instead_of, not_callable, one_of, returned
 from ..base.tracing import making, own
 from ..prologue.arguments import Options, check_options
-from ..prologue.failures import noted
+from ..prologue.failures import note
 from ..prologue.running import computing, eagerly, prepare, recording, with_remedies
 from ..read import handover
 from ..read.behind import Outside, handles_of
@@ -188,7 +188,8 @@ class _Transform:
 
     def __init__(self, name, func, argnums, has_aux, chunk_size, randomness="same"):
         check_options("auto", chunk_size, None, False)
-        check_callable(func)
+        if not callable(func):
+            raise not_callable(func)
         if isinstance(argnums, Tensor):
             raise RuntimeError(
                 f"argnums must be an int or a tuple of ints, got a Tensor: write jactri.func.{name}(func)(x)"
@@ -256,7 +257,12 @@ class _Transform:
             given = tree_unflatten(leaves, spec)
             given = given if isinstance(self.argnums, tuple) else (given,)
             into = dict(zip(places, given, strict=True))
-            out = noted(func, [into.get(k, a) for k, a in enumerate(args)], kwargs)
+            called_with = [into.get(k, a) for k, a in enumerate(args)]
+            try:
+                out = func(*called_with, **kwargs)
+            except (RuntimeError, TypeError) as error:
+                note(error, func, called_with, kwargs)
+                raise
             aux = None
             if self.has_aux:
                 out, aux = self._pair(out)

@@ -12,16 +12,14 @@ from torch.nn import Module
 from ..read.ranges import roots
 
 
-def noted(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call a function; what it raises of its arguments has a note (from Python 3.11 on)."""
-    try:
-        return func(*args, **kwargs)
-    except (RuntimeError, TypeError) as error:
-        found = _arity if isinstance(error, TypeError) else _elsewhere
-        told = found(func, args, kwargs, str(error))
-        if told and hasattr(error, "add_note") and told not in getattr(error, "__notes__", ()):
-            error.add_note(told)
-        raise
+def note(
+    error: RuntimeError | TypeError, func: Callable, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """Add to an error that ``func`` raised what its arguments have to do with it (from Python 3.11 on)."""
+    found = _arity if isinstance(error, TypeError) else _elsewhere
+    told = found(func, args, kwargs, str(error))
+    if told and hasattr(error, "add_note") and told not in getattr(error, "__notes__", ()):
+        error.add_note(told)
 
 
 def _arity(func, args, kwargs, message: str) -> str:

@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from ...kernels.support import Ready
 from ..base import backends
 from ..base.classes import PLAIN, dressed, leaf_and_given, plain
-from ..base.remedies import check_callable, misfit
+from ..base.remedies import misfit, not_callable
 from ..read import ranges
 from ..read.ranges import watching
 from .arguments import outputs
-from .failures import noted
+from .failures import note
 
 
 def public(call: Callable) -> Callable:
@@ -140,11 +140,15 @@ _recording = threading.local()
 
 def record(call, *args):
     """Call a function for its graph, which will be read: what it returns, and how many hooks it registered."""
-    check_callable(call)
+    if not callable(call):
+        raise not_callable(call)
     before, _recording.now = recording(), True
     number = RemovableHandle.next_id
     try:
-        return _eager(noted, (call, args, {}), {}), RemovableHandle.next_id - number
+        return _eager(call, args, {}), RemovableHandle.next_id - number
+    except (RuntimeError, TypeError) as error:
+        note(error, call, args, {})
+        raise
     finally:
         _recording.now = before
 
@@ -156,7 +160,8 @@ def recording() -> bool:
 
 def eagerly(func: Callable) -> Callable:
     """A function that runs as `record` runs it, for those who call it themselves, as torch.func's transforms."""
-    check_callable(func)
+    if not callable(func):
+        raise not_callable(func)
 
     @functools.wraps(func, updated=())
     def called(*args, **kwargs):
