@@ -66,6 +66,10 @@ def pytest_collection_finish():
     gc.freeze()  # tests are there until the end: no collection needs to look at all of them again
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # what libraries free at the end, they find
+
+
 def device_of(config):
     return config.getoption("device") or "cpu"
 

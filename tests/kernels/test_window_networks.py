@@ -79,7 +79,7 @@ def test_explain_says_so(device):
     text = str(jactri.explain(f, x, per_sample=True, backend="triton"))
     assert "triton (first: 1 launch)" in text
     assert "tile 128x64x32, 4 warps): 1 launch)" in text
-    assert text.endswith("as kernels are asked for, written out by triton (band: 1 launch)")
+    assert "as kernels are asked for, written out by triton (band: 1 launch)" in text
     x = torch.randn(2, 1, 10, 11, device=device)
     text = str(jactri.explain(f, x, per_sample=True, backend="torch"))
     assert ", by patches (predicted" in text and "triton" not in text
