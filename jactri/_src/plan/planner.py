@@ -263,6 +263,10 @@ def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
     return rates.seconds(flops, 2 * written, steps)
 
 
+Simulated = dict[bool, list[Sweep]]
+"""The sweeps of both directions (reverse: True) as they are whatever they cost."""
+
+
 @dataclass(frozen=True)
 class _Terms:
     """What sweeps are chosen under."""
@@ -308,10 +312,15 @@ class _Terms:
         return True
 
 
-def _direction(graph: Graph, reverse: bool, summed: bool, traces, terms: _Terms) -> list[Sweep]:
+def _direction(
+    graph: Graph, reverse: bool, summed: bool, traces, terms: _Terms, known: Simulated
+) -> list[Sweep]:
     """The sweeps of one direction, with no chunks yet."""
-    ends = graph.outputs if reverse else graph.inputs
-    sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+    sweeps = known.get(reverse)
+    if sweeps is None:
+        ends = graph.outputs if reverse else graph.inputs
+        sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+        known[reverse] = sweeps
     if traces is not None:
         sweeps = [_fewer(graph, s, traces, terms) for s in sweeps]
     return [terms.fused(graph, s) for s in sweeps]
@@ -320,10 +329,8 @@ def _direction(graph: Graph, reverse: bool, summed: bool, traces, terms: _Terms)
 def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
     """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
     answer = terms.answer
-    per_sample, sparse = (
-        answer is not None and answer.per_sample,
-        answer is not None and answer.sparse,
-    )
+    per_sample = answer is not None and answer.per_sample
+    sparse = answer is not None and answer.sparse
     splits, colours = colours_of(traces, sweep, per_sample)
     patterns = {}
     if sparse or colours:
@@ -376,14 +383,15 @@ def make_plan(
     device: str = "cpu",
     rates: Rates | None = None,
     answer: Asked | None = None,
+    known: Simulated | None = None,
 ) -> Plan:
     """Choose the order of accumulation (the cheapest prediction under "auto") and the chunks of every sweep.
 
     "auto" compares forward, reverse and, where the graph has a cut narrower than both ends, mixed mode; "mixed" takes
     mixed mode wherever there is a cut. Samples that are only known by a probe not to mix (``summed``) are not followed
-    through cuts.
+    through cuts. ``known``: filled with what another call for the same graph need not find again.
     """
-    rates = rates or rough(device)
+    rates, known = rates or rough(device), {} if known is None else known
     both = strategy in ("auto", "mixed")
     ways: dict[str, list[Sweep]] = {}
     sparse = answer is not None and answer.sparse
@@ -392,9 +400,9 @@ def make_plan(
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
     terms = _Terms(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
-        ways["reverse-mode"] = _direction(graph, True, summed, traces, terms)
+        ways["reverse-mode"] = _direction(graph, True, summed, traces, terms, known)
     if both or strategy == "forward-mode":
-        ways["forward-mode"] = _direction(graph, False, summed, traces, terms)
+        ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):

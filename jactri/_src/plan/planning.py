@@ -11,7 +11,7 @@ from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
 from ..read.graph import Graph
 from .owners import joins
-from .planner import Asked, Plan, make_plan, plan_given
+from .planner import Asked, Plan, Simulated, make_plan, plan_given
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
@@ -117,10 +117,12 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     if fused and backends.kernels_for(xs[0]):
         kernels = "triton" if backends.forced() else "auto"
     per_sample = bool(per_sample)
+    known: Simulated = {}
 
     def make(limit: float) -> Plan:
         answer = Asked(per_sample, given, sparse, kernels, fused)
-        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type, "answer": answer}
+        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type}
+        how |= {"answer": answer, "known": known}
         plan = make_plan(graph, strategy, summed, **how)
         times = sorted(plan.seconds.values())
         if steady or len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
