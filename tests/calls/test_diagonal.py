@@ -224,7 +224,7 @@ def test_errors():
         jactri.diagonal(func, x.long())
     with pytest.raises(TypeError, match="tuple of 2"):
         jactri.diagonal(lambda v: (v, v), x)
-    with pytest.raises(TypeError, match="must be a Tensor"):
+    with pytest.raises(TypeError, match="x of diagonal must be a tensor"):
         jactri.diagonal(func, (x,))
     with pytest.raises(ValueError, match="chunk_size"):
         jactri.diagonal(func, x, chunk_size=0)

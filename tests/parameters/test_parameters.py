@@ -318,7 +318,9 @@ def test_repr_tells_the_factors():
     _, _, jac = jacobian("shared")
     assert "2 times cotangent x activation" in repr(jac) and "not used" in repr(jac)
     _, _, jac = jacobian("complex")
-    assert repr(jac).startswith("ParameterJacobian(output (4, 3), 2 parameters")
+    assert repr(jac).startswith(
+        "ParameterJacobian(output (4, 3) torch.float64 on cpu, 2 parameters"
+    )
 
 
 def test_inference_mode_and_compiled_modules():

@@ -1,5 +1,7 @@
 """What objects say of themselves: short texts, and in a notebook the same as plain HTML."""
 
+import copy
+import io
 import re
 from html.parser import HTMLParser
 
@@ -37,6 +39,9 @@ OBJECTS = {
     "GGN of a function": lambda: jactri.ggn(NAMED, X, lambda block: block),
     "Banded": lambda: jactri.jacobian(BLUR, IMAGE, layout="banded"),
     "Banded samples": lambda: jactri.jacobian(BLUR, IMAGE, layout="banded", per_sample=True),
+    "sparsity": lambda: jactri.sparsity(BLUR, IMAGE),
+    "sparsity of samples": lambda: jactri.sparsity(BLUR, IMAGE, per_sample=True),
+    "sparsity of nothing": lambda: jactri.sparsity(lambda x: x.detach(), X),
     "nothing in a band": lambda: jactri.jacobian(lambda x: x.detach(), X, layout="banded"),
     "Rule": lambda: jactri.rule(Cube),
 }
@@ -87,18 +92,36 @@ def test_names_are_escaped():
 
 def test_the_picture_of_a_band_has_its_entries():
     band = jactri.jacobian(BLUR, IMAGE, layout="banded")
+    mask = jactri.sparsity(BLUR, IMAGE)
     there = torch.zeros(72, 36)
-    for tag, given in Read(band._repr_html_()).tags:
+    tags = Read(band._repr_html_()).tags
+    assert [t for t in Read(mask._repr_html_()).tags if t[0] == "rect"] == [
+        t for t in tags if t[0] == "rect"
+    ]
+    for tag, given in tags:
         if tag == "rect":
             x, y = int(given["x"]), int(given["y"])
             there[y, x : x + int(given["width"])] = 1
     rows = torch.arange(64 * 36).view(64, 36)
     assert there[64:].sum() == 0  # at most 64 cells
-    full = jactri.sparsity(BLUR, IMAGE).to_dense().view(72, 36)
+    full = mask.to_dense().view(72, 36)
     cells = torch.zeros_like(rows, dtype=torch.bool)
     for i in range(72):
         cells[i * 64 // 72] |= full[i]
     assert torch.equal(there[:64].bool(), cells)
+
+
+def test_what_is_computed_of_a_pattern_is_a_plain_tensor():
+    mask = jactri.sparsity(BLUR, IMAGE)
+    assert repr(copy.deepcopy(mask)) == repr(mask)
+    kept = io.BytesIO()
+    torch.save(mask, kept)
+    kept.seek(0)
+    loaded = torch.load(kept, weights_only=True)
+    assert torch.equal(loaded.to_dense(), mask.to_dense())
+    for made in (loaded, mask.to_dense(), mask.float(), mask.coalesce().indices()):
+        assert type(made) is torch.Tensor
+    assert isinstance(mask, torch.Tensor) and mask.is_sparse and mask.dtype == torch.bool
 
 
 def test_sizes_and_dtypes_are_told():

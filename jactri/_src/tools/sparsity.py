@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.memory import si
+from ..base.tables import Picture, Shown, spy
 from ..calls.api import nest
 from ..plan.pattern import Trace, pattern_of
 from ..prologue.arguments import as_tuple, check_batch
@@ -15,6 +18,50 @@ from ..prologue.running import computing, prepare, public
 from ..read.graph import UnsupportedGraph
 from ..read.reading import read
 from ..run.entries import unravel
+
+
+class Sparsity(Shown, Tensor):
+    """A boolean ``torch.sparse_coo`` tensor, which shows its pattern. What is computed of it is a plain tensor.
+
+    Attributes:
+        rows: how many of its axes are those of the matrix's rows.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    rows: int
+
+    @staticmethod
+    def of(mask: Tensor, rows: int) -> Sparsity:
+        made = Tensor._make_subclass(Sparsity, mask)
+        made.rows = rows
+        return made
+
+    def __deepcopy__(self, memo) -> Sparsity:
+        made = memo[id(self)] = Sparsity.of(self.clone(), self.rows)
+        return made
+
+    def __reduce_ex__(self, protocol):
+        return self.clone().__reduce_ex__(protocol)  # a plain tensor, which any torch can load
+
+    def _parts(self) -> list[str | Picture]:
+        outer, inner = self.shape[: self.rows], self.shape[self.rows :]
+        total, dense = self._nnz(), prod(self.shape)
+        text = (
+            f"Sparsity(shape {tuple(self.shape)} on {self.device}: {total} of {dense} entries can be non-zero"
+            + (f", {total / dense:.3g} of them" if dense else "")
+            + f"; {si(self._indices().nbytes + total)}B)"
+        )
+        index = self._indices().cpu()
+        row, column = _flat(index[: self.rows], outer), _flat(index[self.rows :], inner)
+        return [text, spy(row, column, (prod(outer), prod(inner)))]
+
+
+def _flat(index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Indices by axis as those of the flattened axes."""
+    flat = torch.zeros(index.shape[1], dtype=torch.int64)
+    for i, n in zip(index, shape, strict=True):
+        flat = flat * n + i
+    return flat
 
 
 @public
@@ -33,7 +80,8 @@ def sparsity(
         per_sample: of the blocks of samples, ``(N, *out, *in)``.
 
     Returns:
-        Boolean ``torch.sparse_coo`` tensors of the Jacobian's shape, nested as it is.
+        Boolean ``torch.sparse_coo`` tensors of the Jacobian's shape, nested as it is, whose text is their size, and
+        which are a picture of the entries in a notebook.
 
     Raises:
         TypeError, RuntimeError, IndexError: as by `jacobian`, of inputs and outputs.
@@ -88,4 +136,4 @@ def _mask(pattern, y: Tensor, x: Tensor, per_sample: bool) -> Tensor:
         index = torch.cat([unravel(row, y.shape), into[1:] if per_sample else into])
     hits = torch.ones(index.shape[1], dtype=torch.bool)
     mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
-    return mask.to(x.device)
+    return Sparsity.of(mask.to(x.device), y.dim())
