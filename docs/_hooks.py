@@ -1,13 +1,10 @@
-"""What mkdocs is told beside its configuration: pages that are files of the repository, and tables that are measured.
+"""What mkdocs is told beside its configuration: README.md, CONTRIBUTING.md and CHANGELOG.md are pages as they stand.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md are pages as they stand, their links turned into the site's. A line
-``<!-- measured: NAME -->`` becomes the table that benchmarks/report.py makes of benchmarks/results/NAME.json.
+Their links are turned into the site's.
 """
 
-import json
 import posixpath
 import re
-import runpy
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
@@ -42,12 +39,3 @@ def relinked(text: str, page: str) -> str:
         return f"]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{mark}{anchor})"
 
     return re.sub(r"\]\((?![a-z]+://)([^)\s]*)\)", link, text)
-
-
-def on_page_markdown(markdown: str, **_) -> str:
-    return re.sub(r"^<!-- measured: (\S+) -->$", lambda m: measured(m[1]), markdown, flags=re.M)
-
-
-def measured(name: str) -> str:
-    table = runpy.run_path(str(ROOT / "benchmarks/report.py"))["table"]
-    return table(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))

@@ -162,6 +162,7 @@ course.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # ## Where to go on
 #
-# - `jactri.compile(residual, ..., of=None)` compiles a loss that contains such calls into one training step.
+# - `jactri.compile(lambda p: residual(model, p, create_graph=True).square().mean(), points, of=None)` compiles a loss
+#   that contains such calls into one training step.
 # - `jactri.bilaplacian` for plates, `jactri.divergence` and `jactri.gradient` for flows.
 # - A harder equation with a picture: `python -m jactri.examples.poisson`.

@@ -49,15 +49,10 @@ def test_headline_figures_are_those_of_the_file():
     assert REPORT["headline"](measured) in (ROOT / "README.md").read_text()
 
 
-def test_measured_tables_are_made_of_files_that_are_there():
-    names = re.findall(
-        r"^<!-- measured: (\S+) -->$", (ROOT / "docs/benchmarks.md").read_text(), re.M
-    )
-    assert names == ["cpu-2core", "penalty"]
-    for name in names:
-        assert "|---|" in REPORT["table"](
-            json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-        )
+@pytest.mark.parametrize("name", ["cpu-2core", "penalty"])
+def test_measured_tables_are_those_of_the_files(name):
+    measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    assert REPORT["table"](measured) in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def commands():
