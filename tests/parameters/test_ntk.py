@@ -4,6 +4,7 @@ import pytest
 import torch
 from parameter_cases import CASES, F64, build, whole
 from tolerances import assert_close, assert_gradients_close
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jactri
@@ -132,3 +133,17 @@ def test_what_is_wrong():
         jactri.empirical_ntk(module, x, tokens)
     with pytest.raises(TypeError, match="x of empirical_ntk must be a Tensor"):
         jactri.empirical_ntk(module, [x])
+
+
+@pytest.mark.parametrize("compute", ["full", "trace", "diagonal"])
+def test_batches_that_are_cut_differently_under_a_limit(compute):
+    """The entries that both have in common are cut alike: none is skipped."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 6),
+    ).double()  # fmt: skip
+    many, few = torch.randn(12, 3, 8, 8, dtype=F64), torch.randn(2, 3, 8, 8, dtype=F64)
+    for x1, x2 in ((many, few), (few, many)):
+        whole = jactri.empirical_ntk(net, x1, x2, compute=compute)
+        cut = jactri.empirical_ntk(net, x1, x2, compute=compute, memory_limit="5MB")
+        torch.testing.assert_close(cut, whole)

@@ -73,11 +73,16 @@ def inner(
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
     size = prod([full[s] for s in link.out]) * a.y.element_size()
     budget = first.budget(what, size)
-    sels = first.selections(budget), second.selections(budget)
+    sels = [first.selections(budget), second.selections(budget)]
+    if link.shared and len(sels[0]) != len(sels[1]):  # what is one in both is cut alike
+        outs = [run.letters()[1] for run in (a, b)]
+        finer = int(len(sels[1]) > len(sels[0]))
+        names = dict(zip(outs[finer], outs[1 - finer], strict=True))
+        sels[1 - finer] = [sel and {names[s]: at for s, at in sel.items()} for sel in sels[finer]]
     seeds = len(a.seeds), len(b.seeds)
     with a.computing():
         answer = None
-        if sels != ([None], [None]):
+        if sels != [[None], [None]]:
             answer = a.y.new_zeros([full[s] for s in link.out])
         for left in sels[0]:
             mine = first.pieces(left)
