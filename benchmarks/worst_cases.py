@@ -301,7 +301,7 @@ def output_variance(dtype: torch.dtype, samples: int, outputs: int) -> Given:
 
     def ours(limit: Limit) -> Tensor:
         jac = jactri.parameter_jacobian(net, x, memory_limit=limit)
-        return jac.variance(v).diagonal(dim1=1, dim2=2)
+        return jac.variance(v, diagonal=True)
 
     def loop() -> Tensor:
         made = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import F64, make
 from second import FUNCTIONS, NETWORKS, Attention, Residual, first, mlp, scale_of, second, truth
+from test_memory import live_peak
 from tolerances import assert_close
 from torch import nn
 from torch.func import hessian, vmap
@@ -60,6 +61,53 @@ def test_chunks_of_samples_are_taken(monkeypatch):
         assert len(set(lengths[1:])) == 2 or len(lengths) > 11, lengths
         assert_close(lap, truth(net, x), F64, length=1000)
         assert_close(jacobian, first(net, x), F64, length=100)
+
+
+def test_chunks_of_seeds_are_taken(monkeypatch):
+    """Where one sample is more than the cache holds; but not where ties would be lost."""
+    torch.manual_seed(0)
+    seen = []
+    run = forward.LaplacianRun.__call__
+
+    def noted(self, directions):
+        seen.append(None if directions is None else directions.shape[0])
+        return run(self, directions)
+
+    monkeypatch.setattr(forward.LaplacianRun, "__call__", noted)
+    for name, size in {"CACHE_BYTES": 1, "ROWS": 1, "FEWEST": 2}.items():
+        monkeypatch.setattr(calls, name, size)
+    for name in ("residual", "norms", "groups", "attention", "conv"):
+        build, shape = NETWORKS[name]
+        net, x = make(build), torch.randn(3, *shape[1:], dtype=F64)
+        seen.clear()
+        _y, jacobian, lap = jactri.laplacian(net, x, return_lower=True)
+        assert set(seen) <= {1, 2} and len(seen) > 3, seen
+        assert_close(lap, truth(net, x), F64, length=1000)
+        assert_close(jacobian, first(net, x), F64, length=100)
+    seen.clear()
+    x = torch.randn(3, 5, dtype=F64)
+    assert_close(jactri.laplacian(torch.sin, x), -x.sin(), F64)
+    assert set(seen) == {None}
+
+
+@pytest.mark.clean_memory
+def test_many_coordinates_keep_to_the_cache():
+    """Blocks of all 200 directions would take 32 MB each."""
+    x = 0.2 * torch.randn(2, 100, 2, dtype=F64)
+
+    def f(x):
+        return (torch.exp(x @ x.mT) @ x).mean((-1, -2))
+
+    kept = []
+    assert live_peak(lambda: kept.append(jactri.laplacian(f, x))) < 12_000_000
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
+    want = sum(
+        torch.autograd.grad(g[:, i, j].sum(), leaf, retain_graph=True)[0][:, i, j]
+        for i in range(100)
+        for j in range(2)
+    )
+    assert_close(kept[0], want, F64, length=40_000)
 
 
 def test_a_limit_that_is_too_small():

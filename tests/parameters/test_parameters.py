@@ -29,6 +29,93 @@ def test_dense(name, n):
     assert_close(jac.output, module(x), F64, what="output")
     for key, want in truth.items():
         assert_close(dense[key], want, F64, what=key, scale=largest(truth))
+    matrix = jac.matrix()
+    assert matrix.shape == (*jac.output.shape, sum(p.numel() for p in module.parameters()))
+    assert_close(matrix, flat(truth, jac.output.dim()), F64, scale=largest(truth))
+    for (key, t), want in zip(jac.split(matrix).items(), truth.items(), strict=True):
+        assert key == want[0] and t.shape == want[1].shape
+        assert torch.equal(t, dense[key]) or jac._run.by_autograd
+
+
+def test_matrix_and_split():
+    """Steps and blocks of them; parameters of several dtypes; with a graph."""
+    module, x, jac = jacobian("odd")
+    matrix = jac.matrix()
+    step = torch.randn(2, matrix.shape[-1], dtype=F64)
+    parts = jac.split(step)
+    assert parts["shift"].shape == (2,) and parts["shift"]._base is not None  # a view
+    assert_close(jac @ parts, torch.einsum("n...p,kp->kn...", matrix, step), F64, length=1000)
+    assert_close(flat(jac.split(step[0])), step[0], F64)
+    graphed = jactri.parameter_jacobian(module, x, create_graph=True).matrix()
+    assert graphed.requires_grad
+    assert_close(graphed, matrix, F64)
+    module = nn.Sequential(nn.Linear(3, 2).double(), Narrow(nn.Linear(2, 2)))
+    x = x[:, :3]
+    jac = jactri.parameter_jacobian(module, x)
+    matrix = jac.matrix()
+    assert matrix.dtype == F64
+    for (key, t), want in zip(jac.split(matrix).items(), jac.dense().items(), strict=True):
+        assert key == want[0] and t.dtype == want[1].dtype and torch.equal(t, want[1])
+    for wrong, error in ((matrix[..., 1:], RuntimeError), (torch.tensor(1.0), RuntimeError)):
+        with pytest.raises(error, match="must have the 14 entries of all parameters"):
+            jac.split(wrong)
+    with pytest.raises(TypeError, match="matrix must be a Tensor"):
+        jac.split([1.0] * 14)
+
+
+class Narrow(nn.Module):
+    """A layer in its own dtype."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.float()).double()
+
+
+def of_func(module, x):
+    """The Jacobian ``(N, *out, P)`` by torch.func."""
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    made = torch.func.jacrev(lambda v: torch.func.functional_call(module, v, (x,)))(params)
+    y = module(x)
+    return torch.cat([t.reshape(*y.shape, -1) for t in made.values()], -1)
+
+
+@pytest.mark.parametrize("name", ["mlp", "tokens", "cnn", "shared", "norms", "complex"])
+def test_gram_with_another(name):
+    """Of other samples, and of another module with parameters of the same names and shapes."""
+    module, x = build(name)
+    other, _ = build(name)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    J, j = jactri.parameter_jacobian(module, x), of_func(module, x)
+    for right, samples in ((module, x[1:]), (other, x)):
+        K, k = jactri.parameter_jacobian(right, samples), of_func(right, samples)
+        want = torch.tensordot(j, k, [[-1], [-1]])
+        assert_close(J.gram(K), want, F64, length=j.shape[-1])
+        turned = torch.tensordot(k, j, [[-1], [-1]])
+        assert_close(K.gram(J), turned, F64, length=j.shape[-1])
+
+
+def test_gram_with_another_output_and_what_is_refused():
+    body, x = build("mlp")
+    heads = [nn.Sequential(body, nn.Linear(3, k).double()) for k in (1, 5)]
+    names = [name for name, _ in heads[0].named_parameters() if name.startswith("0.")]
+    J, K = (jactri.parameter_jacobian(net, x, names) for net in heads)
+    sizes = sum(p.numel() for p in body.parameters())
+    want = torch.tensordot(
+        of_func(heads[0], x)[..., :sizes], of_func(heads[1], x)[..., :sizes], [[-1], [-1]]
+    )
+    assert_close(J.gram(K), want, F64, length=sizes)
+    with pytest.raises(TypeError, match="other must be a ParameterJacobian"):
+        J.gram(want)
+    with pytest.raises(ValueError, match="other must have the names of this Jacobian"):
+        J.gram(jactri.parameter_jacobian(heads[0], x))
+    whole_j, whole_k = (jactri.parameter_jacobian(net, x) for net in heads)
+    with pytest.raises(ValueError, match=r"'1\.weight' of other .*\(1, 3\).*\(5, 3\)"):
+        whole_j.gram(whole_k)
 
 
 @pytest.mark.parametrize("n", [4, 1])
@@ -64,6 +151,8 @@ def test_gram_and_variance(name, chunk_size):
     v = like(module, positive=True)
     want = (truth * flat(v)) @ truth.mT
     assert_close(jac.variance(v), want.reshape(*shape, *shape[1:]), F64, length=p, what="variance")
+    of_each = want.diagonal(0, 1, 2).reshape(shape)
+    assert_close(jac.variance(v, diagonal=True), of_each, F64, length=p, what="variances")
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -126,6 +215,8 @@ def test_empty_batch(name):
         assert j.shape == (0, *out, *module.get_parameter(key).shape)
     assert jac.gram().shape == (0, *out, 0, *out)
     assert jac.variance(like(module)).shape == (0, *out, *out)
+    assert jac.variance(like(module), diagonal=True).shape == (0, *out)
+    assert jac.matrix().shape == (0, *out, sum(p.numel() for p in module.parameters()))
     assert (jac @ like(module)).shape == (0, *out)
     back = jac.T @ torch.zeros(0, *out, dtype=F64)
     assert all(t.shape == module.get_parameter(k).shape and not t.any() for k, t in back.items())

@@ -194,4 +194,4 @@ class GGN(Shown):
             return cut(h, letters, spans), letters
 
         link = Link(each_with_itself((*batch, *out) if is_diagonal else batch), (), own=True)
-        return entries(self._factors, link, third, not is_diagonal)
+        return entries(self._factors, link, third)

@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.classes import plain
-from ..base.memory import OFFER, Budget, Offer
+from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer
 from ..maps.letters import Network
 from ..meet.gram import GramRequest, between, gram, pairs, summed_up, weight_in
+from ..parameters.factored import Factors, inner
+from ..parameters.inner import Link, of_second
+from ..parameters.used import Used
+from ..parameters.uses import Structure, find
 from ..plan.owners import apart
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
+from ..plan.poles import met, suspects
+from ..plan.sweep import follow
 from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch, outputs, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
-from ..read.graph import UnsupportedGraph
+from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
 from . import whole
@@ -283,6 +290,10 @@ def _rows(ys, xs, weights, asked: GramRequest, assume: bool):
         return of_jacobians(
             whole.rows(ys, xs, per_sample, reason, budget=asked.budget, chunk_size=asked.chunk_size)
         )
+    if asked.kind == "jjt" and not asked.per_sample:
+        found = _by_uses(graph, ys[0], xs, weights, asked)
+        if found is not None:
+            return _finished(found, graph.outputs, ys, asked, half)
     summed = False
     if asked.per_sample:
         plan = proof(graph, "auto", ys, xs)
@@ -298,6 +309,51 @@ def _rows(ys, xs, weights, asked: GramRequest, assume: bool):
     outer = graph.inputs if asked.kind == "jtj" else graph.outputs
     made = gram(graph, weights, asked, summed, half)
     return _finished(made, outer, ends[1], asked, half)
+
+
+_uses: Cache[tuple, Structure | None] = Cache(64)
+
+
+def _by_uses(
+    graph: Graph, y: Tensor, xs, weights, asked: GramRequest
+) -> dict[tuple[int, int], Tensor] | None:
+    """``J M J^T`` by the factors of the Jacobian in the inputs; None where these are not small.
+
+    They are where inputs are weights of layers that a batch went through (see `parameters`).
+    """
+    seed, complex_end = graph.outputs[0], any(x.is_complex() for x in xs)
+    if len(graph.outputs) > 1 or seed is None or asked.dense or complex_end:
+        return None
+    key = graph.key, backends.kernels_on(y.device)
+    structure = _uses.of(key, lambda: _small(graph, seed))
+    if structure is None or met(graph, suspects(graph, seeds=True)):
+        return None
+    names = [str(i) for i in range(len(xs))]
+    used = Used(
+        y, dict(zip(names, xs, strict=True)), dict(zip(names, graph.inputs, strict=True)), graph,
+        structure, torch.is_grad_enabled(),
+    )  # fmt: skip
+    factors = Factors(used, asked.chunk_size, asked.budget.given)
+    (batch, out), all_of = (
+        used.letters(),
+        {n: w for n, w in zip(names, weights, strict=True) if w is not None},
+    )
+    link = Link((), (*batch, *out, *of_second(batch), *of_second(out)))
+    try:
+        made = inner(factors, factors, link, all_of or None, "the matrix of jjt")
+    except MemoryLimitTooSmall:
+        return None  # a column at a time may take less
+    return {(seed, seed): made.reshape(*y.shape, *y.shape)}
+
+
+def _small(graph: Graph, seed: int) -> Structure | None:
+    """The uses of a graph's inputs, if their factors take less than half of the Jacobian."""
+    shape, inputs = graph.values[seed].shape, [v for v in graph.inputs if v is not None]
+    if not shape or shape[0] < 2 or seed in inputs or not inputs:
+        return None
+    structure = find(graph, seed, inputs, [], [])
+    whole = follow(graph, seed, True, list(inputs)).ends(graph)
+    return structure if 2 * (structure.kept + structure.seen) < whole else None
 
 
 def _symmetric(weights, asked: GramRequest) -> bool:

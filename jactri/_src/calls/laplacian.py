@@ -30,6 +30,9 @@ CACHE_BYTES = 5 << 19
 ROWS = 2048
 """Rows of a product from which its rate no longer grows; fewer samples at once gain nothing."""
 
+FEWEST = 8
+"""Seeds of which no fewer run at once for the cache's sake: each chunk computes derivatives and a Laplacian anew."""
+
 
 @public
 def laplacian(
@@ -232,9 +235,7 @@ def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, *, asked: Op
     seeds, samples, where, plan = _chunks(
         graph, curves, plan, y, x, count=count, unit=unit, lower=lower, asked=asked
     )
-    if block is None and (seeds < count or not unit):
-        eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        block = eye.reshape(n, *((1,) if batch else ()), *points.inner(x))
+    formed = block is not None or seeds < count or not unit
     spans: list[tuple[int, int] | None] = [None]
     if where is not None:
         spans = [(i, min(samples, y.shape[0] - i)) for i in range(0, y.shape[0], samples)]
@@ -251,7 +252,7 @@ def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, *, asked: Op
         for start in range(0, count, seeds):
             stop = min(start + seeds, count)
             directions = None
-            if block is not None:
+            if formed:
                 directions = _directions(block, start, stop, span, x, batch)
             size = None if directions is None else stop - start
             if (size, length) not in courses:
@@ -279,9 +280,17 @@ def _forward(graph: Graph, curves: Curves, y: Tensor, x: Tensor, a, *, asked: Op
     return None if first is None else first.reshape(shape), out
 
 
-def _directions(block: Tensor, start: int, stop: int, span, x: Tensor, batch: bool) -> Tensor:
-    """A chunk of seeds, for a range of samples."""
-    block = block[start:stop]
+def _directions(
+    block: Tensor | None, start: int, stop: int, span, x: Tensor, batch: bool
+) -> Tensor:
+    """A chunk of seeds (of the unit vectors, if there is no block of them), for a range of samples."""
+    if block is None:
+        size = points.inner(x)
+        units = torch.eye(stop - start, dtype=x.dtype, device=x.device)
+        units = torch.nn.functional.pad(units, (start, prod(size) - stop))
+        block = units.reshape(stop - start, *((1,) if batch else ()), *size)
+    else:
+        block = block[start:stop]
     if not batch:
         return block
     n = x.shape[0] if span is None else span[1]
@@ -312,7 +321,8 @@ def _chunks(
     if seeds < count and unit:
         plan = course(graph, curves, batch, count)
     values = [graph.values[v] for v in plan.sweep.layouts]
-    widest = max(prod(v.shape) * v.dtype.itemsize for v in values)
+    widest, shape = max((prod(v.shape) * v.dtype.itemsize, v.shape) for v in values)
+    rows = max(prod(shape[:-1]) // n, 1)  # a seed of a sample has in a product
 
     def need(k: int, c: int) -> float:
         """Bytes of the blocks for k seeds of c samples: tangents with their Laplacian, derivatives, sums of squares."""
@@ -324,16 +334,28 @@ def _chunks(
     answers = y.numel() * y.element_size() * (1 + (prod(points.inner(x)) if lower else 0))
     limit = budget.less(answers).limit(need(seeds, n))
     samples, where, most = n, None, n
-    if x.device.type == "cpu":
-        most = max(CACHE_BYTES * n // max(widest * (seeds + 1), 1), ceil(ROWS / (seeds + 1)), 1)
+    cached = x.device.type == "cpu"
+    if cached:
+        fewest = ceil(ROWS / (rows * (seeds + 1)))
+        most = max(CACHE_BYTES * n // max(widest * (seeds + 1), 1), fewest, 1)
     if batch and n > 1 and (most < n or need(seeds, n) > limit):
         where = places(graph, [plan.sweep])
         if where is not None and narrowed(graph, curves, where, 0, 1) is not None:
             samples = ceil(n / ceil(n / most))
             while need(seeds, samples) > limit and samples > 1:
                 samples = (samples + 1) // 2
-    if need(seeds, samples) > limit and unit and seeds == count:
+    fits = seeds
+    if cached and asked.chunk_size is None and 2 * plan.sweep.largest(graph) > widest * seeds:
+        # one sample may be more than the cache holds, and has no ties that a chunk would lose
+        while (
+            fits > FEWEST
+            and widest * samples * (fits + 1) > CACHE_BYTES * n
+            and rows * samples * (fits // 2 + 1) >= ROWS
+        ):
+            fits = (fits + 1) // 2
+    if unit and seeds == count and (fits < count or need(seeds, samples) > limit):
         plan = course(graph, curves, batch, count)
+    seeds = fits
     while need(seeds, samples) > limit:
         if seeds == 1:
             what = "one direction of one sample" if samples == 1 else "one direction"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from ..base.memory import OFFER, Budget, Offer, si
 from ..base.tables import Shown, Table
+from ..parameters import operands
 from ..parameters.factored import Factors, inner
 from ..parameters.factors import write
 from ..parameters.inner import Link, each_with_itself, of_second
 from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
+from ..parameters.used import selections
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
 from . import whole
@@ -158,7 +161,7 @@ class ParameterJacobian(Shown):
         run = self._run
         shape = tuple(run.y.shape)
         if out is not None:
-            self._check_out(out)
+            operands.check_out(run, out)
         with run.computing():
             taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
             offer = OFFER if out is not None else Offer(out="out=")
@@ -169,49 +172,89 @@ class ParameterJacobian(Shown):
                     made[name] = out[name]
                 else:
                     made[name] = torch.empty((*shape, *p.shape), dtype=p.dtype, device=p.device)
-            if run.structure is None:
-                self._dense_without(made, budget)
-                return made
-            for sel in self._factors.selections(budget, offer):
-                pieces = self._factors.pieces(sel)
-                for name, p in run.params.items():
-                    view = made[name].view((*run.seeds, *p.shape))
-                    for letter, span in (sel or {}).items():
-                        view = view.narrow(letter, *span)
-                    write(pieces[name], view, len(run.seeds))
+            self._write(made, budget, offer)
         return made
 
-    def _check_out(self, out) -> None:
+    def _write(self, made: dict[str, Tensor], budget: Budget, offer: Offer = OFFER) -> None:
+        """The Jacobian into tensors of its shapes."""
         run = self._run
-        if run.create_graph:
-            raise RuntimeError(
-                "out= and create_graph=True exclude each other: a result written in place has no graph"
-            )
-        if not isinstance(out, dict):
-            raise TypeError(
-                f"out must be a dict of tensors by parameter name, got {type(out).__name__}"
-            )
-        self._check_names(out, "out")
-        for name, p in run.params.items():
-            t, want = out[name], (*run.y.shape, *p.shape)
-            if not isinstance(t, Tensor):
-                raise TypeError(f"out[{name!r}] must be a Tensor, got {type(t)}")
-            if tuple(t.shape) != want or t.dtype != p.dtype or t.device != p.device:
-                raise RuntimeError(
-                    f"out[{name!r}] must have shape {want}, dtype {p.dtype} and device {p.device}, got "
-                    f"{tuple(t.shape)}, {t.dtype} and {t.device}"
-                )
-            if t.requires_grad:
-                raise RuntimeError(f"out[{name!r}] requires grad; pass a detached tensor")
+        if run.structure is None:
+            self._dense_without(made, budget)
+            return
+        for sel in selections(run.seeds, self._factors.chunks(budget, offer)):
+            pieces = self._factors.pieces(sel, budget)
+            for name, p in run.params.items():
+                view = made[name].view((*run.seeds, *p.shape))
+                for letter, span in (sel or {}).items():
+                    view = view.narrow(letter, *span)
+                write(pieces[name], view, len(run.seeds))
 
-    def _check_names(self, given, what: str) -> None:
-        wrong = [name for name in given if name not in self._run.params]
-        missing = [name for name in self._run.params if name not in given]
-        if wrong or missing:
-            raise ValueError(
-                f"{what} must have the names of this Jacobian, {', '.join(self.names[:8])}"
-                f"{', ...' if len(self.names) > 8 else ''}; unknown: {wrong}, missing: {missing}"
-            )
+    @public
+    def matrix(self) -> Tensor:
+        """The Jacobian as one matrix: ``(N, *out, P)``, the ``P`` entries of all parameters in the order of `names`.
+
+        In the dtype that holds those of all parameters. `split` takes its last axis apart again.
+
+        Raises:
+            ValueError: a ``memory_limit`` that is too small.
+
+        Cost:
+            That of `dense`, and no memory beside the matrix where parameters have one dtype (and no ``create_graph``).
+
+        Examples:
+            >>> net = nn.Linear(3, 2)
+            >>> jac = jactri.parameter_jacobian(net, torch.randn(5, 3))
+            >>> J = jac.matrix()
+            >>> J.shape
+            torch.Size([5, 2, 8])
+            >>> kernel = J.flatten(0, 1) @ J.flatten(0, 1).T
+            >>> torch.allclose(kernel.reshape(5, 2, 5, 2), jac.gram(), atol=1e-5)
+            True
+        """
+        run = self._run
+        dtypes = {p.dtype for p in run.params.values()}
+        wide = reduce(torch.promote_types, dtypes)
+        if run.create_graph or len(dtypes) > 1:
+            dense = self.dense().values()
+            with run.computing():
+                return torch.cat([t.reshape(*run.y.shape, -1).to(wide) for t in dense], -1)
+        entries = sum(p.numel() for p in run.params.values())
+        with run.computing():
+            taken = run.y.numel() * entries * wide.itemsize
+            budget = self._factors.budget("the Jacobian", taken)
+            made = torch.empty((*run.y.shape, entries), dtype=wide, device=run.y.device)
+            self._write(self.split(made), budget)
+            return made
+
+    @public
+    def split(self, matrix: Tensor) -> dict[str, Tensor]:
+        """What has the ``P`` entries of all parameters on its last axis, by name: of `matrix`, what `dense` gives.
+
+        Args:
+            matrix: ``(*lead, P)``, with any leading axes: the rows of a matrix, a step of an optimizer ``(P,)``, a
+                block of samples of all parameters ``(K, P)``.
+
+        Returns:
+            ``{name: (*lead, *parameter)}``, in the parameters' dtypes (of complex entries of a real parameter, the real
+            parts); views where ``matrix`` has that dtype.
+
+        Raises:
+            TypeError: ``matrix`` is no tensor.
+            RuntimeError: its last axis has another length.
+
+        Cost:
+            None where they are views.
+
+        Examples:
+            >>> net = nn.Linear(3, 2)
+            >>> jac = jactri.parameter_jacobian(net, torch.randn(5, 3))
+            >>> step = jac.split(torch.randn(8))
+            >>> {name: tuple(t.shape) for name, t in step.items()}
+            {'weight': (2, 3), 'bias': (2,)}
+            >>> (jac @ step).shape
+            torch.Size([5, 2])
+        """
+        return operands.split(self._run.params, matrix)
 
     def _dense_without(self, made: dict[str, Tensor], budget: Budget) -> None:
         """The Jacobian where there is no graph to follow: zeros, or by autograd."""
@@ -239,8 +282,8 @@ class ParameterJacobian(Shown):
         run = self._run
         if not isinstance(v, dict):
             return NotImplemented
-        self._check_names(v, "v")
-        k = self._block(v)
+        operands.check_names(run.params, v, "v")
+        k = operands.block(run.params, v)
         with run.computing():
             if run.structure is None:
                 return self._by_rows(v, k, run.by_autograd)
@@ -264,26 +307,6 @@ class ParameterJacobian(Shown):
             made = flat(v[name].to(j.dtype), k or 1) @ flat(j, y.numel()).t()
             total = total + made.reshape(total.shape).to(total.dtype)
         return total
-
-    def _block(self, v: dict[str, Tensor]) -> int | None:
-        """The length of the leading axis of a block of tangents, or None."""
-        k: Any = ()
-        for name, p in self._run.params.items():
-            t = v[name]
-            if not isinstance(t, Tensor):
-                raise TypeError(f"v[{name!r}] must be a Tensor, got {type(t)}")
-            check_real(f"v[{name!r}]", t, "the parameter", p)
-            mine = t.shape[0] if t.dim() == p.dim() + 1 else None
-            if tuple(t.shape) != (*(() if mine is None else (mine,)), *p.shape) or k not in (
-                (),
-                mine,
-            ):
-                raise RuntimeError(
-                    f"v[{name!r}] must have the parameter's shape {tuple(p.shape)}, or all of v one leading axis more, "
-                    f"got {tuple(t.shape)}"
-                )
-            k = mine
-        return k
 
     def _transposed(self, u: Tensor) -> dict[str, Tensor]:
         run = self._run
@@ -318,24 +341,48 @@ class ParameterJacobian(Shown):
         return made
 
     @public
-    def gram(self) -> Tensor:
+    def gram(self, other: ParameterJacobian | None = None) -> Tensor:
         """``J J^T`` over all parameters, ``(N, *out, N, *out)``: the NTK of the samples with themselves.
 
-        Cost: for Linear layers ``2 (N m)^2`` multiply-adds an output feature, ``m`` the entries of a sample's output.
+        With another Jacobian ``K``, ``J K^T``: ``(N, *out, N', *out')``. That may be of other inputs, of an output of
+        another shape, or of another module with parameters of the same names and shapes: a step of training later, or
+        another head on the same body.
+
+        Args:
+            other: the Jacobian K; without it, this one.
+
+        Raises:
+            TypeError: ``other`` is no `ParameterJacobian`.
+            ValueError: its parameters have other names or shapes (``params`` of `parameter_jacobian` picks the common
+                ones), or another dtype or device; a ``memory_limit`` that is too small.
+
+        Cost:
+            For Linear layers ``2 (N m)^2`` multiply-adds an output feature, ``m`` the entries of a sample's output.
+
+        Examples:
+            >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+            >>> train, test = torch.randn(6, 3), torch.randn(4, 3)
+            >>> J, K = (jactri.parameter_jacobian(net, x) for x in (test, train))
+            >>> J.gram(K).shape
+            torch.Size([4, 2, 6, 2])
         """
-        run = self._run
-        shape = tuple(run.y.shape)
-        if run.structure is None:
-            return formed_gram(self._factors, self._factors)
-        batch, out = run.letters()
+        if other is None:
+            other = self
+        if not isinstance(other, ParameterJacobian):
+            raise TypeError(f"other must be a ParameterJacobian, got {type(other)}")
+        run, its = self._run, other._run
+        operands.check_alike(run.params, its.params)
+        if run.structure is None or its.structure is None:
+            return formed_gram(self._factors, other._factors)
+        (batch, out), (batch2, out2) = run.letters(), its.letters()
         with run.computing():
-            link = Link((), (*batch, *out, *of_second(batch), *of_second(out)))
-            made = inner(self._factors, self._factors, link, what="J J^T")
-            return made.reshape(*shape, *shape)
+            link = Link((), (*batch, *out, *of_second(batch2), *of_second(out2)))
+            made = inner(self._factors, other._factors, link, what="J J^T")
+            return made.reshape(*run.y.shape, *its.y.shape)
 
     @public
-    def variance(self, v: dict[str, Tensor]) -> Tensor:
-        """``J_n diag(v) J_n^T`` for every sample ``n``, ``(N, *out, *out)``.
+    def variance(self, v: dict[str, Tensor], diagonal: bool = False) -> Tensor:
+        """``J_n diag(v) J_n^T`` for every sample ``n``, ``(N, *out, *out)``; its diagonal, ``(N, *out)``.
 
         That is the covariance of the linearised output if the parameters are independent with variances ``v``, as in a
         Laplace approximation with a diagonal Hessian (Immer et al. 2021, arXiv:2008.08400).
@@ -343,33 +390,46 @@ class ParameterJacobian(Shown):
         Args:
             v: ``{name: tensor}`` of the parameters' shapes, real. For a complex parameter, the variance of its real and
                 of its imaginary part alike.
+            diagonal: only the variance of each entry of the output; the matrix is not formed.
+
+        Raises:
+            ValueError: ``v`` has other names; a ``memory_limit`` that is too small.
+            RuntimeError: a ``v`` of another shape, or complex.
+
+        Cost:
+            For Linear layers ``m^2`` multiply-adds (with ``diagonal``, ``m``) a weight and sample, ``m`` the entries of
+            a sample's output.
+
+        Examples:
+            >>> net = nn.Linear(3, 2)
+            >>> prior = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+            >>> x = torch.randn(5, 3)
+            >>> jac = jactri.parameter_jacobian(net, x)
+            >>> of_each = jac.variance(prior, diagonal=True)
+            >>> torch.allclose(of_each, 1 + x.square().sum(1, keepdim=True))
+            True
+            >>> torch.allclose(of_each, jac.variance(prior).diagonal(0, 1, 2))
+            True
         """
         run = self._run
-        self._check_names(v, "v")
-        for name, p in run.params.items():
-            if not isinstance(v[name], Tensor) or v[name].shape != p.shape:
-                got = tuple(v[name].shape) if isinstance(v[name], Tensor) else type(v[name])
-                raise RuntimeError(
-                    f"v[{name!r}] must be a tensor of shape {tuple(p.shape)}, got {got}"
-                )
-            if v[name].is_complex() and (not p.is_complex() or bool(v[name].imag.any())):
-                raise RuntimeError(
-                    f"v[{name!r}] must hold variances, which are real, got {v[name].dtype}"
-                )
+        operands.check_variances(run.params, v)
         n, m = run.n, prod(run.out)
         with run.computing():
             if run.structure is None:
-                made = run.y.new_zeros(n, m, m)
+                made = run.y.new_zeros((n, m) if diagonal else (n, m, m))
                 for name, j in self.dense().items() if run.by_autograd else ():
                     w = v[name].to(j.dtype)
                     w = flat(torch.complex(w.real, w.real) if w.is_complex() else w, 1)
                     rows = flat(j, n * m).reshape(n, m, -1)
-                    made = made + ((rows * w) @ rows.mT).to(made.dtype)
+                    part = (rows * w * rows).sum(-1) if diagonal else (rows * w) @ rows.mT
+                    made = made + part.to(made.dtype)
             else:
                 batch, out = run.letters()
-                link = Link(each_with_itself(batch), (*batch, *out, *of_second(out)))
+                alike = (*batch, *out) if diagonal else batch
+                more = () if diagonal else of_second(out)
+                link = Link(each_with_itself(alike), (*batch, *out, *more))
                 made = inner(self._factors, self._factors, link, v, what="J diag(v) J^T")
-            return made.reshape(n, *run.out, *run.out)
+            return made.reshape(n, *run.out, *(() if diagonal else run.out))
 
 
 def formed_gram(first: Factors, second: Factors) -> Tensor:

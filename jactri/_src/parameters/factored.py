@@ -13,9 +13,9 @@ from ..base.memory import OFFER, Budget, Offer
 from ..maps.layout import Selection
 from ..maps.lettered import Lettered
 from ..maps.letters import Letters
-from .factors import Piece, pieces_of
+from .factors import Piece, joined, pieces_of
 from .inner import SECOND, Entries, Link, Total, accumulate, of_second, with_bias
-from .recorded import Recorded
+from .used import Chunks, Used, selections
 
 FORMED = 1 << 28
 """Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
@@ -24,7 +24,7 @@ FORMED = 1 << 28
 class Factors:
     """The factors of ``run``'s Jacobian, computed at first use and kept while they fit."""
 
-    def __init__(self, run: Recorded, chunk_size: int | None, memory_limit: int | str | None):
+    def __init__(self, run: Used, chunk_size: int | None, memory_limit: int | str | None):
         self.run = run
         self.chunk_size, self.memory_limit = chunk_size, memory_limit
         self._kept: dict[str, list[Piece]] | None = None
@@ -35,22 +35,39 @@ class Factors:
         budget.check(what, size, offer)
         return budget.less(size)
 
-    def selections(self, budget: Budget, offer: Offer = OFFER) -> list[Selection | None]:
-        """See `Recorded.selections`."""
-        return self.run.selections(self.chunk_size, budget, offer)
+    def chunks(self, budget: Budget, offer: Offer = OFFER) -> Chunks:
+        """See `Used.chunks`."""
+        return self.run.chunks(self.chunk_size, budget, offer)
 
-    def pieces(self, sel: Selection | None) -> dict[str, list[Piece]]:
+    def pieces(self, sel: Selection | None, budget: Budget) -> dict[str, list[Piece]]:
         """The factors of every parameter; none for one that the output does not use."""
         run = self.run
         if sel is None and self._kept is not None:
             return self._kept
         run.check_unchanged()
         with run.computing():
-            found = pieces_of(run.graph, run.structure, sel)
+            found = self._found(sel or {}, list(run.steps(sel, budget).items()))
         pieces = {name: [] if v is None else found.get(v, []) for name, v in run.values.items()}
         if sel is None:
             self._kept = pieces
         return pieces
+
+    def _found(self, sel: Selection, steps: list[tuple[int, int]]) -> dict[int, list[Piece]]:
+        """The pieces of a selection, made in ranges of ``steps``: letters, and how many indices at once."""
+        if not steps:
+            return pieces_of(self.run, sel)
+        (letter, size), *rest = steps
+        start, length = sel.get(letter, (0, self.run.seeds[letter]))
+        parts = [
+            self._found({**sel, letter: (start + i, min(size, length - i))}, rest)
+            for i in range(0, length, size)
+        ]
+        return {
+            root: [
+                joined(list(same), letter) for same in zip(*(p[root] for p in parts), strict=True)
+            ]
+            for root in parts[0]
+        }
 
 
 def inner(
@@ -62,7 +79,7 @@ def inner(
 ) -> Tensor:
     """The sum over all parameters that ``link`` describes, its axes those letters.
 
-    ``weights``: a weight for every entry of the parameters. ``what`` it is, for a refusal.
+    ``weights``: a weight for every entry of a parameter, 1 where there is none. ``what`` it is, for a refusal.
     """
     a, b = first.run, second.run
     if len(link.out) > 1:
@@ -73,23 +90,24 @@ def inner(
     full = {**dict(enumerate(a.seeds)), **{s + SECOND: n for s, n in enumerate(b.seeds)}}
     size = prod([full[s] for s in link.out]) * a.y.element_size()
     budget = first.budget(what, size)
-    sels = [first.selections(budget), second.selections(budget)]
-    if link.shared and len(sels[0]) != len(sels[1]):  # what is one in both is cut alike
-        outs = [run.letters()[1] for run in (a, b)]
-        finer = int(len(sels[1]) > len(sels[0]))
-        names = dict(zip(outs[finer], outs[1 - finer], strict=True))
-        sels[1 - finer] = [sel and {names[s]: at for s, at in sel.items()} for sel in sels[finer]]
+    chunks = first.chunks(budget), second.chunks(budget)
+    for s, t in link.shared:  # cut alike
+        least = min(chunks[0].get(s, full[s]), chunks[1].get(t, full[s]))
+        if least < full[s]:
+            chunks[0][s] = chunks[1][t] = least
     seeds = len(a.seeds), len(b.seeds)
     with a.computing():
         answer = None
-        if sels != [[None], [None]]:
+        if any(chunks):
             answer = a.y.new_zeros([full[s] for s in link.out])
-        for left in sels[0]:
-            mine = first.pieces(left)
-            for right in sels[1]:
-                if any((left or {}).get(s) != (right or {}).get(t) for s, t in link.shared):
+        for left in selections(a.seeds, chunks[0]):
+            mine = first.pieces(left, budget)
+            for right in selections(b.seeds, chunks[1]):
+                if not _meet(left, right, link):
                     continue
-                theirs = mine if first is second and left == right else second.pieces(right)
+                theirs = mine
+                if first is not second or left != right:
+                    theirs = second.pieces(right, budget)
                 cut = {**(left or {}), **{s + SECOND: span for s, span in (right or {}).items()}}
                 sizes = {s: cut[s][1] if s in cut else n for s, n in full.items()}
                 total = Total(sizes, link.out, a.y.dtype, a.y.device)
@@ -108,7 +126,12 @@ def inner(
         return answer
 
 
-def _batch_last(a: Recorded, b: Recorded, out: Letters) -> Letters:
+def _meet(left: Selection | None, right: Selection | None, link: Link) -> bool:
+    """Whether two selections have the same of what is one in both outputs."""
+    return all((left or {}).get(s) == (right or {}).get(t) for s, t in link.shared)
+
+
+def _batch_last(a: Used, b: Used, out: Letters) -> Letters:
     """The letters of a result with the samples of each factor behind the rest of its output.
 
     A kernel of inputs varies by samples only: along them a product with it runs through memory.
@@ -141,7 +164,8 @@ def _terms(
             _, one, two = joined[name]
             ps, qs = [one], [two]
             shape = tuple(prod([one.sizes[s] for s in axis]) for axis in one.axes)
-        extra = None if weights is None else (weights[name].to(p.dtype), None)
+        weight = None if weights is None else weights.get(name)
+        extra = None if weight is None else (weight.to(p.dtype), None)
         yield ps, ps if theirs is mine else qs, shape, extra
 
 
@@ -150,20 +174,20 @@ def _formed(budget: Budget) -> float:
     return float(FORMED if budget.bound is None else min(budget.bound / 4, FORMED))
 
 
-def entries(of: Factors, link: Link, third, both: bool) -> dict[str, Tensor]:
+def entries(of: Factors, link: Link, third) -> dict[str, Tensor]:
     """For every parameter the sum over pairs of output entries of two Jacobians and a third operand.
 
-    ``third(left, right)`` gives that operand with its letters, for selections. ``both``: of different entries too.
+    ``third(left, right)`` gives that operand with its letters, for selections.
     """
     run = of.run
     budget = of.budget(
         "the diagonal", sum(p.numel() * p.element_size() for p in run.params.values())
     )
-    sels, seeds = of.selections(budget), (len(run.seeds),) * 2
+    sels, seeds = selections(run.seeds, of.chunks(budget)), (len(run.seeds),) * 2
     made = {name: torch.zeros_like(p, requires_grad=False) for name, p in run.params.items()}
-    for left, right in [(a, b) for a in sels for b in sels if both or a == b]:
-        mine = of.pieces(left)
-        theirs = mine if left == right else of.pieces(right)
+    for left, right in [(a, b) for a in sels for b in sels if _meet(a, b, link)]:
+        mine = of.pieces(left, budget)
+        theirs = mine if left == right else of.pieces(right, budget)
         extra = third(left, right)
         for name, p in run.params.items():
             accumulate(

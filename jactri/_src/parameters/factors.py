@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..maps.entrywise import selected
 from ..maps.layout import Selection, convert, one
-from ..maps.lettered import contract, cut, diagonals, multiply, once, settled, spread
+from ..maps.lettered import Lettered, contract, cut, diagonals, multiply, once, settled, spread
 from ..maps.letters import Letters
 from ..read.graph import Graph
-from ..run.executor import blocks_of
+from .used import Used
 from .uses import Role, Structure, Use
 
 
@@ -28,7 +28,7 @@ class Piece:
     """One term of the Jacobian in a parameter whose axes have the letters ``axes``.
 
     Letters below the number of seeds are those of the output. ``a`` may be None; ``index`` numbers rows, whose letter
-    is ``row``. ``origin``: the block that ``c`` is, if it is one as it was.
+    is ``row``. ``origin``: a name of the block that ``c`` is, if it is one as it was.
     """
 
     c: Tensor
@@ -40,15 +40,11 @@ class Piece:
     index: Tensor | None = None
     il: Letters = ()
     row: int = -1
-    origin: object = None
+    origin: int | str | None = None
 
     @property
     def operands(self) -> list[tuple[Tensor, Letters]]:
         return [(self.c, self.cl)] if self.a is None else [(self.c, self.cl), (self.a, self.al)]
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t, _ in self.operands)
 
     def narrow(self, axis: int, start: int, length: int) -> Piece | None:
         """A range of one axis of the parameter, or None where letters do not allow that."""
@@ -64,30 +60,57 @@ class Piece:
         return replace(self, c=c, a=a, sizes={**self.sizes, letter: length}, origin=None)
 
 
-def pieces_of(graph: Graph, structure: Structure, sel: Selection | None) -> dict[int, list[Piece]]:
+def pieces_of(used: Used, sel: Selection) -> dict[int, list[Piece]]:
     """The pieces of every parameter (by its value), for a selection of the output's entries."""
-    blocks = blocks_of(graph, structure.sweep, sel)
+    graph, structure = used.graph, used.structure
+    blocks = used.blocks(sel)
     seeds = len(structure.sweep.layout.seed)
     found: dict[int, list[Piece]] = {}
     for use in structure.uses:
         block = blocks[use.value]
         if use.pull is None:
-            piece = _piece(graph, use, block, sel or {}, seeds)
-            if sel and _diagonal(piece, seeds):
+            piece = _piece(graph, use, block, sel, seeds, structure.batch)
+            if any(s in axis for axis in piece.axes for s in sel):
                 piece = _spread(piece, use.sizes, sel, seeds)
         else:
-            piece = _pulled(graph, structure, use, block, sel or {})
+            piece = _pulled(graph, structure, use, block, sel)
         found.setdefault(use.root, []).append(piece)
     found = {root: _merged(pieces) for root, pieces in found.items()}
     if structure.inner:
-        _through(graph, structure, found, sel or {})
+        _through(graph, structure, found, sel)
     return found
+
+
+def joined(parts: list[Piece], letter: int) -> Piece:
+    """The pieces of consecutive ranges of a letter of the output as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def whole(ends: list[Lettered]) -> Lettered:
+        for t, letters in ends:
+            if letter not in letters:  # alike along it
+                return t, letters
+        letters = ends[0][1]
+        return torch.cat([t for t, _ in ends], letters.index(letter)), letters
+
+    c, cl = whole([(p.c, p.cl) for p in parts])
+    made = replace(
+        first, c=c, cl=cl, sizes={**first.sizes, letter: sum(p.sizes[letter] for p in parts)}
+    )
+    if first.a is not None:
+        made.a, made.al = whole([(p.a, p.al) for p in parts])
+    if first.index is not None:
+        made.index, made.il = whole([(p.index, p.il) for p in parts])
+    return made
 
 
 # -- one use ------------------------------------------------------------------------------------------
 
 
-def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int) -> Piece:
+def _piece(
+    graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int, batch: frozenset[int]
+) -> Piece:
     value = graph.values[use.value]
     sizes = {**use.sizes, **{letter: length for letter, (_, length) in sel.items()}}
     roles, steps, outer, index, row = [], [], None, None, -1
@@ -110,20 +133,20 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
                 roles.append(once(cut(d, role.letters, sel), role.letters))
                 steps.append(function)
         else:
-            t = _seen(role, edge, use.sizes)
-            outer = once(cut(t, role.letters, sel), role.letters)
+            outer = once(_seen(role, edge, use.sizes, sel), role.letters)
     known = own.union(il, range(seeds), *(letters for _, letters in roles))
     if outer is not None:
         known.update(outer[1])
+    # axes of which a range of seeds is selected are whole, but for those of samples, which run alone
     whole = [
-        sel[s][1] if s in sel and i < use.free else use.sizes[s]
+        sel[s][1] if s in sel and (i < use.free or s in batch) else use.sizes[s]
         for i, s in enumerate(use.cotangent)
     ]
     c = one(value).expand(whole) if block is None else block.reshape(whole)
     c, cl = once(cut(c, use.cotangent, sel), use.cotangent, known)
     origin = None
     if not roles and factor == 1.0:
-        origin = "ones" if block is None else block
+        origin = "ones" if block is None else id(block)
     if selected in steps:  # in the order of a pull, which a product does not know
         for function, (t, letters) in zip(steps, roles, strict=True):
             out = tuple(sorted(set(cl).union(letters)))
@@ -143,19 +166,27 @@ def _piece(graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: 
         t, letters = settled(*outer, own.union(cl, range(seeds)))
         if letters != outer[1]:
             origin = None
-        if own.intersection(letters).difference(cl):
-            return Piece(c, cl, use.axes, sizes, t, letters, origin=origin)
         out = tuple(sorted((set(cl) | set(letters)) & own.union(range(seeds))))
+        summed = set(cl).intersection(letters).difference(out)
+        at_once = bool(summed) and use.multiplied(seeds)
+        if own.intersection(letters).difference(cl) and not at_once:
+            return Piece(c, cl, use.axes, sizes, t, letters, origin=origin)
         return Piece(contract(c, cl, t, letters, out), out, use.axes, sizes)
     return Piece(c, cl, use.axes, sizes, None, (), index, il, row, origin)
 
 
-def _seen(role: Role, edge, sizes) -> Tensor:
+def _seen(role: Role, edge, sizes: dict[int, int], sel: Selection) -> Tensor:
     """What an edge multiplies cotangents by, one axis a letter."""
-    shape = [sizes[s] for s in role.letters]
     if role.kind == "matrix":
-        return edge.partner.reshape(shape)
-    return patches(edge.x, edge.geometry, edge.kernel).reshape(shape)
+        return cut(edge.partner.reshape([sizes[s] for s in role.letters]), role.letters, sel)
+    x, samples = edge.x, []
+    while prod([sizes[s] for s in samples]) < x.shape[0]:
+        samples.append(role.letters[len(samples)])
+    if any(s in sel for s in samples):  # before there are patches of it
+        x = cut(x.unflatten(0, [sizes[s] for s in samples]), samples, sel)
+        x = x.flatten(0, len(samples) - 1)
+    shape = [sel[s][1] if s in samples and s in sel else sizes[s] for s in role.letters]
+    return cut(patches(x, edge.geometry, edge.kernel).reshape(shape), role.letters, sel)
 
 
 def patches(x: Tensor, geometry, kernel) -> Tensor:

@@ -14,13 +14,10 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
-from ..base.memory import OFFER, Budget, Offer
 from ..base.remedies import NO_DERIVATIVE, returned
 from ..base.tracing import own
-from ..maps.layout import Selection
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, halves, probe_mixing
-from ..plan.sweep import peak_bytes
 from ..prologue.arguments import ASSUME, as_tuple, check_samples
 from ..prologue.running import computing, record
 from ..read import handover
@@ -28,10 +25,8 @@ from ..read.behind import leaves_behind, reached
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import Opaque, refuse_or_log
 from ..read.reading import read
+from .used import Used
 from .uses import SamplesMix, Structure, find, kind_of, looked_up, unstructured
-
-SHARE = 0.4
-"""Of the memory, what the factors of one Jacobian may take."""
 
 _structures: Cache[tuple, Structure | SamplesMix] = Cache(64)
 
@@ -119,7 +114,7 @@ def _buffers_kept(module):
                 m._buffers[name] = b
 
 
-class Recorded:
+class Recorded(Used):
     """The output ``y`` of one forward pass, the graph to its parameters, and the structure of their uses.
 
     Without ``read`` the graph is read later, by `read`; at once where buffers are put back, which it needs.
@@ -302,65 +297,6 @@ class Recorded:
     def reached(self) -> bool:
         """Whether the output depends on a parameter, and neither is empty."""
         return self.by_autograd or self.structure is not None
-
-    def computing(self):
-        """With a graph if one is asked for."""
-        return computing(self.create_graph)
-
-    # -- chunks -----------------------------------------------------------------------------------
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The sizes of the output's letters, those of its samples first."""
-        return self.structure.sweep.layout.seed
-
-    def letters(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The letters of the samples, and of the rest of the output."""
-        batch = self.structure.batch
-        every = range(len(self.seeds))
-        return tuple(s for s in every if s in batch), tuple(s for s in every if s not in batch)
-
-    def selections(
-        self, chunk_size: int | None, budget: Budget, offer: Offer = OFFER
-    ) -> list[Selection | None]:
-        """The output's entries in the pieces that are computed at once: None for all.
-
-        Samples are never cut: what an entry of the output needs is about what the forward pass holds. Raises
-        MemoryLimitTooSmall.
-        """
-        sweep, structure = self.structure.sweep, self.structure
-        _, out = self.letters()
-        sizes = {s: self.seeds[s] for s in out}
-        total = prod(sizes.values())
-
-        def cut(count: int) -> dict[int, int]:
-            chunks, room = {}, count
-            for s in reversed(out):
-                take = min(sizes[s], max(room, 1))
-                take = -(-sizes[s] // -(-sizes[s] // take))
-                room //= sizes[s]
-                if take < sizes[s]:
-                    chunks[s] = take
-            return chunks
-
-        def need(chunks: dict[int, int]) -> float:
-            at_once = prod([chunks.get(s, n) for s, n in sizes.items()])
-            blocks = peak_bytes(self.graph, sweep, chunks)
-            return (blocks + structure.extra * at_once + structure.patches) / SHARE
-
-        count = total if chunk_size is None else min(chunk_size, total)
-        while not budget.fits(need(cut(count))):
-            if count == 1:
-                raise budget.refusal("one output entry at a time", need(cut(1)), offer=offer)
-            count //= 2
-        sels: list[Selection] = [{}]
-        for s, size in cut(count).items():
-            sels = [
-                {**sel, s: (start, min(size, sizes[s] - start))}
-                for sel in sels
-                for start in range(0, sizes[s], size)
-            ]
-        return [sel or None for sel in sels]
 
     def factor_bytes(self) -> float:
         """Bytes of the blocks at all uses, those that are one counted once."""

@@ -51,6 +51,29 @@ class Use:
     free: int
     pull: tuple[int, int] | None = None
 
+    def role(self, *kinds: str) -> Role | None:
+        """The one of these kinds, if there is one."""
+        return next((r for r in self.roles if r.kind in kinds), None)
+
+    def product(self, seeds: int) -> tuple[int, ...]:
+        """The letters of the Jacobian as one array: what neither the output nor the root has is summed."""
+        kept = {*range(seeds), *(letter for axis in self.axes for letter in axis)}
+        every = {*self.cotangent, *(letter for r in self.roles for letter in r.letters)}
+        return tuple(sorted(every & kept))
+
+    def multiplied(self, seeds: int) -> bool:
+        """Whether what the layer saw is multiplied in at once, as the product is no larger than the cotangents."""
+        outer = self.role("matrix", "patches")
+        if outer is None:
+            return False
+        made = self.product(seeds)
+        summed = set(self.cotangent).intersection(outer.letters).difference(made)
+        return bool(summed) and self.size(made) <= self.size(self.cotangent)
+
+    def size(self, letters: Letters) -> int:
+        """The entries of an array with these letters."""
+        return prod([self.sizes[s] for s in set(letters)])
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:
@@ -68,7 +91,13 @@ class Structure:
     extra: float = 0.0
     """Bytes for each seed beside the blocks: Jacobians that are formed."""
     patches: float = 0.0
-    """Bytes of the patches of convolutions."""
+    """Bytes of the patches of convolutions,"""
+    seen: float = 0.0
+    """of those that are kept,"""
+    kept: float = 0.0
+    """of the factors beside them, for all entries,"""
+    slopes: float = 0.0
+    """and of the derivatives in the sweep."""
 
 
 class SamplesMix(Exception):
@@ -147,7 +176,7 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     ends = [p for p in leaves if p in sweep.layouts and (p in active or not active)]
     targets = sorted({v for v, _ in edges}.union(ends))
     # the same sweep without the steps behind the uses: they may have split the seed further
-    sweep = fused(graph, replace(follow(graph, seed, True, targets), alone=True))
+    sweep = swept(graph, seed, targets)
     batch = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
     uses = [_use(graph, sweep, v, e, leaves) for v, e in edges]
     for p in ends:
@@ -159,13 +188,40 @@ def _collect(graph: Graph, seed: int, params, active, sweep: Sweep, batch) -> St
     behind = frozenset(_behind(graph, inner) & leaves)
     for v in behind.union(inner, (u.root for u in uses if u.pull is not None)):
         extra += samples * prod(graph.values[v].shape) * graph.values[v].dtype.itemsize
-    windows = sum(
-        prod([u.sizes[s] for s in r.letters]) * graph.values[u.value].dtype.itemsize
-        for u in uses
-        for r in u.roles
-        if r.kind == "patches"
+    slopes = sum(
+        prod(step.layout.shape) * graph.values[step.value].dtype.itemsize
+        for step in sweep.steps
+        if any(graph.values[t.owner].sources[t.edge][1].structure == "diagonal" for t in step.terms)
     )
-    return Structure(sweep, uses, batch, inner, behind, extra, float(windows))
+    patches, seen, kept = _sizes(graph, uses, len(sweep.layout.seed))
+    kept += extra * prod(graph.values[seed].shape[1:])
+    return Structure(
+        sweep, uses, batch, inner, behind, extra, patches, seen, kept, slopes=float(slopes)
+    )
+
+
+def swept(graph: Graph, seed: int, targets: list[int | None]) -> Sweep:
+    """The sweep to the values at the uses."""
+    return fused(graph, replace(follow(graph, seed, True, targets), alone=True))
+
+
+def _sizes(graph: Graph, uses: list[Use], seeds: int) -> tuple[float, float, float]:
+    """Bytes of all patches, of those that are kept, and of the other factors: blocks that are one counted once."""
+    patches, seen, made, blocks = 0.0, 0.0, 0.0, {}
+    for use in uses:
+        if use.pull is not None:
+            continue
+        size = graph.values[use.value].dtype.itemsize
+        once = use.multiplied(seeds)
+        window = use.role("patches")
+        if window is not None:
+            patches += use.size(window.letters) * size
+            seen += 0.0 if once else use.size(window.letters) * size
+        if once or use.role("matrix", "patches", "rows") is None:
+            made += use.size(use.product(seeds)) * size
+        else:
+            blocks[use.value] = use.size(use.cotangent) * size
+    return patches, seen, made + sum(blocks.values())
 
 
 def _behind(graph: Graph, values) -> set[int]:

@@ -348,15 +348,17 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         edge = graph.values[first.owner].sources[first.edge][1]
         behind = root[first.other]
         scaling = scales(step)
-        # a block that is used for the last time, and by nobody else, is scaled in place
-        reused = scaling and first.other in step.frees and users.get(behind) == 1
+        stored = sweep.stored(graph, step.value, sel)
+        # a block that is used for the last time, and by nobody else, is scaled in place, if it is not expanded
+        last = scaling and first.other in step.frees and users.get(behind) == 1
+        reused = last and size[behind] >= stored
         extra = 0.0
         if step.shares or reused:
             root[step.value] = behind if reused or not first.route.moves else nobody
         else:
             root[step.value] = step.value
-            size[step.value] = sweep.stored(graph, step.value, sel)
-            live += size[step.value]
+            size[step.value] = stored
+            live += stored
             if len(step.terms) > 1 or edge.structure == "opaque":
                 extra = size[step.value]
         if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
