@@ -76,7 +76,7 @@ def test_chunks_of_seeds_are_taken(monkeypatch):
     monkeypatch.setattr(forward.LaplacianRun, "__call__", noted)
     for name, size in {"CACHE_BYTES": 1, "ROWS": 1, "FEWEST": 2}.items():
         monkeypatch.setattr(calls, name, size)
-    for name in ("residual", "norms", "groups", "attention", "conv"):
+    for name in ("residual", "norms", "groups", "conv"):
         build, shape = NETWORKS[name]
         net, x = make(build), torch.randn(3, *shape[1:], dtype=F64)
         seen.clear()

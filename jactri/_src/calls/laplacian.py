@@ -345,12 +345,13 @@ def _chunks(
             while need(seeds, samples) > limit and samples > 1:
                 samples = (samples + 1) // 2
     fits = seeds
-    if cached and asked.chunk_size is None and 2 * plan.sweep.largest(graph) > widest * seeds:
+    alone = samples in (1, n) and asked.chunk_size is None
+    if cached and alone and 2 * plan.sweep.largest(graph) > widest * seeds:
         # one sample may be more than the cache holds, and has no ties that a chunk would lose
         while (
             fits > FEWEST
             and widest * samples * (fits + 1) > CACHE_BYTES * n
-            and rows * samples * (fits // 2 + 1) >= ROWS
+            and 2 * rows * samples * (fits // 2 + 1) >= ROWS
         ):
             fits = (fits + 1) // 2
     if unit and seeds == count and (fits < count or need(seeds, samples) > limit):
