@@ -46,20 +46,23 @@ class Factors:
             return self._kept
         run.check_unchanged()
         with run.computing():
-            found = self._found(sel or {}, list(run.steps(sel, budget).items()))
+            steps = list(run.steps(sel, budget).items())
+            found = self._found(sel or {}, steps, bool(steps))
         pieces = {name: [] if v is None else found.get(v, []) for name, v in run.values.items()}
         if sel is None:
             self._kept = pieces
         return pieces
 
-    def _found(self, sel: Selection, steps: list[tuple[int, int]]) -> dict[int, list[Piece]]:
+    def _found(
+        self, sel: Selection, steps: list[tuple[int, int]], small: bool
+    ) -> dict[int, list[Piece]]:
         """The pieces of a selection, made in ranges of ``steps``: letters, and how many indices at once."""
         if not steps:
-            return pieces_of(self.run, sel)
+            return pieces_of(self.run, sel, small)
         (letter, size), *rest = steps
         start, length = sel.get(letter, (0, self.run.seeds[letter]))
         parts = [
-            self._found({**sel, letter: (start + i, min(size, length - i))}, rest)
+            self._found({**sel, letter: (start + i, min(size, length - i))}, rest, small)
             for i in range(0, length, size)
         ]
         return {

@@ -60,8 +60,11 @@ class Piece:
         return replace(self, c=c, a=a, sizes={**self.sizes, letter: length}, origin=None)
 
 
-def pieces_of(used: Used, sel: Selection) -> dict[int, list[Piece]]:
-    """The pieces of every parameter (by its value), for a selection of the output's entries."""
+def pieces_of(used: Used, sel: Selection, small: bool) -> dict[int, list[Piece]]:
+    """The pieces of every parameter (by its value), for a selection of the output's entries.
+
+    ``small``: they are kept while others are made, so layers whose product is smaller are multiplied out.
+    """
     graph, structure = used.graph, used.structure
     blocks = used.blocks(sel)
     seeds = len(structure.sweep.layout.seed)
@@ -69,7 +72,7 @@ def pieces_of(used: Used, sel: Selection) -> dict[int, list[Piece]]:
     for use in structure.uses:
         block = blocks[use.value]
         if use.pull is None:
-            piece = _piece(graph, use, block, sel, seeds, structure.batch)
+            piece = _piece(graph, use, block, sel, structure, small)
             if any(s in axis for axis in piece.axes for s in sel):
                 piece = _spread(piece, use.sizes, sel, seeds)
         else:
@@ -109,8 +112,9 @@ def joined(parts: list[Piece], letter: int) -> Piece:
 
 
 def _piece(
-    graph: Graph, use: Use, block: Tensor | None, sel: Selection, seeds: int, batch: frozenset[int]
+    graph: Graph, use: Use, block: Tensor | None, sel: Selection, structure: Structure, small: bool
 ) -> Piece:
+    seeds, batch = len(structure.sweep.layout.seed), structure.batch
     value = graph.values[use.value]
     sizes = {**use.sizes, **{letter: length for letter, (_, length) in sel.items()}}
     roles, steps, outer, index, row = [], [], None, None, -1
@@ -168,7 +172,7 @@ def _piece(
             origin = None
         out = tuple(sorted((set(cl) | set(letters)) & own.union(range(seeds))))
         summed = set(cl).intersection(letters).difference(out)
-        at_once = bool(summed) and use.multiplied(seeds)
+        at_once = small and bool(summed) and use.multiplied(seeds)
         if own.intersection(letters).difference(cl) and not at_once:
             return Piece(c, cl, use.axes, sizes, t, letters, origin=origin)
         return Piece(contract(c, cl, t, letters, out), out, use.axes, sizes)

@@ -279,15 +279,15 @@ def with_bias(pieces: dict[str, list[Piece]]) -> dict[str, tuple[str, Piece]]:
     """
     found: dict[str, tuple[str, Piece]] = {}
     blocks = {
-        id(ps[0].origin): (name, ps[0])
+        ps[0].origin: (name, ps[0])
         for name, ps in pieces.items()
         if len(ps) == 1 and ps[0].a is None and ps[0].index is None and ps[0].origin is not None
     }
     for name, ps in pieces.items():
-        if len(ps) != 1 or ps[0].a is None or id(ps[0].origin) not in blocks:
+        if len(ps) != 1 or ps[0].a is None or ps[0].origin not in blocks:
             continue
         p = ps[0]
-        bias, b = blocks[id(p.origin)]
+        bias, b = blocks[p.origin]
         own, its = {s for axis in p.axes for s in axis}, {s for axis in b.axes for s in axis}
         column = own - its
         if len(column) != 1 or not its < own or any(b.sizes[s] != p.sizes[s] for s in its):
@@ -300,5 +300,5 @@ def with_bias(pieces: dict[str, list[Piece]]) -> dict[str, tuple[str, Piece]]:
         ones = p.a.new_ones([1 if j == i else n for j, n in enumerate(p.a.shape)])
         a = torch.cat([p.a, ones], i)
         found[name] = bias, replace(p, a=a, sizes={**p.sizes, k: p.sizes[k] + 1})
-        del blocks[id(p.origin)]
+        del blocks[p.origin]
     return found
