@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._C import _has_storage
 from torch.autograd.function import BackwardCFunction
 
+from .recomputed import Recomputed
+
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 
 FSDP = (
@@ -63,12 +65,12 @@ def check_saved(node, saved: Callable[[str], Any] | None = None) -> None:
 def check_graph(ys: Iterable[Tensor]) -> None:
     """Raise where a graph holds what is gone: for autograd's engine, whose kernels do not ask."""
     stack = [y.grad_fn for y in ys if y.grad_fn is not None]
-    seen = set(stack)
+    seen, recomputed = set(stack), Recomputed()
     while stack:
         node = stack.pop()
         edges = node.next_functions
         if any(p is None for p, _ in edges):
-            check_saved(node)
+            recomputed.read(check_saved, node)
         for p, _ in edges:
             if p.__class__ is _ACCUMULATE:
                 check_here(p.variable)

@@ -22,6 +22,7 @@ from ..base.elsewhere import (
     check_value,
     is_distributed,
 )
+from ..base.recomputed import Recomputed
 from ..maps.contraction import Expand, Sum
 from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from ..maps.mask import Mask
@@ -94,6 +95,7 @@ class Reader:
         self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
         self.smooth: set[int] = set()  # products that were read as such squares
         self.outputs: Sequence[Tensor] = ()
+        self.recomputed = Recomputed()
 
     def _turn_to(self, node, src: list[int | None]) -> None:
         """Make a node the current one: ``meta`` is what autograd knows of its outputs, ``shape`` etc. of the first.
@@ -144,7 +146,12 @@ class Reader:
             check_saved(self.node, self.saved)
 
     def has(self, name: str) -> bool:
-        return hasattr(self.node, "_saved_" + name)
+        return hasattr(self.node.__class__, "_saved_" + name)
+
+    @property
+    def call(self) -> Callable:
+        """The node itself, a function of cotangents, which may be called later."""
+        return self.recomputed.calling(self.node)
 
     def tensor(self, name: str) -> Tensor:
         """A saved tensor that the rule cannot do without."""
@@ -272,17 +279,8 @@ class Reader:
 
     def later(self) -> Callable[[], Factor | None] | None:
         """How kernels compute the derivative of the current node, to be asked later; None where its op has no form."""
-        form, node = self.record.form, self.node
-        if form is None:
-            return None
-
-        def made() -> Factor | None:
-            def read(name: str):
-                return plain(getattr(node, "_saved_" + name))
-
-            return form(read).factor(read)
-
-        return made
+        form = self.record.form
+        return None if form is None else self.recomputed.factor(self.node, form)
 
     def scale(self, source: int, factor: float) -> int:
         return source if factor == 1 else self.single(source, Scale(factor))
@@ -333,7 +331,7 @@ class Reader:
             raise RuntimeError(self.node.why)
         self.check_memory()
         shapes = {e: self.values[s].shape for e, s in enumerate(self.src) if s is not None}
-        call = OpaqueCall(self.node, self.meta, shapes, self.outputs)
+        call = OpaqueCall(self.node, self.meta, shapes, self.outputs, self.recomputed)
         known = record_of(self.name).kept
         ids: list[int | None] = []
         for nr, m in enumerate(self.meta):
@@ -399,10 +397,11 @@ def follow(
     # an interior input ends the search behind it, unless another input may lie there
     stops = wanted if len(wanted) == 1 and not leaves else ()
     done: dict[object, tuple[int | None, ...] | None] = {}
-    for y in outputs:
-        _refuse(y)
-        if y.grad_fn is not None:
-            _walk(y.grad_fn, reader, leaves, leaf, wanted, stops, done)
+    with reader.recomputed:
+        for y in outputs:
+            _refuse(y)
+            if y.grad_fn is not None:
+                _walk(y.grad_fn, reader, leaves, leaf, wanted, stops, done)
     ends: list[int | None] = []
     for y in outputs:
         if y.grad_fn is None:

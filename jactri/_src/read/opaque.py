@@ -24,6 +24,7 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
 from ..base.constants import arbitrary
+from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
 from ..maps.linear_map import LinearMap
 from .unrecorded import (
@@ -231,21 +232,21 @@ class OpaqueCall:
     """One node as a function of the cotangents of its outputs; remembers the last answer for its other edges."""
 
     __slots__ = (
-        "_anchors",
-        "_key",
-        "_last",
-        "_rows",
-        "_why",
-        "meta",
-        "node",
-        "present",
-        "python",
-        "shapes",
-    )
+        "_anchors", "_key", "_last", "_recomputed", "_rows", "_why", "meta", "node", "present",
+        "python", "shapes",
+    )  # fmt: skip
 
-    def __init__(self, node, meta, shapes: dict[int, tuple], anchors: Sequence[Tensor] = ()):
+    def __init__(
+        self,
+        node,
+        meta,
+        shapes: dict[int, tuple],
+        anchors: Sequence[Tensor] = (),
+        recomputed: Recomputed | None = None,
+    ):
         """``shapes``: of the inputs that are asked for, by edge; ``anchors``: tensors computed from the outputs."""
         self.node, self.meta, self.shapes, self._anchors = node, meta, shapes, anchors
+        self._recomputed = Recomputed() if recomputed is None else recomputed
         self.present = [p is not None for p, _ in node.next_functions]
         self.python = isinstance(node, torch.autograd.function.BackwardCFunction)
         self._last: tuple[Tensor, int, tuple] | None = None
@@ -261,9 +262,9 @@ class OpaqueCall:
     def edges(self, grads: tuple) -> tuple[Tensor | None, ...]:
         """One gradient an edge of the node, not yet reduced to the edge's shape."""
         if self.python:
-            return self._aligned(self.node.apply(*grads))
+            return self._aligned(self._recomputed.read(self.node.apply, *grads))
         try:
-            return self._aligned(self.node(*grads))
+            return self._aligned(self._recomputed.read(self.node, *grads))
         except NotImplementedError as error:
             raise NotImplementedError(untwice(self.node.name(), error)) from error
 

@@ -277,10 +277,10 @@ def masked_fill(g):
 @rule("Glu", regular=True)
 def glu(g):
     """Halves ``a * sigmoid(b)``: each entry of the input feeds one entry of the output."""
-    (s,), node, m = g.src, g.node, g.meta[0]
+    (s,), call, m = g.src, g.call, g.meta[0]
     shape = g.values[s].shape
     axis = g.axis("dim", len(shape))
-    s = g.diagonal(s, lambda: node(one(m).expand(tuple(m.shape))))
+    s = g.diagonal(s, lambda: call(one(m).expand(tuple(m.shape))))
     halves = (*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :])
     return g.sum(g.single(s, View(shape, halves), halves), (axis,))
 

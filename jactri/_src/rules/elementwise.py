@@ -78,13 +78,13 @@ class Zero(Elementwise):
 
 
 def unary(g):
-    node, (m, *rest) = g.node, g.meta
+    call, (m, *rest) = g.call, g.meta
     rest = [None] * len(rest)
 
     def derivative(c: Tensor | None = None) -> Tensor:
         c = one(m) if c is None else c
         c = c if m.device.type == "cpu" else c.expand(tuple(m.shape))
-        out = node(c, *rest)
+        out = call(c, *rest)
         return out[0] if out.__class__ is tuple else out
 
     s, record, kernel = g.match(g.src[0]), g.record, g.later()
@@ -107,8 +107,8 @@ def passing(pull, meta) -> Tensor:
 
 def unary_full(g):
     """Nodes whose kernels want a cotangent of the full shape."""
-    node, m = g.node, g.meta[0]
-    return g.diagonal(g.src[0], lambda: node(one(m).expand(tuple(m.shape))), activation=g.later())
+    call, m = g.call, g.meta[0]
+    return g.diagonal(g.src[0], lambda: call(one(m).expand(tuple(m.shape))), activation=g.later())
 
 
 def by(derivative: Callable[[Tensor], Tensor]):
@@ -122,33 +122,36 @@ def by(derivative: Callable[[Tensor], Tensor]):
 
 
 class Partials:
-    """The derivatives of a node in each of its operands, computed together at first use."""
+    """The derivatives of a node in each of its operands, computed together when the first is asked for.
 
-    __slots__ = ("_all", "count", "meta", "node", "output", "whole")
+    Each is kept until it is asked for.
+    """
+
+    __slots__ = ("_left", "call", "count", "meta", "name", "output", "whole")
 
     def __init__(self, g, whole: bool = True, output: int = 0):
         """``whole``: every operand has the shape of the output; ``output``: which of them."""
         g.check_memory()
-        self.node, self.count, self.output = g.node, len(g.meta), output
+        self.call, self.name, self.count, self.output = g.call, g.name, len(g.meta), output
         self.meta, self.whole = g.meta[output], whole
-        self._all: tuple[Tensor | None, ...] | None = None
+        self._left: dict[int, Tensor | None] = {}
 
     def __call__(self, edge: int) -> Tensor:
         m = self.meta
-        if self._all is None:
-            self._all = self._pull(one(m))
-        d = self._all[edge]
+        if edge not in self._left:
+            self._left = dict(enumerate(self._pull(one(m))))
+        d = self._left.pop(edge)
         if d is None:
             return torch.zeros((), dtype=m.dtype, device=m.device)
         if self.whole and d.shape != tuple(m.shape):  # summed over broadcasts: the entries are lost
-            raise AssertionError(f"{self.node.name()}: derivative of shape {tuple(d.shape)}")
+            raise AssertionError(f"{self.name}: derivative of shape {tuple(d.shape)}")
         return fit(d, m)
 
     def _pull(self, c: Tensor) -> tuple[Tensor | None, ...]:
         """The node of one cotangent for all entries."""
         given: list[Tensor | None] = [None] * self.count
         given[self.output] = c.expand(tuple(self.meta.shape))
-        out = self.node(*given)
+        out = self.call(*given)
         return out if isinstance(out, tuple) else (out,)
 
     def diagonal(self, g, s: int, edge: int) -> int:
@@ -221,14 +224,14 @@ def twice(r) -> Curves | None:
     v, s, _ = edges[0]
     if r.values[s].shape != shape or r.values[r.src[places[0]]].shape != shape:
         return None
-    node, meta, place = r.node, r.meta, places[0]
+    call, meta, place = r.call, r.meta, places[0]
     m = meta[0]
 
     def derivative() -> Tensor:
-        out = node(one(m).expand(shape), *[None] * (len(meta) - 1))
+        out = call(one(m).expand(shape), *[None] * (len(meta) - 1))
         return out[place] if isinstance(out, tuple) else out
 
-    slopes = Differentiated(derivative, node.next_functions[place], m)
+    slopes = Differentiated(derivative, r.node.next_functions[place], m)
     return {v: Unary(s, r.name, as_they_are, slopes)}
 
 

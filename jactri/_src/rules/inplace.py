@@ -64,7 +64,7 @@ def copy_slices(g):
 def _pulled(g, c: Tensor) -> tuple[Tensor | None, ...]:
     """The node applied to a cotangent: the gradient of each edge."""
     g.check_memory()
-    out = g.node(c)
+    out = g.call(c)
     return out if isinstance(out, tuple) else (out,)
 
 

@@ -86,7 +86,7 @@ def gradient(g):
 def class_gradient(g):
     """The gradient of the loss of each sample (and pixel), or of all, times what the node makes of each class."""
     g.check_memory()
-    (s, *rest), shape, node, m = g.src, g.shape, g.node, g.meta[0]
+    (s, *rest), shape, call, m = g.src, g.shape, g.call, g.meta[0]
     terms = [g.single(r, Zero()) for r in rest if r is not None]  # linear in the logarithms too
     if s is not None:
         given = g.values[s].shape
@@ -95,7 +95,7 @@ def class_gradient(g):
         def shares():
             with torch.enable_grad():
                 u = torch.zeros(shape, dtype=m.dtype, device=m.device, requires_grad=True)
-                out = node(u)
+                out = call(u)
                 out = out[0] if isinstance(out, tuple) else out
             return torch.autograd.grad(out, u, torch.ones_like(out))[0]
 

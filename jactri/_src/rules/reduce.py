@@ -26,12 +26,12 @@ def weigh(g, s: int, output: int = 0, edge: int = 0, selects: bool = False) -> i
     ``selects``: the node's backward may set entries to zero whatever the gradient is.
     """
     g.check_memory()
-    node, meta, shape = g.node, g.meta, g.values[s].shape
+    call, meta, shape = g.call, g.meta, g.values[s].shape
     m = meta[output]
 
     def pull(c: Tensor) -> Tensor:
         c = c.expand(tuple(m.shape))
-        out = node(*[c if i == output else None for i in range(len(meta))])
+        out = call(*[c if i == output else None for i in range(len(meta))])
         out = out[edge] if isinstance(out, tuple) else out
         if out is None:
             return torch.zeros(shape, dtype=m.dtype, device=m.device)

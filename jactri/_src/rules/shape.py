@@ -159,7 +159,7 @@ def _shapes(g) -> list[tuple[int, ...]]:
         return [g.values[s].shape for s in g.src]
     g.check_memory()
     ones = torch.ones((), dtype=g.dtype, device=g.device).expand(g.shape)
-    out = g.node(ones)
+    out = g.call(ones)
     return [tuple(d.shape) for d in (out if isinstance(out, tuple) else (out,))]
 
 

@@ -30,7 +30,7 @@ def linear(r: Reader, ids) -> bool:
         with torch.enable_grad():
             c = torch.zeros(tuple(m[nr].shape), dtype=m[nr].dtype, device=m[nr].device)
             c.requires_grad_()
-            out = node(*[c if k == nr else None for k in range(len(m))])
+            out = r.call(*[c if k == nr else None for k in range(len(m))])
         out = out if isinstance(out, tuple) else (out,)
         stack = []
         for g, s in zip(out, r.src, strict=False):

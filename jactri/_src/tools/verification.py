@@ -22,7 +22,7 @@ class Verification:
         self.g, self.new, self.ids, self.where = g, new, ids, where
         shapes = {e: g.values[s].shape for e, s in enumerate(g.src) if s is not None}
         self.sources = list(dict.fromkeys(s for s in g.src if s is not None))
-        self.call = OpaqueCall(g.node, g.meta, shapes)
+        self.call = OpaqueCall(g.node, g.meta, shapes, recomputed=g.recomputed)
 
     def key(self) -> tuple:
         """What decides whether a node is like one that was seen."""
