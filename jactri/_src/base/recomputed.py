@@ -123,10 +123,19 @@ class Recomputed:
 
     def read(self, reads: Callable[..., T], *args) -> T:
         """What a function returns that reads what nodes saved."""
-        if self.group is None:
+        group = self.group
+        if group is None:
             return reads(*args)
-        with self.group:
-            return reads(*args)
+        before, done = _get_graph_exec_group(), False
+        _set_graph_exec_group(group)  # as `with group`, for every node that is called
+        try:
+            made = reads(*args)
+            done = True
+            return made
+        finally:
+            _set_graph_exec_group(before)
+            if not done:
+                group.forget()
 
     def factor(self, node, form: Callable) -> Callable[[], Factor | None]:
         """The derivative of an elementwise node as kernels compute it, made when it is asked for, and then known."""
