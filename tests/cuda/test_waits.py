@@ -50,7 +50,7 @@ VALUES_DECIDE = {
         "inplace._where": 4, "inplace.regular": 3, "inplace.copy_slices": 2, "index.unmoved": 1
     },
     # whether a Function of other people's is right under vmap
-    ("custom", "jacobian"): {"opaque.shown": 1},
+    ("custom", "jacobian"): {"vmapped.shown": 1},
 }  # fmt: skip
 
 PLAIN = {"mlp"} | {net for net, _ in VALUES_DECIDE}

@@ -6,7 +6,7 @@ from common import F64, MODES
 
 import jactri
 from jactri._src.base.cache import Cache
-from jactri._src.read import opaque
+from jactri._src.read import vmapped
 
 
 def rows(func, x):
@@ -174,12 +174,12 @@ def test_what_is_found_for_an_op_holds_for_its_options_too(order, monkeypatch):
     def distances(p):
         return lambda v: torch.special.entr(torch.renorm(v.exp(), p, 0, 1.0))
 
-    monkeypatch.setattr(opaque, "_verified", Cache())
+    monkeypatch.setattr(vmapped, "_verified", Cache())
     for p in order:
         torch.testing.assert_close(
             jactri.jacobian(distances(p), x, strategy="reverse-mode"), rows(distances(p), x)
         )
-    assert len({key[0][0][0][1] for key in opaque._verified}) == 2
+    assert len({key[0][0][0][1] for key in vmapped._verified}) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")

@@ -115,7 +115,7 @@ def test_evaluations_are_counted():
     assert len(calls) == 1 + 2 * 24
     calls.clear()
     jactri.finite_difference(func, x, per_sample=True)
-    assert len(calls) == 1 + 2 * 3 + 2 * 3  # log2(8) = 3 pairs of halves
+    assert len(calls) == 1 + 2 * 3 + 5  # log2(8) = 3 bits, and two for how many are zero
 
 
 def test_random_functions_and_what_is_left_behind():

@@ -38,6 +38,25 @@ def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
     return row.mul(step).sin().to(like.dtype).reshape(shape)
 
 
+def halves(n: int, device) -> Tensor:
+    """Masks ``(K, n)`` over ``n`` entries such that every two are told apart by one of them, both ways round.
+
+    They are the bits of an entry's number, and of how many of these are zeros (Berger 1961): if the ones of one number
+    are among another's, it has more zeros, and so a bit there that the other has not. ``K`` is about ``log2(n)``.
+    """
+
+    def make() -> tuple[Tensor]:
+        index, width = torch.arange(n, dtype=torch.int32), (n - 1).bit_length()
+        bits = [index >> i & 1 == 1 for i in range(width)]
+        zeros = width - torch.stack(bits).sum(0)
+        more = [zeros >> i & 1 == 1 for i in range(width.bit_length())]
+        return (torch.stack([*bits, *more]).to(device),)
+
+    if n < 2:
+        return torch.empty(0, n, dtype=torch.bool, device=device)
+    return fixed(("halves", n, str(device)), make)[0]
+
+
 def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Tensors that ``key`` determines: those of the last time, or made now."""
     if own():

@@ -85,9 +85,9 @@ def jacobian(
             cheap for few outputs), ``"mixed"`` (both meet at a cut) or ``"auto"``, which predicts the cost of all.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
             one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
-            that cannot tell by a probe: ``2 log2(N)`` backward passes that must leave exact zeros. ``"assume"``: take
-            it for granted where the algebra of axes does not show it, as where samples share rounding or the step size
-            of a solver. What is returned is then ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of
+            that cannot tell by a probe: some ``log2(N)`` backward passes, which must leave exact zeros. ``"assume"``:
+            take it for granted where the algebra of axes does not show it, as where samples share rounding or the step
+            size of a solver. What is returned is then ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of
             outputs summed over the batch (with ``strategy="forward-mode"``, the derivative of output n where all
             samples move alike), which is the Jacobian of each sample as far as they do not mix.
         return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless

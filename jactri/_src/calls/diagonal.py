@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import backends
 from ..base.elsewhere import check_local
 from ..base.memory import Budget
 from ..base.remedies import one_tensor
 from ..meet import diagonal as meeting
+from ..plan.owners import apart
+from ..plan.samples import probe_mixing
 from ..prologue.arguments import Options, outputs, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
@@ -107,7 +110,13 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, budget: Budget) ->
         return _by_rows(y, x, chunk_size or rows_at_once(y, (x,), y.numel(), budget))
     if graph.inputs[0] is None or graph.outputs[0] is None:
         return torch.zeros_like(x)
-    return meeting.diagonal(graph, chunk_size, budget).to(x.dtype)
+
+    def unmixed() -> bool:
+        if backends.capturing(x.device):
+            return False
+        return apart(graph) or probe_mixing((y,), (x,), graph) is None
+
+    return meeting.diagonal(graph, chunk_size, budget, unmixed).to(x.dtype)
 
 
 def _by_rows(y: Tensor, x: Tensor, count: int) -> Tensor:

@@ -7,17 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..base.backends import capturing
 from ..base.classes import dressed
 from ..base.memory import Budget
-from ..meet.trace import trace, ways
+from ..meet.diagonal import summed
+from ..meet.trace import Ways, trace, ways
 from ..plan.owners import apart
 from ..plan.planning import proof, prove_by_probe
+from ..plan.samples import probe_mixing
 from ..prologue.arguments import Options
 from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
-from ..read.opaque import looping
 from ..read.reading import read
+from ..read.vmapped import looping
 from . import points
 from .vectors import pull
 
@@ -120,17 +123,25 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
     if graph.outputs[0] is None or graph.inputs[0] is None:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
     found = ways(graph, batch)
-    if batch and not (asked.assume or found.closed):
-        _prove(graph, y, x)
+    # seeds are summed over samples that are shown to be apart by more than ties
+    if batch and not found.closed and _prove(graph, y, x, asked) and (fewer := summed(graph)):
+        every = sorted([*fewer, *found.orders], key=lambda order: order.seconds)
+        found = Ways(every, closed=False)
     budget = Budget(asked.memory_limit, x.device)
     return trace(graph, found, batch, asked.chunk_size, budget).to(x.dtype)
 
 
-def _prove(graph: Graph, y: Tensor, x: Tensor) -> None:
-    """Raise unless samples do not mix."""
+def _prove(graph: Graph, y: Tensor, x: Tensor, asked: Options) -> bool:
+    """Whether samples do not mix; raises where they do, unless the caller has claimed that they do not."""
+    if asked.assume and capturing(x.device):
+        return False
     plan = proof(graph, "auto", (y,), (x,))
-    if not (plan.tied or apart(graph)):
-        prove_by_probe(graph, plan, (y,), (x,))
+    if plan.tied or apart(graph):
+        return True
+    if asked.assume:
+        return probe_mixing((y,), (x,), graph) is None
+    prove_by_probe(graph, plan, (y,), (x,))
+    return True
 
 
 def _estimate(y: Tensor, x: Tensor, asked: Options, count: int, generator):
@@ -151,7 +162,7 @@ def _estimate(y: Tensor, x: Tensor, asked: Options, count: int, generator):
         and graph is not None
         and None not in (graph.outputs[0], graph.inputs[0])
     ):
-        _prove(graph, y, x)
+        _prove(graph, y, x, asked)
     signs = torch.randint(0, 2, (count, *y.shape), generator=generator, device=y.device)
     signs = signs.to(y.dtype).mul_(2).sub_(1)
     (product,) = pull((y,), (x,), (signs,), asked, graph)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..base.classes import as_given, dressed, plain
+from ..base.constants import halves
 from ..base.memory import Budget
 from ..plan.planning import Wanted, check_answer
-from ..plan.samples import halves
 from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch, outputs
 from ..prologue.running import public, record
 from ..read import handover
@@ -66,7 +66,7 @@ def finite_difference(
 
     Cost:
         Two evaluations of ``func`` for each entry of the inputs (four by ``richardson``); under ``per_sample`` for
-        each entry of a sample, and ``2 log2(N)`` to see that samples do not mix (not with ``"assume"``).
+        each entry of a sample, and about ``log2(N)`` to see that samples do not mix (not with ``"assume"``).
 
     Examples:
         >>> x = torch.linspace(-1, 1, 6, dtype=torch.float64)

@@ -18,7 +18,8 @@ from ..prologue.arguments import Options
 from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
-from ..read.opaque import looping, refuse_or_log
+from ..read.opaque import refuse_or_log
+from ..read.vmapped import looping
 from ..second.curves import UnknownCurvature, read_curves
 from ..second.forward import Course, LaplacianRun, course, narrowed
 from . import points

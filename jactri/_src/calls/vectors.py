@@ -15,16 +15,19 @@ from torch import Tensor
 
 from ..base.classes import plain
 from ..base.memory import Budget
+from ..base.rates import block_bytes
 from ..maps.linear_map import Identity
+from ..plan.planner import CACHE_BYTES
 from ..plan.planning import plan_for_given
 from ..plan.poles import finite, suspects
 from ..prologue.arguments import Options, as_tuple, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph, Value
-from ..read.opaque import Vmapped, refuse_or_log, why_not
+from ..read.opaque import refuse_or_log, why_not
 from ..read.reading import read
 from ..read.unrecorded import guarded
+from ..read.vmapped import Vmapped
 from ..run.answers import Store
 from ..run.executor import run
 from .api import compute
@@ -397,19 +400,28 @@ def _by_rows(y: Tensor, xs, blocks, columns: int, reason: UnsupportedGraph) -> T
     Complex Numbers" in PyTorch's notes.
     """
     n = y.numel()
-    units = torch.eye(n, dtype=y.dtype, device=y.device).reshape(n, *y.shape)
-    parts = []
-    for unit in (units, 1j * units) if y.is_complex() else (units,):
-        total = torch.zeros(columns, n, dtype=y.real.dtype, device=y.device)
-        for g, t in zip(_pulled([y], xs, [unit], n, reason), blocks, strict=True):
-            if t is not None:
-                pairs = [
-                    torch.view_as_real(v.resolve_conj()) if v.is_complex() else v for v in (t, g)
-                ]
-                total = total + pairs[0].reshape(columns, -1) @ pairs[1].reshape(n, -1).mT
-        parts.append(total)
-    made = torch.complex(*parts) if y.is_complex() else parts[0]
-    return made.reshape(columns, *y.shape)
+    row = max(n, *(x.numel() for x in xs)) * y.element_size()
+    most = max(1, int(block_bytes(y.device.type, CACHE_BYTES) // max(row, 1)))
+    made = []
+    for start in range(0, n, most):
+        k = min(most, n - start)
+        index = torch.arange(k, device=y.device)
+        units = torch.zeros(k, n, dtype=y.dtype, device=y.device)
+        units[index, start + index] = 1
+        parts = []
+        for unit in (units, 1j * units) if y.is_complex() else (units,):
+            total = torch.zeros(columns, k, dtype=y.real.dtype, device=y.device)
+            rows = _pulled([y], xs, [unit.reshape(k, *y.shape)], k, reason)
+            for g, t in zip(rows, blocks, strict=True):
+                if t is not None:
+                    pairs = [
+                        torch.view_as_real(v.resolve_conj()) if v.is_complex() else v
+                        for v in (t, g)
+                    ]
+                    total = total + pairs[0].reshape(columns, -1) @ pairs[1].reshape(k, -1).mT
+            parts.append(total)
+        made.append(torch.complex(*parts) if y.is_complex() else parts[0])
+    return torch.cat(made, 1).reshape(columns, *y.shape) if made else y.new_zeros(columns, *y.shape)
 
 
 def _gradients(ys, xs, cs, create_graph: bool) -> tuple[Tensor, ...]:

@@ -12,8 +12,9 @@ from ..plan.planning import proof, prove_by_probe
 from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, block_shape
 from ..read.graph import UnsupportedGraph
-from ..read.opaque import Vmapped, why_not
+from ..read.opaque import why_not
 from ..read.unrecorded import guarded
+from ..read.vmapped import Vmapped
 
 
 def rows(

@@ -7,7 +7,7 @@ The middle need not be one value: what is cut are all edges that cross one place
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, prod
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from ..plan.pattern import Trace, colours_of, has_windows
 from ..plan.planner import CACHE_BYTES, cut_seeds, needs, predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
-from ..plan.sweep import Sweep, follow
+from ..plan.sweep import Sweep, follow, untied_targets
 from ..read.graph import Graph, Value
 from ..run.entries import factors_of
 from ..run.executor import chunks
@@ -98,9 +98,18 @@ def _bytes(graph: Graph) -> float:
     return float(prod(graph.values[x].shape) * graph.values[x].dtype.itemsize)
 
 
-def diagonal(graph: Graph, chunk_size: int | None, budget: Budget) -> Tensor:
-    """The diagonal of a graph from one input to one output, in its shape."""
-    return accumulated(graph, cheapest(graph, orders(graph), chunk_size, budget))
+def diagonal(
+    graph: Graph, chunk_size: int | None, budget: Budget, apart: Callable[[], bool]
+) -> Tensor:
+    """The diagonal of a graph from one input to one output, in its shape.
+
+    ``apart``: finds out whether the samples of the first axis do not mix, at the cost of some backward passes.
+    """
+    found = orders(graph)
+    fewer = summed(graph)
+    if fewer and fewer[0].seconds * WORTH < found[0].seconds and apart():
+        found = [*fewer, *found]
+    return accumulated(graph, cheapest(graph, found, chunk_size, budget))
 
 
 def accumulated(graph: Graph, order: DiagonalOrder) -> Tensor:
@@ -112,6 +121,9 @@ def accumulated(graph: Graph, order: DiagonalOrder) -> Tensor:
     return made.reshape(graph.values[graph.inputs[0]].shape)
 
 
+WORTH = 2.0
+"""How much less time orders for samples that do not mix are to take, for it to be worth to find out."""
+
 _known: Cache[tuple, list[DiagonalOrder]] = Cache()
 _cut_orders: Cache[tuple[DiagonalOrder, int | None, bool], DiagonalOrder] = Cache()
 
@@ -119,6 +131,25 @@ _cut_orders: Cache[tuple[DiagonalOrder, int | None, bool], DiagonalOrder] = Cach
 def orders(graph: Graph) -> list[DiagonalOrder]:
     """All orders that are worth a look, the cheapest first."""
     return _known.of(graph.key, lambda: sorted(_found(graph), key=lambda order: order.seconds))
+
+
+def summed(graph: Graph) -> list[DiagonalOrder]:
+    """Orders for samples, of the first axis, that do not mix: their seeds are summed. None where ties tell as much."""
+    return _known.of((graph.key, "summed"), lambda: _summed(graph))
+
+
+def _summed(graph: Graph) -> list[DiagonalOrder]:
+    x, y = graph.inputs[0], graph.outputs[0]
+    shape = graph.values[x].shape
+    if not shape or shape[0] < 2 or not untied_targets(graph, follow(graph, y, True, [x])):
+        return []
+    rates = rough(graph.values[x].device.type)
+    found = [
+        DiagonalOrder(None, follow(graph, y, True, [x], summed=True)),
+        DiagonalOrder(follow(graph, x, False, [y], summed=True), None),
+    ]
+    found = [replace(order, seconds=seconds(order.sweeps, rates)) for order in found]
+    return sorted(found, key=lambda order: order.seconds)
 
 
 def _found(graph: Graph) -> list[DiagonalOrder]:

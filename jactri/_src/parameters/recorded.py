@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
 from ..base.remedies import NO_DERIVATIVE, returned
 from ..base.tracing import own
 from ..plan.owners import apart_behind
-from ..plan.samples import REMEDY, halves, probe_mixing
+from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, as_tuple, check_samples
 from ..prologue.running import computing, record
 from ..read import handover
@@ -377,8 +376,7 @@ def _ordinary(t: Tensor) -> Tensor:
 def _keep_samples(graph: Graph, n: int) -> tuple:
     """Let ops that are called instead of understood keep the axes of samples that a probe finds unmixed.
 
-    A random cotangent on half of the samples must leave exact zeros on the others; see `samples.halves`. Returns which
-    edges, and their axes.
+    Returns which edges, and their axes.
     """
     found = []
     for v, value in enumerate(graph.values):
@@ -387,20 +385,8 @@ def _keep_samples(graph: Graph, n: int) -> tuple:
             if not isinstance(edge, Opaque) or edge.kept(source, value.shape):
                 continue
             for a in range(min(len(source), len(value.shape))):
-                if source[a] == value.shape[a] == n and _unmixed(edge, value, a, n):
+                if source[a] == value.shape[a] == n and edge.unmixed(a):
                     edge.keep(((a, a),))
                     found.append((v, e, a))
                     break
     return tuple(found)
-
-
-def _unmixed(edge: Opaque, value, axis: int, n: int) -> bool:
-    noise = torch.arange(1, prod(value.shape) + 1, dtype=torch.float64, device=value.device)
-    noise = noise.mul(2.399963).sin().to(value.dtype).view(value.shape)
-    for mask in halves(n, value.device):
-        shape = [1] * len(value.shape)
-        shape[axis] = n
-        pulled, _ = edge.pull((noise * mask.view(shape)).unsqueeze(0), False)
-        if bool((pulled.movedim(axis + 1, 0)[~mask] != 0).any()):
-            return False
-    return True

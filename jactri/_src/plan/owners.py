@@ -72,9 +72,14 @@ def apart(graph: Graph) -> bool:
     """Whether the computation shows that no output of one sample depends on another's input.
 
     By its indices alone, or with the zeros that it multiplies by (in grad mode, the constant ones: others may be zero
-    here and not beside). The values of the call decide: it is asked each time.
+    here and not beside). The values of the call decide: it is asked each time. Of an op that is called instead of
+    understood they say nothing.
     """
     _check_readable(next(graph.values[v].device for v in graph.inputs if v is not None))
+    for value in graph.values:
+        for s, edge in value.sources:
+            if edge.structure == "opaque" and not edge.kept(graph.values[s].shape, value.shape):
+                return False
     return any(not _astray(graph, _from_inputs(graph, values)) for values in (False, True))
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from ..base.constants import halves
+from ..base.rates import block_bytes
 from ..maps.layout import FREE
 from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
+from .planner import CACHE_BYTES
 from .sweep import Sweep
-
-
-def halves(n: int, device) -> Iterator[Tensor]:
-    """Masks over ``n`` samples such that every two samples are told apart by one of them, both ways round."""
-    index = torch.arange(n, device=device)
-    for bit in range(max(n - 1, 0).bit_length()):
-        mask = (index >> bit) & 1 == 1
-        yield mask
-        yield ~mask
-
 
 REMEDY = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
 """What a refusal of samples that mix ends with."""
@@ -48,15 +42,17 @@ class Leak:
 def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
     """The largest derivative of an output of one sample in the input of another, or None.
 
-    A random cotangent on half of the samples must leave exactly zero gradient on the other half. The halves are
-    the bits of the sample's number, so any two samples are separated: ``2 log2(N)`` backward passes an output. In grad
-    mode, where the result will be differentiated, the gradient of what was left must be zero too: twice as many. A
-    NaN counts as mixing. The caller's random state is not used.
+    A random cotangent on some of the samples must leave exactly zero gradient on the others. The masks of `halves`
+    separate any two samples: about ``log2(N)`` backward passes an output. In grad mode, where the result will be
+    differentiated, the gradient of what was left must be zero too: twice as many. A NaN counts as mixing. The caller's
+    random state is not used.
 
-    ``through``: pull through this graph, whose last inputs are ``inputs``: autograd would run the caller's hooks on
-    gradients, which are not to see what means nothing, nor to hide what is there.
+    ``through``: pull through this graph, whose last inputs are ``inputs``, several masks at once: autograd would run
+    the caller's hooks on gradients, which are not to see what means nothing, nor to hide what is there.
     """
     n = outputs[0].shape[0]
+    if n < 2:
+        return None
     within, across, sample = 0.0, 0.0, None
     # what must not be differentiated will not be
     graph = torch.is_grad_enabled() and why_not(outputs) is None
@@ -64,27 +60,41 @@ def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
         if not y.requires_grad:
             continue
         noise = _noise(y)
-        for mask in halves(n, y.device):
-            weight = noise * mask.view(-1, *([1] * (y.dim() - 1)))
+        for masks in halves(n, y.device).split(1 if through is None else _at_once(through)):
+            weights = noise * masks.view(-1, n, *([1] * (y.dim() - 1)))
             if through is None:
-                grads = _gradients(y, inputs, weight, graph)
+                grads = [g.unsqueeze(0) for g in _gradients(y, inputs, weights[0], graph)]
             else:
-                only = [weight if k == j else None for k in range(len(outputs))]
+                only = [weights if k == j else None for k in range(len(outputs))]
                 # in the mode that the maps will be used in: they keep what they compute
-                found = pulled(through, only, through.inputs[-len(inputs) :])
+                found = _pulled(through, only, through.inputs[-len(inputs) :])
                 grads = [g if graph else g.detach() for g in found.values() if g.numel()]
-            sizes = [g.detach().abs().reshape(n, -1).amax(1) for g in grads]
-            within = max([within, *(float(s[mask.to(s.device)].max()) for s in sizes)])
-            far = [s.masked_fill(mask.to(s.device), 0) for s in sizes]
-            left = [(g * _noise(g))[~mask.to(g.device)].sum() for g in grads if g.requires_grad]
+            near = [masks.to(g.device) for g in grads]
+            sizes = [g.detach().abs().reshape(len(masks), n, -1).amax(2) for g in grads]
+            both = list(zip(sizes, near, strict=True))
+            within = max([within, *(float(s.masked_fill(~m, 0).max()) for s, m in both)])
+            far = [s.masked_fill(m, 0).amax(0) for s, m in both]
+            left = [
+                (g * _noise(g))[~m].sum()
+                for g, m in zip(grads, near, strict=True)
+                if g.requires_grad
+            ]
             if left:
                 far += [g.abs().reshape(n, -1).amax(1) for g in _gradients(sum(left), inputs)]
             for size in far:
-                if bool((size != 0).any()) and not float(size.max()) <= across:
-                    across, sample = float(size.max()), int(size.argmax())
+                most = float(size.max())
+                if most != 0 and not most <= across:
+                    across, sample = most, int(size.argmax())
     if sample is None:
         return None
     return Leak(across / within if within else float("inf"), sample)
+
+
+def _at_once(graph: Graph) -> int:
+    """How many cotangents are pulled at once."""
+    value = max(graph.values, key=lambda v: prod(v.shape))
+    most = block_bytes(value.device.type, CACHE_BYTES)
+    return max(1, int(most // max(prod(value.shape) * value.dtype.itemsize, 1)))
 
 
 def _noise(y: Tensor) -> Tensor:
@@ -151,6 +161,14 @@ def pulled(
     graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
 ) -> dict[int, Tensor]:
     """One cotangent of each of a graph's outputs (None: zero), as cotangents of the values ``ends``, edge by edge."""
+    rows = [None if c is None else c.unsqueeze(0) for c in cotangents]
+    return {v: block.squeeze(0) for v, block in _pulled(graph, rows, ends).items()}
+
+
+def _pulled(
+    graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
+) -> dict[int, Tensor]:
+    """`pulled` of blocks ``(K, *value)``."""
     live: dict[int, Tensor] = {}
 
     def add(v: int, c: Tensor) -> None:
@@ -158,11 +176,11 @@ def pulled(
 
     for v, c in zip(graph.outputs, cotangents, strict=True):
         if v is not None and c is not None:
-            add(v, c.unsqueeze(0))
+            add(v, c)
     kept = set(ends)
     for v in range(max(live, default=-1), -1, -1):
         if v in live and graph.values[v].sources:
             c = live[v] if v in kept else live.pop(v)
             for s, edge in graph.values[v].sources:
                 add(s, edge.pull(c, False)[0])
-    return {v: block.squeeze(0) for v, block in live.items() if v in kept}
+    return {v: block for v, block in live.items() if v in kept}

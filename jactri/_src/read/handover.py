@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..base.constants import arbitrary
 from ..rules.norm import BATCH_NORMS
 from .behind import nodes_behind
-from .opaque import UNUSUAL, Vmapped, looping, others, shown
-from .unrecorded import loose
+from .opaque import others
+from .unrecorded import UNUSUAL, loose
+from .vmapped import Vmapped, looping, shown
 
 _level = torch._C._functorch.maybe_current_level
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor

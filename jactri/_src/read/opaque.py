@@ -3,8 +3,9 @@
 Calling a node is its exact vector-Jacobian product; under ``torch.vmap`` it takes a block of cotangents. The
 Jacobian-vector product comes from differentiating that product once more in its cotangent ("double vjp", in
 which the product is linear). Nodes of Python ``autograd.Function`` subclasses may compute their backward outside of
-autograd (NumPy, say), where a second derivative would be silently wrong: their push goes through the node's
-dense matrix, built from exact pulls, and a product that is to be differentiated is marked (see `unrecorded`).
+autograd (NumPy, say), where that would be silently wrong: every such push is held against an exact pull, and goes
+through the rows of the node's matrix where the two contradict each other. A product that is to be differentiated is
+marked (see `unrecorded`).
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
-from ..base.constants import arbitrary
+from ..base.constants import arbitrary, halves
+from ..base.rates import block_bytes
 from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
 from ..maps.linear_map import LinearMap
+from .nodes import builtin, identity
 from .unrecorded import (
     ERROR,
     MARKED,
@@ -37,6 +39,7 @@ from .unrecorded import (
     loose,
     sparse_cause,
 )  # fmt: skip
+from .vmapped import Vmapped, combined, shown
 
 logger = logging.getLogger("jactri")
 
@@ -106,126 +109,14 @@ def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") ->
         )
 
 
-# What was found of torch's own nodes, by what determines them. Of others nothing is remembered: two functions may
-# share a name, and one of them may have several modes.
-_verified: Cache[Hashable, bool] = Cache(4096)  # whether its vmap rule is sound
 _pushable: Cache[Hashable, bool] = Cache(4096)
-_scalars: dict[type, tuple[str, ...]] = {}
+"""Whether a double vjp through one of torch's own nodes is right, by what determines the node."""
 
+FEW = 32
+"""Rows of a matrix that are pulled before it is asked whether fewer would do."""
 
-def builtin(node) -> bool:
-    """Whether a node is an op of torch's own: those have a class each. Python's and extensions' nodes have not."""
-    kind = type(node)
-    return getattr(torch._C._functions, kind.__name__, None) is kind
-
-
-def identity(node) -> Hashable | None:
-    """What determines a node but for values of tensors and their shapes, or None if that cannot be told."""
-    if not builtin(node):
-        return None
-    kind = type(node)
-    names = _scalars.get(kind)
-    if names is None:
-        saved = [n for n in dir(kind) if n.startswith("_saved_")]
-        names = _scalars[kind] = tuple(n for n in saved if not hasattr(kind, "_raw" + n))
-    return kind, repr([getattr(node, n) for n in names])
-
-
-@contextlib.contextmanager
-def looping():
-    """A context in which vmap loops over ops without a rule and says nothing: that is right, and no news."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
-
-class Vmapped:
-    """``one_row``, a linear product, over the first axis of blocks: by vmap, or row by row where that is not sound.
-
-    Some ops have no vmap rule, and some have a wrong one (the backward of a batched ``torch.cdist`` in torch 2.13), so
-    what vmap gives is checked before it is used: the product is linear, and a combination of all rows of the block must
-    give the same combination of all rows of the result.
-
-    ``key``: what determines ``one_row`` but for the values in it; None if nothing does, then what is found holds for
-    this object only.
-    """
-
-    __slots__ = ("_sound", "key", "name", "one_row")
-
-    def __init__(
-        self,
-        one_row: Callable[[Tensor], tuple[Tensor, ...]],
-        name: str,
-        key: Hashable | None = None,
-    ):
-        self.one_row, self.name, self.key = one_row, name, key
-        self._sound: bool | None = None
-
-    def __call__(self, block: Tensor) -> tuple[Tensor, ...]:
-        one_row, key = self.one_row, self.key
-        if block.shape[0] == 1:
-            return tuple(o.unsqueeze(0) for o in one_row(block[0]))
-        sound = self._sound
-        if key is not None:
-            key = key, tuple(block.shape), block.dtype
-            sound = _verified.get(key)
-        # a check costs a row, and reads a value
-        unknown = sound is None
-        if unknown and (block.shape[0] == 2 or backends.capturing(block.device)):
-            sound = unknown = False
-        if sound is not False:
-            out = self._by_vmap(block)
-            sound = False if out is None else self._agrees(block, out) if unknown else True
-            if unknown and sound is not None:
-                self._sound = sound
-                if key is not None:
-                    _verified[key] = sound
-            if sound:
-                return out
-        rows = [one_row(row) for row in block.unbind(0)]
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-    def _by_vmap(self, block: Tensor) -> tuple[Tensor, ...] | None:
-        try:
-            with looping():
-                return torch.vmap(self.one_row)(block)
-        except UNUSUAL as error:  # without vmap, any other fault is raised again
-            self._log(str(error).split("\n")[0])
-            return None
-
-    def _agrees(self, block: Tensor, out: tuple[Tensor, ...]) -> bool | None:
-        """Whether a combination of all rows gives the same combination of the results; None if these are infinite."""
-        finite = fits = True
-        with torch.no_grad():
-            weights = arbitrary((block.shape[0],), block.real)
-            for got, want in zip(out, self.one_row(_combined(weights, block)), strict=True):
-                if got.numel():
-                    own = weights.to(got.dtype)
-                    size = _combined(own.abs(), got.abs()).max()
-                    gap = (_combined(own, got) - want).abs()
-                    finite = finite & size.isfinite()
-                    fits = fits & (gap <= loose(got.dtype) * size).all()
-            if shown(finite & fits):
-                return True
-            if not shown(finite):
-                return None
-        self._log("its vmap rule gives another result than the op itself")
-        return False
-
-    def _log(self, why: str) -> None:
-        logger.info("fallback: %s is not vmapped (%s); one row at a time", self.name, why)
-
-
-def shown(holds) -> bool:
-    """Whether something holds, for all samples where vmap is around."""
-    while isinstance(holds, Tensor) and is_functorch_wrapped_tensor(holds):
-        holds = get_unwrapped(holds)
-    return bool(holds.all()) if isinstance(holds, Tensor) else holds
-
-
-def _combined(weights: Tensor, block: Tensor) -> Tensor:
-    """The sum of the rows of a block, each times its weight."""
-    return torch.tensordot(weights.to(block.dtype), block, 1)
+ROWS_BYTES = 1 << 22
+"""Rows of a node's matrix are formed and multiplied about so many bytes at a time, on a CPU."""
 
 
 class OpaqueCall:
@@ -413,10 +304,39 @@ class Opaque(LinearMap):
         """Note axes that a probe found to be left unmixed."""
         self._kept = pairs
 
+    def unmixed(self, axis: int) -> bool:
+        """Whether a probe finds no derivative, along an axis of both sides, of one entry in another.
+
+        An arbitrary cotangent on some of the entries must leave exact zeros on the others; see `halves`.
+        """
+        m = self.call.meta[self.nr]
+        shape, before = tuple(m.shape), self.value.shape
+        noise = arbitrary(shape, m)
+
+        def along(mask: Tensor, dims: int) -> Tensor:
+            sizes = [1] * dims
+            sizes[axis] = shape[axis]
+            return mask.view(len(mask), *sizes)
+
+        for masks in halves(shape[axis], m.device).split(self._at_once()):
+            pulled = self.pull(noise * along(masks, len(shape)), False)[0]
+            if shown((pulled.masked_fill(along(masks, len(before)), 0) != 0).any()):
+                return False
+        return True
+
     def work(self, in_shape, out_shape, reverse):
-        # unknown; a dense product is the cautious guess, and a Python node's push needs its whole matrix
+        # unknown; a dense product is the cautious guess, and that a Python node's push goes by rows
         n = float(prod(in_shape if not reverse else out_shape))
         return 2.0 * min(n, 64.0) if reverse or not self.call.python else 2.0 * n
+
+    def route(self, layout, in_shape, out_shape, reverse):
+        found = super().route(layout, in_shape, out_shape, reverse)
+        if reverse or not self.call.python:
+            return found
+        # all of which are pulled, however few the tangents
+        rows = self.work(in_shape, out_shape, True) * prod(in_shape)
+        rows /= max(1, found.mid.columns) * prod(out_shape[b] for _, b in self._kept)
+        return replace(found, work=found.work + rows)
 
     def pull(self, c, own):
         grads = self.call.pull(self.nr, c)
@@ -426,41 +346,41 @@ class Opaque(LinearMap):
         return g.to(self.value.dtype), False
 
     def push(self, t, own):
-        if not self.call.python:
-            pushed = self._double_vjp(t)
-            if pushed is not None:
-                return pushed, False
-        if self._matrix is None:
-            m = self.call.meta[self.nr]
-            shape = tuple(m.shape)
-            n = prod(shape)
-            eye = torch.eye(n, dtype=m.dtype, device=m.device).reshape(n, *shape)
-            self._matrix = self.pull(eye, False)[0].reshape(n, -1)
-        out = t.reshape(t.shape[0], -1).to(self._matrix.dtype) @ self._matrix.t()
-        return out.reshape(t.shape[0], *self.call.meta[self.nr].shape), True
+        # what must not be differentiated is made of pulls, which say so
+        once = torch.is_grad_enabled() and self.call.why_not() is not None
+        pushed = None if once else self._double_vjp(t)
+        if pushed is not None:
+            return pushed, False
+        return self._by_rows(t, once), True
 
     def _double_vjp(self, t: Tensor) -> Tensor | None:
         """Tangents through the node, or None where its backward has no (right) derivative."""
-        key, known = self.call.key("push", self.nr, self.edge, t.dtype), self._pushable
-        if key is not None:
-            known = _pushable.get(key)
-        if known is False or (known is None and backends.capturing(t.device)):
+        call, silent = self.call, backends.capturing(t.device)
+        key = call.key("push", self.nr, self.edge, t.dtype)
+        known = self._pushable if key is None else _pushable.get(key)
+        # where nothing is remembered, every product is checked
+        if known is False or (silent and (known is None or key is None)):
             return None
         try:
-            if known is None and not self._push_agrees(t):
+            if key is not None and known is None:
+                # other numbers than the cotangent's: <r, A r> cannot tell A from its transpose
+                r = arbitrary((1, *self.value.shape), t, 1.754878)
+                with torch.no_grad():
+                    known = self._agrees(r, self._twice(r, False))
+            out = None if known is False else self._twice(t, torch.is_grad_enabled())
+            if key is None:
+                known = self._agrees(t, out)
+            if known is False or (known is None and key is None):
                 raise NotImplementedError("its second derivative contradicts its first")
-            out, known = self._twice(t, torch.is_grad_enabled()), True
-        except RuntimeError as error:
-            if not isinstance(error, NotImplementedError) and "is not implemented" not in str(
-                error
-            ):
+        except UNUSUAL as error:
+            unknown = not isinstance(error, NotImplementedError)
+            if not call.python and unknown and "is not implemented" not in str(error):
                 raise
-            logger.info(
-                "fallback: %s has no push (%s); its matrix is built by rows", self.name, error
-            )
+            logger.info("fallback: %s has no push (%s); it goes by rows", self.name, error)
             out, known = None, False
-        self._pushable = known
-        if key is not None:
+        if key is None:
+            self._pushable = known
+        elif known is not None:
             _pushable[key] = known
         return out
 
@@ -469,10 +389,10 @@ class Opaque(LinearMap):
         with torch.enable_grad():
             u = torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device, requires_grad=True)
             g = self.call.edges(self.call.cotangents({self.nr: u}))[self.edge]
-            if g is None:
-                return t.new_zeros(t.shape[0], *m.shape, dtype=m.dtype)
-            if not g.requires_grad:
+            if g is not None and not g.requires_grad and self.call.key() is not None:
                 raise NotImplementedError("its backward is not recorded")
+            if g is None or not g.requires_grad:  # that this is all, the check tells
+                return t.new_zeros(t.shape[0], *m.shape, dtype=m.dtype)
             g = _reduce(g, self.value.shape)
 
         def one_row(row):
@@ -483,16 +403,75 @@ class Opaque(LinearMap):
         key = self.call.key("push", self.nr, self.edge)
         return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
 
-    def _push_agrees(self, t: Tensor) -> bool:
-        """<c, push(t)> = <pull(c), t> for one arbitrary pair: some ops have a wrong second derivative.
+    def _agrees(self, t: Tensor, pushed: Tensor) -> bool | None:
+        """<c, push(t)> = <pull(c), t> for an arbitrary c and all tangents combined; None: infinite.
 
-        (In torch 2.13 those of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two.)
+        Backwards may not be recorded, and some ops of torch's own have a wrong second derivative (in torch 2.13 those
+        of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two).
         """
+        m = self.call.meta[self.nr]
         with torch.no_grad():
-            c = arbitrary((1, *self.call.meta[self.nr].shape), t)
-            # other numbers: <r, A r> cannot tell A from its transpose
-            r = arbitrary((1, *self.value.shape), t, 1.754878)
-            left = c * self._twice(r, False)
-            right = self.pull(c, False)[0] * r
-        size = float(left.abs().sum() + right.abs().sum())
-        return not abs(float(left.sum() - right.sum())) > loose(t.dtype) * size
+            weights = arbitrary((len(t),), t, 1.324718)
+            c = arbitrary((1, *m.shape), m)
+            left = (c[0] * combined(weights, pushed)).double()
+            right = (self.pull(c, False)[0][0] * combined(weights, t)).double()
+            size = left.norm() + right.norm()
+            close = max(loose(m.dtype), loose(t.dtype)) * size
+            finite = size.isfinite()
+            if shown(((left.sum() - right.sum()).abs() <= close) & finite):
+                return True
+        return False if shown(finite) else None
+
+    def _at_once(self) -> int:
+        """How many rows of the matrix are formed at once."""
+        m = self.call.meta[self.nr]
+        row = max(prod(m.shape), prod(self.value.shape)) * m.dtype.itemsize
+        return max(1, int(block_bytes(m.device.type, ROWS_BYTES) // max(row, 1)))
+
+    def _apart(self, once: bool) -> tuple[int, int] | None:
+        """An (input axis, output axis) pair that is left unmixed: one that is known, or the first if a probe says so.
+
+        ``once``: what it is for must not be differentiated; else what a probe says in grad mode is not enough.
+        """
+        shape, before = tuple(self.call.meta[self.nr].shape), self.value.shape
+        if self._kept:
+            return max(self._kept, key=lambda pair: shape[pair[1]])
+        if backends.capturing(self.value.device) or (torch.is_grad_enabled() and not once):
+            return None
+        if prod(shape) <= FEW or shape[0] < 2 or shape[:1] != before[:1]:
+            return None
+        with torch.no_grad():
+            return (0, 0) if self.unmixed(0) else None
+
+    def _by_rows(self, t: Tensor, once: bool) -> Tensor:
+        """Tangents times the node's matrix, or its blocks along an axis that it keeps, some rows at a time."""
+        m, k = self.call.meta[self.nr], len(t)
+        pair = self._apart(once)
+        a, b = pair or (0, 0)
+        n = m.shape[b] if pair else 1
+        rest = [size for axis, size in enumerate(m.shape) if not (pair and axis == b)]
+
+        def by_entry(block: Tensor) -> Tensor:
+            """``(n, rows, numbers of one entry of the axis)``"""
+            block = block.movedim(a + 1, 0) if pair else block.unsqueeze(0)
+            return block.reshape(n, block.shape[1], -1)
+
+        tangents = by_entry(t.to(self.value.dtype)).mT
+        rows, most = prod(rest), self._at_once()
+        parts = []
+        for start in range(0, rows, most):
+            part = self._matrix
+            if part is None:
+                count = min(most, rows - start)
+                index = torch.arange(count, device=m.device)
+                units = torch.zeros(count, rows, dtype=m.dtype, device=m.device)
+                units[index, start + index] = 1
+                units = units.view(count, *rest)
+                if pair:
+                    units = units.unsqueeze(b + 1).expand(count, *m.shape)
+                part = by_entry(self.pull(units, False)[0])
+                if rows <= most:
+                    self._matrix = part
+            parts.append(part @ tangents)
+        out = torch.cat(parts, 1).permute(2, 0, 1).reshape(k, n, *rest)
+        return (out.movedim(1, b + 1) if pair else out.squeeze(1)).to(m.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..read.graph import Reader
-from ..read.opaque import builtin
+from ..read.nodes import builtin
 
 
 def linear(r: Reader, ids) -> bool:

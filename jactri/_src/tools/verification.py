@@ -7,9 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..base.constants import arbitrary
+from ..base.constants import arbitrary, halves
 from ..maps.linear_map import Functional
-from ..plan.samples import halves
 from ..read.graph import Reader
 from ..read.opaque import OpaqueCall
 from .check import JacobianMismatch
@@ -120,7 +119,7 @@ class Verification:
                     if n < 2:
                         continue
                     # every two entries are told apart by one of the masks, both ways round
-                    masks = torch.stack(list(halves(n, self.g.device)))
+                    masks = halves(n, self.g.device)
                     out = [len(masks), *[1] * len(values[v].shape)]
                     out[b + 1] = n
                     into = [len(masks), *[1] * len(values[s].shape)]
