@@ -23,7 +23,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
-from ..base.constants import arbitrary, halves
+from ..base.constants import arbitrary, fixed, halves
 from ..base.rates import block_bytes
 from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
@@ -278,6 +278,16 @@ def _reduce(g: Tensor, shape) -> Tensor:
     return g if g.shape == torch.Size(shape) else g.sum_to_size(shape)
 
 
+def _fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`arbitrary`, kept if it is small. Not to be written to."""
+
+    def make() -> tuple[Tensor]:
+        return (arbitrary(shape, torch.empty((), dtype=dtype, device=device)),)
+
+    key = "arbitrary", shape, dtype, str(device)
+    return (fixed(key, make) if prod(shape) < 1 << 16 else make())[0]
+
+
 class Opaque(LinearMap):
     """One edge of a node that is called instead of understood; ``kept`` are the axes that it is known to keep."""
 
@@ -411,14 +421,17 @@ class Opaque(LinearMap):
         """
         m = self.call.meta[self.nr]
         with torch.no_grad():
-            weights = arbitrary((len(t),), t, 1.324718)
-            c = arbitrary((1, *m.shape), m)
-            left = (c[0] * combined(weights, pushed)).double()
-            right = (self.pull(c, False)[0][0] * combined(weights, t)).double()
-            size = left.norm() + right.norm()
-            close = max(loose(m.dtype), loose(t.dtype)) * size
-            finite = size.isfinite()
-            if shown(((left.sum() - right.sum()).abs() <= close) & finite):
+            if len(t) > 1:
+                weights = arbitrary((len(t),), t, 1.324718)
+                t, pushed = (combined(weights, block).unsqueeze(0) for block in (t, pushed))
+            c = _fixed((1, *m.shape), m.dtype, m.device)
+            left, right = c * pushed, self.pull(c, False)[0] * t
+            terms = torch.cat([left.flatten(), -right.flatten()])
+            # as rounding adds up: of all terms, one that is missing shows
+            close = torch.linalg.vector_norm(terms, dtype=torch.float64)
+            close = close * max(loose(m.dtype), loose(t.dtype))
+            finite = close.isfinite()
+            if shown((terms.sum(dtype=torch.float64).abs() <= close) & finite):
                 return True
         return False if shown(finite) else None
 
