@@ -371,6 +371,8 @@ class Opaque(LinearMap):
         # where nothing is remembered, every product is checked
         if known is False or (silent and (known is None or key is None)):
             return None
+        if key is None and len(t) >= prod(call.meta[self.nr].shape) > 1:
+            return None  # there are no more rows than tangents
         try:
             if key is not None and known is None:
                 # other numbers than the cotangent's: <r, A r> cannot tell A from its transpose
