@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+import weakref
+from collections.abc import Iterable, Iterator
 from math import ceil, inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .tracing import aside
 
@@ -171,6 +175,53 @@ class Budget:
             f"memory_limit of {need} bytes or more allows it",
             need,
         )
+
+
+class Taken(TorchDispatchMode):
+    """A context that counts what torch's ops allocate within it, in a backward pass too: no allocator of a CPU tells.
+
+    ``now``: bytes that are still there; ``peak``: the most at one time. Counted are the ops' results, and views of one
+    memory once; what an op takes for itself is not seen, nor what a sparse tensor holds.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._there: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = None
+        for memory in _memory((made,)):
+            if memory._cdata not in self._there and (size := memory.nbytes()):
+                if given is None:
+                    given = {m._cdata for m in _memory((*args, *(kwargs or {}).values()))}
+                if memory._cdata not in given:
+                    self._add(memory, size)
+        return made
+
+    def _add(self, memory: torch.UntypedStorage, size: int) -> None:
+        key = memory._cdata
+
+        def gone(_) -> None:
+            del self._there[key]
+            self.now -= size
+
+        self._there[key] = weakref.ref(memory, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _memory(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """The memory of tensors, and of those that they are made of."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _memory(value)
+        elif isinstance(value, Tensor):
+            if is_traceable_wrapper_subclass(value):
+                yield from _memory(getattr(value, name) for name in value.__tensor_flatten__()[0])
+            elif value.layout is torch.strided:
+                yield value.untyped_storage()
 
 
 _MOST = (32 << 20) - (64 << 10)

@@ -111,7 +111,7 @@ def jacobian(
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
         is a tuple; a tensor where neither is. dtype and device of the input (of the output under
         ``strategy="forward-mode"``). Strides are unspecified: use ``reshape``, not ``view``, on the result.
-        Where tensor hooks change gradients, autograd computes the rows, hooks included. Entries that are zero by
+        Where tensor hooks change gradients, autograd computes it, hooks included. Entries that are zero by
         structure are zero, also where autograd gives a NaN.
 
     Raises:
@@ -312,8 +312,9 @@ def _rows(ys, xs, asked: Options, dests):
             ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         return whole.rows(
-            ys, xs, per_sample, reason, budget=budget, chunk_size=asked.chunk_size, dests=dests
-        )
+            ys, xs, per_sample, reason, budget=budget, strategy=strategy, chunk_size=asked.chunk_size,
+            dests=dests,
+        )  # fmt: skip
     graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):

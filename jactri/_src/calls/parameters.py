@@ -263,12 +263,10 @@ class ParameterJacobian(Shown):
             t.zero_()
         if run.by_autograd:
             run.check_unchanged()
-            (row,) = whole.rows(
+            whole.rows(
                 [run.y], list(run.params.values()), False, run.reason,
-                budget=budget, chunk_size=self._factors.chunk_size,
+                budget=budget, chunk_size=self._factors.chunk_size, dests=[[*made.values()]],
             )  # fmt: skip
-            for t, block in zip(made.values(), row, strict=True):
-                t.copy_(block)
 
     # -- products ---------------------------------------------------------------------------------
 

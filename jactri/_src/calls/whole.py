@@ -1,32 +1,196 @@
-"""The last fallback: the whole function by autograd, a block of rows at a time."""
+"""The last fallback: the whole function by autograd, some rows or some columns at a time.
+
+A row is a vector-Jacobian product. Columns are to be had from one product that is recorded: it is linear in its
+cotangent, and its derivative there is a Jacobian-vector product ("double vjp").
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..base.backends import capturing
+from ..base.constants import arbitrary
 from ..base.elsewhere import check_local
-from ..base.memory import Budget
+from ..base.memory import Budget, MemoryLimitTooSmall, Taken
+from ..base.rates import block_bytes
+from ..base.tracing import may_write
 from ..plan.owners import apart
-from ..plan.planning import proof, prove_by_probe
+from ..plan.planner import CACHE_BYTES
+from ..plan.planning import ONE_SEED, answer_bytes, proof, prove_by_probe
 from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, block_shape
 from ..read.graph import UnsupportedGraph
-from ..read.opaque import why_not
-from ..read.unrecorded import guarded
-from ..read.vmapped import Vmapped
+from ..read.opaque import logger, why_not
+from ..read.unrecorded import UNUSUAL, guarded, loose
+from ..read.vmapped import Vmapped, shown
+
+T = TypeVar("T")
+
+MARGIN = 2
+"""How many times as many rows make columns the cheaper ones: their passes go through what a pass has recorded."""
+
+BLOCKS = 4
+"""About how many blocks a pass holds at once."""
+
+
+@dataclass
+class Whole:
+    """What is asked for of the Jacobian of a computation; ``budget`` is what may be taken beside the answer."""
+
+    ys: Sequence[Tensor]
+    xs: Sequence[Tensor]
+    per_sample: bool | str
+    reason: UnsupportedGraph
+    budget: Budget
+    strategy: str = "auto"
+    chunk_size: int | None = None
+
+    @cached_property
+    def why(self) -> str | None:
+        """Why gradients must not be differentiated, or None."""
+        return self.reason.why or why_not(self.ys)
+
+    @property
+    def create_graph(self) -> bool:
+        return torch.is_grad_enabled() and self.why is None
+
+    def seeds(self, ends: Iterable[Tensor]) -> int:
+        """How many unit vectors the ends have; under ``per_sample`` one serves all samples."""
+        return sum(t[:1].numel() if self.per_sample else t.numel() for t in ends)
+
+    def by_columns(self) -> bool:
+        """Whether columns are asked for, or are fewer by a margin, and can be: what they give is held against rows."""
+        reason = self.reason
+        if self.strategy == "reverse-mode" or not (reason.linear and reason.twice):
+            return False
+        if self.strategy != "forward-mode":
+            columns = self.seeds(self.xs) + len(self.ys)
+            if self.per_sample == ASSUME or MARGIN * columns > self.seeds(self.ys):
+                return False
+        return not capturing(self.xs[0].device) and self.why is None
 
 
 def rows(
-    ys, xs, per_sample, reason: UnsupportedGraph, *, budget: Budget, chunk_size=None, dests=None
-):
-    """``J[j][i]`` by vector-Jacobian products of the whole graph.
+    ys, xs, per_sample, reason: UnsupportedGraph, *, budget: Budget, strategy: str = "auto",
+    chunk_size: int | None = None, dests=None,
+) -> list[list[Tensor]]:  # fmt: skip
+    """``J[j][i]`` by products with the whole graph.
 
     Serves what the blocks of the engine do not represent: complex, sparse and nested tensors, hooks that change
-    gradients. ``reason`` says which. Under ``per_sample`` a probe decides whether samples mix (of
-    hooks; the rest is proven as ever), and RuntimeError is raised if they do.
+    gradients. ``reason`` says which. Columns are held against a row; where they contradict it, or do not fit the
+    memory, rows are taken. Under ``per_sample`` a probe decides whether samples mix (of hooks; the rest is proven as
+    ever), and RuntimeError is raised if they do. Raises MemoryLimitTooSmall where one seed does not fit.
     """
+    _check(ys, xs, per_sample, reason)
+    if dests is None:
+        budget = budget.less(answer_bytes(ys, xs, per_sample))
+    whole = Whole(ys, xs, per_sample, reason, budget, strategy, chunk_size)
+    return _by_either(whole, lambda passes: _filled(whole, passes, dests))
+
+
+def _filled(whole: Whole, passes: Iterable[Passes], dests) -> list[list[Tensor]]:
+    """The blocks of the answer, in ``dests`` where there are any."""
+    ys, xs, per_sample = whole.ys, whole.xs, whole.per_sample
+    forward = whole.strategy == "forward-mode"
+    found: dict[tuple[int, int], _Block] = {}
+
+    def dest(j: int, i: int) -> Tensor | None:
+        return dests[j][i] if dests else None
+
+    for p in passes:
+
+        def write(start: int, made: tuple[Tensor, ...], p=p) -> None:
+            for (j, i), part in zip(p.targets, made, strict=True):
+                if (j, i) not in found:
+                    like = ys[j] if forward and not xs[i].is_complex() else xs[i]
+                    found[j, i] = _Block(ys[j], xs[i], per_sample, p.forward, like, dest(j, i))
+                found[j, i].add(start, part)
+
+        p.run(write)
+    answer = []
+    for j, y in enumerate(ys):
+        made = {i: found.pop((j, i)).block() for i in range(len(xs)) if (j, i) in found}
+        if torch.is_grad_enabled() and whole.why is not None:
+            made = dict(zip(made, guarded([*made.values()], [y], whole.why), strict=True))
+        row = []
+        for i, x in enumerate(xs):
+            block, to = made.get(i), dest(j, i)
+            if block is None:
+                block = zero_block(y, x, per_sample, y if forward else x, to)
+            row.append(block if to is None or block is to else to.copy_(block))
+        answer.append(row)
+    return answer
+
+
+class Foreseen(NamedTuple):
+    """What `rows` will do."""
+
+    forward: bool
+    seeds: int
+    """How many rows, or columns, there are in all;"""
+    at_once: int
+    """how many run at once;"""
+    chunks: int
+    """in how many parts they run."""
+    peak: float
+    """Bytes held at once, the answer included."""
+
+
+def foreseen(
+    ys, xs, per_sample, reason: UnsupportedGraph, *, budget: Budget, strategy: str, chunk_size: int | None
+) -> Foreseen:  # fmt: skip
+    """What `rows` will do, by a first row of each output or a first column of each input. Raises what it raises."""
+    _check(ys, xs, per_sample, reason)
+    budget = budget.less(answer_bytes(ys, xs, per_sample))
+    return _by_either(Whole(ys, xs, per_sample, reason, budget, strategy, chunk_size), _tried)
+
+
+def _tried(passes: Iterable[Passes]) -> Foreseen:
+    forward, seeds, at_once, chunks, peak = False, 0, 0, 0, 0.0
+    spent = 0.0
+    for p in passes:
+        p.run(lambda *_: None, 1)
+        k = min(p.n, p.at_once())
+        first = int(p.chunk_size is None and not p.forward and p.n > 1)  # runs alone
+        chunks += first - (-(p.n - first) // k)
+        forward, seeds, at_once = p.forward, seeds + p.n, max(at_once, k)
+        peak = max(peak, p.before, p.held + k * p.each)
+        spent = p.whole.budget.spent
+    return Foreseen(forward, seeds, at_once, chunks, spent + peak)
+
+
+def _by_either(whole: Whole, run: Callable[[Iterable[Passes]], T]) -> T:
+    """What ``run`` makes of the passes of columns, or else of those of rows."""
+    refused = None
+    if whole.by_columns():
+        try:
+            return run(_columns(whole))
+        except MemoryLimitTooSmall as error:
+            refused = error.with_traceback(None)  # which holds what was recorded
+        except UNUSUAL as error:  # by rows, any other fault is raised again
+            logger.info("fallback: the function has no columns (%s); it is computed by rows", error)
+    try:
+        return run(_row(whole, j) for j, y in enumerate(whole.ys) if y.requires_grad and y.numel())
+    except MemoryLimitTooSmall as error:
+        raise min(error, refused or error, key=lambda e: e.need) from None
+
+
+def _check(ys, xs, per_sample, reason: UnsupportedGraph) -> None:
+    """Raise RuntimeError for complex outputs, and under ``per_sample`` where samples mix."""
     check_local(ys, xs)
+    for j, y in enumerate(ys):
+        if y.requires_grad and y.is_complex():
+            raise RuntimeError(
+                f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
+                "torch.view_as_real(output) or its real part"
+            )
     if per_sample and not reason.linear:
         raise RuntimeError(
             f"per_sample=True, but the function holds {reason}, and what it gives for the gradients of several samples "
@@ -42,60 +206,214 @@ def rows(
             f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
             "op. Drop per_sample for the whole Jacobian" + REMEDY
         )
-    why = (reason.why or why_not(ys)) if torch.is_grad_enabled() else None
-    create_graph = torch.is_grad_enabled() and why is None
-    out = []
-    for j, y in enumerate(ys):
-        dest = dests[j] if dests else [None] * len(xs)
-        if not y.requires_grad:
-            out.append([zero_block(y, x, per_sample, x, d) for x, d in zip(xs, dest, strict=True)])
+
+
+class Passes:
+    """Products with the unit vectors of one end of the computation, a chunk at a time.
+
+    ``targets``: the blocks (output, input) that the results of ``one`` are of. ``check``: raises for results from a
+    seed on that are not to be used. ``held``: bytes that lie there all the time, and ``before`` those at the peak of
+    making them.
+    """
+
+    check: Callable[[int, tuple[Tensor, ...]], None] | None = None
+    before = held = 0.0
+
+    def __init__(self, whole: Whole, end: Tensor, forward: bool, one, targets, name: str):
+        self.whole, self.end, self.forward, self.targets = whole, end, forward, targets
+        self.n, self.chunk_size = whole.seeds([end]), whole.chunk_size
+        self.product = Vmapped(one, name)
+        self.each = inf  # not known
+
+    def run(self, write: Callable[[int, tuple[Tensor, ...]], None], most: int | None = None):
+        """Give ``write`` the number of a first seed and the results from there on, for all seeds or ``most``.
+
+        What every chunk takes for each of its seeds sizes the next; where nothing is known, the first is a single one.
+        """
+        n, start = min(self.n, most or self.n), 0
+        blind = capturing(self.end.device)
+        count = n if blind and self.chunk_size is None else self.at_once()
+        while start < n and self.targets:
+            count = min(count, n - start)
+            with Taken() as taken:
+                made = self.product(self._seeds(start, count))
+                if self.check is not None:
+                    self.check(start, made)
+            write(start, made)
+            del made  # not beside the next
+            start += count
+            each = taken.peak / count  # too low of seeds that vmap could not take
+            self.each = each if self.each == inf else max(self.each, each)
+            if self.chunk_size is None and not blind:
+                if count == 1:
+                    self._check_fits(each)
+                count = self.at_once()
+
+    def at_once(self) -> int:
+        """How many seeds to run at once, by what those so far took."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        some = BLOCKS * block_bytes(self.end.device.type, CACHE_BYTES)
+        room = min(some, self.whole.budget.limit(self.held + some) - self.held)
+        return max(1, int(room // max(self.each, 1)))
+
+    def _check_fits(self, each: float) -> None:
+        """Raise MemoryLimitTooSmall where a limit does not hold one seed: a graph that is kept is not bounded by it."""
+        budget, need = self.whole.budget, max(self.before, self.held + each)
+        if budget.given is not None and need > budget.left and may_write():
+            raise budget.refusal(ONE_SEED, need, budget.spent)
+
+    def _seeds(self, start: int, count: int) -> Tensor:
+        end = self.end
+        eye = torch.zeros(count, self.n, dtype=end.dtype, device=end.device)
+        at = torch.arange(count, device=end.device)
+        eye[at, start + at] = 1
+        if self.whole.per_sample:
+            return eye.reshape(count, 1, *end.shape[1:]).expand(count, *end.shape)
+        return eye.reshape(count, *end.shape)
+
+
+def _row(whole: Whole, j: int) -> Passes:
+    """The rows of output ``j``, to the inputs that it depends on."""
+    y, create_graph = whole.ys[j], whole.create_graph
+    targets = [(j, i) for i in range(len(whole.xs))]
+
+    def one(c: Tensor) -> tuple[Tensor, ...]:
+        ends = [whole.xs[i] for _, i in targets]
+        found = torch.autograd.grad(
+            y, ends, c, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        targets[:] = [at for at, g in zip(targets, found, strict=True) if g is not None]
+        return tuple(g for g in found if g is not None)
+
+    name = "an input" if y.grad_fn is None else y.grad_fn.name()
+    return Passes(whole, y, False, one, targets, f"the whole function ({name})")
+
+
+def _columns(whole: Whole) -> list[Passes]:
+    """The columns of every input. Raises one of `UNUSUAL` where a pass cannot be recorded."""
+    live = {j: y for j, y in enumerate(whole.ys) if y.requires_grad and y.numel()}
+    cs = {j: arbitrary(y.shape, y) for j, y in live.items()}
+    pulled = {
+        j: torch.autograd.grad(y, whole.xs, cs[j].clone(), retain_graph=True, allow_unused=True)
+        for j, y in live.items()
+    }
+    with torch.enable_grad(), Taken() as taken:
+        given = {j: c.detach().requires_grad_() for j, c in cs.items()}
+        ends, clones = (
+            [*live.values()],
+            [c.clone() for c in given.values()],
+        )  # hooks may write to them
+        recorded = torch.autograd.grad(ends, whole.xs, clones, create_graph=True, allow_unused=True)
+        recorded = [None if g is None else _pairs(g) for g in recorded]
+    found = []
+    for i, g in enumerate(recorded):
+        if g is None or not g.numel():
             continue
-        if y.dtype.is_complex:
-            raise RuntimeError(
-                f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
-                "torch.view_as_real(output) or its real part"
+        if not g.requires_grad:
+            raise NotImplementedError("its backward is not recorded")
+        by = [j for j in live if pulled[j][i] is not None]
+        p = _column(whole, i, g, {j: given[j] for j in by})
+        p.check = _against([(cs[j], _pairs(pulled[j][i])) for j in by], whole.per_sample)
+        p.each = p.before = taken.peak  # a column takes about as much
+        p.held = taken.now
+        found.append(p)
+    return found
+
+
+def _column(whole: Whole, i: int, g: Tensor, given: dict[int, Tensor]) -> Passes:
+    """The columns of input ``i``, whose gradient is ``g``, recorded as a function of the cotangents ``given``."""
+    create_graph, cotangents = whole.create_graph, [*given.values()]
+
+    def one(t: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            g, cotangents, t, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        )
+
+    return Passes(whole, g, True, one, [(j, i) for j in given], "the whole function (columns)")
+
+
+def _against(pulled: Sequence[tuple[Tensor, Tensor]], per_sample):
+    """A check of columns: of every one, ``<c, J t> = <c J, t>`` for one ``c`` an output; ``pulled``: ``c`` and ``c J``.
+
+    Some ops have a wrong second derivative (see `Opaque`), and some backwards are not recorded. Infinite ones have no
+    columns: zeros may meet them there, and not in rows.
+    """
+
+    def check(start: int, made: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            holds = True
+            for m, (c, g) in zip(made, pulled, strict=True):
+                k = len(m)
+                flat, c, g = m.detach().reshape(k, -1), c.reshape(-1), g.to(m.device)
+                want = (g.sum(0) if per_sample else g).reshape(-1)
+                size = flat.abs() @ c.abs()
+                gap = (flat @ c - want[start : start + k]).abs()
+                noise = 64 * torch.finfo(g.dtype).eps * g.abs().max()
+                close = gap <= max(loose(m.dtype), loose(g.dtype)) * size + noise
+                holds = holds & (close & size.isfinite()).all()
+            if not shown(holds):
+                raise NotImplementedError("its second derivative contradicts its first")
+
+    return check
+
+
+def _pairs(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+class _Block:
+    """A block of the answer as ``(samples, outputs, inputs)``, to which rows or columns are written.
+
+    Where nothing may be written to, they are put together in the end.
+    """
+
+    def __init__(self, y: Tensor, x: Tensor, per_sample, forward: bool, like: Tensor, dest):
+        self.shape, self.dtype = block_shape(y, x, per_sample), like.dtype
+        self.forward, self.pairs = forward, forward and x.is_complex()
+        samples = y.shape[0] if per_sample else 1
+        inputs = x.numel() // samples * (1 + self.pairs)
+        self.sizes = samples, y.numel() // samples, inputs
+        self.parts: list[Tensor] = []
+        self.made = None
+        if may_write():
+            own = dest is None or not dest.is_contiguous()
+            self.made = (
+                torch.empty(self.shape, dtype=like.dtype, device=like.device) if own else dest
             )
-        ones = torch.ones_like(y)
-        used = torch.autograd.grad(y, xs, ones, retain_graph=True, allow_unused=True)
-        live = [x for x, g in zip(xs, used, strict=True) if g is not None]
 
-        def one_row(row, y=y, live=live):
-            return torch.autograd.grad(y, live, row, retain_graph=True, create_graph=create_graph)
+    def add(self, start: int, made: Tensor) -> None:
+        """Rows, or columns, from ``start`` on: ``(how many, *shape of the other end)``."""
+        if made.layout is not torch.strided:
+            made = made.to_dense()
+        samples, outputs, inputs = self.sizes
+        part = made.reshape(len(made), samples, outputs if self.forward else inputs)
+        part = part.permute(1, 2, 0) if self.forward else part.transpose(0, 1)
+        if self.made is None:
+            self.parts.append(part)
+        else:
+            flat = torch.view_as_real(self.made) if self.pairs else self.made
+            flat.view(self.sizes).narrow(1 + self.forward, start, len(made)).copy_(part)
 
-        product = Vmapped(one_row, f"the whole function ({y.grad_fn.name()})")
-        n = y[0].numel() if per_sample else y.numel()
-        count = chunk_size or rows_at_once(y, xs, n, budget)
-        pieces = []
-        for start in range(0, n, count):
-            k = min(count, n - start)
-            eye = torch.zeros(k, n, dtype=y.dtype, device=y.device)
-            eye[torch.arange(k), start + torch.arange(k)] = 1
-            if per_sample:  # one row for all samples at once
-                seeds = eye.reshape(k, 1, *y.shape[1:]).expand(k, *y.shape)
-            else:
-                seeds = eye.reshape(k, *y.shape)
-            pieces.append(product(seeds))
-        made = [torch.cat(p) for p in zip(*pieces, strict=True)]
-        blocks = iter(made if why is None else guarded(made, [y], why))
-        row = []
-        for x, g, d in zip(xs, used, dest, strict=True):
-            if g is None:
-                row.append(zero_block(y, x, per_sample, x, d))
-                continue
-            block = next(blocks)
-            if per_sample:
-                block = block.reshape(*y.shape[1:], *x.shape)
-                block = block.movedim(y.dim() - 1, 0)
-            block = block.reshape(block_shape(y, x, per_sample))
-            row.append(d.copy_(block) if d is not None else block)
-        out.append(row)
-    return out
+    def block(self) -> Tensor:
+        if self.made is not None:
+            return self.made
+        parts = self.parts
+        whole = torch.cat(parts, 1 + self.forward) if len(parts) > 1 else parts[0]
+        if self.pairs:
+            whole = torch.view_as_complex(whole.unflatten(2, (-1, 2)).contiguous())
+        return whole.reshape(self.shape).to(self.dtype)
 
 
-def rows_at_once(y, xs, most: int, budget: Budget) -> int:
-    """Rows that fit the memory, by a guess: what lies between the ends is taken for ten times as large."""
-    ends = y.numel() * y.element_size() + sum(x.numel() * x.element_size() for x in xs)
-    return budget.count(10 * ends, most)
+def rows_at_once(y: Tensor, xs, most: int, budget: Budget) -> int:
+    """How many rows of an output fit the memory, by what a first one took."""
+    if not y.requires_grad:
+        return most
+    with torch.no_grad():
+        p = _row(Whole([y], xs, False, UnsupportedGraph(), budget), 0)
+        p.run(lambda *_: None, 1)
+    return max(1, min(most, p.at_once()))
 
 
 def zero_block(

@@ -82,7 +82,7 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
         )
     warnings.warn(
         f"a hook on gradients, at {at}, changes them: as in torch.autograd, that is a part of the function, whose "
-        "Jacobian autograd computes row by row",
+        "Jacobian autograd computes as a whole",
         stacklevel=2,
     )
     raise ChangedByHook(at, linear, why, graph)

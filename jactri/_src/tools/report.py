@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import isnan, nan, prod
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.memory import Budget, MemoryLimitTooSmall, si
 from ..base.tables import Shown, Table
+from ..calls import whole
 from ..compile.compilation import Compilation
 from ..compile.compiled import compile
 from ..device import batching, chooser
@@ -74,12 +75,12 @@ class Explanation(Shown):
         steps: a `StepReport` for each step, in the order in which they run.
         direction: of the accumulation.
         reason: why that was chosen.
-        flops: predicted, of all steps.
-        bytes: predicted to be written by them.
+        flops: predicted, of all steps; NaN where autograd computes the function as a whole, which is not predicted.
+        bytes: predicted to be written by them, or NaN likewise.
         peak_bytes: predicted to be held at once, the answer included.
         chunks: in how many the seeds run.
         answer_bytes: of the Jacobian.
-        naive_flops: of one backward pass a row.
+        naive_flops: of one backward pass a row, or NaN likewise.
         fallbacks: the ops that have no rule.
         note: what the table does not show: seeds that run as one, ranges of samples.
         compiled: what the compiler made of the call, if that was asked for.
@@ -123,18 +124,21 @@ class Explanation(Shown):
             )
             for i, s in enumerate(self.steps)
         ]  # fmt: skip
-        ratio = self.naive_flops / self.flops if self.flops else float("inf")
+        known = not isnan(self.flops)
+        cost = f"{si(self.flops)}flop, {si(self.bytes)}B written" if known else "flop not predicted"
         parts: list[str | Table] = [f"{self.direction}: {self.reason}"]
         if rows:
             parts.append(Table(head, rows))
-        parts += [
-            f"accumulation only, without func itself: {si(self.flops)}flop, {si(self.bytes)}B written, peak "
-            f"{si(self.peak_bytes)}B with the answer's {si(self.answer_bytes)}B, "
-            f"{self.chunks} chunk{'s' if self.chunks != 1 else ''}",
-            f"one backward pass a row: {si(self.naive_flops)}flop"
-            + (f", {ratio:.3g} times as many" if self.flops else ""),
-            f"fallbacks: {fallbacks(self.fallbacks)}",
-        ]
+        parts.append(
+            f"accumulation only, without func itself: {cost}, peak {si(self.peak_bytes)}B with the answer's "
+            f"{si(self.answer_bytes)}B, {self.chunks} chunk{'s' if self.chunks != 1 else ''}"
+        )
+        if known:
+            naive = f"one backward pass a row: {si(self.naive_flops)}flop"
+            if self.flops:
+                naive += f", {self.naive_flops / self.flops:.3g} times as many"
+            parts.append(naive)
+        parts.append(f"fallbacks: {fallbacks(self.fallbacks)}")
         if self.note:
             parts.append(self.note)
         if self.steps:
@@ -156,7 +160,7 @@ def fallbacks(ops: Sequence[str]) -> str:
     if not ops:
         return "none"
     if ops == WHOLE:
-        return f"{ops[0]}, by autograd, one product a row"
+        return f"{ops[0]}, by autograd"
     return (
         f"{', '.join(ops)}: by autograd, one product a row; a rule (jactri.rule) gives an op or an autograd.Function "
         "its structure"
@@ -207,7 +211,8 @@ def explain(
         TypeError, RuntimeError, ValueError: as by `jacobian`.
 
     Cost:
-        One run of ``func``, and reading its graph. ``compiled=True`` costs what compiling costs.
+        One run of ``func``, and reading its graph; where autograd computes the function as a whole, a first row or
+        column of it. ``compiled=True`` costs what compiling costs.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
@@ -238,11 +243,18 @@ def _explained(
     check_batch(per_sample, ys, xs)
     with computing(False, backend):
         if not all(t.numel() for t in (*xs, *ys)):
-            return _bare("nothing to do", "an input or output is empty", ys, xs, per_sample)
+            empty = answer_bytes(ys, xs, per_sample)
+            return Explanation(
+                (), "nothing to do", "an input or output is empty", 0.0, 0.0, 0.0, 0, empty, 0.0, ()
+            )
         try:
             graph = fold(read(ys, xs))
         except UnsupportedGraph as reason:
-            return _bare("whole function by autograd", f"it holds {reason}", ys, xs, per_sample)
+            found = whole.foreseen(
+                ys, xs, per_sample, reason, budget=Budget(memory_limit, xs[0].device), strategy=strategy,
+                chunk_size=chunk_size,
+            )  # fmt: skip
+            return _whole(found, f"it holds {reason}", answer_bytes(ys, xs, per_sample))
         summed = False
         if per_sample:
             alone = proof(graph, strategy, ys, xs)
@@ -260,8 +272,8 @@ def _explained(
             pieces = split_samples(graph, ys, xs, wanted)
             if pieces is None:
                 raise
-            whole = wanted._replace(budget=Budget.unbounded(xs[0].device))
-            report = describe(graph, plan_for(graph, ys, xs, whole), ys, xs, per_sample)
+            free = wanted._replace(budget=Budget.unbounded(xs[0].device))
+            report = describe(graph, plan_for(graph, ys, xs, free), ys, xs, per_sample)
             longest = max(length for (_, length), _, _ in pieces)
             return replace(
                 report,
@@ -271,10 +283,18 @@ def _explained(
             )
 
 
-def _bare(direction: str, reason: str, ys, xs, per_sample: bool) -> Explanation:
+def _whole(found: whole.Foreseen, reason: str, answer: int) -> Explanation:
+    """The report of a function that is computed as a whole."""
+    how = (
+        "by the derivative of a backward pass, in its cotangent"
+        if found.forward
+        else "a backward pass each"
+    )
+    kind = "column" if found.forward else "row"
+    note = f"{found.seeds} {kind}{'s' if found.seeds != 1 else ''}, {how}, up to {found.at_once} at once"
     return Explanation(
-        (), direction, reason, 0.0, 0.0, 0.0, 0, answer_bytes(ys, xs, per_sample), 0.0,
-        WHOLE if "whole" in direction else (),
+        (), "whole function by autograd", reason, nan, nan, found.peak, found.chunks, answer, nan, WHOLE,
+        f"{note}; peak and chunks are what a first {kind} took, times as many",
     )  # fmt: skip
 
 
