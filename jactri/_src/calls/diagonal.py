@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..base import backends
-from ..base.elsewhere import check_local
 from ..base.memory import Budget
 from ..base.remedies import one_tensor
 from ..meet import diagonal as meeting
@@ -21,8 +20,7 @@ from ..read import handover
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
-from .vectors import pull
-from .whole import rows_at_once
+from . import whole
 
 
 @public
@@ -107,7 +105,7 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, budget: Budget) ->
         graph = read((y,), (x,))
     except UnsupportedGraph as reason:
         refuse_or_log("the function", y.shape, [x.shape], f"holds {reason}")
-        return _by_rows(y, x, chunk_size or rows_at_once(y, (x,), y.numel(), budget))
+        return whole.diagonal(y, x, reason, chunk_size, budget)
     if graph.inputs[0] is None or graph.outputs[0] is None:
         return torch.zeros_like(x)
 
@@ -117,18 +115,3 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, budget: Budget) ->
         return apart(graph) or probe_mixing((y,), (x,), graph) is None
 
     return meeting.diagonal(graph, chunk_size, budget, unmixed).to(x.dtype)
-
-
-def _by_rows(y: Tensor, x: Tensor, count: int) -> Tensor:
-    """By autograd, some rows at a time."""
-    check_local((y,), (x,))
-    n = x.numel()
-    parts = []
-    for start in range(0, n, count):
-        k = min(count, n - start)
-        index = torch.arange(k, device=x.device)
-        rows = torch.zeros(k, n, dtype=y.dtype, device=y.device)
-        rows[index, start + index] = 1
-        (made,) = pull((y,), (x,), [rows.reshape(k, *y.shape)], Options(torch.is_grad_enabled()))
-        parts.append(made.reshape(k, n)[index, start + index])
-    return torch.cat(parts).reshape(x.shape) if parts else torch.zeros_like(x)

@@ -61,6 +61,12 @@ class Whole:
     def create_graph(self) -> bool:
         return torch.is_grad_enabled() and self.why is None
 
+    def guarded(self, block: Tensor, y: Tensor) -> Tensor:
+        """A block of ``y``, which raises when it is differentiated, if that must not be."""
+        if torch.is_grad_enabled() and self.why is not None:
+            (block,) = guarded([block], [y], self.why)
+        return block
+
     def seeds(self, ends: Iterable[Tensor]) -> int:
         """How many unit vectors the ends have; under ``per_sample`` one serves all samples."""
         return sum(t[:1].numel() if self.per_sample else t.numel() for t in ends)
@@ -74,7 +80,9 @@ class Whole:
             columns = self.seeds(self.xs) + len(self.ys)
             if self.per_sample == ASSUME or MARGIN * columns > self.seeds(self.ys):
                 return False
-        return not capturing(self.xs[0].device) and self.why is None
+        if capturing(self.xs[0].device):
+            return False
+        return not torch.is_grad_enabled() or self.why is None
 
 
 def rows(
@@ -97,36 +105,47 @@ def rows(
 
 def _filled(whole: Whole, passes: Iterable[Passes], dests) -> list[list[Tensor]]:
     """The blocks of the answer, in ``dests`` where there are any."""
-    ys, xs, per_sample = whole.ys, whole.xs, whole.per_sample
-    forward = whole.strategy == "forward-mode"
+    per_sample, forward = whole.per_sample, whole.strategy == "forward-mode"
     found: dict[tuple[int, int], _Block] = {}
-
-    def dest(j: int, i: int) -> Tensor | None:
-        return dests[j][i] if dests else None
-
     for p in passes:
 
-        def write(start: int, made: tuple[Tensor, ...], p=p) -> None:
-            for (j, i), part in zip(p.targets, made, strict=True):
+        def write(start: int, parts: tuple[Tensor, ...], p=p) -> None:
+            for (j, i), part in zip(p.targets, parts, strict=True):
                 if (j, i) not in found:
-                    like = ys[j] if forward and not xs[i].is_complex() else xs[i]
-                    found[j, i] = _Block(ys[j], xs[i], per_sample, p.forward, like, dest(j, i))
+                    y, x, to = whole.ys[j], whole.xs[i], dests[j][i] if dests else None
+                    like = y if forward and not x.is_complex() else x
+                    found[j, i] = _Block(y, x, per_sample, p.forward, like, to)
                 found[j, i].add(start, part)
 
         p.run(write)
     answer = []
-    for j, y in enumerate(ys):
-        made = {i: found.pop((j, i)).block() for i in range(len(xs)) if (j, i) in found}
-        if torch.is_grad_enabled() and whole.why is not None:
-            made = dict(zip(made, guarded([*made.values()], [y], whole.why), strict=True))
+    for j, y in enumerate(whole.ys):
         row = []
-        for i, x in enumerate(xs):
-            block, to = made.get(i), dest(j, i)
-            if block is None:
+        for i, x in enumerate(whole.xs):
+            to = dests[j][i] if dests else None
+            if (j, i) in found:
+                block = whole.guarded(found.pop((j, i)).block(), y)
+            else:
                 block = zero_block(y, x, per_sample, y if forward else x, to)
             row.append(block if to is None or block is to else to.copy_(block))
         answer.append(row)
     return answer
+
+
+def diagonal(
+    y: Tensor, x: Tensor, reason: UnsupportedGraph, chunk_size: int | None, budget: Budget
+) -> Tensor:
+    """The diagonal of the Jacobian of ``y`` in ``x``, of its shape, by rows."""
+    check_ends([y], [x])
+    whole = Whole([y], [x], False, reason, budget, chunk_size=chunk_size)
+    parts: list[Tensor] = []
+
+    def write(start: int, rows: tuple[Tensor, ...]) -> None:
+        parts.extend(r.reshape(len(r), -1).diagonal(start).clone() for r in rows)
+
+    if y.requires_grad and y.numel():
+        _row(whole, 0).run(write)
+    return whole.guarded(torch.cat(parts).reshape(x.shape), y) if parts else torch.zeros_like(x)
 
 
 class Foreseen(NamedTuple):
@@ -183,14 +202,8 @@ def _by_either(whole: Whole, run: Callable[[Iterable[Passes]], T]) -> T:
 
 
 def _check(ys, xs, per_sample, reason: UnsupportedGraph) -> None:
-    """Raise RuntimeError for complex outputs, and under ``per_sample`` where samples mix."""
-    check_local(ys, xs)
-    for j, y in enumerate(ys):
-        if y.requires_grad and y.is_complex():
-            raise RuntimeError(
-                f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
-                "torch.view_as_real(output) or its real part"
-            )
+    """Raise RuntimeError for ends that have no rows, and under ``per_sample`` where samples mix."""
+    check_ends(ys, xs)
     if per_sample and not reason.linear:
         raise RuntimeError(
             f"per_sample=True, but the function holds {reason}, and what it gives for the gradients of several samples "
@@ -206,6 +219,29 @@ def _check(ys, xs, per_sample, reason: UnsupportedGraph) -> None:
             f"per_sample=True, but samples mix: {leak}; the function holds {reason}, which jactri cannot follow op by "
             "op. Drop per_sample for the whole Jacobian" + REMEDY
         )
+
+
+def check_ends(ys, xs) -> None:
+    """Raise RuntimeError for complex outputs, sparse or nested inputs, and what is distributed."""
+    check_local(ys, xs)
+    for j, y in enumerate(ys):
+        if y.requires_grad and y.is_complex():
+            raise RuntimeError(
+                f"outputs[{j}] is complex ({y.dtype}): its Jacobian is not one real-linear matrix; return "
+                "torch.view_as_real(output) or its real part"
+            )
+    for i, x in enumerate(xs):
+        if x.is_nested or x.layout is not torch.strided:
+            made = (
+                "nested.nested_tensor_from_jagged(v, offsets)"
+                if x.is_nested
+                else "sparse_coo_tensor(at, v, shape)"
+            )
+            raise RuntimeError(
+                f"inputs[{i}] is {'nested' if x.is_nested else f'of layout {x.layout}'}, so autograd leaves out the "
+                "derivatives in entries that it does not store; differentiate by those that it does, v, by "
+                f"lambda v: func(torch.{made})"
+            )
 
 
 class Passes:
@@ -231,10 +267,8 @@ class Passes:
         What every chunk takes for each of its seeds sizes the next; where nothing is known, the first is a single one.
         """
         n, start = min(self.n, most or self.n), 0
-        blind = capturing(self.end.device)
-        count = n if blind and self.chunk_size is None else self.at_once()
         while start < n and self.targets:
-            count = min(count, n - start)
+            count = min(self.at_once(), n - start)
             with Taken() as taken:
                 made = self.product(self._seeds(start, count))
                 if self.check is not None:
@@ -244,15 +278,15 @@ class Passes:
             start += count
             each = taken.peak / count  # too low of seeds that vmap could not take
             self.each = each if self.each == inf else max(self.each, each)
-            if self.chunk_size is None and not blind:
-                if count == 1:
-                    self._check_fits(each)
-                count = self.at_once()
+            if count == 1 and self.chunk_size is None:
+                self._check_fits(each)
 
     def at_once(self) -> int:
         """How many seeds to run at once, by what those so far took."""
         if self.chunk_size is not None:
             return self.chunk_size
+        if capturing(self.end.device):
+            return self.n
         some = BLOCKS * block_bytes(self.end.device.type, CACHE_BYTES)
         room = min(some, self.whole.budget.limit(self.held + some) - self.held)
         return max(1, int(room // max(self.each, 1)))
@@ -284,7 +318,7 @@ def _row(whole: Whole, j: int) -> Passes:
             y, ends, c, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
         targets[:] = [at for at, g in zip(targets, found, strict=True) if g is not None]
-        return tuple(g for g in found if g is not None)
+        return tuple(_dense(g) for g in found if g is not None)
 
     name = "an input" if y.grad_fn is None else y.grad_fn.name()
     return Passes(whole, y, False, one, targets, f"the whole function ({name})")
@@ -300,10 +334,8 @@ def _columns(whole: Whole) -> list[Passes]:
     }
     with torch.enable_grad(), Taken() as taken:
         given = {j: c.detach().requires_grad_() for j, c in cs.items()}
-        ends, clones = (
-            [*live.values()],
-            [c.clone() for c in given.values()],
-        )  # hooks may write to them
+        clones = [c.clone() for c in given.values()]  # hooks may write to them
+        ends = [*live.values()]
         recorded = torch.autograd.grad(ends, whole.xs, clones, create_graph=True, allow_unused=True)
         recorded = [None if g is None else _pairs(g) for g in recorded]
     found = []
@@ -358,8 +390,14 @@ def _against(pulled: Sequence[tuple[Tensor, Tensor]], per_sample):
     return check
 
 
-def _pairs(t: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals."""
+def _dense(g: Tensor) -> Tensor:
+    """A gradient in all entries: a sparse one, of an embedding, is zero in others."""
+    return g if g.layout is torch.strided else g.to_dense()
+
+
+def _pairs(g: Tensor) -> Tensor:
+    """A gradient in all entries, a complex one as pairs of reals."""
+    t = _dense(g)
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
@@ -385,8 +423,6 @@ class _Block:
 
     def add(self, start: int, made: Tensor) -> None:
         """Rows, or columns, from ``start`` on: ``(how many, *shape of the other end)``."""
-        if made.layout is not torch.strided:
-            made = made.to_dense()
         samples, outputs, inputs = self.sizes
         part = made.reshape(len(made), samples, outputs if self.forward else inputs)
         part = part.permute(1, 2, 0) if self.forward else part.transpose(0, 1)
@@ -404,16 +440,6 @@ class _Block:
         if self.pairs:
             whole = torch.view_as_complex(whole.unflatten(2, (-1, 2)).contiguous())
         return whole.reshape(self.shape).to(self.dtype)
-
-
-def rows_at_once(y: Tensor, xs, most: int, budget: Budget) -> int:
-    """How many rows of an output fit the memory, by what a first one took."""
-    if not y.requires_grad:
-        return most
-    with torch.no_grad():
-        p = _row(Whole([y], xs, False, UnsupportedGraph(), budget), 0)
-        p.run(lambda *_: None, 1)
-    return max(1, min(most, p.at_once()))
 
 
 def zero_block(
