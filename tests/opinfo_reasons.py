@@ -18,6 +18,8 @@ class Reason:
     )
     refused: str = ""  # what jactri's RuntimeError or warning says
     differences: bool = False  # finite differences judge, not torch
+    since: tuple[int, ...] = ()  # the version of torch that is the first to have the op
+    until: tuple[int, ...] = ()  # the version of torch from which on it does not hold
 
 
 def cancelling(what, size=1.0):
@@ -48,12 +50,18 @@ JACOBIAN = {
         "torch 2.13 has no gradient of the outputs mean and rstd where the first output has no cotangent; "
         "differences show that they depend on the input",
         differences=True,
+        until=(2, 14),
     ),
     "native_layer_norm": cancelling("one entry a mean, which is always normalised to 0", 100.0),
     "nn.functional.layer_norm": cancelling("one entry a mean, which is always normalised to 0"),
     "nn.functional.multi_head_attention_forward": cancelling("a softmax that is one-hot"),
     "nn.functional.normalize": cancelling("one entry, which is always normalised to 1"),
     "nn.functional.rms_norm": cancelling("one entry, which is always normalised to 1"),
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": Reason(
+        "a softmax that is one-hot: what is left is the rounding of larger terms that cancel",
+        cancels=1.0,
+        since=(2, 14),
+    ),
 }
 
 # beside the size of what is differentiated, which all second derivatives are measured by

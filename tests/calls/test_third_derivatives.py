@@ -174,7 +174,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("made", "name"), REFUSED)
 def test_what_torch_has_wrong_is_refused(made, name):
-    with pytest.raises(RuntimeError, match=r"third derivatives of .*create_graph=True"):
+    # under vmap, torch 2.14 has no second derivatives of batch norms: it refuses them itself
+    own = "|accessing `data` under vmap" if name in ("batch_norm", "instance_norm") else ""
+    with pytest.raises(RuntimeError, match=f"third derivatives of .*create_graph=True{own}"):
         made(OPS[name], point())
 
 

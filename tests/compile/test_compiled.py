@@ -24,7 +24,7 @@ EAGERLY = {
         dropout2d_train alpha_dropout_train feature_alpha_dropout fractional_max_pool2d fractional_max_pool3d
         sdpa_dropout_train gamma_sample gradient_of_fractional_max_pool2d gradient_of_fractional_max_pool3d
         uniform_in_place bernoulli poisson native_dropout native_dropout_eval rrelu_train_in_place""",
-    "Expected inputs of BF16": """
+    "mat_a": """
         grouped_mm_rows grouped_mm_inner grouped_mm_columns grouped_mm_batched""",
     "depends on values": """
         lstsq repeat_interleave_counts index_mask index_mask_rows index_mask_columns index_mask_none_true

@@ -67,6 +67,20 @@ def test_integers_as_indices(name):
     agree(compiled, func)
 
 
+@pytest.mark.parametrize("options", [{}, {"create_graph": True}, {"freeze": True}], ids=str)
+@pytest.mark.parametrize(
+    "func",
+    [lambda x: x**3 * x.item(), lambda x: x.sin() * int(x + 1), lambda x: x.sin() * int(x.long())],
+    ids=["itself", "what follows", "as an integer"],
+)
+def test_values_of_an_input_of_no_axes(func, options):
+    """Fakes may keep such numbers: what was read while tracing must not stay."""
+    x = torch.tensor(2.0, dtype=F64)
+    compiled = compile(func, x, **options)
+    agree(compiled, func, x)
+    agree(compiled, func, x + 1)
+
+
 def test_constants_may_be_read():
     p = torch.tensor(2.0, dtype=F64)
     compiled = compile(lambda x: x.sin() * p.item(), X, freeze=True)

@@ -182,7 +182,6 @@ def test_what_is_found_for_an_op_holds_for_its_options_too(order, monkeypatch):
     assert len({key[0][0][0][1] for key in vmapped._verified}) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_scripted_functions_share_a_name():
     @torch.jit.script
     def one(x):

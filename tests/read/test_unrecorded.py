@@ -380,7 +380,6 @@ def test_of_complex_functions_too(kind):
             call(f, x)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["no_grad", "numpy"])
 def test_jvp_to_complex_outputs_and_of_complex_inputs(kind):
     own = UNRECORDED[kind]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common import torch_before
 
 import jactri
 
@@ -197,3 +198,34 @@ def test_poles_of_squares_are_autograds():
     ):
         want = torch.autograd.functional.jacobian(func, AT)
         torch.testing.assert_close(jactri.jacobian(func, AT), want, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+def test_gradients_of_pdist(p):
+    """Torch 2.14 differentiates them, but what it has for tangents is NaN; earlier it refuses."""
+    i, j = torch.triu_indices(3, 3, 1)
+
+    def func(x):
+        return F.pdist(x, p=p).sin().sum()
+
+    def gradient(x):
+        return torch.autograd.grad(func(x), x, create_graph=True)[0]
+
+    def truth(x):
+        return ((x[i] - x[j]).abs() ** p).sum(1).pow(1 / p).sin().sum()
+
+    want = torch.autograd.functional.hessian(truth, AWAY)
+    for call in (
+        lambda: jactri.jacobian(gradient, AWAY, strategy="forward-mode"),
+        lambda: jactri.jacobian(gradient, AWAY, strategy="reverse-mode"),
+        lambda: jactri.func.hessian(func)(AWAY),
+        lambda: jactri.laplacian(lambda v: func(v[0])[None], AWAY[None]).reshape(()),
+    ):
+        try:
+            found = call()
+        except RuntimeError as error:
+            assert "is not implemented" in str(error)  # noqa: PT017
+            assert torch_before((2, 14))
+            continue
+        expected = want if found.dim() else want.reshape(6, 6).trace()
+        torch.testing.assert_close(found, expected)

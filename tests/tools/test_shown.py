@@ -111,6 +111,7 @@ def test_the_picture_of_a_band_has_its_entries():
     assert torch.equal(there[:64].bool(), cells)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 def test_what_is_computed_of_a_pattern_is_a_plain_tensor():
     mask = jactri.sparsity(BLUR, IMAGE)
     assert repr(copy.deepcopy(mask)) == repr(mask)

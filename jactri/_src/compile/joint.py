@@ -13,7 +13,6 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx
 from torch._C import _DisableAutocast
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..base.tracing import REFUSALS
 from .engines import Built, Run, build
 from .reached import Reached
-from .traced import Traced, Untraceable, fake, trace
+from .traced import Traced, Untraceable, fake, fakes, trace
 
 
 @dataclass
@@ -96,7 +95,7 @@ def _real(outs: Sequence[Tensor]) -> list[Tensor]:
 
 def _functional(found: Traced, inputs: int, outs: int, all_held: list[Tensor]) -> fx.GraphModule:
     """Without writes, and with the order and the names of placeholders that the partitioner knows."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fakes()
     places = [n for n in found.graph.graph.nodes if n.op == "placeholder"]
     held = {id(t): places[inputs + outs + k].name for k, t in enumerate(found.held)}
     values = {n.name: n.meta["val"] for n in places}

@@ -34,7 +34,7 @@ _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
 
 _PLAIN = (Tensor, Parameter)
 
-_DETACH = torch.ops.aten.detach.default
+_DETACHES = torch.ops.aten.detach.default, torch.ops.aten.alias.default
 _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 _READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
@@ -106,9 +106,9 @@ def trace(
         _check_lazy(x, "an input")
     for t in written:
         _check_lazy(t, "out")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fakes()
     # of views, since what is one tensor now may be two later
-    fakes = [fake(mode, t.detach()) for t in (*inputs, *written)]
+    given = [fake(mode, t.detach()) for t in (*inputs, *written)]
     spec: list[TreeSpec] = []
 
     def flat(*given):
@@ -123,7 +123,7 @@ def trace(
             raise Untraceable("its answer holds what is no tensor")
         return leaves
 
-    graph, left = _made(flat, fakes, reached)
+    graph, left = _made(flat, given, reached)
     held = _lift(graph)
     for t in held:
         _check_lazy(t, reached.called(t))
@@ -153,7 +153,7 @@ def _what_is_read(error: DataDependentOutputException) -> str:
     return f"a value is read, by {error.func}"
 
 
-def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, list[tuple]]:
+def _made(flat, given: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, list[tuple]]:
     """The graph of a function of fake tensors, and what of func's it had to be taken out of."""
     with _one_at_a_time:
         before = reached.contents()
@@ -169,7 +169,7 @@ def _made(flat, fakes: list[Tensor], reached: Reached) -> tuple[fx.GraphModule, 
                     "ignore", message="The .grad attribute of a Tensor that is not"
                 )
                 try:
-                    graph = make_fx(flat, tracing_mode="fake")(*fakes)
+                    graph = make_fx(flat, tracing_mode="fake")(*given)
                 finally:
                     accumulated = _grads_put_back(others)
         except DataDependentOutputException as error:
@@ -192,6 +192,11 @@ def _grads_put_back(others: dict[int, tuple[Tensor, Tensor | None]]) -> Tensor |
         if t.is_leaf and isinstance(t.grad, FakeTensor):
             found, t.grad = t, before
     return found
+
+
+def fakes() -> FakeTensorMode:
+    """The mode of a trace. As in exports, its tensors do not keep the number that one of no axes stands for."""
+    return FakeTensorMode(allow_non_fake_inputs=True, export=True)
 
 
 def fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
@@ -297,7 +302,7 @@ def _plain(graph: fx.GraphModule) -> None:
     have, where an axis has one entry: what can be a view there may have to be a copy.
     """
     for node in list(graph.graph.nodes):
-        if node.target is _DETACH:
+        if node.target in _DETACHES:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         elif node.target is _VIEW:

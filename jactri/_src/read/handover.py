@@ -3,7 +3,8 @@
 Not all of them are right inside of others. In torch 2.13, ``vmap`` of ``jacfwd`` is wrong for ``torch.linalg.solve``,
 ``det`` and ``slogdet``, and so is the derivative of ``jvp``, for these and for layer_norm; ``jacrev`` is wrong for
 ``torch.cdist``. Products with one vector are right: all here is made of ``torch.func.vjp``, over blocks by `Vmapped`.
-Some ops have third derivatives that are wrong however they are made: these are refused.
+Some ops have third derivatives that are wrong however they are made: these are refused. What torch refuses itself (in
+2.14, under ``vmap``, a ``vjp`` of the gradient of a batch norm in training) is its own error.
 """
 
 from __future__ import annotations

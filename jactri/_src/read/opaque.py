@@ -416,10 +416,11 @@ class Opaque(LinearMap):
         return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
 
     def _agrees(self, t: Tensor, pushed: Tensor) -> bool | None:
-        """<c, push(t)> = <pull(c), t> for an arbitrary c and all tangents combined; None: infinite.
+        """<c, push(t)> = <pull(c), t> for an arbitrary c and all tangents combined; None: the pull is infinite.
 
         Backwards may not be recorded, and some ops of torch's own have a wrong second derivative (in torch 2.13 those
-        of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two).
+        of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two; in 2.14 that of a gradient
+        of ``pdist`` is NaN).
         """
         m = self.call.meta[self.nr]
         with torch.no_grad():
@@ -432,10 +433,9 @@ class Opaque(LinearMap):
             # as rounding adds up: of all terms, one that is missing shows
             close = torch.linalg.vector_norm(terms, dtype=torch.float64)
             close = close * max(loose(m.dtype), loose(t.dtype))
-            finite = close.isfinite()
-            if shown((terms.sum(dtype=torch.float64).abs() <= close) & finite):
+            if shown((terms.sum(dtype=torch.float64).abs() <= close) & close.isfinite()):
                 return True
-        return False if shown(finite) else None
+        return False if shown(right.isfinite().all()) else None
 
     def _at_once(self) -> int:
         """How many rows of the matrix are formed at once."""

@@ -111,14 +111,13 @@ def lerp(r):
 # -- one row each -----------------------------------------------------------------------------------
 
 op("Atan2", read=several, curve=in_two(angle, "self", "other"))
-op("Clamp.0 ClampMax.1 ClampMin.1 Fmax Fmin", read=several, curve=flat, selects=True)
+op("Clamp.0 ClampMax.1 ClampMin.1 Fmax Fmin Maximum Minimum", read=several, curve=flat, scales=True)
 op("Div.2", read=several, curve=flat)
 op("Hypot", read=several, curve=in_two(length, "self", "other"))
 op("Igamma Igammac Ldexp SpecialZeta.0", read=several)
 op("Lerp.1", read=several, curve=lerp)
 op("Logaddexp", read=several, curve=in_two(logaddexp(1.0), "self", "other"))
 op("Logaddexp2", read=several, curve=in_two(logaddexp(0.6931471805599453), "self", "other"))
-op("Maximum Minimum", read=several, curve=flat, scales=True)
 op("Pow.1", read=several, curve=in_two(power, "self", "exponent"), scales=True)
 op("SpecialXlog1Py.0", read=several, scales=True)
 op("Xlogy.0", read=several, curve=xlogy, scales=True)

@@ -113,10 +113,10 @@ def group_norm_bend(r) -> Curves | None:
     if r.src[0] is None or r.active(1)[0] or not r.edges(Project):
         return {} if r.src[0] is None else None
     x, shape = r.tensor("input"), r.shape
-    n, c, groups, eps = r.saved("N"), r.saved("C"), r.saved("group"), r.saved("eps")
+    n, c, groups = r.saved("N"), r.saved("C"), r.saved("group")
     inner = (n, groups, prod(shape) // (n * groups))
     mean, rstd = (r.tensor(k).reshape(n, groups, 1) for k in ("result1", "result2"))
-    stats = Once(lambda: statistics(x.reshape(inner), (2,), mean, rstd, eps))
+    stats = Once(lambda: statistics(x.reshape(inner), (2,), mean, rstd, None))
     lift = (c, *(1,) * (len(shape) - 2))
     r.first_only()
     return {r.ids[0]: NormalisationBend(r.src[0], stats, (2,), inner, r.saved("weight"), lift)}
@@ -128,10 +128,9 @@ def group_norm(g):
     n, c, groups = g.saved("N"), g.saved("C"), g.saved("group")
     if 0 in g.shape:
         return None
-    saved, eps = g.tensor("input"), g.saved("eps")
-    inner = (n, groups, prod(g.shape) // (n * groups))
+    saved, inner = g.tensor("input"), (n, groups, prod(g.shape) // (n * groups))
     mean, rstd = (g.tensor(k).reshape(n, groups, 1) for k in ("result1", "result2"))
-    stats = Once(lambda: statistics(saved.reshape(inner), (2,), mean, rstd, eps))
+    stats = Once(lambda: statistics(saved.reshape(inner), (2,), mean, rstd, None))
     lift = (c, *(1,) * (len(g.shape) - 2))
     out = normalise(g, x, w, b, stats, (2,), inner[2], g.saved("weight"), lift, inner)
     return out, *spread_outputs(g, x, stats, (2,), inner, inner[2])
