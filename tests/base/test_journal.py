@@ -177,18 +177,26 @@ def test_a_bar_goes_on_too(tmp_path, monkeypatch, capfd):
 
 
 @pytest.fixture
-def left(tmp_path, monkeypatch):
+def left(tmp_path, monkeypatch, request):
     """The memmap of an interrupted call, and its options."""
     net, x = problem()
+    net.requires_grad_(not hasattr(request, "param"))
     out = mapped(tmp_path / "J.npy", (6, 10, 12))
     kw = {"per_sample": True, "out": out, "chunk_size": 3, "strategy": "reverse-mode"}
     interrupted(monkeypatch, 2, net, x, **kw)
     return net, x, kw
 
 
+def moved(net, by):
+    """With its last weight changed, as by a step of training."""
+    with torch.no_grad():
+        net[-1].weight.mul_(1 + by)
+    return net
+
+
 OTHERS = {
     "inputs": lambda net, x: (net, x + 1),
-    "outputs": lambda net, x: (problem(seed=1)[0], x),
+    "weights": lambda net, x: (moved(net, 1e-12), x),
     "function": lambda net, x: (lambda x: net(x).tanh(), x),
 }
 
@@ -205,6 +213,14 @@ def test_another_computation_is_refused(left, what):
     truth = jactri.jacobian(func, at, per_sample=True)
     assert_close(torch.from_numpy(kw["out"]), truth, F64, length=60)
     assert not path_of(kw["out"]).exists()
+
+
+@pytest.mark.parametrize("left", ["frozen"], indirect=True)
+def test_other_constants_are_refused_by_what_they_do(left):
+    net, x, kw = left
+    with pytest.raises(RuntimeError, match=r"its outputs differs"):
+        jactri.jacobian(moved(net, 1e-8), x, **kw)
+    jactri.jacobian(moved(net, -1e-8), x, **kw)  # but for rounding as they were
 
 
 def test_another_shape_is_refused(left):

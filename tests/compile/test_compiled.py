@@ -240,6 +240,16 @@ def test_values_that_python_reads(name):
     assert any(w in compiled.reason for w in why.split("|")), compiled.reason
 
 
+def test_an_eager_call_is_told_once(caplog):
+    with caplog.at_level(logging.WARNING, "jactri"):
+        compiled = compile(lambda x: x * x.sum().item(), torch.ones(4))
+        compiled(torch.ones(5)), compiled(torch.ones(5))
+    assert compiled.traces == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        f"compiled jacobian runs eagerly: {compiled.reason}"
+    ]
+
+
 def test_samples_that_values_prove_apart():
     """As where rows are picked by index: the ordinary call, unless they are taken to be apart."""
     rows = torch.tensor([2, 0, 1])

@@ -243,3 +243,44 @@ def test_signatures_are_those_of_the_calls():
         names = inspect.signature(getattr(jactri, name)).parameters
         assert "backend" in names
         assert "args" not in names
+
+
+NESTED = [
+    "jacobian",
+    "jvp",
+    "vjp",
+    "gradient",
+    "diagonal",
+    "divergence",
+    "laplacian",
+    "bilaplacian",
+    "jtj",
+]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_nested_call_without_a_graph_warns(name):
+    call, x = CALLS[name], points(F64)
+    with pytest.warns(UserWarning, match=rf"jactri\.{name} inside .* pass create_graph=True"):
+        J = jactri.jacobian(lambda v: call(field, v).reshape(3, -1).sum(1), x)
+    assert not J.any()
+
+
+def test_what_is_meant_does_not_warn():
+    """A constant, a graph, a look, an ordinary call of what requires grad, a call of torch.func's kind."""
+    x, f = points(F64).requires_grad_(), field
+    outer = [
+        lambda v: v * jactri.gradient(f, v.detach()).squeeze(1),
+        lambda v: jactri.gradient(f, v, create_graph=True).squeeze(1),
+        lambda v: v * float(jactri.explain(f, v).chunks) * len(jactri.sparsity(f, v).shape),
+        lambda v: jactri.func.jacrev(f)(v).sum((1, 3)),
+        lambda v: v * _in_no_grad(jactri.gradient, f, v).squeeze(1),
+    ]
+    for g in outer:
+        jactri.jacobian(g, x)
+    jactri.gradient(f, x.sin())
+
+
+def _in_no_grad(call, *args):
+    with torch.no_grad():
+        return call(*args)

@@ -1,6 +1,7 @@
 """`check` must pass right Jacobians and catch wrong ones; `explain` must print the plan that runs."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -155,6 +156,32 @@ def test_check_leaves_no_trace(net):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+LOOKS = {
+    "check": jactri.check,
+    "check with differences": functools.partial(jactri.check, finite_difference=True),
+    "explain": jactri.explain,
+    "explain compiled": functools.partial(jactri.explain, compiled=True, engine="fx"),
+    "profile": functools.partial(jactri.profile, repeats=1),
+    "sparsity": jactri.sparsity,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_statistics_are_as_they_were(look):
+    """Of a module in training mode, that a function holds."""
+    norm = nn.BatchNorm1d(4)
+    before = {name: b.clone() for name, b in norm.named_buffers()}
+    look(lambda x: norm(x).tanh(), torch.randn(5, 4))
+    assert all(torch.equal(b, before[name]) for name, b in norm.named_buffers())
+    assert norm.training
+
+
+def test_check_where_each_run_in_training_goes_on():
+    """Of the estimate of a largest singular value, which the next run starts from."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    assert jactri.check(layer, torch.randn(5, 4)).ok
 
 
 def test_check_converts_captured_tensors_for_float64():

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .classes import PLAIN, plain
+
 _log = logging.getLogger("jactri")
 
 _EVERY = 1.0
@@ -26,7 +28,7 @@ _EVERY = 1.0
 _ENTRIES = 64
 """Entries of a chunk that its checksum covers, and of the outputs that are compared."""
 
-_FORM = 1
+_FORM = 2
 """The form of the file."""
 
 
@@ -44,12 +46,10 @@ def path_of(mapped: np.memmap) -> Path:
     return name.with_name(name.name + part + ".progress")
 
 
-def identity(graph_key, ys, xs, per_sample: bool | str) -> dict:
-    """What makes a computation the same one: its ops and shapes, its inputs bit by bit, samples of its outputs."""
-    inputs = hashlib.sha256()
-    for x in xs:
-        inputs.update(repr((tuple(x.shape), x.dtype)).encode())
-        inputs.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+def identity(graph_key, ys, xs, weights, per_sample: bool | str) -> dict:
+    """What makes a computation the same one: its ops and shapes, its inputs and the ``weights`` that its graph leads to
+    bit by bit, samples of its outputs.
+    """
     samples = []
     for k, y in enumerate(ys):
         flat = y.detach().reshape(-1)
@@ -58,10 +58,23 @@ def identity(graph_key, ys, xs, per_sample: bool | str) -> dict:
     return {
         "form": _FORM,
         "function": hashlib.sha256(repr(graph_key).encode()).hexdigest(),
-        "inputs": inputs.hexdigest(),
+        "inputs": _digest(xs),
+        "weights": _digest(weights),
         "outputs": samples,
+        "rounding": max(torch.finfo(y.dtype).eps for y in ys) ** (2 / 3),
         "per_sample": per_sample,
     }
+
+
+def _digest(tensors) -> str:
+    """Of tensors bit by bit, but for those that are no plain ones in memory (sharded, sparse)."""
+    found = hashlib.sha256()
+    for x in map(plain, tensors):
+        found.update(repr((tuple(x.shape), x.dtype)).encode())
+        if x.__class__ in PLAIN and x.layout is torch.strided:
+            flat = x.detach().cpu().contiguous().view(-1)
+            found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _places(seed: int, shape) -> list[Tensor]:
@@ -72,15 +85,15 @@ def _places(seed: int, shape) -> list[Tensor]:
 
 def _differs(mine: dict, theirs: dict) -> str | None:
     """Which part of two computations is not the same, or None."""
-    for name in ("form", "function", "per_sample", "inputs"):
+    for name in ("form", "function", "per_sample", "inputs", "weights"):
         if mine[name] != theirs.get(name):
             return name
+    rounding = mine["rounding"]
     for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
-        one, two = torch.tensor(a), torch.tensor(b)
+        one, two = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
         # another number of threads may round differently; another function is further away
-        if not torch.allclose(
-            one, two, rtol=1e-3, atol=1e-4 * float(one.abs().max()), equal_nan=True
-        ):
+        atol = rounding * float(one.abs().max())
+        if not torch.allclose(one, two, rtol=rounding, atol=atol, equal_nan=True):
             return "outputs"
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import weakref
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from .free import free_on_host
 from .tracing import aside
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -58,14 +58,7 @@ def free_bytes(device: torch.device) -> int:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         _seen[device] = free
         return free
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_on_host()
 
 
 LARGE = 1 << 26
@@ -225,6 +218,8 @@ def _memory(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 _MOST = (32 << 20) - (64 << 10)
+_AMPLE = 1 << 30
+"""Free bytes below which memory is given back: held in pieces it may serve no large block."""
 _held = 0
 
 
@@ -241,5 +236,6 @@ def hold(amount: float, device: torch.device) -> None:
     amount = int(min(amount, _MOST))
     if device.type == "cpu" and amount > _held:
         _held = amount
-        with aside():
-            torch.empty(amount, dtype=torch.uint8)
+        if free_on_host() > _AMPLE:
+            with aside():
+                torch.empty(amount, dtype=torch.uint8)

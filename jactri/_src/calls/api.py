@@ -36,7 +36,7 @@ from ..prologue.arguments import (
 )
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
-from ..read.behind import reached
+from ..read.behind import leaves_behind, reached
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
@@ -318,7 +318,9 @@ def _rows(ys, xs, asked: Options, dests):
     graph = fold(graph)
     journal = None
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
-        journal = Journal(maps, identity(graph.key, ys, xs, per_sample), asked.resume)
+        weights = [p for y in ys for p in leaves_behind(y, xs)]
+        what = identity(graph.key, ys, xs, weights, per_sample)
+        journal = Journal(maps, what, asked.resume)
         # under one and the same limit, the chunks are those of the call that is resumed
         limit = Budget(asked.memory_limit or journal.limit, budget.device).total
         budget = Budget(int(limit), budget.device)

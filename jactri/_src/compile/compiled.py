@@ -72,6 +72,7 @@ class Compiled(Shown):
         self._plans: Cache[tuple, Plan | Eager] = Cache(_KEPT)
         self._lock = threading.RLock()
         self._last: Plan | Eager | None = None
+        self._told: set[str] = set()
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -231,8 +232,7 @@ class Compiled(Shown):
                 elif any(t.requires_grad for t in tree_leaves(answer)):
                     both = joint(call, traced, flat, reached)
         except Untraceable as reason:
-            _log.info("compiled %s runs eagerly: %s", self._name, reason)
-            return Eager(str(reason), reached)
+            return self._eager(str(reason), reached)
         middle = time.perf_counter()
         if both is not None:
             traced = replace(traced, held=both.held)
@@ -245,8 +245,7 @@ class Compiled(Shown):
             found = run([*flat, *again, *traced.held])
         except (RuntimeError, Unfit) as error:  # no ordinary call ran this: values decided there
             off = f"its graph fails: {error}".split("\n")[0]
-            _log.warning("compiled %s runs eagerly: %s", self._name, off)
-            return Eager(off, reached)
+            return self._eager(off, reached)
         want = tree_leaves(answer)
         inside = dtypes(traced.graph)
         off = apart([*found, *again], want, inside)
@@ -254,9 +253,15 @@ class Compiled(Shown):
             ends = [t for t in (*flat, *traced.held) if t.requires_grad]
             off = apart_in_gradients(found, want, ends, inside)
         if off is not None:
-            _log.warning("compiled %s runs eagerly: %s", self._name, off)
-            return Eager(off, reached)
+            return self._eager(off, reached)
         return Plan(traced, reached, run, built, seconds)
+
+    def _eager(self, reason: str, reached: Reached) -> Eager:
+        """An ordinary call each time: what is not what was asked for is told, once a reason."""
+        if reason not in self._told:
+            self._told.add(reason)
+            _log.warning("compiled %s runs eagerly: %s", self._name, reason)
+        return Eager(reason, reached)
 
     def _built(
         self, traced: Traced, both: Joint | None, given: list[Tensor], inputs: int, written: int

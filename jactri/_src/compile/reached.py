@@ -58,6 +58,15 @@ def called() -> Iterator[dict[nn.Module, None]]:
         hook.remove()
 
 
+def modules_of(found: Any) -> list[nn.Module]:
+    """The modules that something reaches, with those inside of them."""
+    return list(dict.fromkeys(inner for m in _roots(found) for inner in m.modules()))
+
+
+def _roots(found: Any) -> list[nn.Module]:
+    return [m for m in _walk(found) if isinstance(m, nn.Module)]
+
+
 class Reached:
     """The modules that ``func`` and ``options`` reach, and those that are ``called``, as they were when this was made.
 
@@ -71,7 +80,7 @@ class Reached:
         called: Iterable[nn.Module] = (),
         in_weights: bool = False,
     ):
-        self.roots = [m for m in _walk((func, options)) if isinstance(m, nn.Module)]
+        self.roots = _roots((func, options))
         found = dict.fromkeys(m for root in self.roots for m in root.modules())
         for root in called:
             if root not in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Iterable
 
@@ -14,11 +13,10 @@ from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
 from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
 from ..base.remedies import NO_DERIVATIVE, returned
-from ..base.tracing import own
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, as_tuple, check_samples
-from ..prologue.running import computing, record
+from ..prologue.running import buffers_kept, computing, record
 from ..read import handover
 from ..read.behind import leaves_behind, reached
 from ..read.graph import Graph, UnsupportedGraph
@@ -87,32 +85,6 @@ def chosen(module, params) -> dict[str, Tensor]:
     return found
 
 
-@contextlib.contextmanager
-def _buffers_kept(module):
-    """Put back the buffers that a forward pass in training mode writes to; gives what may be put back."""
-    saved = [
-        (m, name, b, b.clone(), b._version)
-        for m in module.modules()
-        if m.training and not own()  # whose ops write nothing
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    try:
-        yield saved
-    finally:
-        with torch.no_grad():
-            for m, name, b, copy, version in saved:
-                if b._version != version:
-                    b.copy_(copy)
-                elif b.layout is torch.strided and all(b.stride()):
-                    # native ops write to statistics without telling; those are dense
-                    if b.device.type != "cpu":  # to compare would wait for the device
-                        b.data.copy_(copy)
-                    elif not torch.equal(b, copy):
-                        b.copy_(copy)
-                m._buffers[name] = b
-
-
 class Recorded(Used):
     """The output ``y`` of one forward pass, the graph to its parameters, and the structure of their uses.
 
@@ -140,7 +112,11 @@ class Recorded(Used):
             )
         self.create_graph = create_graph
         self._was_read = False
-        with torch.inference_mode(False), torch.enable_grad(), _buffers_kept(module) as written:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            buffers_kept(module.modules()) as written,
+        ):
             ends = [
                 leaf_and_given(t, create_graph) if _differentiable(t) else (_ordinary(t),) * 2
                 for t in xs

@@ -7,20 +7,24 @@ size). Products run outside of autocast: they belong to the graph, whose dtypes 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
 from ...kernels.support import Ready
 from ..base import backends
 from ..base.classes import PLAIN, dressed, leaf_and_given, plain
 from ..base.remedies import misfit, not_callable
+from ..base.tracing import own
 from ..read import ranges
 from ..read.ranges import watching
 from .arguments import outputs
@@ -112,11 +116,15 @@ class Ran(NamedTuple):
         return dressed(answer, (*(self.result if self.tupled else (self.result,)), *xs))
 
 
-def prepare(func, xs: tuple[Tensor, ...], create_graph: bool, call: str = "jacobian") -> Ran:
-    """Run ``func`` on inputs that require grad, for a call of this name."""
+def prepare(
+    func, xs: tuple[Tensor, ...], create_graph: bool, call: str = "jacobian", answers: bool = True
+) -> Ran:
+    """Run ``func`` on inputs that require grad, for a call of this name. ``answers``: what comes of it are numbers."""
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     grad = torch.is_grad_enabled()
+    if grad and answers and not create_graph and recording() and any(x.requires_grad for x in xs):
+        warnings.warn(_CONSTANT.format(call), stacklevel=2)
     torch._C._set_grad_enabled(True)
     try:
         leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
@@ -134,6 +142,11 @@ def prepare(func, xs: tuple[Tensor, ...], create_graph: bool, call: str = "jacob
         torch._C._set_grad_enabled(grad)
     return Ran(ys, leaves, tupled_out, result)
 
+
+_CONSTANT = (
+    "jactri.{} inside of a function that jactri differentiates gives a constant, whose derivative is zero, as torch's "
+    "does: pass create_graph=True to differentiate it too, or inputs.detach() where a constant is meant"
+)
 
 _recording = threading.local()
 
@@ -200,6 +213,32 @@ class _Eager:
 
 
 _eager = _Eager()
+
+
+@contextlib.contextmanager
+def buffers_kept(modules: Iterable[Module]):
+    """Put back the buffers that a forward pass in training mode writes to; gives what may be put back."""
+    saved = [
+        (m, name, b, b.clone(), b._version)
+        for m in modules
+        if m.training and not own()  # whose ops write nothing
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for m, name, b, copy, version in saved:
+                if b._version != version:
+                    b.copy_(copy)
+                elif b.layout is torch.strided and all(b.stride()):
+                    # native ops write to statistics without telling; those are dense
+                    if b.device.type != "cpu":  # to compare would wait for the device
+                        b.data.copy_(copy)
+                    elif not torch.equal(b, copy):
+                        b.copy_(copy)
+                m._buffers[name] = b
 
 
 def detached(result: Any):

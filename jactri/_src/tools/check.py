@@ -19,9 +19,10 @@ from ..base.elsewhere import check_here
 from ..base.tables import Shown, Table
 from ..calls.api import jacobian
 from ..calls.finite_difference import Differences
+from ..compile.reached import modules_of
 from ..plan.samples import probe_mixing
 from ..prologue.arguments import as_tuple
-from ..prologue.running import eagerly, public
+from ..prologue.running import buffers_kept, eagerly, public
 from .report import explain, fallbacks
 
 _TIMED_SECONDS = 0.5
@@ -184,10 +185,10 @@ def check(
 ) -> CheckReport:
     """Compare `jactri.jacobian` with ``torch.autograd.functional.jacobian`` in the inputs' dtype and in float64.
 
-    ``func`` is run several times, each with the same random state (which is restored afterwards); in float64 every
-    tensor that it uses is converted, scripted modules in a copy. The check passes if jactri in float64 agrees with
-    float64 autograd to rounding, and if in the inputs' dtype its error is no more than ten times torch's own (or a few
-    hundred units of rounding).
+    ``func`` is run several times, each with the same random state and the same buffers of modules in training mode,
+    which are restored afterwards; in float64 every tensor that it uses is converted, scripted modules in a copy. The
+    check passes if jactri in float64 agrees with float64 autograd to rounding, and if in the inputs' dtype its error is
+    no more than ten times torch's own (or a few hundred units of rounding).
 
     Args:
         func: as of `jactri.jacobian`.
@@ -220,11 +221,11 @@ def check(
         ok
     """
     tupled, xs = as_tuple(inputs, "inputs", "check")
-    given, func = func, eagerly(func)
+    given, func, modules = func, eagerly(func), modules_of(func)
     devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
 
     def same_random(call):
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), buffers_kept(modules):
             return call()
 
     def ours(args):
@@ -256,11 +257,13 @@ def check(
         report = replace(report, float64_rel_error=nan, reason=reason)
     elif len({len(blocks) for blocks in lists}) == 1 and not mixes:
         if finite_difference:
-            near = Differences(func64, wides, None, False, per_sample)
-            report = _judged(report, near, lists, xs[0].dtype)
+            with buffers_kept(modules):
+                near = Differences(func64, wides, None, False, per_sample)
+                report = _judged(report, near, lists, xs[0].dtype)
         elif report.float64_rel_error > _ROUNDED and real:
-            near = Differences(func64, wides, None, False, "assume" if per_sample else False)
-            report = _judged(report, near, lists, xs[0].dtype, _worst(lists, near))
+            with buffers_kept(modules):
+                near = Differences(func64, wides, None, False, "assume" if per_sample else False)
+                report = _judged(report, near, lists, xs[0].dtype, _worst(lists, near))
     if raise_on_error and not report.ok:
         raise JacobianMismatch(str(report))
     return report

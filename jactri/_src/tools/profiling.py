@@ -19,9 +19,10 @@ from ..base import backends, rates
 from ..base.memory import si
 from ..base.tables import Shown, Table
 from ..calls.api import jacobian
+from ..compile.reached import modules_of
 from ..plan.planner import predict
 from ..prologue.arguments import as_tuple
-from ..prologue.running import public
+from ..prologue.running import buffers_kept, public
 from ..read.ranges import Layers, Session
 from .report import StepReport, steps_of
 
@@ -151,7 +152,7 @@ def profile(
         OSError: a ``path`` that cannot be written to, before anything is computed. Else what `jacobian` raises.
 
     Cost:
-        ``repeats + 2`` calls of `jacobian`, one more for a trace.
+        ``repeats + 2`` calls of `jacobian`, one more for a trace. Buffers of modules in training mode are put back.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -190,7 +191,7 @@ def profile(
             _on_device(session, profiler.profiler.kineto_results.events())
         return _Call.of(session, backend)
 
-    with contextlib.ExitStack() as undo:
+    with buffers_kept(modules_of(func)), contextlib.ExitStack() as undo:
         if made:  # no empty file is left where this raises
             undo.callback(Path(path).unlink, missing_ok=True)
         call(Session())  # what is built and measured once

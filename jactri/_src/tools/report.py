@@ -15,6 +15,7 @@ from ..base.tables import Shown, Table
 from ..calls import whole
 from ..compile.compilation import Compilation
 from ..compile.compiled import compile
+from ..compile.reached import modules_of
 from ..device import batching, chooser
 from ..maps.layout import FREE, Layout
 from ..plan import patching
@@ -26,7 +27,7 @@ from ..plan.planner import Plan
 from ..plan.planning import Wanted, answer_bytes, plan_for, proof, prove_by_probe, split_samples
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, as_tuple, check_batch
-from ..prologue.running import computing, prepare, public
+from ..prologue.running import buffers_kept, computing, prepare, public
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.ranges import layer_of, op_of, opaque_of
 from ..read.reading import read
@@ -212,7 +213,7 @@ def explain(
 
     Cost:
         One run of ``func``, and reading its graph; where autograd computes the function as a whole, a first row or
-        column of it. ``compiled=True`` costs what compiling costs.
+        column of it. ``compiled=True`` costs what compiling costs. Buffers of modules in training mode are put back.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
@@ -226,11 +227,12 @@ def explain(
         "strategy": strategy, "per_sample": per_sample, "chunk_size": chunk_size,
         "memory_limit": memory_limit, "backend": backend,
     }  # fmt: skip
-    found = _explained(func, inputs, **options)
-    if not compiled:
-        return found
-    _, given = as_tuple(inputs, "inputs", "explain")
-    return replace(found, compiled=compile(func, *given, engine=engine, **options).explain())
+    with buffers_kept(modules_of(func)):
+        found = _explained(func, inputs, **options)
+        if not compiled:
+            return found
+        _, given = as_tuple(inputs, "inputs", "explain")
+        return replace(found, compiled=compile(func, *given, engine=engine, **options).explain())
 
 
 def _explained(
@@ -239,7 +241,7 @@ def _explained(
     """The plan of a call."""
     _, given = as_tuple(inputs, "inputs", "explain")
     backends.check_asked(backend, given[0].device if given else None, False)
-    ys, xs, _, _ = prepare(func, given, False, "explain")
+    ys, xs, _, _ = prepare(func, given, False, "explain", answers=False)
     check_batch(per_sample, ys, xs)
     with computing(False, backend):
         if not all(t.numel() for t in (*xs, *ys)):

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..base.memory import si
 from ..base.tables import Picture, Shown, spy
 from ..calls.api import nest
+from ..compile.reached import modules_of
 from ..plan.pattern import Trace, pattern_of
 from ..prologue.arguments import as_tuple, check_batch
-from ..prologue.running import computing, prepare, public
+from ..prologue.running import buffers_kept, computing, prepare, public
 from ..read.graph import UnsupportedGraph
 from ..read.reading import read
 from ..run.entries import unravel
@@ -102,13 +103,14 @@ def sparsity(
                 [0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     tupled, xs = as_tuple(inputs, "inputs", "sparsity")
-    ys, leaves, tupled_out, _ = prepare(func, xs, False, "sparsity")
-    check_batch(per_sample, ys, leaves)
-    try:
-        with computing(False):
-            graph = read(ys, leaves)
-    except UnsupportedGraph as reason:
-        raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
+    with buffers_kept(modules_of(func)):
+        ys, leaves, tupled_out, _ = prepare(func, xs, False, "sparsity", answers=False)
+        check_batch(per_sample, ys, leaves)
+        try:
+            with computing(False):
+                graph = read(ys, leaves)
+        except UnsupportedGraph as reason:
+            raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
     traces = [None if v is None else Trace(graph, v) for v in graph.inputs]
     rows = []
     for j, end in enumerate(graph.outputs):
