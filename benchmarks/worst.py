@@ -2,8 +2,9 @@
 
 Each input of `benchmarks.worst_cases` is computed by jactri, by a loop of backward passes, and by torch's own forward
 mode or torch.func where they apply. Answers are held against float64 first. Then calls are timed interleaved; the peak
-of memory, and the time of a first call at these sizes, are taken in fresh processes, in which the libraries are loaded
-and nothing else was computed. Ratios are jactri to the others' fastest: above 1, jactri is worse.
+of memory, and the time of a first call at these sizes, are taken in fresh processes, in which the libraries are loaded,
+the machine's rates are known (jactri measures them once a process, in 20 ms and 10 MB), and nothing else was computed.
+Ratios are jactri to the others' fastest: above 1, jactri is worse.
 
 A ``memory_limit`` counts from where the function has run, so the memory of that is taken off the peak. Exit status 1
 if jactri was wrong or failed anywhere; never because of a time or a size.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jactri._src.base import rates
 from jactri._src.base.memory import MemoryLimitTooSmall, parse_bytes
 
 from . import checks, compare, machine, memory, report, timing
@@ -50,6 +52,7 @@ def truth(case: Case, quick: bool) -> Tensor:
 def alone(case: Case, name: str, limit: Limit, quick: bool) -> dict[str, Any]:
     """One contender's ("forward": the function's) first call in this process: seconds, and bytes above what it held."""
     warnings.simplefilter("ignore")  # what is left on stderr, nobody meant
+    rates.measured(torch.device("cpu"))
     first, given = case.given(quick=True), case.given(quick)
     for g in (first, given):
         call = {"forward": g.forward, **contenders(g, limit)}[name]

@@ -270,11 +270,11 @@ def test_what_is_meant_does_not_warn():
     """A constant, a graph, a look, an ordinary call of what requires grad, a call of torch.func's kind."""
     x, f = points(F64).requires_grad_(), field
     outer = [
-        lambda v: v * jactri.gradient(f, v.detach()).squeeze(1),
-        lambda v: jactri.gradient(f, v, create_graph=True).squeeze(1),
+        lambda v: v * jactri.gradient(f, v.detach()).sum(1),
+        lambda v: jactri.gradient(f, v, create_graph=True).sum(1),
         lambda v: v * float(jactri.explain(f, v).chunks) * len(jactri.sparsity(f, v).shape),
         lambda v: jactri.func.jacrev(f)(v).sum((1, 3)),
-        lambda v: v * _in_no_grad(jactri.gradient, f, v).squeeze(1),
+        lambda v: v * _in_no_grad(jactri.gradient, f, v).sum(1),
     ]
     for g in outer:
         jactri.jacobian(g, x)

@@ -327,7 +327,10 @@ def _rows(ys, xs, asked: Options, dests):
         wanted = wanted._replace(budget=budget, steady=True)
     plan = None
     if per_sample:
-        plan = proof(graph, strategy, ys, xs, given=dests is not None, sparse=sparse)
+        limited = budget.given is not None
+        plan = proof(
+            graph, strategy, ys, xs, given=dests is not None, sparse=sparse, limited=limited
+        )
         if not plan.tied and not sparse:
             if per_sample == ASSUME:
                 strategy = "reverse-mode" if strategy == "auto" else strategy

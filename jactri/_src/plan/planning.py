@@ -127,6 +127,8 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
         times = sorted(plan.seconds.values())
         if steady or len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
             return plan
+        if limit < 2 * rates.taken(device.type):  # it would not be kept
+            return plan
         return make_plan(graph, strategy, summed, rates=rates.measured(device), **how)
 
     key = (
@@ -134,7 +136,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
         device.type, budget.bound,
     )  # fmt: skip
     try:
-        plan = _kept(key, make, budget, chunk_size)
+        plan = _kept(key, make, budget, chunk_size, steady)
     except MemoryLimitTooSmall as error:
         raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
     if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
@@ -154,11 +156,14 @@ def _at_once(plan: Plan, device) -> bool:
 
 
 def proof(
-    graph: Graph, strategy: str, ys, xs, *, given: bool = False, sparse: bool = False
+    graph: Graph, strategy: str, ys, xs, *, given: bool = False, sparse: bool = False, limited=False
 ) -> Plan:
-    """The plan that tells whether samples are kept apart (``tied``), and that runs if it takes little memory."""
+    """The plan that tells whether samples are kept apart (``tied``), and that runs if it takes little memory.
+
+    ``limited``: whether the call has a limit; then it is made under rough rates, and does not run.
+    """
     budget = Budget.unbounded(xs[0].device)
-    wanted = Wanted(budget, strategy, per_sample=True, given=given, sparse=sparse)
+    wanted = Wanted(budget, strategy, True, given=given, steady=limited, sparse=sparse)
     return plan_for(graph, ys, xs, wanted)
 
 
@@ -192,12 +197,12 @@ def plan_for_given(
         raise budget.refusal(ONE_SEED, error.need, size) from None
 
 
-def _kept(key: tuple, make, budget: Budget, chunk_size: int | None) -> Plan:
+def _kept(key: tuple, make, budget: Budget, chunk_size: int | None, steady=False) -> Plan:
     """The plan that ``make(limit)`` gives, remembered by ``key`` where the memory that is free does not decide."""
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = make(inf if budget.bound is None else budget.bound)
-        if budget.bound is None:
+        if budget.bound is None and not steady:
             hold(plan.peak, budget.device)
     if budget.bound is None and chunk_size is None and not budget.fits(plan.peak):
         return make(budget.left)

@@ -363,6 +363,8 @@ def add_terms(
             total, own = data, fresh
         elif own and writable and total.dtype == data.dtype:
             total.add_(data)
+        elif fresh and writable and (data.dtype, data.shape) == (total.dtype, total.shape):
+            total, own = data.add_(total), True
         else:
             total, own = total + data, True
     if sparse:
