@@ -52,13 +52,13 @@ def measured(device: torch.device) -> Rates:
         return guess
     n = 512 if device.type == "cpu" else 4096
     with aside(), torch.inference_mode(False), torch.no_grad():
-        a = torch.ones(n, n, device=device)
-        product = _median(lambda: backends.product(a, a, True), device)
+        a = b = torch.ones(n, n, device=device)
+        product = _median(lambda: backends.product(a, b, True), device)
         call = _median(lambda: a[:4, :4] * 2.0, device)
-        del a  # one after the other, so that little is taken at once
-        source, target = torch.ones(2, taken(device.type) >> 3, device=device)
-        copy = _median(lambda: target.copy_(source), device)
-    return Rates(2.0 * n**3 / product, 2 * target.nbytes / copy, max(call, guess.step / 2))
+        # the first are given back: little is to be taken at once
+        a, b = torch.ones(2, taken(device.type) >> 3, device=device)
+        copy = _median(lambda: a.copy_(b), device)
+    return Rates(2.0 * n**3 / product, 2 * a.nbytes / copy, max(call, guess.step / 2))
 
 
 def taken(device_type: str) -> int:
