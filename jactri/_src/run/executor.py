@@ -312,8 +312,7 @@ def _fused(
         last, given = item.steps[-1], {item.term: made}
         blocks[item.value] = add_terms(graph, sweep, last, blocks, sel, writable, given)
     elif made is not None:
-        once = all(s for n, s in zip(made.shape, made.stride(), strict=True) if n > 1)
-        blocks[item.value] = (made, made is not direct and once)
+        blocks[item.value] = (made, made is not direct and _once(made))
     else:
         if item.kind == "first" and data[0] is None:
             blocks[sweep.seed] = seed_block(sweep, sel, graph.values[sweep.seed]), False
@@ -322,6 +321,11 @@ def _fused(
     for f in item.frees:
         if f not in pinned:
             del blocks[f]
+
+
+def _once(block: Tensor) -> bool:
+    """Whether each entry has memory of its own."""
+    return all(s for n, s in zip(block.shape, block.stride(), strict=True) if n > 1)
 
 
 def add_terms(
@@ -344,7 +348,7 @@ def add_terms(
         edge = graph.values[term.owner].sources[term.edge][1]
         plain = term.route.out.tied == step.layout.tied
         if i in made:
-            data, fresh = made[i], True
+            data, fresh = made[i], _once(made[i])
         else:
             data, _ = blocks[term.other]
             if own and writable and plain and data is not None and edge.places(sweep.reverse):
