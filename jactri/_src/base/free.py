@@ -46,9 +46,9 @@ def _of_groups() -> Iterator[int]:
     for line in _text(_PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            version, roots = 2, (_GROUPS, _GROUPS / "unified")
+            version, roots = 2, [_GROUPS, _GROUPS / "unified"]
         elif "memory" in controllers.split(","):
-            version, roots = 1, (_GROUPS / "memory",)
+            version, roots = 1, [_GROUPS / "memory"]
         else:
             continue
         for root in roots:

@@ -91,7 +91,7 @@ class GGN(Shown):
         True
     """
 
-    def __init__(self, factors: Factors, loss_hessian):
+    def __init__(self, factors: Factors[Recorded], loss_hessian):
         self._factors = factors
         self.jacobian, self.hessian = ParameterJacobian(factors), loss_hessian
         shape = tuple(self.output.shape)

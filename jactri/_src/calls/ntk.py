@@ -93,7 +93,7 @@ def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Ten
         return _kernel([Factors(run, chunk_size, memory_limit) for run in runs], compute)
 
 
-def _kernel(factors: list[Factors], compute: str) -> Tensor:
+def _kernel(factors: list[Factors[Recorded]], compute: str) -> Tensor:
     first, second = factors[0], factors[-1]
     a, b = first.run, second.run
     if a.out != b.out:

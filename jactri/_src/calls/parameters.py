@@ -108,7 +108,7 @@ class ParameterJacobian(Shown):
         (torch.Size([5, 2, 2]), torch.Size([5, 2, 5, 2]))
     """
 
-    def __init__(self, factors: Factors):
+    def __init__(self, factors: Factors[Recorded]):
         run = factors.run
         self._factors, self._run = factors, run
         self.output: Tensor = run.y if run.create_graph else run.y.detach()
@@ -430,7 +430,7 @@ class ParameterJacobian(Shown):
             return made.reshape(n, *run.out, *(() if diagonal else run.out))
 
 
-def formed_gram(first: Factors, second: Factors) -> Tensor:
+def formed_gram(first: Factors[Recorded], second: Factors[Recorded]) -> Tensor:
     """``J J^T`` of two Jacobians, ``(*output, *output)``, by the Jacobians themselves."""
     run, other = first.run, second.run
     a, b = run.y, other.y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from .used import Chunks, Used, selections
 FORMED = 1 << 28
 """Bytes of Jacobians that are formed at once on the way to a product of them, at most."""
 
+Run = TypeVar("Run", bound=Used)
 
-class Factors:
+
+class Factors(Generic[Run]):
     """The factors of ``run``'s Jacobian, computed at first use and kept while they fit."""
 
-    def __init__(self, run: Used, chunk_size: int | None, memory_limit: int | str | None):
+    def __init__(self, run: Run, chunk_size: int | None, memory_limit: int | str | None):
         self.run = run
         self.chunk_size, self.memory_limit = chunk_size, memory_limit
         self._kept: dict[str, list[Piece]] | None = None

@@ -183,7 +183,8 @@ def _seen(role: Role, edge, sizes: dict[int, int], sel: Selection) -> Tensor:
     """What an edge multiplies cotangents by, one axis a letter."""
     if role.kind == "matrix":
         return cut(edge.partner.reshape([sizes[s] for s in role.letters]), role.letters, sel)
-    x, samples = edge.x, []
+    x = edge.x
+    samples: list[int] = []
     while prod([sizes[s] for s in samples]) < x.shape[0]:
         samples.append(role.letters[len(samples)])
     if any(s in sel for s in samples):  # before there are patches of it
