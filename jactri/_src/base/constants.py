@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
-from math import prod
+from math import comb, prod
 
 import torch
 from torch import Tensor
@@ -41,16 +42,21 @@ def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
 def halves(n: int, device) -> Tensor:
     """Masks ``(K, n)`` over ``n`` entries such that every two are told apart by one of them, both ways round.
 
-    They are the bits of an entry's number, and of how many of these are zeros (Berger 1961): if the ones of one number
-    are among another's, it has more zeros, and so a bit there that the other has not. ``K`` is about ``log2(n)``.
+    Each entry is in half of the masks, and no two in the same: ``K choose K/2`` entries, the most that ``K`` masks can
+    tell apart (Sperner 1928). ``K`` is about ``log2(n)``.
     """
 
     def make() -> tuple[Tensor]:
-        index, width = torch.arange(n, dtype=torch.int32), (n - 1).bit_length()
-        bits = [index >> i & 1 == 1 for i in range(width)]
-        zeros = width - torch.stack(bits).sum(0)
-        more = [zeros >> i & 1 == 1 for i in range(width.bit_length())]
-        return (torch.stack([*bits, *more]).to(device),)
+        k = next(k for k in itertools.count(1) if comb(k, k // 2) >= n)
+        # the choices in lexicographic order: how many places are left to fill, and how many choices to skip
+        left, skip = torch.full((n,), k // 2), torch.arange(n)
+        masks = []
+        for rest in reversed(range(k)):
+            first = torch.tensor([comb(rest, c - 1) if c else 0 for c in range(k // 2 + 1)])[left]
+            masks.append(skip < first)
+            skip = skip - first * ~masks[-1]
+            left = left - masks[-1].long()
+        return (torch.stack(masks).to(device),)
 
     if n < 2:
         return torch.empty(0, n, dtype=torch.bool, device=device)

@@ -36,7 +36,7 @@ from ..prologue.arguments import (
 )
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
-from ..read.behind import leaves_behind, reached
+from ..read.behind import Walk, leaves_behind, reached
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
@@ -44,7 +44,7 @@ from ..run.answers import Answer
 from ..run.banded import Banded
 from ..run.entries import Entries, check_pattern, nothing
 from ..run.executor import run
-from . import reentrant, whole
+from . import few, reentrant, whole
 from .strictness import check_dependence
 
 
@@ -303,8 +303,13 @@ def _rows(ys, xs, asked: Options, dests):
     )  # fmt: skip
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)
+    walk = Walk(ys, xs)
+    if (engine := few.foreseen(walk, ys, xs, asked, budget)) is not None:
+        rows = few.rows(ys, xs, asked, budget, engine, dests)
+        if rows is not None:
+            return rows
     try:
-        graph = read(ys, xs, handles=asked.handles)
+        graph = read(ys, xs, handles=asked.handles, walk=walk)
     except UnsupportedGraph as reason:
         if sparse:
             raise ValueError(

@@ -6,7 +6,8 @@ cotangent, and its derivative there is a Jacobian-vector product ("double vjp").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -51,6 +52,8 @@ class Whole:
     budget: Budget
     strategy: str = "auto"
     chunk_size: int | None = None
+    measured: bool = True
+    """Whether what seeds take is measured, to size chunks by it."""
 
     @cached_property
     def why(self) -> str | None:
@@ -100,10 +103,10 @@ def rows(
     if dests is None:
         budget = budget.less(answer_bytes(ys, xs, per_sample))
     whole = Whole(ys, xs, per_sample, reason, budget, strategy, chunk_size)
-    return _by_either(whole, lambda passes: _filled(whole, passes, dests))
+    return _by_either(whole, lambda passes: filled(whole, passes, dests))
 
 
-def _filled(whole: Whole, passes: Iterable[Passes], dests) -> list[list[Tensor]]:
+def filled(whole: Whole, passes: Iterable[Passes], dests) -> list[list[Tensor]]:
     """The blocks of the answer, in ``dests`` where there are any."""
     per_sample, forward = whole.per_sample, whole.strategy == "forward-mode"
     found: dict[tuple[int, int], _Block] = {}
@@ -196,9 +199,14 @@ def _by_either(whole: Whole, run: Callable[[Iterable[Passes]], T]) -> T:
         except UNUSUAL as error:  # by rows, any other fault is raised again
             logger.info("fallback: the function has no columns (%s); it is computed by rows", error)
     try:
-        return run(_row(whole, j) for j, y in enumerate(whole.ys) if y.requires_grad and y.numel())
+        return run(all_rows(whole))
     except MemoryLimitTooSmall as error:
         raise min(error, refused or error, key=lambda e: e.need) from None
+
+
+def all_rows(whole: Whole) -> Iterator[Passes]:
+    """The rows of every output."""
+    return (_row(whole, j) for j, y in enumerate(whole.ys) if y.requires_grad and y.numel())
 
 
 def _check(ys, xs, per_sample, reason: UnsupportedGraph) -> None:
@@ -269,13 +277,15 @@ class Passes:
         n, start = min(self.n, most or self.n), 0
         while start < n and self.targets:
             count = min(self.at_once(), n - start)
-            with Taken() as taken:
+            with Taken() if self.whole.measured else nullcontext() as taken:
                 made = self.product(self._seeds(start, count))
                 if self.check is not None:
                     self.check(start, made)
             write(start, made)
             del made  # not beside the next
             start += count
+            if taken is None:
+                continue
             each = taken.peak / count  # too low of seeds that vmap could not take
             self.each = each if self.each == inf else max(self.each, each)
             if count == 1 and self.chunk_size is None:

@@ -405,7 +405,8 @@ def make_plan(
         ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
-    if both and not summed and not sparse and all(ways.values()):
+    meet = both and not summed and not sparse and all(ways.values())
+    if meet and (strategy == "mixed" or _may_pay(ways, cost, rates)):
         table = _meeting(graph, strategy, terms)
     if table is not None:
         cost["mixed"] = table.seconds
@@ -486,6 +487,13 @@ def _cut(
 
 def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
     return any(untied_targets(graph, sweep) for sweep in sweeps)
+
+
+def _may_pay(ways: dict[str, list[Sweep]], cost: dict[str, float], rates: Rates) -> bool:
+    """Whether a cut can save as much as it is worth to look for: seeds, and no steps."""
+    best = min(cost, key=lambda name: cost[name])
+    steps = sum(len(s.items or s.steps) for s in ways[best])
+    return cost[best] - rates.step * steps > rates.step * max(1.0, steps / 10)
 
 
 def _meeting(graph: Graph, strategy: str, terms: _Terms) -> mixed.Table | None:

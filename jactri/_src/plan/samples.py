@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,9 @@ from ..read.graph import Graph, Value
 from ..read.opaque import why_not
 from .planner import CACHE_BYTES
 from .sweep import Sweep
+
+Product = Callable[[Tensor], Sequence[Tensor]]
+"""Of a block of cotangents: those of the inputs that are reached."""
 
 REMEDY = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
 """What a refusal of samples that mix ends with."""
@@ -39,7 +42,9 @@ class Leak:
         )
 
 
-def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
+def probe_mixing(
+    outputs, inputs, through: Graph | None = None, products: Mapping[int, Product] | None = None
+) -> Leak | None:
     """The largest derivative of an output of one sample in the input of another, or None.
 
     A random cotangent on some of the samples must leave exactly zero gradient on the others. The masks of `halves`
@@ -49,6 +54,7 @@ def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
 
     ``through``: pull through this graph, whose last inputs are ``inputs``, several masks at once: autograd would run
     the caller's hooks on gradients, which are not to see what means nothing, nor to hide what is there.
+    ``products``: by output, what pulls all masks at once, where there are no such hooks.
     """
     n = outputs[0].shape[0]
     if n < 2:
@@ -60,9 +66,12 @@ def probe_mixing(outputs, inputs, through: Graph | None = None) -> Leak | None:
         if not y.requires_grad:
             continue
         noise = _noise(y)
-        for masks in halves(n, y.device).split(1 if through is None else _at_once(through)):
+        together = n if products else 1 if through is None else _at_once(through)
+        for masks in halves(n, y.device).split(together):
             weights = noise * masks.view(-1, n, *([1] * (y.dim() - 1)))
-            if through is None:
+            if products:
+                grads = [g for g in products[j](weights) if g.numel()]
+            elif through is None:
                 grads = [g.unsqueeze(0) for g in _gradients(y, inputs, weights[0], graph)]
             else:
                 only = [weights if k == j else None for k in range(len(outputs))]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..maps.layout import FREE, Colours, Layout, Selection, SplitSeed
 from ..maps.linear_map import Route
-from ..read.graph import Graph
+from ..read.graph import Graph, Value
 
 if TYPE_CHECKING:
     from .patches import ReceptiveField
@@ -277,36 +277,24 @@ def from_blocks(
     for v, at in seeds.items():
         if v in present:  # what a caller gives may be of any sample its own
             layouts[v], ones[v], alike[v] = at, unit_seed, at is layout
+    known: dict[tuple, _Made] = {}  # long graphs repeat themselves
+    same = {at: at for at in layouts.values()}  # a map asks whether its layout is that of its route
     for v in order:
         if v in seeds:
             continue
-        terms, meet, flops, written, sums = [], None, 0.0, 0.0, 0
-        unit = len(incoming[v]) == 1
-        for other, owner, e in incoming[v]:
-            source, edge = values[owner].sources[e]
-            at = layouts[other]
-            route = edge.route(at, values[source].shape, values[owner].shape, reverse)
-            terms.append(Term(other, owner, e, route))
-            meet = route.out if meet is None else meet.meet(route.out)
-            # under an identity seed a scaling is its derivative, a contraction its matrix
-            free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
-            itself = len(terms) > 1 and edge.places(reverse)  # added where it belongs
-            sums += len(terms) > 1 and not itself
-            if route.moves and not free:
-                made = (route.mid if itself else route.out).numel
-                if alike[other] and edge.uniform:
-                    made //= prod(route.out.shape[a] for a in route.out.tied_axes)
-                flops += route.work * made
-                written += made * values[v].dtype.itemsize
-            shares = not route.moves or (ones[other] and route.axis is not None)
-            unit = unit and ones[other] and not route.moves and not route.out.free
-        if sums:
-            flops += meet.numel * sums
-            written += meet.numel * values[v].dtype.itemsize
-        layouts[v], ones[v] = meet, unit
-        alike[v] = len(terms) == 1 and alike[terms[0].other] and edge.uniform
-        shares = shares and len(terms) == 1
-        steps.append(Step(v, tuple(terms), meet, tuple(frees.get(v, ())), flops, written, shares))
+        into = incoming[v]
+        key = values[v].dtype, *[
+            (*_form(values[w], e), values[values[w].sources[e][0]].shape, layouts[u], ones[u], alike[u])
+            for u, w, e in into
+        ]  # fmt: skip
+        made = known.get(key)
+        if made is None:
+            made = _made(values, v, into, layouts, ones, alike, reverse)
+            at = same.setdefault(made.layout, made.layout)
+            made = known[key] = made._replace(layout=at)
+        routes, layouts[v], flops, written, shares, ones[v], alike[v] = made
+        terms = tuple([Term(*at, route) for at, route in zip(into, routes, strict=True)])
+        steps.append(Step(v, terms, layouts[v], tuple(frees.get(v, ())), flops, written, shares))
     return Sweep(
         reverse=reverse, seed=next(iter(seeds)), layout=layout, steps=steps, layouts=layouts,
         targets=[t if t in present else None for t in targets],
@@ -314,6 +302,54 @@ def from_blocks(
         alike=frozenset(v for v, same in alike.items() if same),
         **fields,
     )  # fmt: skip
+
+
+def _form(value: Value, e: int) -> tuple:
+    """What determines an edge of a value but for the shape of its source."""
+    edge = value.sources[e][1]
+    return value.op, value.shape, edge.__class__, edge.key
+
+
+class _Made(NamedTuple):
+    """A step but for the values that it is of: alike where what leads to it is."""
+
+    routes: list[Route]
+    layout: Layout
+    flops: float
+    bytes: float
+    shares: bool
+    unit: bool
+    """Whether the block is an identity, and"""
+    alike: bool
+    """whether it is the same for all samples."""
+
+
+def _made(values: list[Value], v: int, incoming, layouts, ones, alike, reverse: bool) -> _Made:
+    routes, meet, flops, written, sums = [], None, 0.0, 0.0, 0
+    itemsize = values[v].dtype.itemsize
+    unit = alone = len(incoming) == 1
+    for other, owner, e in incoming:
+        source, edge = values[owner].sources[e]
+        route = edge.route(layouts[other], values[source].shape, values[owner].shape, reverse)
+        routes.append(route)
+        meet = route.out if meet is None else meet.meet(route.out)
+        # under an identity seed a scaling is its derivative, a contraction its matrix
+        free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
+        itself = len(routes) > 1 and edge.places(reverse)  # added where it belongs
+        sums += len(routes) > 1 and not itself
+        if route.moves and not free:
+            made = (route.mid if itself else route.out).numel
+            if alike[other] and edge.uniform:
+                made //= prod(route.out.shape[a] for a in route.out.tied_axes)
+            flops += route.work * made
+            written += made * itemsize
+        shares = alone and (not route.moves or (ones[other] and route.axis is not None))
+        unit = unit and ones[other] and not route.moves and not route.out.free
+    if sums:
+        flops += meet.numel * sums
+        written += meet.numel * itemsize
+    same = alone and alike[other] and edge.uniform
+    return _Made(routes, meet, flops, written, shares, unit, same)
 
 
 def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:

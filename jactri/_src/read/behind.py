@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +44,86 @@ class Outside:
 
     def __bool__(self) -> bool:
         return bool(self.leaves)
+
+
+class Work(NamedTuple):
+    """Of one backward pass: the nodes, the bytes of all gradients, those that are read or written, and flops."""
+
+    nodes: int
+    held: float
+    moved: float
+    flops: float
+
+
+class Walk:
+    """The nodes behind some tensors, producers first, with leaves where they are met; nothing of them is read.
+
+    ``edges``: of every node but the leaves, its ``next_functions``; none where an input of a call ends the search.
+    """
+
+    __slots__ = ("edges", "order")
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
+        ends = {x.grad_fn for x in inputs if x.requires_grad}  # None: a leaf
+        # an interior input ends the search behind it, unless another input may lie there
+        stops = ends if len(ends) == 1 else ()
+        self.order: list = []
+        self.edges: dict[object, tuple] = {}
+        met: set[object] = set()  # leaves, and nodes that are in order
+        for y in outputs:
+            if y.grad_fn is not None:
+                self._open(y.grad_fn, stops, met)
+
+    def work(self, samples: int) -> Work | None:
+        """What a backward pass does at most, every edge a dense matrix; None where values are complex or nested.
+
+        ``samples``: of how many, which do not influence one another, the values are.
+        """
+        sizes: dict[object, list[int]] = {}
+        held = moved = flops = 0.0
+        for node in self.order:
+            if node.__class__ is _ACCUMULATE:
+                sizes[node] = [node.variable.numel()]
+                continue
+            made, itemsize = [], 0
+            for m in node._input_metadata:
+                kind = m.dtype
+                if kind.is_complex or m.is_nested_tensor:
+                    return None
+                made.append(prod(m.shape))
+                itemsize = max(itemsize, kind.itemsize)
+            sizes[node] = made
+            out = sum(made)
+            for p, nr in self.edges[node]:
+                if p is not None:
+                    size = sizes[p][nr]
+                    held += size * itemsize
+                    moved += (3 * size + out * size / samples**2) * itemsize
+                    flops += 2 * out * size / samples
+        return Work(len(self.edges), held, moved, flops)
+
+    def _open(self, root, stops, met: set[object]) -> None:
+        """All that lies behind ``root``, without recursion."""
+        opened, order = self.edges, self.order
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node not in opened:
+                edges = opened[node] = () if node in stops else node.next_functions
+                for p, _ in edges:
+                    if p is None or p in met:
+                        continue
+                    if p.__class__ is _ACCUMULATE:
+                        met.add(p)
+                        order.append(p)
+                    elif p not in opened:
+                        stack.append(p)
+                if stack[-1] is not node:
+                    continue
+            stack.pop()
+            if node not in met:
+                met.add(node)
+                order.append(node)
 
 
 def reached(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> set[int]:

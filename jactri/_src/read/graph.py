@@ -28,6 +28,7 @@ from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute
 from ..maps.mask import Mask
 from ..rules import REGISTRY, Record, normal_axis, of_function, record_of
 from . import ranges
+from .behind import Walk
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
 
@@ -371,9 +372,15 @@ class MissingValue(Exception):
 
 
 def follow(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    reader: Reader | None = None,
+    walk: Walk | None = None,
 ) -> Graph:
-    """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph."""
+    """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph.
+
+    ``walk``: through their nodes, where it is known.
+    """
     log = ranges.noted() if (watched := ranges.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)
@@ -394,14 +401,11 @@ def follow(
             value = leaves[id(x)] = reader.append("input", tuple(x.shape), x.dtype, x.device, ())
         return None if value == -1 else value
 
-    # an interior input ends the search behind it, unless another input may lie there
-    stops = wanted if len(wanted) == 1 and not leaves else ()
+    for y in outputs:
+        _refuse(y)
     done: dict[object, tuple[int | None, ...] | None] = {}
     with reader.recomputed:
-        for y in outputs:
-            _refuse(y)
-            if y.grad_fn is not None:
-                _walk(y.grad_fn, reader, leaves, leaf, wanted, stops, done)
+        _read(walk or Walk(outputs, inputs), reader, leaves, leaf, wanted, done)
     ends: list[int | None] = []
     for y in outputs:
         if y.grad_fn is None:
@@ -419,35 +423,18 @@ def follow(
     return Graph(reader.values, starts, ends, key, names)
 
 
-def _walk(root, reader: Reader, leaves, leaf, wanted, stops, done) -> None:
-    """Read all nodes behind ``root``, producers first, without recursion; ``done`` gets their values."""
-    opened: dict[object, tuple] = {}
-    stack = [root]
-    while stack:
-        node = stack[-1]
-        edges = opened.get(node)
-        if edges is None:
-            if node in done:
-                stack.pop()
-                continue
-            edges = opened[node] = () if node in stops else node.next_functions
-            for p, _ in edges:
-                if p is None or p in done:
-                    continue
-                if p.__class__ is _ACCUMULATE:
-                    x = p.variable
-                    check_here(x)
-                    done[p] = (leaf(x),) if id(x) in leaves else None
-                elif p not in opened:
-                    stack.append(p)
-            if stack[-1] is not node:
-                continue
-        stack.pop()
-        if node in done:
+def _read(walk: Walk, reader: Reader, leaves, leaf, wanted, done) -> None:
+    """Read all nodes of a walk; ``done`` gets their values."""
+    opened = walk.edges
+    for node in walk.order:
+        if node.__class__ is _ACCUMULATE:
+            x = node.variable
+            check_here(x)
+            done[node] = (leaf(x),) if id(x) in leaves else None
             continue
         src: list[int | None] = []
         active = constants = False
-        for p, nr in edges:
+        for p, nr in opened[node]:
             ids = done[p] if p is not None else None
             if ids is None:
                 constants = constants or p is None

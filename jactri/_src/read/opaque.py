@@ -90,9 +90,14 @@ def fallback(mode: str):
         _mode.reset(token)
 
 
+def refusing() -> bool:
+    """Whether ``fallback("error")`` is in force."""
+    return _mode.get() == "error"
+
+
 def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") -> None:
     """Record one use of the fallback, or raise under ``fallback("error")``."""
-    if _mode.get() == "error":
+    if refusing():
         raise FallbackError(
             f"{op} {reason} (output {tuple(out_shape)}) and jactri.fallback('error') is in force; "
             "use jactri.fallback('allow') to let autograd compute it, or write a rule for the op (jactri.rule)"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..base.elsewhere import check_graph
-from .behind import handles_of
+from .behind import Walk, handles_of
 from .graph import Graph, Reader, UnsupportedGraph, follow
 from .hooks import check
 
@@ -17,14 +17,16 @@ def read(
     inputs: Sequence[Tensor],
     reader: Reader | None = None,
     handles: int | None = 0,
+    walk: Walk | None = None,
 ) -> Graph:
     """Read the graph between ``inputs`` and ``outputs``. Raises UnsupportedGraph where blocks cannot follow.
 
     ``reader``: one that has read nothing yet, and that notes more than the graph holds. ``handles``: how many hooks
     were registered while the graph was recorded, None if that is not known; for inputs of a call, that is noted.
+    ``walk``: through the nodes between them, where it is known.
     """
     try:
-        graph = follow(outputs, inputs, reader)
+        graph = follow(outputs, inputs, reader, walk)
         if reader is None or reader.hooks:
             handles = handles_of(inputs) if handles == 0 else handles
             if handles != 0:

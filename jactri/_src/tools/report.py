@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.memory import Budget, MemoryLimitTooSmall, si
 from ..base.tables import Shown, Table
-from ..calls import whole
+from ..calls import few, whole
 from ..compile.compilation import Compilation
 from ..compile.compiled import compile
 from ..compile.reached import modules_of
@@ -26,8 +26,9 @@ from ..plan.owners import apart
 from ..plan.planner import Plan
 from ..plan.planning import Wanted, answer_bytes, plan_for, proof, prove_by_probe, split_samples
 from ..plan.sweep import Sweep
-from ..prologue.arguments import ASSUME, as_tuple, check_batch
+from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
+from ..read.behind import Walk
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.ranges import layer_of, op_of, opaque_of
 from ..read.reading import read
@@ -249,14 +250,21 @@ def _explained(
             return Explanation(
                 (), "nothing to do", "an input or output is empty", 0.0, 0.0, 0.0, 0, empty, 0.0, ()
             )
+        budget, answer = Budget(memory_limit, xs[0].device), answer_bytes(ys, xs, per_sample)
+        walk = Walk(ys, xs)
+        asked = Options(
+            chunk_size=chunk_size, strategy=strategy, per_sample=per_sample, backend=backend
+        )
+        engine = few.foreseen(walk, ys, xs, asked, budget)
+        if engine is not None and few.apart(ys, xs, asked, budget, engine) is not None:
+            return _by_engine(engine, answer)
         try:
-            graph = fold(read(ys, xs))
+            graph = fold(read(ys, xs, walk=walk))
         except UnsupportedGraph as reason:
             found = whole.foreseen(
-                ys, xs, per_sample, reason, budget=Budget(memory_limit, xs[0].device), strategy=strategy,
-                chunk_size=chunk_size,
-            )  # fmt: skip
-            return _whole(found, f"it holds {reason}", answer_bytes(ys, xs, per_sample))
+                ys, xs, per_sample, reason, budget=budget, strategy=strategy, chunk_size=chunk_size
+            )
+            return _whole(found, f"it holds {reason}", answer)
         summed = False
         if per_sample:
             alone = proof(graph, strategy, ys, xs)
@@ -265,9 +273,7 @@ def _explained(
                 strategy = "reverse-mode" if strategy == "auto" else strategy
             elif summed and not apart(graph):
                 prove_by_probe(graph, alone, ys, xs)
-        wanted = Wanted(
-            Budget(memory_limit, xs[0].device), strategy, per_sample, summed, chunk_size, of=""
-        )
+        wanted = Wanted(budget, strategy, per_sample, summed, chunk_size, of="")
         try:
             return describe(graph, plan_for(graph, ys, xs, wanted), ys, xs, per_sample)
         except MemoryLimitTooSmall:
@@ -297,6 +303,14 @@ def _whole(found: whole.Foreseen, reason: str, answer: int) -> Explanation:
     return Explanation(
         (), "whole function by autograd", reason, nan, nan, found.peak, found.chunks, answer, nan, WHOLE,
         f"{note}; peak and chunks are what a first {kind} took, times as many",
+    )  # fmt: skip
+
+
+def _by_engine(engine: few.Engine, answer: int) -> Explanation:
+    """The report of rows that are computed before the graph is read."""
+    return Explanation(
+        (), "rows by autograd", engine.reason, nan, nan, answer + engine.held,
+        -(-engine.rows // engine.at_once), answer, nan, (), "a derivative that is not finite has the graph read",
     )  # fmt: skip
 
 
