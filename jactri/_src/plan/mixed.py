@@ -10,7 +10,7 @@ between two of them is a forward sweep, a reverse sweep, or a product of two sho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -207,6 +207,13 @@ def narrow_cuts(graph: Graph) -> list[int]:
         for side in (graph.inputs, graph.outputs)
     ]
     return [v for v in cuts(graph) if prod(graph.values[v].shape) < min(ends)]
+
+
+def may_pay(ways: Iterable[list[Sweep]], seconds: Callable[..., float], step: float) -> bool:
+    """Whether a cut can save what it is worth to look for: it saves seeds, and no steps, of ``step`` seconds each."""
+    best = min(ways, key=lambda sweeps: seconds(*sweeps))
+    python = step * sum(len(s.items or s.steps) for s in best)
+    return seconds(*best) - python > max(step, python / 10)
 
 
 @dataclass

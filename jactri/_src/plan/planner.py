@@ -8,6 +8,7 @@ seeds run at once. The executor runs exactly what is planned here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil, inf, prod
 from typing import NamedTuple
 
@@ -405,19 +406,15 @@ def make_plan(
         ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
-    meet = both and not summed and not sparse and all(ways.values())
-    if meet and (strategy == "mixed" or _may_pay(ways, cost, rates)):
-        table = _meeting(graph, strategy, terms)
+    if both and not summed and not sparse and all(ways.values()):
+        table = _meeting(graph, strategy, terms, ways)
     if table is not None:
         cost["mixed"] = table.seconds
     refused: list[MemoryLimitTooSmall] = []
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
         parts, sweeps = mixed.stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
-        if (
-            chosen == "mixed"
-            and _untied(graph, sweeps)
-            and not _untied(graph, ways["reverse-mode"])
-        ):
+        lost = chosen == "mixed" and _untied(graph, sweeps)
+        if lost and not _untied(graph, ways["reverse-mode"]):
             continue  # a proof that samples do not mix is worth more
         try:
             parts, sweeps = _cut(graph, parts, sweeps, terms)
@@ -489,17 +486,12 @@ def _untied(graph: Graph, sweeps: list[Sweep]) -> bool:
     return any(untied_targets(graph, sweep) for sweep in sweeps)
 
 
-def _may_pay(ways: dict[str, list[Sweep]], cost: dict[str, float], rates: Rates) -> bool:
-    """Whether a cut can save as much as it is worth to look for: seeds, and no steps."""
-    best = min(cost, key=lambda name: cost[name])
-    steps = sum(len(s.items or s.steps) for s in ways[best])
-    return cost[best] - rates.step * steps > rates.step * max(1.0, steps / 10)
-
-
-def _meeting(graph: Graph, strategy: str, terms: _Terms) -> mixed.Table | None:
+def _meeting(graph: Graph, strategy: str, terms: _Terms, ways) -> mixed.Table | None:
     """The cheapest mixed plan, or None where there is no cut that is worth a look."""
-    at = mixed.cuts(graph) if strategy == "mixed" else mixed.narrow_cuts(graph)
-    return mixed.best(graph, at, lambda s: terms.seconds(graph, s), joined=True) if at else None
+    cost, asked = partial(terms.seconds, graph), strategy == "mixed"
+    at = mixed.cuts(graph) if asked else mixed.narrow_cuts(graph)
+    look = at and (asked or mixed.may_pay(ways.values(), cost, terms.rates.step))
+    return mixed.best(graph, at, cost, joined=True) if look else None
 
 
 def _compare(cost: dict[str, float], chosen: str) -> str:
