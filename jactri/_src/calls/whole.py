@@ -30,7 +30,7 @@ from ..prologue.arguments import ASSUME, block_shape
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import logger, why_not
 from ..read.unrecorded import UNUSUAL, guarded, loose
-from ..read.vmapped import Vmapped, shown
+from ..read.vmapped import Vmapped, fitting, shown
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Whole:
     strategy: str = "auto"
     chunk_size: int | None = None
     measured: bool = True
-    """Whether what seeds take is measured, to size chunks by it."""
+    """Whether what seeds take is measured, to size chunks by it: not where they are small and few."""
 
     @cached_property
     def why(self) -> str | None:
@@ -324,9 +324,12 @@ def _row(whole: Whole, j: int) -> Passes:
 
     def one(c: Tensor) -> tuple[Tensor, ...]:
         ends = [whole.xs[i] for _, i in targets]
-        found = torch.autograd.grad(
-            y, ends, c, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
+        if not whole.measured:
+            found = fitting(y, ends, c, create_graph)
+        else:
+            found = torch.autograd.grad(
+                y, ends, c, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
         targets[:] = [at for at, g in zip(targets, found, strict=True) if g is not None]
         return tuple(_dense(g) for g in found if g is not None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._C._functorch import (
     get_unwrapped,
     is_functorch_wrapped_tensor,
 )
+from torch.autograd.graph import _engine_run_backward
 
 from ..base import backends
 from ..base.cache import Cache
@@ -123,6 +124,13 @@ class Vmapped:
 
     def _log(self, why: str) -> None:
         logger.info("fallback: %s is not vmapped (%s); one row at a time", self.name, why)
+
+
+def fitting(y: Tensor, ends: Sequence[Tensor], c: Tensor, create_graph: bool):
+    """``torch.autograd.grad`` where nobody need ask whether a cotangent fits: torch imports sympy for that."""
+    return _engine_run_backward(
+        (y,), (c,), True, create_graph, tuple(ends), True, accumulate_grad=False
+    )
 
 
 def shown(holds) -> bool:
