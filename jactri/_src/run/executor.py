@@ -264,7 +264,7 @@ def _steps(
             edge = values[term.owner].sources[term.edge][1]
             blocks[step.value] = edge.apply(
                 data,
-                own and dying and writable,
+                own and dying and (writable or edge.structure == "view"),
                 layouts[other],
                 term.route,
                 reverse,
