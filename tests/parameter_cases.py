@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from common import unfollowed
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -17,6 +18,21 @@ class Wrap(nn.Module):
 
     def forward(self, x):
         return self.function(self.inner, x)
+
+
+class Fourier(nn.Module):
+    """The lowest modes mixed by weights, which are pairs of reals, written among zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.beside = nn.Parameter(torch.randn(2, 3, 2, 2)), nn.Linear(2, 3)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x, dim=1)
+        mixed = spectrum.new_zeros(len(x), spectrum.shape[1], 3)
+        weight = torch.view_as_complex(self.weight)
+        mixed[:, :2] = torch.einsum("nmi,iom->nmo", spectrum[:, :2], weight)
+        return torch.tanh(torch.fft.irfft(mixed, n=x.shape[1], dim=1) + self.beside(x))
 
 
 class Cnn(nn.Module):
@@ -193,6 +209,11 @@ CASES = {
     "sums": (lambda: Wrap(nn.Linear(3, 4), lambda f, x: f(x).sum((1, 2))), _normal(4, 2, 3)),
     "complex": (
         lambda: Wrap(nn.Linear(4, 4), lambda f, x: torch.fft.rfft(f(x)).abs()), _normal(4, 4)
+    ),
+    "fourier": (Fourier, _normal(4, 5, 2)),
+    "by autograd": (
+        lambda: Wrap(nn.Linear(4, 4), lambda f, x: unfollowed(torch.fft.rfft(f(x))).abs()),
+        _normal(4, 4),
     ),
     "weights of the input": (
         lambda: Wrap(nn.Linear(3, 6), lambda f, x: torch.einsum("ni,nio->no", x, f(x).view(-1, 3, 2))),

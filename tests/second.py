@@ -6,7 +6,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from common import Cube
+from common import Cube, unfollowed
 from torch import nn
 from torch.func import hessian, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -236,8 +236,12 @@ FUNCTIONS = {
         torch.log_softmax(x, 1), torch.full((len(x),), 2), reduction="none"
     ),
     "complex": lambda x: torch.fft.rfft(torch.sin(x)).abs(),
+    "by autograd": lambda x: unfollowed(torch.fft.rfft(torch.sin(x))).abs(),
+    "linear in complex numbers": lambda x: torch.fft.irfft(
+        torch.fft.rfft(torch.sin(x)) * 2j, n=x.shape[-1]
+    ).sin(),
 }
-BY_HESSIAN = {"var", "prod", "glu", "logcumsumexp", "python"}
+BY_HESSIAN = {"complex", "var", "prod", "glu", "logcumsumexp", "python"}
 
 
 def scale_of(t):

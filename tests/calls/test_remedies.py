@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import unfollowed
 from tolerances import assert_close
 from torch import nn
 
@@ -294,7 +295,7 @@ def test_public_calls_keep_their_signatures():
 @pytest.mark.parametrize("given", [None, "20KB"])
 @pytest.mark.parametrize(
     "func",
-    [NET, lambda v: torch.ones(len(v), 3, dtype=F64), lambda v: (v[:, :3] + 1j).abs()],
+    [NET, lambda v: torch.ones(len(v), 3, dtype=F64), lambda v: unfollowed(v[:, :3] + 1j).abs()],
     ids=["a network", "no dependence", "complex inside"],
 )
 def test_an_answer_that_does_not_fit_is_refused_before_it_is_taken(monkeypatch, func, given):

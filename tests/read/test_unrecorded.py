@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from common import F64, MODES
+from common import F64, MODES, unfollowed
 from torch.autograd.function import once_differentiable
 
 import jactri
@@ -361,7 +361,7 @@ def through(own):
     """With complex numbers inside, which go through the whole function by autograd."""
 
     def f(x):
-        z = own(x) * torch.exp(1j * x)
+        z = unfollowed(own(x) * torch.exp(1j * x))
         return (z * z).real + z.imag
 
     return f

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.cache import Cache
+from ..maps.complexes import Complex
 from ..maps.contraction import MatMul, Sum
 from ..maps.convolution import Conv, ConvWeight
 from ..maps.linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
@@ -73,12 +74,17 @@ def _suspects(graph: Graph, bent: frozenset[int], masks: bool, seeds: bool) -> t
 
 
 def _places(edge) -> bool:
+    edge = edge.base if isinstance(edge, Complex) else edge
     if isinstance(edge, Conv) and edge.geometry.transposed:
         return True  # by strides longer than its kernel
     return isinstance(edge.base if isinstance(edge, Picked) else edge, PLACING)
 
 
 def _finite(op: str, edge) -> bool:
+    if isinstance(
+        edge, Complex
+    ):  # among complex numbers an op has poles that it has not among reals
+        return isinstance(edge.base, FINITE)
     if isinstance(edge, Mask) and edge.unit:
         return True
     if isinstance(edge, Diagonal) and edge.along is not None:

@@ -15,6 +15,8 @@ from ..maps.layout import FREE, Colours, Layout, Selection, SplitSeed
 from ..maps.linear_map import Route
 from ..read.graph import Graph, Value
 
+_SCALING = "diagonal", "scalar", "complex diagonal"
+
 if TYPE_CHECKING:
     from .patches import ReceptiveField
     from .pattern import Pattern
@@ -365,7 +367,7 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
     def scales(step: Step) -> bool:
         first = step.terms[0]
         edge = graph.values[first.owner].sources[first.edge][1]
-        return len(step.terms) == 1 and edge.structure in ("diagonal", "scalar")
+        return len(step.terms) == 1 and edge.structure in _SCALING
 
     def derivative(step: Step) -> float:
         return prod(step.layout.shape) * graph.values[step.value].dtype.itemsize
@@ -397,6 +399,9 @@ def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
             live += stored
             if len(step.terms) > 1 or edge.structure == "opaque":
                 extra = size[step.value]
+        if edge.structure == "half complex function":  # copies of half a spectrum
+            read = first.route.mid.numel_of(sel) * graph.values[first.other].dtype.itemsize
+            extra += 3 * max(stored, read)
         if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
             if first.other not in turned:
                 read = graph.values[first.other].dtype.itemsize

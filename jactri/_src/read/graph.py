@@ -26,8 +26,8 @@ from ..base.recomputed import Recomputed
 from ..maps.contraction import Expand, Sum
 from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from ..maps.mask import Mask
-from ..rules import REGISTRY, Record, normal_axis, of_function, record_of
-from . import ranges
+from ..rules import REGISTRY, MissingValue, Record, normal_axis, of_function, record_of
+from . import complexes, ranges
 from .behind import Walk
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
@@ -88,6 +88,10 @@ class Reader:
     """Whether hooks on gradients are looked for."""
     constants = False
     """Whether the node has an operand without a graph, whose memory may be gone (see elsewhere.py)."""
+    complex = False
+    """Whether a value is complex."""
+    pairs = True
+    """Whether the graph then holds pairs of reals in its place (see `complexes`)."""
 
     def __init__(self):
         self.values: list[Value] = []
@@ -114,7 +118,9 @@ class Reader:
                 if m.is_nested_tensor:
                     raise UnsupportedGraph(f"a nested tensor from {self.name}")
                 if m.dtype.is_complex:
-                    raise UnsupportedGraph(f"a complex intermediate ({m.dtype}) from {self.name}")
+                    if m.dtype is torch.complex32 or not self.dtype.is_complex:
+                        complexes.refuse(self, m.dtype)
+                    self.complex = True
 
     def refuse(self, what: str) -> NoReturn:
         """For rules: autograd computes a function whose graph holds this."""
@@ -189,6 +195,8 @@ class Reader:
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
         """The values of a node's outputs, by its rule or by calling it."""
         self._turn_to(node, src)
+        if self.complex and (found := complexes.read(self)) is not None:
+            return found
         self.record = record = REGISTRY.get(self.name) or of_function(node)
         if record is not None and record.read is not None:
             mark = len(self.values)
@@ -218,6 +226,12 @@ class Reader:
         else:
             self._key.append((op, shape, dtype, tuple([(s, m.key) for s, m in sources])))
         return len(values) - 1
+
+    def replace(self, values: Sequence[tuple]) -> None:
+        """Put others, as `append` takes them, in the place of all values."""
+        self.values, self._key = [], []
+        for value in values:
+            self.append(*value)
 
     def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
         """A value with one source; shape and dtype are the source's unless given."""
@@ -291,6 +305,8 @@ class Reader:
         v = self.values[source]
         if v.dtype == self.dtype and v.device == self.device:
             return source
+        if v.dtype.is_complex != self.dtype.is_complex:
+            return complexes.cast(self, source)
         edge = Cast((v.dtype, v.device), (self.dtype, self.device))
         return self.append(self.name, v.shape, self.dtype, self.device, ((source, edge),))
 
@@ -367,10 +383,6 @@ class _NamingReader(Reader):
         return ids
 
 
-class MissingValue(Exception):
-    """A rule needs a tensor that the node did not save."""
-
-
 def follow(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -416,6 +428,8 @@ def follow(
     starts = [
         leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
     ]
+    if reader.complex and reader.pairs:
+        reader.replace(complexes.in_pairs(reader))
     key = (tuple(reader._key), tuple(starts), tuple(ends))
     names = None
     if watched:

@@ -91,7 +91,7 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
 class _Nodes(Reader):
     """A reader that understands no op: every node is called."""
 
-    hooks = False
+    hooks = pairs = False
 
     def __init__(self):
         super().__init__()
@@ -138,6 +138,7 @@ def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
         grads = call.edges(call.cotangents(given))
         for s, edge in sources:
             if (g := grads[edge.edge]) is not None:
+                g = g.real if g.is_complex() and not values[s].dtype.is_complex else g
                 add(s, g.sum_to_size(values[s].shape).to(values[s].dtype))
     return found
 

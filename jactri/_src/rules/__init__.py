@@ -18,6 +18,8 @@ class Record:
 
     Attributes:
         read: emits its linear maps; else the node is called.
+        complex: emits them where it takes or gives complex numbers (see `complexes`); else autograd computes all of the
+            function.
         curve: gives its second-order terms (see `maps.curvature`), from a `second.curves.CurveReader` at the node that
             it was read from; None where they are not known. Else an op is asked whether it is linear.
         kept: the (input axis, output axis) pairs that the node passes through unmixed, by the shapes of an input and an
@@ -31,6 +33,7 @@ class Record:
     """
 
     read: Callable | None = None
+    complex: Callable | None = None
     curve: Callable | None = None
     kept: Callable[[tuple, tuple], tuple[tuple[int, int], ...]] | None = None
     form: Callable | None = None
@@ -39,6 +42,10 @@ class Record:
     bounded: bool = False
     regular: bool = False
     moves: bool = False
+
+
+class MissingValue(Exception):
+    """A rule needs a tensor that the node did not save."""
 
 
 REGISTRY: dict[str | type, Record] = {}
@@ -116,6 +123,7 @@ from . import (  # noqa: E402 - registration
     activations,  # noqa: F401
     arithmetic,  # noqa: F401
     attention,  # noqa: F401
+    complexes,
     conv,  # noqa: F401
     distance,  # noqa: F401
     functions,  # noqa: F401
@@ -132,3 +140,5 @@ from . import (  # noqa: E402 - registration
     resize,  # noqa: F401
     shape,  # noqa: F401
 )
+
+complexes.register()

@@ -173,6 +173,7 @@ def remainder(g):
 
 
 @rule("Neg", moves=True)
+@rule("NegView")
 def neg(g):
     return g.scale(g.src[0], -1)
 

@@ -118,7 +118,7 @@ def pow_scalar(g):
 
 # -- one row each -----------------------------------------------------------------------------------
 
-op("Abs NanToNum", curve=flat, bounded=True)
+op("Abs Angle NanToNum", curve=flat, bounded=True)
 op("Acos Acosh Asin Atanh")
 op("Asinh", Form("self", asinh))
 op("Atan", Form("self", atan), bounded=True)

@@ -26,17 +26,19 @@ _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 @rule("torch::autograd::CopySlices")
 def copy_slices(g):
     shape, meta = g.shape, g.meta[0]
-    n = prod(shape)
-    if n >= _EXACT.get(meta.dtype, 0) or n == 0 or not valued() or captured(meta.device):
+    n, dtype = prod(shape), meta.dtype.to_real()
+    if n >= _EXACT.get(dtype, 0) or n == 0 or not valued() or captured(meta.device):
+        return None
+    if meta.dtype.is_complex and not _of_parts(g):
         return None
     traced = tracing()
-    ones = torch.ones(shape, dtype=meta.dtype, device=meta.device)
+    ones = torch.ones(shape, dtype=dtype, device=meta.device)
     weights = _pulled(g, ones)
     with torch.no_grad():
         poisoned = _pulled(g, ones * nan)[0]
-        keep = None if poisoned is None else poisoned.isnan().to(meta.dtype)
+        keep = None if poisoned is None else poisoned.isnan().to(dtype)
     with torch.no_grad(), aside():
-        number, scramble = _numbers(shape, meta)
+        number, scramble = _numbers(shape, ones)
         places, confirm = (_pulled(g, c) for c in (number, scramble))
         factors = _pulled(g, torch.ones_like(number)) if traced else weights
         terms = []
@@ -62,10 +64,28 @@ def copy_slices(g):
 
 
 def _pulled(g, c: Tensor) -> tuple[Tensor | None, ...]:
-    """The node applied to a cotangent: the gradient of each edge."""
+    """The node applied to a cotangent: the gradient of each edge. Of complex numbers, the real parts of both."""
+    return tuple(
+        [t.real if t is not None and t.is_complex() else t for t in _called(g, c.to(g.dtype))]
+    )
+
+
+def _called(g, c: Tensor) -> tuple[Tensor | None, ...]:
     g.check_memory()
     out = g.call(c)
     return out if isinstance(out, tuple) else (out,)
+
+
+def _of_parts(g) -> bool:
+    """Whether the node does to the imaginary parts of complex numbers what it does to the real ones."""
+    with torch.no_grad(), aside():
+        _, c = _numbers(g.shape, torch.empty((), dtype=g.dtype.to_real(), device=g.device))
+        for t, turned in zip(_called(g, c + 0j), _called(g, 1j * c), strict=True):
+            if t is None or not t.is_complex():
+                continue
+            if bool(t.imag.any()) or not torch.equal(1j * t, turned):
+                return False
+    return True
 
 
 def _numbers(shape, meta) -> tuple[Tensor, Tensor]:
@@ -80,9 +100,11 @@ def as_strided(g):
     (s,) = g.src
     shape, meta = g.shape, g.meta[0]
     old = g.values[s].shape
-    if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype, 0) or prod(shape) == 0:
+    if max(prod(shape), prod(old)) >= _EXACT.get(meta.dtype.to_real(), 0) or prod(shape) == 0:
         return None
     if captured(meta.device):
+        return None
+    if meta.dtype.is_complex and not _of_parts(g):
         return None
     with aside():
         found = _read(g, old)
@@ -109,14 +131,16 @@ def _read(g, old: tuple[int, ...]):
         (back,) = _pulled(g, u)
 
     def read(t):
-        return torch.autograd.grad(back, u, t, retain_graph=True)[0]
+        (found,) = torch.autograd.grad(back, u, t, retain_graph=True)
+        return found.real if found.is_complex() else found
 
     with torch.no_grad():
-        number, scramble = _numbers(old, meta)
+        like = torch.empty((), dtype=meta.dtype.to_real(), device=meta.device)
+        number, scramble = _numbers(old, like)
         index = read(number).long() - 1
         if bool((index < 0).any()):  # outside of the value, in its memory
             return None
-        _, cotangent = _numbers(shape, meta)
+        _, cotangent = _numbers(shape, like)
         spread = torch.zeros_like(scramble).reshape(-1)
         spread.index_add_(0, index.reshape(-1), cotangent.reshape(-1))
         if not (

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.progress import Watch
 from ..base.tracing import may_write
+from ..maps.complexes import Complex
 from ..maps.layout import Layout, Selection, convert, one, scatter
 from ..maps.linear_map import Diagonal
 from ..plan import patches, patching
@@ -25,6 +26,9 @@ from . import launch
 from .answers import Answer, Store
 from .entries import seed_block
 from .products import multiply
+
+_FORGETS = Diagonal, Complex
+"""Maps that hold derivatives."""
 
 Blocks = dict[int, tuple[Tensor | None, bool]]
 """Value -> (data, whether the executor may overwrite it)."""
@@ -271,7 +275,7 @@ def _steps(
                 sel,
                 values[other],
             )
-            if once and isinstance(edge, Diagonal):
+            if once and isinstance(edge, _FORGETS):
                 edge.forget()
             if dying:
                 del blocks[other]

@@ -17,6 +17,7 @@ from ..compile.compilation import Compilation
 from ..compile.compiled import compile
 from ..compile.reached import modules_of
 from ..device import batching, chooser
+from ..maps.complexes import Complex
 from ..maps.layout import FREE, Layout
 from ..plan import patching
 from ..plan.folding import fold
@@ -429,6 +430,8 @@ def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
         backend, why = "autograd", "no rule"
     elif fused is not None:
         backend, why = fused
+    elif any(isinstance(e, Complex) for e in edges):
+        backend, why = "torch", "complex"
     elif any(e.name == "matmul" for e in edges) and step.flops:
         backend, why = backends.product_choice(device, graph.values[step.value].dtype, step.flops)
     else:
