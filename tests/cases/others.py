@@ -76,10 +76,15 @@ def written(x, y):
     z = torch.complex(x, y)
     q = torch.zeros_like(z)
     q[:, 1:3] = z[:, :2].exp()
-    q[:, 0] = x[:, 2]
     q[:, ::2] *= 2
     q[:, 1].conj().mul_(3)
     return torch.view_as_real(q * z)
+
+
+def written_mixed(x, y):
+    z = torch.complex(x, y)
+    z[:, 0] = x[:, 2]
+    return torch.view_as_real(z * z)
 
 
 def written_part(x, y):
@@ -161,6 +166,7 @@ CASES = [
     C("complex_slope", slope, R(2, 4), samples=True, factor=8, reason="sums of three transforms"),
     C("complex_written", written, X, X, samples=True),
     C("complex_written_part", written_part, X, X, samples=True),
+    C("complex_written_mixed", written_mixed, X, X, samples=True),
     C("complex_multiplied", multiplied, R(2, 3, 3), R(2, 3, 3)),
     C("complex_precisions", lambda x: (torch.exp(1j * x.double()) * x.to(torch.complex64)).real, X,
       samples=True, inner=torch.float32),

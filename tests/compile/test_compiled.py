@@ -28,7 +28,7 @@ EAGERLY = {
         grouped_mm_rows grouped_mm_inner grouped_mm_columns grouped_mm_batched""",
     "depends on values": """
         lstsq repeat_interleave_counts index_mask index_mask_rows index_mask_columns index_mask_none_true
-        index_fill_tensor index_put_mask masked_select masked_scatter masked_scatter_wide_mask
+        index_fill_tensor index_put_mask complex_mixed masked_select masked_scatter masked_scatter_wide_mask
         masked_scatter_scalar nonzero_gather embedding_scaled histogram_free_mean LSTM_packed
         GRU_packed_sorted ctc_loss ctc_loss_lengths_as_tensors""",
     "a value is read": """

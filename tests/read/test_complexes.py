@@ -18,6 +18,9 @@ from jactri._src.read.graph import UnsupportedGraph
 from jactri._src.read.reading import read
 from jactri._src.rules import REGISTRY
 
+LEFT = "complex_solve", "complex_eigenvalues", "complex_written_mixed", "complex_written_part"
+"""Cases that autograd computes as a whole."""
+
 W = torch.linspace(0.1, 2, 60, dtype=F64)
 
 
@@ -188,7 +191,7 @@ def test_all_ops_with_rules_are_in_the_table(monkeypatch):
                 [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad], leaves
             )
         except UnsupportedGraph:
-            assert case.name in ("complex_solve", "complex_eigenvalues", "complex_written_part")
+            assert case.name in LEFT
     assert seen == {name for name, record in REGISTRY.items() if record.complex is not None}
 
 
@@ -213,3 +216,64 @@ def test_complex_ends_are_as_they_were():
     z = torch.complex(x3(), x3().flip(0))
     func = lambda z: (z * z.conj().exp()).imag  # noqa: E731
     assert_close(jactri.jacobian(func, z), truth_of(func, z), F64)
+
+
+def pairs(z):
+    return torch.view_as_real(z * 1)
+
+
+def of_view(x):
+    r = torch.zeros(2, 3, 2, dtype=F64)
+    torch.view_as_complex(r)[:, 1:] = torch.exp(1j * x[:, 1:])
+    return r * 1
+
+
+def into_constant(x):
+    q = torch.exp(1j * torch.arange(6, dtype=F64).view(2, 3))
+    q[:, 0].mul_(x[:, 0])
+    q[:, 1:].add_(x[:, 1:], alpha=1 + 1j)
+    return pairs(q)
+
+
+AMISS = {
+    "a complex view of a real tensor": of_view,
+    "real numbers into complex ones": into_constant,
+    "alpha of index_add": lambda x: pairs(
+        torch.exp(1j * x).index_add(1, torch.tensor([1, 1, 0]), torch.exp(2j * x), alpha=1j)
+    ),
+    "infinite": lambda x: (
+        (2 * torch.complex(x - x[0, 0], x).sqrt()).real
+        + (2 * torch.complex(x - x[0, 0].detach(), x * 0).sqrt()).real
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMISS)
+def test_what_pairs_would_have_otherwise_is_left_to_autograd(name):
+    """The gradients of a graph of pairs are held against those of autograd."""
+    func, x = AMISS[name], x23()
+    want = truth_of(func, x)
+    for strategy in MODES:
+        got = jactri.jacobian(func, x, strategy=strategy)
+        assert_close(got.nan_to_num(), want.nan_to_num(), F64, length=60)
+        assert torch.equal(got.isnan(), want.isnan())
+    with pytest.raises(jactri.FallbackError, match="complex"):
+        exact(func, x)
+
+
+def test_complex_alpha_of_real_numbers():
+    def func(x):
+        z = torch.exp(1j * x)
+        return pairs(
+            torch.add(z, x.exp(), alpha=1j) * torch.sub(z, x, alpha=1 + 2j)
+            + torch.rsub(x, z, alpha=1 - 2j)
+        )
+
+    x = x23().requires_grad_()
+    want = truth_of(func, x, create_graph=True)
+    for J in exact(func, x, create_graph=True):
+        assert_close(J, want, F64, length=60)
+        ours, theirs = (
+            torch.autograd.grad(j.square().sum(), x, retain_graph=True)[0] for j in (J, want)
+        )
+        assert_close(ours, theirs, F64, length=200)

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from common import F64
+from tolerances import assert_close
 from torch.autograd.function import once_differentiable
 
 import jactri
@@ -265,3 +266,17 @@ def test_the_last_thread_to_leave_lets_torch_speak_again(monkeypatch):
     with pytest.raises(ZeroDivisionError), vmapped.looping():
         raise ZeroDivisionError
     assert said[-1] is True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_entry_that_a_backward_loses_shows(dtype):
+    """Also among many: the pull that confirms a push weighs none lightly, and half precision is coarse."""
+    n = 400 if dtype == torch.float32 else 100
+    x = torch.linspace(0.5, 1, n).to(dtype)
+    for at in (54, 88, 232):
+        lost = elementwise(
+            "Lost",
+            lambda g, x, k=at: torch.cat([g[:k], g[k : k + 1].detach(), g[k + 1 :]]) * 3 * x**2,
+        )
+        _, got = jactri.jvp(lost, x, torch.ones_like(x))
+        assert_close(got, (3 * x.double() ** 2).to(dtype), dtype, length=4)

@@ -87,6 +87,7 @@ DECLINED = {
     "as_strided_beyond",
     "complex_solve",
     "complex_written_part",
+    "complex_written_mixed",
 }
 
 

@@ -39,6 +39,12 @@ def arbitrary(shape, like, step: float = 2.399963) -> Tensor:
     return row.mul(step).sin().to(like.dtype).reshape(shape)
 
 
+def firm(shape, like) -> Tensor:
+    """`arbitrary` numbers of which none is small: what one of them weighs shows."""
+    t = arbitrary(shape, like)
+    return t + t.sign() / 2
+
+
 def halves(n: int, device) -> Tensor:
     """Masks ``(K, n)`` over ``n`` entries such that every two are told apart by one of them, both ways round.
 

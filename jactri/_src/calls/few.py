@@ -3,18 +3,17 @@
 A node costs the engine some microseconds a pass, in C++; jactri spends some tens on it, in Python, to read it, to plan
 its step and to run that, for all rows at once. Where values are small, nothing else decides. So the nodes of a long
 graph are counted and their sizes looked at, and where the passes are predicted to cost less, they are made: one a row,
-or by vmap, and under ``per_sample`` those of a probe that shows that samples do not mix. Where it does not show that,
-or where a derivative is not finite (structure knows of zeros there), the graph is read as ever.
+and under ``per_sample`` those of a probe that shows that samples do not mix. Where it does not show that, or where a
+derivative is not finite (structure knows of zeros there), the graph is read as ever. None runs by vmap: the engine
+writes to tensors that retain their gradients, which must not be batches.
 """
 
 from __future__ import annotations
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ..base.backends import capturing, forced
 from ..base.constants import halves
@@ -22,7 +21,6 @@ from ..base.elsewhere import check_graph, is_distributed
 from ..base.journal import on_disk
 from ..base.memory import Budget
 from ..base.rates import rough
-from ..plan.planner import CACHE_BYTES
 from ..plan.planning import answer_bytes, samples_of
 from ..plan.samples import probe_mixing
 from ..prologue.arguments import ASSUME, Options
@@ -30,20 +28,15 @@ from ..read.behind import Walk, handles_of
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refusing
 from ..read.ranges import watching
-from .whole import BLOCKS, Passes, Whole, all_rows, filled
+from .whole import Passes, Whole, all_rows, filled
 
 LONG = 128
 """Nodes from which it pays to look at their sizes: below, reading them is no matter."""
 
 PASS = 4e-6
 """Seconds that a node takes in a pass of the engine,"""
-VMAPPED = 8e-6
-"""in one by vmap, of any number of rows,"""
 STEP = 6e-5
 """and that it takes to be read and run, and to be planned now and then."""
-
-ALONE = 3
-"""Rows up to which each has a pass of its own: one by vmap, which is checked by another, costs as much."""
 
 
 class Engine(NamedTuple):
@@ -57,10 +50,8 @@ class Engine(NamedTuple):
     """Predicted, against"""
     steps: float
     """those of a sweep."""
-    at_once: int
-    """How many rows run at once, and"""
     held: float
-    """the bytes of all gradients of as many, or of the probe."""
+    """Bytes of all gradients of a row."""
 
     @property
     def reason(self) -> str:
@@ -85,21 +76,10 @@ def foreseen(walk: Walk, ys, xs, asked: Options, budget: Budget) -> Engine | Non
     if not rows or (work := walk.work(samples)) is None:
         return None
     budget = budget.less(answer_bytes(ys, xs, per_sample))
-    some = BLOCKS * CACHE_BYTES
-    at_once = min(rows, int(min(some, budget.limit(some)) // max(work.held, 1)))
-    if asked.chunk_size is not None:
-        at_once = min(rows, asked.chunk_size)
-    elif rows <= ALONE or at_once <= ALONE:
-        at_once = 1
     once = rough(device.type).seconds(work.flops, work.moved)
-    alone, seconds = work.nodes * PASS + once, 0.0
-    for count, together in ((probes, probes), (rows, at_once)):
-        if together <= ALONE:
-            seconds += count * alone
-        else:
-            seconds += ceil(count / together) * work.nodes * VMAPPED + count * once + alone
-    steps, held = work.nodes * STEP + once, max(at_once, probes) * work.held
-    found = Engine(work.nodes, rows, probes, seconds, steps, at_once, held)
+    seconds = (probes + rows) * (work.nodes * PASS + once)
+    steps = work.nodes * STEP + once
+    found = Engine(work.nodes, rows, probes, seconds, steps, work.held)
     return found if found.seconds <= found.steps and budget.fits(found.held) else None
 
 
@@ -115,15 +95,15 @@ def _may(ys, xs, asked: Options) -> bool:
         if t.dtype.is_complex or is_distributed(t) or not t.numel():
             return False
     handles = handles_of(xs) if asked.handles == 0 else asked.handles
-    hooks = RemovableHandle.next_id if handles is None else handles
-    return not (hooks or forced() or refusing() or watching() or capturing(xs[0].device))
+    # not known (None) of a graph of the caller's, whose tensors may retain gradients: the engine writes those
+    return not (handles != 0 or forced() or refusing() or watching() or capturing(xs[0].device))
 
 
 def apart(ys, xs, asked: Options, budget: Budget, engine: Engine) -> list[Passes] | None:
     """The passes of the engine, or None where these do not show samples apart."""
     check_graph(ys)
     whole = Whole(
-        ys, xs, asked.per_sample, UnsupportedGraph(), budget, "reverse-mode", engine.at_once, measured=False
+        ys, xs, asked.per_sample, UnsupportedGraph(), budget, "reverse-mode", chunk_size=1, measured=False
     )  # fmt: skip
     passes = [*all_rows(whole)]
     if engine.probes:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.backends import capturing
-from ..base.constants import arbitrary
+from ..base.constants import firm
 from ..base.elsewhere import check_local
 from ..base.memory import Budget, MemoryLimitTooSmall, Taken
 from ..base.rates import block_bytes
@@ -29,7 +29,7 @@ from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, block_shape
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import logger, why_not
-from ..read.unrecorded import UNUSUAL, guarded, loose
+from ..read.unrecorded import UNUSUAL, guarded, tight
 from ..read.vmapped import Vmapped, fitting, shown
 
 T = TypeVar("T")
@@ -318,20 +318,24 @@ class Passes:
 
 
 def _row(whole: Whole, j: int) -> Passes:
-    """The rows of output ``j``, to the inputs that it depends on."""
+    """The rows of output ``j``, to all inputs."""
     y, create_graph = whole.ys[j], whole.create_graph
     targets = [(j, i) for i in range(len(whole.xs))]
 
     def one(c: Tensor) -> tuple[Tensor, ...]:
-        ends = [whole.xs[i] for _, i in targets]
-        if not whole.measured:
-            found = fitting(y, ends, c, create_graph)
-        else:
+        # backwards may write to it, or view it, as they may to what the engine gives them
+        c = c.clone(memory_format=torch.contiguous_format)
+        if whole.measured:
             found = torch.autograd.grad(
-                y, ends, c, retain_graph=True, create_graph=create_graph, allow_unused=True
+                y, whole.xs, c, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
-        targets[:] = [at for at, g in zip(targets, found, strict=True) if g is not None]
-        return tuple(_dense(g) for g in found if g is not None)
+        else:
+            found = fitting(y, whole.xs, c, create_graph)
+        # a backward may give nothing for some cotangents
+        return tuple(
+            x.new_zeros(x.shape) if g is None else _dense(g)
+            for g, x in zip(found, whole.xs, strict=True)
+        )
 
     name = "an input" if y.grad_fn is None else y.grad_fn.name()
     return Passes(whole, y, False, one, targets, f"the whole function ({name})")
@@ -340,7 +344,7 @@ def _row(whole: Whole, j: int) -> Passes:
 def _columns(whole: Whole) -> list[Passes]:
     """The columns of every input. Raises one of `UNUSUAL` where a pass cannot be recorded."""
     live = {j: y for j, y in enumerate(whole.ys) if y.requires_grad and y.numel()}
-    cs = {j: arbitrary(y.shape, y) for j, y in live.items()}
+    cs = {j: firm(y.shape, y) for j, y in live.items()}
     pulled = {
         j: torch.autograd.grad(y, whole.xs, cs[j].clone(), retain_graph=True, allow_unused=True)
         for j, y in live.items()
@@ -392,10 +396,11 @@ def _against(pulled: Sequence[tuple[Tensor, Tensor]], per_sample):
                 k = len(m)
                 flat, c, g = m.detach().reshape(k, -1), c.reshape(-1), g.to(m.device)
                 want = (g.sum(0) if per_sample else g).reshape(-1)
-                size = flat.abs() @ c.abs()
+                # as rounding adds up: of all terms, one that is missing shows
+                size = (flat.square() @ c.square() + want[start : start + k].square()).sqrt()
                 gap = (flat @ c - want[start : start + k]).abs()
                 noise = 64 * torch.finfo(g.dtype).eps * g.abs().max()
-                close = gap <= max(loose(m.dtype), loose(g.dtype)) * size + noise
+                close = gap <= max(tight(m.dtype), tight(g.dtype)) * size + noise
                 holds = holds & (close & size.isfinite()).all()
             if not shown(holds):
                 raise NotImplementedError("its second derivative contradicts its first")

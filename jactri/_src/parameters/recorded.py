@@ -352,9 +352,11 @@ def _ordinary(t: Tensor) -> Tensor:
 def _keep_samples(graph: Graph, n: int) -> tuple:
     """Let ops that are called instead of understood keep the axes of samples that a probe finds unmixed.
 
-    Returns which edges, and their axes.
+    Returns which edges, and their axes: none in grad mode, in which what a probe says is not enough.
     """
-    found = []
+    found: list[tuple[int, int, int]] = []
+    if torch.is_grad_enabled():
+        return ()
     for v, value in enumerate(graph.values):
         for e, (s, edge) in enumerate(value.sources):
             source = graph.values[s].shape

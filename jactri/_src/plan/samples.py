@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +15,7 @@ from ..maps.layout import FREE
 from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
+from ..read.pulling import blocks_pulled
 from .planner import CACHE_BYTES
 from .sweep import Sweep
 
@@ -54,7 +55,7 @@ def probe_mixing(
 
     ``through``: pull through this graph, whose last inputs are ``inputs``, several masks at once: autograd would run
     the caller's hooks on gradients, which are not to see what means nothing, nor to hide what is there.
-    ``products``: by output, what pulls all masks at once, where there are no such hooks.
+    ``products``: by output, what pulls a block of one mask, where there are no such hooks.
     """
     n = outputs[0].shape[0]
     if n < 2:
@@ -66,7 +67,7 @@ def probe_mixing(
         if not y.requires_grad:
             continue
         noise = _noise(y)
-        together = n if products else 1 if through is None else _at_once(through)
+        together = 1 if through is None else _at_once(through)
         for masks in halves(n, y.device).split(together):
             weights = noise * masks.view(-1, n, *([1] * (y.dim() - 1)))
             if products:
@@ -76,7 +77,7 @@ def probe_mixing(
             else:
                 only = [weights if k == j else None for k in range(len(outputs))]
                 # in the mode that the maps will be used in: they keep what they compute
-                found = _pulled(through, only, through.inputs[-len(inputs) :])
+                found = blocks_pulled(through, only, through.inputs[-len(inputs) :])
                 grads = [g if graph else g.detach() for g in found.values() if g.numel()]
             near = [masks.to(g.device) for g in grads]
             sizes = [g.detach().abs().reshape(len(masks), n, -1).amax(2) for g in grads]
@@ -164,32 +165,3 @@ def narrow(
         values.append(Value(value.op, shape, value.dtype, value.device, tuple(sources)))
         key.append((value.op, shape, value.dtype, tuple((s, m.key) for s, m in sources)))
     return Graph(values, graph.inputs, graph.outputs, (tuple(key), graph.key), graph.layers)
-
-
-def pulled(
-    graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
-) -> dict[int, Tensor]:
-    """One cotangent of each of a graph's outputs (None: zero), as cotangents of the values ``ends``, edge by edge."""
-    rows = [None if c is None else c.unsqueeze(0) for c in cotangents]
-    return {v: block.squeeze(0) for v, block in _pulled(graph, rows, ends).items()}
-
-
-def _pulled(
-    graph: Graph, cotangents: Sequence[Tensor | None], ends: Iterable[int | None]
-) -> dict[int, Tensor]:
-    """`pulled` of blocks ``(K, *value)``."""
-    live: dict[int, Tensor] = {}
-
-    def add(v: int, c: Tensor) -> None:
-        live[v] = live[v] + c if v in live else c
-
-    for v, c in zip(graph.outputs, cotangents, strict=True):
-        if v is not None and c is not None:
-            add(v, c)
-    kept = set(ends)
-    for v in range(max(live, default=-1), -1, -1):
-        if v in live and graph.values[v].sources:
-            c = live[v] if v in kept else live.pop(v)
-            for s, edge in graph.values[v].sources:
-                add(s, edge.pull(c, False)[0])
-    return {v: block for v, block in live.items() if v in kept}

@@ -68,15 +68,17 @@ class Graph:
     ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
     names the layers of values while somebody looks (see ranges.py), and is None else. ``recorded`` is the graph as it
-    was read, where this one was made of it (see folding.py), and None else.
+    was read, where this one was made of it (see folding.py), and None else. ``complex``: whether pairs of reals stand
+    for complex numbers in it.
     """
 
-    __slots__ = ("inputs", "key", "layers", "outputs", "recorded", "values")
+    __slots__ = ("complex", "inputs", "key", "layers", "outputs", "recorded", "values")
 
     def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
         self.layers = layers
         self.recorded: Graph | None = None  # itself would be a cycle
+        self.complex = False
 
 
 class Reader:
@@ -434,7 +436,9 @@ def follow(
     names = None
     if watched:
         names = reader.layers if isinstance(reader, _NamingReader) else {}
-    return Graph(reader.values, starts, ends, key, names)
+    graph = Graph(reader.values, starts, ends, key, names)
+    graph.complex = reader.complex and reader.pairs
+    return graph
 
 
 def _read(walk: Walk, reader: Reader, leaves, leaf, wanted, done) -> None:

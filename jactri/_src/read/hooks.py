@@ -18,8 +18,11 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.hooks import RemovableHandle
 
-from ..base.constants import arbitrary
+from ..base.backends import captured
+from ..base.constants import arbitrary, firm
 from ..base.elsewhere import check_graph
+from ..base.tracing import valued
+from . import pulling
 from .behind import nodes_behind
 from .graph import Graph, Reader, UnsupportedGraph, follow
 
@@ -88,6 +91,33 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
     raise ChangedByHook(at, linear, why, graph)
 
 
+def check_complex(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
+    """Raise UnsupportedGraph where gradients through complex numbers are not those of autograd, or are not finite.
+
+    Its formulas are not all conjugated as the derivative is (``index_add`` with a complex ``alpha``, in torch 2.13);
+    and one part of a number that is infinite may make NaN of the other. Costs a backward pass, and one in pairs.
+    """
+    ends = [
+        v is not None and y.requires_grad and y.numel() > 0
+        for v, y in zip(graph.outputs, ys, strict=True)
+    ]
+    if not any(ends) or any(t.is_complex() for t in (*ys, *xs)):
+        return  # refused elsewhere
+    if captured(ys[0].device) or not valued():
+        return
+    check_graph(ys)
+    cs = [firm(y.shape, y) if used else None for y, used in zip(ys, ends, strict=True)]
+    # in the mode that the maps will be used in: they keep what they compute
+    found = {v: g.detach() for v, g in pulling.pulled(graph, cs, graph.inputs).items()}
+    live = [k for k, used in enumerate(ends) if used]
+    with torch.no_grad():
+        ours = [None if v is None else found.get(v) for v in graph.inputs]
+        theirs = _by_autograd([ys[k] for k in live], xs, [cs[k] for k in live])
+        finite = all(bool(g.isfinite().all()) for g in (*ours, *theirs) if g is not None)
+        if not finite or not _alike(ours, theirs, _noise(found)):
+            raise UnsupportedGraph("complex values whose gradients autograd has otherwise")
+
+
 class _Nodes(Reader):
     """A reader that understands no op: every node is called."""
 
@@ -106,7 +136,8 @@ class _Nodes(Reader):
 
 
 def _by_autograd(ys, xs, cotangents) -> list[Tensor | None]:
-    return list(torch.autograd.grad(ys, xs, cotangents, retain_graph=True, allow_unused=True))
+    own = [c.clone() for c in cotangents]  # a hook may write to them
+    return list(torch.autograd.grad(ys, xs, own, retain_graph=True, allow_unused=True))
 
 
 def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
@@ -199,7 +230,8 @@ def _recorded(ys, xs, cotangents) -> bool:
     """Whether autograd knows that gradients are linear in the cotangents: ``g = (dg / dc) c``, all of it."""
     with torch.enable_grad():
         cs = [c.detach().requires_grad_() for c in cotangents]
-        found = torch.autograd.grad(ys, xs, cs, create_graph=True, allow_unused=True)
+        own = [c.clone() for c in cs]
+        found = torch.autograd.grad(ys, xs, own, create_graph=True, allow_unused=True)
         weighed = [(g * arbitrary(g.shape, g)).sum() for g in found if g is not None]
         if not weighed:
             return True

@@ -15,6 +15,7 @@ import contextvars
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
-from ..base.constants import arbitrary, fixed, halves
+from ..base.constants import arbitrary, firm, fixed, halves
 from ..base.rates import block_bytes
 from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
@@ -36,8 +37,8 @@ from .unrecorded import (
     UNUSUAL,
     cause,
     guarded,
-    loose,
     sparse_cause,
+    tight,
 )  # fmt: skip
 from .vmapped import Vmapped, combined, shown
 
@@ -107,11 +108,8 @@ def refuse_or_log(op: str, out_shape, in_shapes, reason: str = "has no rule") ->
         _logged.add(use)
         logger.info(
             "fallback: %s %s; autograd computes it, one product for each of up to %d rows (inputs %s)",
-            op,
-            reason,
-            prod(out_shape),
-            ", ".join(map(str, in_shapes)),
-        )
+            op, reason, prod(out_shape), ", ".join(map(str, in_shapes)),
+        )  # fmt: skip
 
 
 _pushable: Cache[Hashable, bool] = Cache(4096)
@@ -119,6 +117,9 @@ _pushable: Cache[Hashable, bool] = Cache(4096)
 
 FEW = 32
 """Rows of a matrix that are pulled before it is asked whether fewer would do."""
+
+COARSE = 0.01
+"""A relative error that hides what is missing: of half precision."""
 
 ROWS_BYTES = 1 << 22
 """Rows of a node's matrix are formed and multiplied about so many bytes at a time, on a CPU."""
@@ -284,13 +285,13 @@ def _reduce(g: Tensor, shape) -> Tensor:
 
 
 def _fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`arbitrary`, kept if it is small. Not to be written to."""
-
-    def make() -> tuple[Tensor]:
-        return (arbitrary(shape, torch.empty((), dtype=dtype, device=device)),)
-
-    key = "arbitrary", shape, dtype, str(device)
-    return (fixed(key, make) if prod(shape) < 1 << 16 else make())[0]
+    """`firm`, kept if it is small. Not to be written to."""
+    made = partial(firm, shape, torch.empty((), dtype=dtype, device=device))
+    return (
+        made()
+        if prod(shape) >> 16
+        else fixed(("firm", shape, dtype, str(device)), lambda: (made(),))[0]
+    )
 
 
 class Opaque(LinearMap):
@@ -376,8 +377,9 @@ class Opaque(LinearMap):
         # where nothing is remembered, every product is checked
         if known is False or (silent and (known is None or key is None)):
             return None
-        if key is None and len(t) >= prod(call.meta[self.nr].shape) > 1:
-            return None  # there are no more rows than tangents
+        few = key is None and len(t) >= prod(call.meta[self.nr].shape) > 1  # rows
+        if few or (call.python and tight(t.dtype) > COARSE):  # or no check could tell
+            return None
         try:
             if key is not None and known is None:
                 # other numbers than the cotangent's: <r, A r> cannot tell A from its transpose
@@ -437,7 +439,7 @@ class Opaque(LinearMap):
             terms = torch.cat([left.flatten(), -right.flatten()])
             # as rounding adds up: of all terms, one that is missing shows
             close = torch.linalg.vector_norm(terms, dtype=torch.float64)
-            close = close * max(loose(m.dtype), loose(t.dtype))
+            close = close * max(tight(m.dtype), tight(t.dtype))
             if shown((terms.sum(dtype=torch.float64).abs() <= close) & close.isfinite()):
                 return True
         return False if shown(right.isfinite().all()) else None

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..base.elsewhere import check_graph
 from .behind import Walk, handles_of
 from .graph import Graph, Reader, UnsupportedGraph, follow
-from .hooks import check
+from .hooks import check, check_complex
 
 
 def read(
@@ -31,6 +31,8 @@ def read(
             handles = handles_of(inputs) if handles == 0 else handles
             if handles != 0:
                 check(graph, outputs, inputs)
+        if graph.complex:
+            check_complex(graph, outputs, inputs)
         return graph
     except UnsupportedGraph:
         check_graph(outputs)  # the engine will run

@@ -68,6 +68,11 @@ def loose(dtype: torch.dtype) -> float:
     return min(1e4 * torch.finfo(dtype).eps, 0.1)
 
 
+def tight(dtype: torch.dtype) -> float:
+    """`loose` of sums of many terms, in which rounding cancels and a term that is missing may nearly do."""
+    return min(300 * torch.finfo(dtype).eps, 0.1)
+
+
 def cause(node, meta, select: Select) -> str | None:
     """Why no second derivative goes through a node of other people, or None if nothing speaks against it.
 

@@ -142,20 +142,25 @@ def add(g):
     if b is None:
         return g.match(a)
     alpha = g.saved("alpha")
-    b = g.scale(b, alpha if g.name == "AddBackward0" else -alpha)
+    b = _scaled(g, b, alpha if g.name == "AddBackward0" else -alpha)
     return g.match(b) if a is None else g.plus((a, b))
+
+
+def _scaled(g, source: int, factor: complex) -> int:
+    """A real number times a complex one is a complex one."""
+    return g.scale(g.match(source) if isinstance(factor, complex) else source, factor)
 
 
 @rule("Rsub")
 def rsub(g):
     a, b = g.src
-    terms = [g.scale(a, -g.saved("alpha"))] if a is not None else []
+    terms = [_scaled(g, a, -g.saved("alpha"))] if a is not None else []
     return g.plus(terms if b is None else [*terms, b])
 
 
 @rule("Rsub.1")
 def rsub_scalar(g):
-    return g.match(g.scale(g.src[0], -g.saved("alpha")))
+    return g.match(_scaled(g, g.src[0], -g.saved("alpha")))
 
 
 @rule("Add.1", "Sub.1", "Fmod.0", "Frac", "Remainder.0")

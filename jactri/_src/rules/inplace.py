@@ -29,7 +29,8 @@ def copy_slices(g):
     n, dtype = prod(shape), meta.dtype.to_real()
     if n >= _EXACT.get(dtype, 0) or n == 0 or not valued() or captured(meta.device):
         return None
-    if meta.dtype.is_complex and not _of_parts(g):
+    kinds = {meta.dtype, *(g.values[s].dtype for s in g.src if s is not None)}
+    if any(kind.is_complex for kind in kinds) and (len(kinds) > 1 or not _of_parts(g)):
         return None
     traced = tracing()
     ones = torch.ones(shape, dtype=dtype, device=meta.device)

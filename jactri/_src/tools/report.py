@@ -311,7 +311,7 @@ def _by_engine(engine: few.Engine, answer: int) -> Explanation:
     """The report of rows that are computed before the graph is read."""
     return Explanation(
         (), "rows by autograd", engine.reason, nan, nan, answer + engine.held,
-        -(-engine.rows // engine.at_once), answer, nan, (), "a derivative that is not finite has the graph read",
+        engine.rows, answer, nan, (), "a derivative that is not finite has the graph read",
     )  # fmt: skip
 
 
