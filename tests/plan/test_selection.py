@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from cases.case import quietly
 
 import jactri
-from jactri._src.plan import samples
 from jactri._src.plan.poles import suspects
+from jactri._src.read import pulling
 from jactri._src.read.reading import read
 
 F64 = torch.float64
@@ -144,7 +144,7 @@ def test_rules_select_where_their_node_does(name, value):
     for c in (torch.full_like(y, value), torch.where(some, value, torch.ones_like(y))):
         (want,) = torch.autograd.grad(y, x, c, retain_graph=True)
         with torch.no_grad():
-            got = samples.pulled(graph, [c], graph.inputs)
+            got = pulling.pulled(graph, [c], graph.inputs)
         torch.testing.assert_close(got[graph.inputs[0]], want, equal_nan=True, msg=name)
 
 

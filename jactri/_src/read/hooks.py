@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..base.backends import captured
 from ..base.constants import arbitrary, firm
 from ..base.elsewhere import check_graph
-from ..base.tracing import valued
+from ..base.tracing import own, tracing
 from . import pulling
 from .behind import nodes_behind
 from .graph import Graph, Reader, UnsupportedGraph, follow
@@ -103,8 +103,10 @@ def check_complex(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> N
     ]
     if not any(ends) or any(t.is_complex() for t in (*ys, *xs)):
         return  # refused elsewhere
-    if captured(ys[0].device) or not valued():
-        return
+    if own():
+        return  # what is compiled is held against the call itself
+    if captured(ys[0].device) or tracing():
+        raise UnsupportedGraph("complex values, whose gradients no trace can compare")
     check_graph(ys)
     cs = [firm(y.shape, y) if used else None for y, used in zip(ys, ends, strict=True)]
     # in the mode that the maps will be used in: they keep what they compute
@@ -136,8 +138,8 @@ class _Nodes(Reader):
 
 
 def _by_autograd(ys, xs, cotangents) -> list[Tensor | None]:
-    own = [c.clone() for c in cotangents]  # a hook may write to them
-    return list(torch.autograd.grad(ys, xs, own, retain_graph=True, allow_unused=True))
+    clones = [c.clone() for c in cotangents]  # a hook may write to them
+    return list(torch.autograd.grad(ys, xs, clones, retain_graph=True, allow_unused=True))
 
 
 def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
@@ -230,8 +232,8 @@ def _recorded(ys, xs, cotangents) -> bool:
     """Whether autograd knows that gradients are linear in the cotangents: ``g = (dg / dc) c``, all of it."""
     with torch.enable_grad():
         cs = [c.detach().requires_grad_() for c in cotangents]
-        own = [c.clone() for c in cs]
-        found = torch.autograd.grad(ys, xs, own, create_graph=True, allow_unused=True)
+        clones = [c.clone() for c in cs]
+        found = torch.autograd.grad(ys, xs, clones, create_graph=True, allow_unused=True)
         weighed = [(g * arbitrary(g.shape, g)).sum() for g in found if g is not None]
         if not weighed:
             return True
