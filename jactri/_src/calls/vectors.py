@@ -24,6 +24,7 @@ from ..prologue.arguments import Options, as_tuple, taken
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph, Value
+from ..read.joining import for_given
 from ..read.opaque import refuse_or_log, why_not
 from ..read.reading import read
 from ..read.unrecorded import guarded
@@ -272,7 +273,7 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Graph | None
         if not columns:
             return [e.new_zeros(0, *e.shape) for e in ends]
         try:
-            graph = graph or read(ys, xs)
+            graph = for_given(graph or read(ys, xs), columns)
         except UnsupportedGraph as reason:
             shapes = [x.shape for x in xs]
             refuse_or_log("the function", ys[0].shape, shapes, f"holds {reason}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.cache import Cache
+from ..maps.attending import Attend
 from ..maps.complexes import Complex
 from ..maps.contraction import MatMul, Sum
 from ..maps.convolution import Conv, ConvWeight
@@ -34,8 +35,8 @@ Edge = tuple[int, int]
 """A value, and which of its edges."""
 
 FINITE = (
-    Cast, Conv, ConvWeight, Fixed, Functional, Gather, Identity, MatMul, Permute, Pick, Picked, Place, Sample, Scale,
-    Scatter, Select, Slice, Sum, Take, Transpose, View, Zero,
+    Attend, Cast, Conv, ConvWeight, Fixed, Functional, Gather, Identity, MatMul, Permute, Pick, Picked, Place, Sample,
+    Scale, Scatter, Select, Slice, Sum, Take, Transpose, View, Zero,
 )  # fmt: skip
 """Maps that hold weights, indices or values of the computation, none of which a derivative makes infinite."""
 

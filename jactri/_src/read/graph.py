@@ -37,6 +37,7 @@ _IDENTITY = Identity()
 _NUMBERS = frozenset((int, float, bool, str, type(None)))
 
 Source = tuple[int, LinearMap]
+Others = dict[int, tuple[tuple[int, ...], LinearMap, int]]
 
 
 class UnsupportedGraph(Exception):
@@ -69,16 +70,17 @@ class Graph:
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
     names the layers of values while somebody looks (see ranges.py), and is None else. ``recorded`` is the graph as it
     was read, where this one was made of it (see folding.py), and None else. ``complex``: whether pairs of reals stand
-    for complex numbers in it.
+    for complex numbers in it. ``others``: another way to a value (see joining.py): sources, their map, entries saved.
     """
 
-    __slots__ = ("complex", "inputs", "key", "layers", "outputs", "recorded", "values")
+    __slots__ = ("complex", "inputs", "key", "layers", "others", "outputs", "recorded", "values")
 
     def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
         self.layers = layers
         self.recorded: Graph | None = None  # itself would be a cycle
         self.complex = False
+        self.others: Others = {}
 
 
 class Reader:
@@ -98,6 +100,7 @@ class Reader:
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
+        self.others: Others = {}
         # nodes of distances: the value, and what emits its square
         self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
         self.smooth: set[int] = set()  # products that were read as such squares
@@ -438,6 +441,8 @@ def follow(
         names = reader.layers if isinstance(reader, _NamingReader) else {}
     graph = Graph(reader.values, starts, ends, key, names)
     graph.complex = reader.complex and reader.pairs
+    if not graph.complex:  # pairs are other values
+        graph.others = reader.others
     return graph
 
 

@@ -10,6 +10,7 @@ from ..base.elsewhere import check_graph
 from .behind import Walk, handles_of
 from .graph import Graph, Reader, UnsupportedGraph, follow
 from .hooks import check, check_complex
+from .joining import that_fits
 
 
 def read(
@@ -33,7 +34,7 @@ def read(
                 check(graph, outputs, inputs)
         if graph.complex:
             check_complex(graph, outputs, inputs)
-        return graph
+        return that_fits(graph) if reader is None and graph.others else graph
     except UnsupportedGraph:
         check_graph(outputs)  # the engine will run
         raise

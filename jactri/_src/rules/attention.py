@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..maps.attending import Attend
+from ..maps.attention import Attention
 from ..maps.contraction import MatMul
 from ..maps.curvature import Curves, SoftmaxBend
 from ..maps.linear_map import Identity
@@ -106,6 +108,11 @@ def attention(g):
         x = g.view(g.src[2], (n, s, width))
         outs.append(g.single(x, Batched(p_like, "left"), (n, rows, width)))
     out = g.view(g.add([(i, Identity()) for i in outs], (n, rows, width)), g.shape)
+    if mask_edge is None or g.src[mask_edge : mask_edge + 1] in ([], [None]):
+        ends = tuple([i for i in g.src[:3] if i is not None])
+        wanted = tuple([i is not None for i in g.src[:3]])
+        whole = Attend(Attention(q, k, v, mask, causal, scale), wanted)
+        g.others[out] = ends, whole, b * heads * t * s
     # the other outputs (logsumexp, random state) carry no gradient
     return (out,) + (None,) * (len(g.meta) - 1)
 
