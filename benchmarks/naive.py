@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import jactri
 
 Function = Callable[[Tensor], Tensor]
 Limit = str | int | None
+
+FORWARD = "forward mode"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,17 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
+def entries(y: Tensor) -> Iterator[Tensor]:
+    """One after another: iterating over a tensor would unbind it, and each backward pass stack them all again."""
+    flat = y.reshape(-1)
+    return (flat[k] for k in range(len(flat)))
+
+
 def grad_rows(f: Function, x: Tensor) -> Tensor:
     """The whole Jacobian, a backward pass an output."""
     x = leaf(x)
     y = f(x)
-    rows = [torch.autograd.grad(v, x, retain_graph=True)[0] for v in y.reshape(-1)]
+    rows = [torch.autograd.grad(v, x, retain_graph=True)[0] for v in entries(y)]
     return torch.stack(rows).reshape(*y.shape, *x.shape)
 
 
@@ -69,7 +77,7 @@ def forward_columns(f: Function, x: Tensor) -> Tensor:
 
 def parameter_rows(f: Callable[[], Tensor], params: Sequence[Tensor]) -> Tensor:
     """``(outputs, parameters)``, a backward pass an output."""
-    rows = (torch.autograd.grad(v, params, retain_graph=True) for v in f().reshape(-1))
+    rows = (torch.autograd.grad(v, params, retain_graph=True) for v in entries(f()))
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
@@ -87,7 +95,7 @@ def whole(f: Function, x: Tensor, forward: bool = True) -> Given:
     """`jactri.jacobian` in the drop-in shape. `forward`: whether torch's forward mode knows all ops."""
     peers = {"grad loop": lambda: grad_rows(f, x)}
     if forward:
-        peers["forward mode"] = lambda: forward_columns(f, x)
+        peers[FORWARD] = lambda: forward_columns(f, x)
     return Given(
         lambda: f(leaf(x)),
         lambda limit: jactri.jacobian(f, x, memory_limit=limit),
