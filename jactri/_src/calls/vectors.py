@@ -15,23 +15,22 @@ from torch import Tensor
 
 from ..base.classes import plain
 from ..base.memory import Budget
-from ..base.rates import block_bytes
+from ..base.remedies import one_of
 from ..maps.linear_map import Identity
-from ..plan.planner import CACHE_BYTES
 from ..plan.planning import plan_for_given
 from ..plan.poles import finite, suspects
 from ..prologue.arguments import Options, as_tuple, taken
-from ..prologue.running import computing, eagerly, prepare, public
+from ..prologue.running import computing, detached, eagerly, prepare, public
+from ..prologue.streaming import Streamed
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph, Value
 from ..read.joining import for_given
-from ..read.opaque import refuse_or_log, why_not
+from ..read.opaque import refuse_or_log
 from ..read.reading import read
-from ..read.unrecorded import guarded
-from ..read.vmapped import Vmapped
 from ..run.answers import Store
 from ..run.executor import run
 from .api import compute
+from .by_autograd import pulled, pushed
 from .strictness import check_ends, check_varying
 
 Blocks = Sequence[Tensor | None]
@@ -45,6 +44,7 @@ def jvp(
     create_graph: bool = False,
     strict: bool = False,
     *,
+    differentiate: str | None = "auto",
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
     backend: str = "auto",
@@ -56,22 +56,29 @@ def jvp(
         inputs: a floating-point tensor or a tuple of them. They are not modified.
         tangents: nested as ``inputs``; each of its input's shape, or each ``(K, *input)``: a block of K tangents, which
             are pushed at once. For one input of a single element they may be left out: a one.
-        create_graph: the product can be differentiated, in the inputs and in the tangents; so can the output.
+        create_graph: ``True`` is ``differentiate="both"``.
         strict: raise for an input that no output depends on, for an output that depends on no input, and under
             ``create_graph`` for a product that is constant.
+        differentiate: what keeps a graph. ``None``: nothing, and nothing is recorded on the way; the tangents go with
+            the run of ``func``, op by op, in the memory of ``K + 1`` runs without grad. ``"output"``: the output, which
+            is to be trained by a target made of the product, detached. ``"both"``: the product too, in the inputs and
+            in the tangents. ``"auto"``: nothing, as ``None``, but the graph is there until the call ends.
         chunk_size: how many of the K tangents run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the product included.
         backend: as of `jacobian`.
 
     Returns:
         ``(output, product)``: the product is nested as the output, of its shapes and dtypes, with K in front for
-        blocks. The output is detached unless ``create_graph``. Where an output does not depend on the inputs: zeros.
+        blocks. Both are detached unless ``differentiate`` says else. Where an output does not depend on the inputs:
+        zeros.
 
     Raises:
         TypeError: inputs, tangents or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; tangents that do not match the inputs (the argument, its shape and the shape
-            expected are named), or that are missing; blocks of different K; what ``strict`` forbids.
-        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one tangent, an unknown backend.
+            expected are named), or that are missing; blocks of different K; what ``strict`` forbids. Under
+            ``differentiate=None``, a ``func`` that calls ``torch.autograd.grad`` itself.
+        ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one tangent, an unknown backend or
+            ``differentiate``; ``differentiate=None`` with ``chunk_size``, ``memory_limit`` or ``strict``.
 
     Cost:
         About as many flops as ``K`` forward passes, beside the one of ``func``.
@@ -84,14 +91,24 @@ def jvp(
         >>> torch.allclose(along, torch.einsum("noi,kni->kno", J, tangents), atol=1e-5)
         True
     """
+    _check_differentiate(differentiate, create_graph)
+    create_graph = create_graph or differentiate == "both"
     asked = Options(create_graph, chunk_size, memory_limit, backend, strict=strict)
     _, xs = taken("jvp", inputs, asked)
     ts = _given(tangents, "tangents", "jvp", "inputs", xs)
     block = check_vectors("tangents", ts, "inputs", xs)
+    if differentiate is None:
+        refused = {"chunk_size": chunk_size, "memory_limit": memory_limit, "strict": strict or None}
+        _check_alone(**refused)
     if handover.transforming((*xs, *ts)):
         handover.refuse(strict=strict)
-        return handover.jvp(eagerly(func), xs, ts, block, chunk_size)
-    ran = prepare(func, xs, create_graph, "jvp")
+        output, product = handover.jvp(eagerly(func), xs, ts, block, chunk_size)
+        output = detached(output) if differentiate is None else output
+        return output, detached(product) if differentiate in (None, "output") else product
+    if differentiate is None and not (block and not len(ts[0])):
+        return _streamed(func, xs, ts, block, asked)
+    kept = create_graph or differentiate == "output"
+    ran = prepare(func, xs, kept, "jvp")
     if strict:
         check_ends(ran.ys, ran.leaves, True)
     with computing(create_graph):
@@ -100,7 +117,55 @@ def jvp(
         product = _nested(made, block, ran.tupled)
     if strict and create_graph:
         check_varying(made, "output")
-    return ran.output(create_graph), ran.dressed(product, xs)
+    return ran.output(kept), ran.dressed(product, xs)
+
+
+_DIFFERENTIATE = (None, "output", "both", "auto")
+
+
+def _check_differentiate(differentiate, create_graph: bool) -> None:
+    if differentiate not in _DIFFERENTIATE:
+        raise ValueError(one_of("differentiate", differentiate, _DIFFERENTIATE))
+    if create_graph and differentiate not in ("auto", "both"):
+        raise ValueError(
+            f"create_graph=True is differentiate='both', and excludes differentiate={differentiate!r}; leave "
+            "create_graph out"
+        )
+
+
+def _check_alone(**options) -> None:
+    """Raise for options that need the graph of the function as a whole."""
+    for name, given in options.items():
+        if given is not None:
+            raise ValueError(
+                f"differentiate=None pushes all tangents while func runs, and takes no {name}={given!r}; leave one of "
+                "the two out"
+            )
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _streamed(func, xs, ts, block: bool, asked: Options) -> tuple[Any, Any]:
+    """`jvp` in one pass, nothing of which is kept."""
+    ts = [_ready(t if block else t.unsqueeze(0), x, False) for t, x in zip(ts, xs, strict=True)]
+
+    def whole(ys, leaves, blocks, graph):
+        return push(ys, leaves, blocks, Options(backend=asked.backend), graph)
+
+    stream = Streamed(ts, whole)
+    ran = prepare(func, xs, False, "jvp", stream=stream)
+    found = stream.tangents(ran.ys)
+    with torch.no_grad():
+        made, taken = [], {_memory(t) for t in ts}
+        for y, t in zip(ran.ys, found, strict=True):
+            t = y.new_zeros(len(ts[0]), *y.shape) if t is None else t.contiguous()
+            t = t.clone() if _memory(t) in taken else t
+            taken.add(_memory(t))
+            made.append(t)
+        product = _nested(made, block, ran.tupled)
+    return ran.output(False), ran.dressed(product, xs)
 
 
 @public
@@ -277,7 +342,7 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Graph | None
         except UnsupportedGraph as reason:
             shapes = [x.shape for x in xs]
             refuse_or_log("the function", ys[0].shape, shapes, f"holds {reason}")
-            whole = _pulled if reverse else _pushed
+            whole = pulled if reverse else pushed
             return whole(ys, xs, blocks, columns, reason)
         starts = graph.outputs if reverse else graph.inputs
         total: list[Tensor | None] = [None] * len(ends)
@@ -357,92 +422,3 @@ def _apart(graph: Graph, starts, blocks, reverse: bool):
             leaves[v] = leaves[v] + block if v in leaves else block
     inner = [(graph, {v: block}) for v, block in seeds if graph.values[v].sources]
     return [(graph, leaves), *inner] if leaves else inner
-
-
-def _pulled(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
-    """`pull` by autograd, for what the blocks of the engine do not represent."""
-    live = [(y, b) for y, b in zip(ys, blocks, strict=True) if b is not None and y.requires_grad]
-    if not live:
-        return [x.new_zeros(columns, *x.shape) for x in xs]
-    ends = [y for y, _ in live]
-    graph = torch.is_grad_enabled()
-    why = (reason.why or why_not(ends)) if graph else None
-    if why is None:
-        return _rows(lambda cs: _gradients(ends, xs, cs, graph), live)
-    with torch.no_grad():
-        made = _rows(lambda cs: _gradients(ends, xs, cs, False), live)
-    return guarded(made, [*ends, *(b for _, b in live)], why)
-
-
-def _pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tensor]:
-    """`push` by autograd: the derivative of ``c J`` in c, in which it is linear."""
-    # what hooks, and backwards of sparse tensors, make of a cotangent need not be recorded
-    if reason.graph is not None or not reason.twice or why_not(ys) is not None:
-        return [_by_rows(y, xs, blocks, columns, reason) for y in ys]
-    with torch.enable_grad():
-        cs = [torch.zeros_like(y, requires_grad=True) for y in ys]
-        ends = [(y, c) for y, c in zip(ys, cs, strict=True) if y.requires_grad]
-        if not ends:
-            return [y.new_zeros(columns, *y.shape) for y in ys]
-        pulled = _gradients(*([e[0] for e in ends], xs, [e[1] for e in ends]), True)
-    live = [
-        (g, b) for g, b in zip(pulled, blocks, strict=True) if b is not None and g.requires_grad
-    ]
-    if not live:
-        return [y.new_zeros(columns, *y.shape) for y in ys]
-    starts = [g for g, _ in live]
-    return _rows(lambda ts: _gradients(starts, cs, ts, torch.is_grad_enabled()), live)
-
-
-def _by_rows(y: Tensor, xs, blocks, columns: int, reason: UnsupportedGraph) -> Tensor:
-    """`push` to one output where ``c J`` cannot be differentiated: by the rows of the Jacobian.
-
-    The gradient of a complex tensor is the one whose real pairs are the gradient in real pairs, see "Autograd for
-    Complex Numbers" in PyTorch's notes.
-    """
-    n = y.numel()
-    row = max(n, *(x.numel() for x in xs)) * y.element_size()
-    most = max(1, int(block_bytes(y.device.type, CACHE_BYTES) // max(row, 1)))
-    made = []
-    for start in range(0, n, most):
-        k = min(most, n - start)
-        index = torch.arange(k, device=y.device)
-        units = torch.zeros(k, n, dtype=y.dtype, device=y.device)
-        units[index, start + index] = 1
-        parts = []
-        for unit in (units, 1j * units) if y.is_complex() else (units,):
-            total = torch.zeros(columns, k, dtype=y.real.dtype, device=y.device)
-            rows = _pulled([y], xs, [unit.reshape(k, *y.shape)], k, reason)
-            for g, t in zip(rows, blocks, strict=True):
-                if t is not None:
-                    pairs = [
-                        torch.view_as_real(v.resolve_conj()) if v.is_complex() else v
-                        for v in (t, g)
-                    ]
-                    total = total + pairs[0].reshape(columns, -1) @ pairs[1].reshape(k, -1).mT
-            parts.append(total)
-        made.append(torch.complex(*parts) if y.is_complex() else parts[0])
-    return torch.cat(made, 1).reshape(columns, *y.shape) if made else y.new_zeros(columns, *y.shape)
-
-
-def _gradients(ys, xs, cs, create_graph: bool) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        ys, xs, cs, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
-
-
-def _rows(product, live) -> list[Tensor]:
-    """``product`` for every row of blocks; ``live``: (tensor of the computation, its block)."""
-    flat = torch.cat([b.reshape(len(b), t.numel()) for t, b in live], 1)  # of the widest dtype
-    sizes = [t.numel() for t, _ in live]
-
-    def one_row(row):
-        parts = []
-        for part, (t, _) in zip(row.split(sizes), live, strict=True):
-            if part.is_complex() and not t.is_complex():
-                part = part.real
-            parts.append(part.to(t.dtype).view(t.shape))
-        return product(parts)
-
-    name = " ".join(dict.fromkeys(t.grad_fn.name() for t, _ in live))
-    return list(Vmapped(one_row, f"the whole function ({name})")(flat))

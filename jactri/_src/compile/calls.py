@@ -34,7 +34,9 @@ _TAKEN = {
 
 _CALLS = (*_OF_TUPLES, *_TAKEN, *OF_FUNCTIONS)
 
-_NOT_TAKEN = frozenset({"progress", "resume", "layout", "strict", "vectorize", "estimate", "out"})
+_NOT_TAKEN = frozenset(
+    {"differentiate", "estimate", "layout", "out", "progress", "resume", "strict", "vectorize"}
+)
 """Options that are for one long call, or that a trace cannot have."""
 
 IN_WEIGHTS = (parameter_jacobian, empirical_ntk)

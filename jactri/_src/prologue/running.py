@@ -41,6 +41,10 @@ def public(call: Callable) -> Callable:
     def called(*args, **options):
         if torch.compiler.is_dynamo_compiling():  # what is traced of a call leaves its modes behind
             return torch.compiler.disable(checked)(*args, **options)
+        stream = getattr(_recording, "stream", None)
+        if stream is not None:  # the graph of what runs in here is needed as a whole
+            with stream.pause(), stream_now(None):
+                return called(*args, **options)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return checked(*args, **options)
@@ -117,9 +121,17 @@ class Ran(NamedTuple):
 
 
 def prepare(
-    func, xs: tuple[Tensor, ...], create_graph: bool, call: str = "jacobian", answers: bool = True
+    func,
+    xs: tuple[Tensor, ...],
+    create_graph: bool,
+    call: str = "jacobian",
+    answers: bool = True,
+    stream: Any = None,
 ) -> Ran:
-    """Run ``func`` on inputs that require grad, for a call of this name. ``answers``: what comes of it are numbers."""
+    """Run ``func`` on inputs that require grad, for a call of this name. ``answers``: what comes of it are numbers.
+
+    ``stream``: a `streaming.Streamed`, in which it runs.
+    """
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
     grad = torch.is_grad_enabled()
@@ -128,10 +140,14 @@ def prepare(
     torch._C._set_grad_enabled(True)
     try:
         leaves, given = zip(*[leaf_and_given(x, create_graph) for x in xs], strict=True)
+        run = record
+        if stream is not None:
+            stream.begin(leaves)
+            run = stream.record
         if watching():
-            result, handles = ranges.call(record, func, given)
+            result, handles = ranges.call(run, func, given)
         else:
-            result, handles = record(func, *given)
+            result, handles = run(func, *given)
         if handles:
             for leaf in leaves:
                 leaf._jactri_handles = handles  # see graph.read
@@ -164,6 +180,16 @@ def record(call, *args):
         raise
     finally:
         _recording.now = before
+
+
+@contextlib.contextmanager
+def stream_now(stream: Any):
+    """Within: ``stream`` is the `streaming.Streamed` in which this thread's function runs, or None."""
+    before, _recording.stream = getattr(_recording, "stream", None), stream
+    try:
+        yield
+    finally:
+        _recording.stream = before
 
 
 def recording() -> bool:

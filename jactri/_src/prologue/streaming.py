@@ -1,0 +1,284 @@
+"""Tangents that go with the function's own run: what autograd records of an op is read, and let go, at once.
+
+The function runs once, in grad mode, as for any call. After each op (as a mode of torch's functions sees them) the graph
+behind its result is followed to the tensors whose tangents are known, all K tangents are pushed through its maps, and
+the result begins a new graph: the function gets the same memory, behind which there is nothing but a leaf that holds
+the tangents. So the saved values of one op exist at a time, and tangents live as long as Python holds their tensors.
+
+Correctness does not rest on the mode seeing all that happens: what it does not cut (views, custom Functions, complex
+numbers, subclasses, what other threads run) stays in autograd's graph, and is read with the next op that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from ..base.tracing import may_write
+from ..plan.poles import suspects
+from ..read.behind import Walk
+from ..read.graph import Graph, UnsupportedGraph
+from ..read.handover import transforming
+from ..read.reading import read
+from ..rules import rule
+from .running import computing, record, stream_now
+
+Whole = Callable[[Sequence[Tensor], Sequence[Tensor], list[Tensor], Graph | None], list[Tensor]]
+"""Tangents of the outputs of a recorded computation, of its inputs, by all that there is (see `calls.vectors.push`)."""
+
+WRITES = 16
+"""After how many writes to parts of a tensor it begins a new graph. Till then each one's tangents are held."""
+
+_ACCUMULATE = torch._C._functions.AccumulateGrad
+
+_REFUSED = {
+    torch.autograd.grad: "calls torch.autograd.grad",
+    torch.autograd.backward: "calls torch.autograd.backward",
+    Tensor.backward: "calls backward()",
+    Tensor.register_hook: "registers a hook on a gradient (Tensor.register_hook)",
+}
+"""What needs the graph that is gone."""
+
+
+class Cut(torch.autograd.Function):
+    """The memory of a leaf as a tensor that is none, so that it may be written to, and its views too.
+
+    ``into``: a tensor that is to remain the same object, with that memory.
+    """
+
+    @staticmethod
+    def forward(ctx, leaf: Tensor, into: Tensor | None = None):
+        if into is None:
+            return leaf.detach()
+        ctx.mark_dirty(into)
+        return into
+
+    @staticmethod
+    def backward(ctx, c):
+        return c, None
+
+
+_CUT = Cut._backward_cls  # type: ignore[attr-defined]
+
+
+@rule(Cut)
+def cut(g):
+    return g.src[0]
+
+
+class Streamed(TorchFunctionMode):
+    """Runs a function with tangents of its inputs: blocks ``(K, *input)`` in, those of any of its tensors out."""
+
+    def __init__(self, blocks: Sequence[Tensor], whole: Whole):
+        super().__init__()
+        self._blocks, self._whole = blocks, whole
+        self._pauses = self._first = 0
+
+    def begin(self, leaves: Sequence[Tensor]) -> None:
+        """Give the inputs, leaves of nobody else, their tangents."""
+        for leaf, block in zip(leaves, self._blocks, strict=True):
+            _give(leaf, block)
+
+    def record(self, func: Callable, *given: Tensor) -> Any:
+        """As `running.record`, with tangents."""
+        self._first = RemovableHandle.next_id
+        with stream_now(self), self:
+            return record(func, *given)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let autograd record: for calls of jactri within the function."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
+        """The block ``(K, *y)`` of each tensor; None for one that does not depend on the inputs."""
+        walk = Walk(ys, ())
+        leaves = _leaves(ys, walk)
+        if not leaves:
+            return [None] * len(ys)
+        blocks = [x._jactri_tangents for x in leaves]  # type: ignore[attr-defined]
+        if len(ys) == 1 and ys[0].grad_fn.__class__ is _CUT:
+            return blocks
+        with computing(False):
+            try:
+                graph = read(ys, leaves, None, RemovableHandle.next_id - self._first, walk)
+            except UnsupportedGraph:
+                return self._whole(ys, leaves, blocks, None)
+            if suspects(graph):
+                return self._whole(ys, leaves, blocks, graph)
+            return along(graph, blocks)
+
+    # -- the mode -----------------------------------------------------------------------------------
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (
+            self._pauses
+            or not torch.is_grad_enabled()
+            or transforming(())
+            or forward_ad._current_level >= 0
+        ):
+            return func(*args, **kwargs)
+        if func in _REFUSED:
+            _refuse(func, args, kwargs)
+        if _top_saved_tensors_default_hooks(True) is None:
+            out = func(*args, **kwargs)
+        else:  # of a checkpoint, say: what is saved is read at once
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                out = func(*args, **kwargs)
+        if out.__class__ is Tensor:
+            return self._cut([out], args, kwargs)[0] if _live(out) else out
+        if out is None:
+            if func is Tensor.__setitem__:
+                self._written(args[0])
+        elif isinstance(out, (tuple, list)) and any(map(_live, out)):
+            made = self._cut(list(out), args, kwargs)
+            kind = out.__class__
+            return kind._make(made) if hasattr(kind, "_make") else kind(made)
+        return out
+
+    def _cut(self, outs: list, args, kwargs) -> list:
+        """What an op returned, with new graphs behind what is its own; what it wrote to begins one as it is."""
+        given = list(_tensors(args, kwargs))
+        roots = [_root(a) for a in given]
+        fresh: list[int] = []
+        for i, y in enumerate(outs):
+            if not _live(y):
+                continue
+            if any(y is a for a in given):
+                self._written(y, whole=True)
+            elif not any(_root(y) is r for r in roots):
+                fresh.append(i)
+        if fresh:
+            for i, block in zip(fresh, self.tangents([outs[i] for i in fresh]), strict=True):
+                if block is not None:
+                    outs[i] = Cut.apply(_give(outs[i].detach().requires_grad_(), block))
+        return outs
+
+    def _written(self, y: Tensor, whole: bool = False) -> None:
+        """After a write to a tensor, or to a part of it; ``whole``: to all of it, where it is no view."""
+        root = _root(y)
+        if not _live(root):
+            return
+        if not whole or root is not y:
+            root._jactri_writes = count = getattr(root, "_jactri_writes", 0) + 1  # type: ignore[attr-defined]
+            if count < WRITES:
+                return
+        (block,) = self.tangents([root])
+        if block is not None:
+            leaf = _give(root.detach().requires_grad_(), block)
+            root.detach_()
+            Cut.apply(leaf, root)
+            root._jactri_writes = 0  # type: ignore[attr-defined]
+
+
+def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Blocks ``(K, *input)``, or None for zeros, pushed through a graph, value by value: ``(K, *output)``.
+
+    Raises nothing of its own; a block that no value needs any more is let go.
+    """
+    values, writable = graph.values, may_write()
+    left = [0] * len(values)
+    for value in values:
+        for s, _ in value.sources:
+            left[s] += 1
+    for end in graph.outputs:
+        if end is not None:
+            left[end] += 1
+    made: list[tuple[Tensor, bool] | None] = [None] * len(values)
+    for v, block in zip(graph.inputs, blocks, strict=True):
+        if v is not None and block is not None:
+            made[v] = block, False
+    for v, value in enumerate(values):
+        total, own = None, False
+        for s, edge in value.sources:
+            found = made[s]
+            left[s] -= 1
+            if found is None:
+                continue
+            last = not left[s]
+            made[s] = None if last else (found[0], False)  # what is made of it may share its memory
+            block, mine = found
+            del found
+            new, fresh = edge.push(block, mine and last and writable)
+            del block
+            if total is None:
+                total, own = new, fresh
+            elif own and writable and (new.dtype, new.shape) == (total.dtype, total.shape):
+                total.add_(new)
+            elif fresh and writable and (new.dtype, new.shape) == (total.dtype, total.shape):
+                total, own = new.add_(total), True
+            else:
+                total, own = total + new, True
+            del new
+        if total is not None:
+            made[v] = total, own
+    return [None if v is None or made[v] is None else made[v][0] for v in graph.outputs]
+
+
+def _give(leaf: Tensor, block: Tensor) -> Tensor:
+    leaf._jactri_tangents = block  # type: ignore[attr-defined]
+    return leaf
+
+
+def _leaves(ys: Sequence[Tensor], walk: Walk) -> list[Tensor]:
+    """The leaves behind some tensors that hold tangents."""
+    found = [node.variable for node in walk.order if node.__class__ is _ACCUMULATE]
+    found += [y for y in ys if y.grad_fn is None]
+    kept = {id(x): x for x in found if hasattr(x, "_jactri_tangents")}
+    return list(kept.values())
+
+
+def _live(y: Any) -> bool:
+    """Whether a result is one that may begin a new graph: real numbers with a graph, and more behind than a leaf."""
+    if y.__class__ is not Tensor or not y.requires_grad:
+        return False
+    node = y.grad_fn
+    return (
+        node is not None
+        and node.__class__ is not _CUT
+        and y.is_floating_point()
+        and y.layout is torch.strided
+    )
+
+
+def _root(x: Tensor) -> Tensor:
+    """The tensor of which this one is a view, or itself."""
+    return x._base if x._is_view() else x  # type: ignore[return-value]
+
+
+def _tensors(args, kwargs) -> Iterator[Tensor]:
+    """The tensors among arguments, and in lists of them."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (tuple, list)):
+            yield from (b for b in a if isinstance(b, Tensor))
+
+
+def _refuse(func, args, kwargs) -> None:
+    """Raise for what would need the graph behind a tensor that has tangents."""
+    for y in _tensors(args, kwargs):
+        if _leaves([y], Walk([y], ())):
+            raise RuntimeError(
+                f"func {_REFUSED[func]}, for which the graph of func is needed; differentiate=None lets it go as it is "
+                "made. Leave differentiate out (the graph is there until the call ends), or pass "
+                "differentiate='output' or 'both'"
+            )
+
+
+def _as_it_is(x):
+    return x
