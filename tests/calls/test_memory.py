@@ -382,3 +382,23 @@ if platform.libc_ver()[0] == "glibc":
                 [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
             )
             assert float(done.stdout) < 100
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+@pytest.mark.parametrize("columns", [1, 3])
+def test_tangents_that_go_with_the_run_take_the_memory_of_inference(columns):
+    """However deep the network is."""
+    for depth in (4, 24):
+        inference, streamed = measured(f"""
+            from torch import nn
+            torch.manual_seed(0)
+            layers = [nn.TransformerEncoderLayer(128, 4, 512, 0.0, nn.functional.gelu, batch_first=True, norm_first=True)
+                      for _ in range({depth})]
+            net, x = nn.Sequential(*layers), torch.randn(64, 64, 128)
+            t = torch.randn({columns}, *x.shape)
+            def forward():
+                with torch.no_grad():
+                    return net(x)
+            print(peak(forward)[0], peak(lambda: jactri.jvp(net, x, t, differentiate=None))[0])
+            """)
+        assert streamed <= 1.3 * (1 + columns) * inference

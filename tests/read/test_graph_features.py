@@ -280,6 +280,24 @@ def test_feature(name, mode):
     assert_same_tree(ours, truth, F64, length=256)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_feature_with_its_tangents(name):
+    """Pushed while the function runs, op by op."""
+    func, inputs = FEATURES[name]
+    x = inputs()
+    t = torch.stack([x.cos(), x, x - 1])
+    if name == "inner autograd.grad":
+        with pytest.raises(RuntimeError, match="calls torch.autograd.grad"):
+            jactri.jvp(func, x, t, differentiate=None)
+        return
+    rows = torch.autograd.functional.jacobian(func, inputs())
+    _, product = jactri.jvp(func, x, t, differentiate=None)
+    pairs = zip(rows, product, strict=True) if isinstance(rows, tuple) else [(rows, product)]
+    for j, p in pairs:
+        axes = list(range(1, t.dim())), list(range(j.dim() - x.dim(), j.dim()))
+        assert_close(p, torch.tensordot(t, j, axes), F64, length=256)
+
+
 def test_forward_hooks():
     net = make(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
     handle = net[0].register_forward_hook(lambda m, args, out: out * 3)

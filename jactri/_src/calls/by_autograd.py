@@ -41,9 +41,9 @@ def pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tenso
         ends = [(y, c) for y, c in zip(ys, cs, strict=True) if y.requires_grad]
         if not ends:
             return [y.new_zeros(columns, *y.shape) for y in ys]
-        pulled = _gradients(*([e[0] for e in ends], xs, [e[1] for e in ends]), True)
+        back = _gradients(*([e[0] for e in ends], xs, [e[1] for e in ends]), True)
     live = [
-        (g, b) for g, b in zip(pulled, blocks, strict=True) if b is not None and g.requires_grad
+        (g, b) for g, b in zip(back, blocks, strict=True) if b is not None and g.requires_grad
     ]
     if not live:
         return [y.new_zeros(columns, *y.shape) for y in ys]
