@@ -384,7 +384,7 @@ if platform.libc_ver()[0] == "glibc":
             assert float(done.stdout) < 100
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+@linux
 @pytest.mark.parametrize("columns", [1, 3])
 def test_tangents_that_go_with_the_run_take_the_memory_of_inference(columns):
     """However deep the network is."""

@@ -29,7 +29,7 @@ from ..read.behind import Walk
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.handover import transforming
 from ..read.reading import read
-from ..rules import rule
+from ..rules import record_of, rule
 from .running import computing, record, stream_now
 
 Whole = Callable[[Sequence[Tensor], Sequence[Tensor], list[Tensor], Graph | None], list[Tensor]]
@@ -37,6 +37,9 @@ Whole = Callable[[Sequence[Tensor], Sequence[Tensor], list[Tensor], Graph | None
 
 WRITES = 16
 """After how many writes to parts of a tensor it begins a new graph. Till then each one's tangents are held."""
+
+ROWS = 4
+"""For how many tangents an elementwise op's node is called: for more, its derivative is formed once."""
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 
@@ -110,11 +113,14 @@ class Streamed(TorchFunctionMode):
         if not leaves:
             return [None] * len(ys)
         blocks = [x._jactri_tangents for x in leaves]  # type: ignore[attr-defined]
-        if len(ys) == 1 and ys[0].grad_fn.__class__ is _CUT:
-            return blocks
+        hooks = RemovableHandle.next_id - self._first
         with computing(False):
+            if len(ys) == len(leaves) == 1 and not hooks:
+                made = _at_once(ys[0], leaves[0], blocks[0], walk)
+                if made is not None:
+                    return [made]
             try:
-                graph = read(ys, leaves, None, RemovableHandle.next_id - self._first, walk)
+                graph = read(ys, leaves, None, hooks, walk)
             except UnsupportedGraph:
                 return self._whole(ys, leaves, blocks, None)
             if suspects(graph):
@@ -227,6 +233,36 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
         if total is not None:
             made[v] = total, own
     return [None if v is None or made[v] is None else made[v][0] for v in graph.outputs]
+
+
+def _at_once(y: Tensor, x: Tensor, block: Tensor, walk: Walk) -> Tensor | None:
+    """The tangents of a leaf as it is, or of one elementwise op on it; None for all else.
+
+    What multiplies by a diagonal is the same for tangents and cotangents, so that its node may be called: without the
+    derivative in memory, but once for each tangent.
+    """
+    node = y.grad_fn
+    if node is None or node.__class__ is _CUT:
+        return block
+    between = [p for p in walk.order if p.__class__ is not _CUT]
+    if (
+        len(between) != 2
+        or len(block) > ROWS
+        or record_of(node.name()).form is None
+        or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device)
+        or sum(p is not None for p, _ in node.next_functions) != 1
+    ):
+        return None
+    if len(block) == 1:
+        return _first(node(block[0])).unsqueeze(0)
+    made = torch.empty_like(block)
+    for row, t in zip(made, block, strict=True):
+        row.copy_(_first(node(t)))
+    return made
+
+
+def _first(made) -> Tensor:
+    return made[0] if isinstance(made, tuple) else made
 
 
 def _give(leaf: Tensor, block: Tensor) -> Tensor:
