@@ -204,12 +204,10 @@ def test_runs_once():
         calls.append(y)
         return y.sin() * y
 
-    for how in (None, "output"):
-        jactri.jvp(
-            lambda x: checkpoint(part, x, use_reentrant=False), x3(), x3(), differentiate=how
-        )
-        assert len(calls) == {None: 1, "output": 3}[how]  # a checkpoint is there to run again
-        calls.clear()
+    jactri.jvp(
+        lambda x: checkpoint(part, x, use_reentrant=False), x3(), x3(), differentiate=None
+    )
+    assert len(calls) == 1
 
 
 def test_output_is_trained_by_a_target_of_the_product():
@@ -275,6 +273,23 @@ def test_memory_is_its_own():
     memory = {m.untyped_storage().data_ptr() for m in (t, a, b, c)}
     assert len(memory) == 4
     c.zero_()  # each entry has memory
+
+
+def test_a_buffer_that_outlives_the_call():
+    """What an earlier call wrote to it is a constant in the next."""
+    kept = torch.zeros(3, dtype=F64)
+
+    def func(x):
+        y = kept * x
+        kept[:2] = x[:2]
+        return y + kept
+
+    x = x3()
+    first = jactri.jvp(func, x, torch.ones(3, dtype=F64), differentiate=None)[1]
+    assert_close(first, torch.tensor([1.0, 1, 0], dtype=F64), F64)
+    second = jactri.jvp(func, x, torch.ones(2, 3, dtype=F64), differentiate=None)[1]
+    want = torch.cat([x[:2] + 1, torch.zeros(1, dtype=F64)]).expand(2, 3)
+    assert_close(second, want, F64)
 
 
 def test_calls_within():

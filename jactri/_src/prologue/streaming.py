@@ -43,6 +43,8 @@ ROWS = 4
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 
+_NOTHING = (None, None)
+
 _REFUSED = {
     torch.autograd.grad: "calls torch.autograd.grad",
     torch.autograd.backward: "calls torch.autograd.backward",
@@ -85,11 +87,12 @@ class Streamed(TorchFunctionMode):
         super().__init__()
         self._blocks, self._whole = blocks, whole
         self._pauses = self._first = 0
+        self._mark = object()  # a leaf of an earlier call may still be behind a buffer
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
         """Give the inputs, leaves of nobody else, their tangents."""
         for leaf, block in zip(leaves, self._blocks, strict=True):
-            _give(leaf, block)
+            self._give(leaf, block)
 
     def record(self, func: Callable, *given: Tensor) -> Any:
         """As `running.record`, with tangents."""
@@ -109,10 +112,10 @@ class Streamed(TorchFunctionMode):
     def tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
         """The block ``(K, *y)`` of each tensor; None for one that does not depend on the inputs."""
         walk = Walk(ys, ())
-        leaves = _leaves(ys, walk)
+        leaves = self._leaves(ys, walk)
         if not leaves:
             return [None] * len(ys)
-        blocks = [x._jactri_tangents for x in leaves]  # type: ignore[attr-defined]
+        blocks = [x._jactri_tangents[1] for x in leaves]  # type: ignore[attr-defined]
         hooks = RemovableHandle.next_id - self._first
         with computing(False):
             if len(ys) == len(leaves) == 1 and not hooks:
@@ -139,7 +142,7 @@ class Streamed(TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         if func in _REFUSED:
-            _refuse(func, args, kwargs)
+            self._refuse(func, args, kwargs)
         if _top_saved_tensors_default_hooks(True) is None:
             out = func(*args, **kwargs)
         else:  # of a checkpoint, say: what is saved is read at once
@@ -171,7 +174,7 @@ class Streamed(TorchFunctionMode):
         if fresh:
             for i, block in zip(fresh, self.tangents([outs[i] for i in fresh]), strict=True):
                 if block is not None:
-                    outs[i] = Cut.apply(_give(outs[i].detach().requires_grad_(), block))
+                    outs[i] = Cut.apply(self._give(outs[i].detach().requires_grad_(), block))
         return outs
 
     def _written(self, y: Tensor, whole: bool = False) -> None:
@@ -185,16 +188,43 @@ class Streamed(TorchFunctionMode):
                 return
         (block,) = self.tangents([root])
         if block is not None:
-            leaf = _give(root.detach().requires_grad_(), block)
+            leaf = self._give(root.detach().requires_grad_(), block)
             root.detach_()
             Cut.apply(leaf, root)
             root._jactri_writes = 0  # type: ignore[attr-defined]
+
+    def _refuse(self, func, args, kwargs) -> None:
+        """Raise for what would need the graph behind a tensor that has tangents."""
+        for y in _tensors(args, kwargs):
+            if self._leaves([y], Walk([y], ())):
+                raise RuntimeError(
+                    f"func {_REFUSED[func]}, for which the graph of func is needed; differentiate=None lets it go as "
+                    "it is made. Leave differentiate out (the graph is there until the call ends), or pass "
+                    "differentiate='output' or 'both'"
+                )
+
+    # -- tangents -----------------------------------------------------------------------------------
+
+    def _give(self, leaf: Tensor, block: Tensor) -> Tensor:
+        leaf._jactri_tangents = self._mark, block  # type: ignore[attr-defined]
+        return leaf
+
+    def _leaves(self, ys: Sequence[Tensor], walk: Walk) -> list[Tensor]:
+        """The leaves behind some tensors that hold tangents."""
+        found = [node.variable for node in walk.order if node.__class__ is _ACCUMULATE]
+        found += [y for y in ys if y.grad_fn is None]
+        kept = {
+            id(x): x
+            for x in found
+            if getattr(x, "_jactri_tangents", _NOTHING)[0] is self._mark
+        }
+        return list(kept.values())
 
 
 def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Blocks ``(K, *input)``, or None for zeros, pushed through a graph, value by value: ``(K, *output)``.
 
-    Raises nothing of its own; a block that no value needs any more is let go.
+    A block that no value needs any more is let go, and so are the maps: the graph is used up.
     """
     values, writable = graph.values, may_write()
     left = [0] * len(values)
@@ -230,6 +260,7 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
             else:
                 total, own = total + new, True
             del new
+        value.sources = ()  # derivatives go with their maps
         if total is not None:
             made[v] = total, own
     return [None if v is None or made[v] is None else made[v][0] for v in graph.outputs]
@@ -265,19 +296,6 @@ def _first(made) -> Tensor:
     return made[0] if isinstance(made, tuple) else made
 
 
-def _give(leaf: Tensor, block: Tensor) -> Tensor:
-    leaf._jactri_tangents = block  # type: ignore[attr-defined]
-    return leaf
-
-
-def _leaves(ys: Sequence[Tensor], walk: Walk) -> list[Tensor]:
-    """The leaves behind some tensors that hold tangents."""
-    found = [node.variable for node in walk.order if node.__class__ is _ACCUMULATE]
-    found += [y for y in ys if y.grad_fn is None]
-    kept = {id(x): x for x in found if hasattr(x, "_jactri_tangents")}
-    return list(kept.values())
-
-
 def _live(y: Any) -> bool:
     """Whether a result is one that may begin a new graph: real numbers with a graph, and more behind than a leaf."""
     if y.__class__ is not Tensor or not y.requires_grad:
@@ -303,17 +321,6 @@ def _tensors(args, kwargs) -> Iterator[Tensor]:
             yield a
         elif isinstance(a, (tuple, list)):
             yield from (b for b in a if isinstance(b, Tensor))
-
-
-def _refuse(func, args, kwargs) -> None:
-    """Raise for what would need the graph behind a tensor that has tangents."""
-    for y in _tensors(args, kwargs):
-        if _leaves([y], Walk([y], ())):
-            raise RuntimeError(
-                f"func {_REFUSED[func]}, for which the graph of func is needed; differentiate=None lets it go as it is "
-                "made. Leave differentiate out (the graph is there until the call ends), or pass "
-                "differentiate='output' or 'both'"
-            )
 
 
 def _as_it_is(x):
