@@ -122,11 +122,14 @@ class Streamed(TorchFunctionMode):
                 made = _at_once(ys[0], leaves[0], blocks[0], walk)
                 if made is not None:
                     return [made]
+            if hooks:
+                for x in leaves:
+                    x._jactri_handles = hooks  # type: ignore[attr-defined]
             try:
-                graph = read(ys, leaves, None, hooks, walk)
+                graph = read(ys, leaves, walk=walk)
             except UnsupportedGraph:
                 return self._whole(ys, leaves, blocks, None)
-            if suspects(graph):
+            if len(graph.values) > 2 and suspects(graph):
                 return self._whole(ys, leaves, blocks, graph)
             return along(graph, blocks)
 
