@@ -131,6 +131,20 @@ def test_against_the_jacobian(name, columns, dtype):
             assert_close(g if columns is not None else g.unsqueeze(0), w, dtype, length=length)
 
 
+def test_vectors_are_not_written_to():
+    """Those of one shape have layouts that are equal, and not the same object."""
+    xs = torch.randn(2, 3, 4, dtype=F64).unbind()
+    vs = tuple(vectors(xs, 2))
+    for func in (
+        lambda a, b: (a.lerp(b, 0.3), (a * 0.5).add(b.sin())),
+        lambda a, b: (a * 2, b.exp()),
+    ):
+        for call in (jactri.jvp, jactri.vjp):
+            kept = [v.clone() for v in vs]
+            call(func, xs, vs)
+            assert all(map(torch.equal, vs, kept))
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", ["mlp", "images", "attention", "several"])
 def test_chunks(name, chunk_size):

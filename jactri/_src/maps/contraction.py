@@ -59,7 +59,8 @@ class Sum(LinearMap):
         if route.axis is None:  # spread: ones stay ones
             return (None, False) if data is None else self._expand(data)
         if route.mid is not layout:
-            data, own = convert(data, layout, route.mid, sel, like), True
+            block = convert(data, layout, route.mid, sel, like)
+            data, own = block, own or block is not data
         at = route.mid
         loose = [a for a in self.axes if not at.is_tied(a)]
         if loose:

@@ -304,7 +304,8 @@ def unfolded(
         if n > 1 and to.axes[a] == source.axes[a] and (data is None or data.stride(a + 1) == 0)
     ]
     if not alike:
-        return convert(data, source, to, sel, like), True
+        block = convert(data, source, to, sel, like)
+        return block, block is not data
     once = {t for a in alike for _, t in to.axes[a] if t != FREE}
     seed = tuple(1 if s in once else n for s, n in enumerate(source.seed))
     for a in alike if data is not None else ():

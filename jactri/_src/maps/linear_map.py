@@ -167,7 +167,8 @@ class LinearMap:
     ) -> tuple[Tensor | None, bool]:
         """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
         if route.mid is not layout:
-            data, own = unfolded(data, layout, route.mid, sel, like)
+            block, fresh = unfolded(data, layout, route.mid, sel, like)
+            data, own = block, fresh or (own and block is data)
         elif data is None:
             data, own = one(like).expand(1, *route.mid.shape), False
         return self.pull(data, own) if reverse else self.push(data, own)
