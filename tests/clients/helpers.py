@@ -43,7 +43,9 @@ def assert_rows(func, x, *, inner=None, factor=1.0, most=12):
         assert_close(J.reshape(-1, *x.shape)[at], truth, what=mode, **options)
     t = torch.randn(2, *x.shape, dtype=x.dtype)
     along = jactri.jvp(func, x, t, differentiate=None)[1].flatten(1)[:, at]
-    assert_close(along, torch.tensordot(t.flatten(1), truth.flatten(1).t(), 1), what="jvp", **options)
+    assert_close(
+        along, torch.tensordot(t.flatten(1), truth.flatten(1).t(), 1), what="jvp", **options
+    )
     J = jactri.jacobian(func, x, per_sample=True)
     whole = torch.zeros(*y.shape, *x.shape, dtype=x.dtype)
     for n in range(len(x)):

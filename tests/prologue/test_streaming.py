@@ -79,7 +79,9 @@ class AdaLN(nn.Module):
         self.text = nn.Parameter(torch.randn(1, 4, 3))
 
     def forward(self, x, t):
-        waves = torch.cat([(t * k).cos() for k in range(1, 5)] + [(t * k).sin() for k in range(1, 5)], -1)
+        waves = torch.cat(
+            [(t * k).cos() for k in range(1, 5)] + [(t * k).sin() for k in range(1, 5)], -1
+        )
         shift, scale, gate = self.time(waves)[:, None].chunk(3, -1)
         h = self.norm(x) * (1 + scale) + shift
         padding = torch.tensor([[False] * 4 + [True]]).expand(len(x), 5)
@@ -92,7 +94,9 @@ class AdaLN(nn.Module):
 class UNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(inplace=True))
+        self.down = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(inplace=True)
+        )
         self.deep = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Dropout(0.5))
         self.up = nn.ConvTranspose2d(8, 4, 4, 2, 1)
         self.out = nn.Conv2d(8, 1, 3, padding=1)
@@ -122,11 +126,12 @@ class Checkpointed(nn.Module):
 def written(x):
     """Writes into a result, to views of it, to what was read before, and through lists."""
     y = torch.zeros_like(x)
+    y[1] = x[0]
     part = y[:, 1:]
     for k in range(40):
         y[k % 2] = x[0].sin() * k
         part.mul_(0.9).add_(x[:, 1:])
-    y.relu_()
+    y.clamp_(min=0.1)
     z = y.view(-1)
     z[1] *= x[0, 0]
     torch._foreach_mul_([y, part], 1.5)
@@ -204,9 +209,7 @@ def test_runs_once():
         calls.append(y)
         return y.sin() * y
 
-    jactri.jvp(
-        lambda x: checkpoint(part, x, use_reentrant=False), x3(), x3(), differentiate=None
-    )
+    jactri.jvp(lambda x: checkpoint(part, x, use_reentrant=False), x3(), x3(), differentiate=None)
     assert len(calls) == 1
 
 
@@ -343,7 +346,9 @@ def test_functions_that_need_their_graph(func, match):
         jactri.jvp(func, x3(), x3(), differentiate=None)
     if func is not hooked:
         return
-    jactri.jvp(lambda x: inner_gradient(x.detach().requires_grad_()), x3(), x3(), differentiate=None)
+    jactri.jvp(
+        lambda x: inner_gradient(x.detach().requires_grad_()), x3(), x3(), differentiate=None
+    )
 
 
 def test_arguments():
@@ -367,7 +372,7 @@ def test_arguments():
 
 
 def test_backwards_that_cannot_be_differentiated():
-    """"both" says so where it is differentiated; the others do not ask."""
+    """ "both" says so where it is differentiated; the others do not ask."""
 
     class Own(torch.autograd.Function):
         @staticmethod

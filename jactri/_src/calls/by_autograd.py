@@ -42,9 +42,7 @@ def pushed(ys, xs, blocks, columns: int, reason: UnsupportedGraph) -> list[Tenso
         if not ends:
             return [y.new_zeros(columns, *y.shape) for y in ys]
         back = _gradients(*([e[0] for e in ends], xs, [e[1] for e in ends]), True)
-    live = [
-        (g, b) for g, b in zip(back, blocks, strict=True) if b is not None and g.requires_grad
-    ]
+    live = [(g, b) for g, b in zip(back, blocks, strict=True) if b is not None and g.requires_grad]
     if not live:
         return [y.new_zeros(columns, *y.shape) for y in ys]
     starts = [g for g, _ in live]

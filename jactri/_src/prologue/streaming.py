@@ -1,9 +1,10 @@
 """Tangents that go with the function's own run: what autograd records of an op is read, and let go, at once.
 
-The function runs once, in grad mode, as for any call. After each op (as a mode of torch's functions sees them) the graph
-behind its result is followed to the tensors whose tangents are known, all K tangents are pushed through its maps, and
-the result begins a new graph: the function gets the same memory, behind which there is nothing but a leaf that holds
-the tangents. So the saved values of one op exist at a time, and tangents live as long as Python holds their tensors.
+The function runs once, in grad mode, as for any call. After each op (as a mode of torch's functions sees them) the
+graph behind its result is followed to the tensors whose tangents are known, all K tangents are pushed through its
+maps, and the result begins a new graph: the function gets the same memory, behind which there is nothing but a leaf
+that holds the tangents. So the saved values of one op exist at a time, and tangents live as long as Python holds their
+tensors.
 
 Correctness does not rest on the mode seeing all that happens: what it does not cut (views, custom Functions, complex
 numbers, subclasses, what other threads run) stays in autograd's graph, and is read with the next op that uses it.
@@ -158,8 +159,7 @@ class Streamed(TorchFunctionMode):
                 self._written(args[0])
         elif isinstance(out, (tuple, list)) and any(map(_live, out)):
             made = self._cut(list(out), args, kwargs)
-            kind = out.__class__
-            return kind._make(made) if hasattr(kind, "_make") else kind(made)
+            return getattr(out, "_make", out.__class__)(made)
         return out
 
     def _cut(self, outs: list, args, kwargs) -> list:
@@ -217,9 +217,7 @@ class Streamed(TorchFunctionMode):
         found = [node.variable for node in walk.order if node.__class__ is _ACCUMULATE]
         found += [y for y in ys if y.grad_fn is None]
         kept = {
-            id(x): x
-            for x in found
-            if getattr(x, "_jactri_tangents", _NOTHING)[0] is self._mark
+            id(x): x for x in found if getattr(x, "_jactri_tangents", _NOTHING)[0] is self._mark
         }
         return list(kept.values())
 
