@@ -29,6 +29,7 @@ from ..plan.poles import suspects
 from ..read.behind import Walk
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.handover import transforming
+from ..read.joining import for_given
 from ..read.reading import read
 from ..rules import record_of, rule
 from .running import computing, record, stream_now
@@ -132,7 +133,7 @@ class Streamed(TorchFunctionMode):
                 return self._whole(ys, leaves, blocks, None)
             if len(graph.values) > 2 and suspects(graph):
                 return self._whole(ys, leaves, blocks, graph)
-            return along(graph, blocks)
+            return along(for_given(graph, len(blocks[0])), blocks)
 
     # -- the mode -----------------------------------------------------------------------------------
 
