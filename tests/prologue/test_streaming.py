@@ -213,6 +213,51 @@ def test_runs_once():
     assert len(calls) == 1
 
 
+class Sine(torch.autograd.Function):
+    """Which a mode of functions does not see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+def in_a_checkpoint(x):
+    """What it saves is counted as in the first run, in which other ops were read at once."""
+
+    def inner(y):
+        return Sine.apply(y.cos()) * y
+
+    def outer(y):
+        z = checkpoint(inner, F.dropout(y, 0.3).sin(), use_reentrant=False)
+        return Sine.apply(z * 2).exp() * y
+
+    torch.manual_seed(3)
+    return Sine.apply(checkpoint(outer, x, use_reentrant=False).cos())
+
+
+def handed_through(x):
+    """An op that returns what it got is no write to it."""
+    y = Sine.apply(x)
+    z = Sine.apply(y)
+    v = y.view(-1)
+    for _ in range(20):
+        v = v.contiguous()
+    return y.contiguous() * z * v.view(x.shape)
+
+
+@pytest.mark.parametrize("func", [in_a_checkpoint, handed_through])
+def test_functions_that_escape_the_mode(func):
+    (x,), (t,) = given([(3, 4)], (2,))
+    rows = torch.autograd.functional.jacobian(func, x)
+    product = jactri.jvp(func, x, t, differentiate=None)[1]
+    assert_close(product, torch.einsum("abij,kij->kab", rows, t), F64, length=16)
+
+
 def test_output_is_trained_by_a_target_of_the_product():
     """One step of MeanFlow: du/dt along (v, 0, 1) is detached, u is not."""
     net = make(lambda: mlp(4, 16, 2))
@@ -333,9 +378,16 @@ def hooked(x):
     return y
 
 
+def module_with_a_hook(x):
+    net = nn.Linear(3, 3).double()
+    net.register_full_backward_hook(lambda module, into, out: (2 * into[0],))
+    return net(x)
+
+
 @pytest.mark.parametrize(
     ("func", "match"),
     [
+        (module_with_a_hook, "a module with backward hooks"),
         (inner_gradient, r"torch\.autograd\.grad, .*Leave differentiate out"),
         (lambda x: (x.sin().sum().backward(), x)[1], r"backward\(\), .*differentiate='output'"),
         (hooked, r"Tensor\.register_hook"),

@@ -13,8 +13,8 @@ numbers, subclasses, what other threads run) stays in autograd's graph, and is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..plan.poles import suspects
 from ..read.behind import Walk
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.handover import transforming
+from ..read.hooks import MODULE_HOOKS, tracked
 from ..read.joining import for_given
 from ..read.reading import read
 from ..rules import record_of, rule
@@ -89,6 +90,7 @@ class Streamed(TorchFunctionMode):
         super().__init__()
         self._blocks, self._whole = blocks, whole
         self._pauses = self._first = 0
+        self._packed = self._reads = False
         self._mark = object()  # a leaf of an earlier call may still be behind a buffer
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
@@ -113,6 +115,18 @@ class Streamed(TorchFunctionMode):
 
     def tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
         """The block ``(K, *y)`` of each tensor; None for one that does not depend on the inputs."""
+        if not self._packed or self._reads:
+            return self._tangents(ys)
+        # custom Functions escape the mode: reading one may run a checkpointed segment, which has to save what it did
+        # the first time, where all other ops were read at once
+        self._reads = True
+        try:
+            with stream_now(self), _no_hooks(), self:
+                return self._tangents(ys)
+        finally:
+            self._reads = False
+
+    def _tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
         walk = Walk(ys, ())
         leaves = self._leaves(ys, walk)
         if not leaves:
@@ -125,6 +139,10 @@ class Streamed(TorchFunctionMode):
                 if made is not None:
                     return [made]
             if hooks:
+                if not tracked() and any(p.__class__ is MODULE_HOOKS for p in walk.order):
+                    _refuse(
+                        "has a module with backward hooks, which see a backward pass of all of it"
+                    )
                 for x in leaves:
                     x._jactri_handles = hooks  # type: ignore[attr-defined]
             try:
@@ -146,24 +164,30 @@ class Streamed(TorchFunctionMode):
             or forward_ad._current_level >= 0
         ):
             return func(*args, **kwargs)
-        if func in _REFUSED:
-            self._refuse(func, args, kwargs)
-        if _top_saved_tensors_default_hooks(True) is None:
-            out = func(*args, **kwargs)
-        else:  # of a checkpoint, say: what is saved is read at once
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
+        packed = _top_saved_tensors_default_hooks(True) is not None
+        if self._reads:
+            with _no_hooks() if packed else nullcontext():
+                return func(*args, **kwargs)
+        if func in _REFUSED and not (func is Tensor.register_hook and tracked()):
+            self._check(func, args, kwargs)
+        versions = [_version(a) for a in _tensors(args, kwargs)]
+        if packed:  # of a checkpoint, say: what is saved is read at once
+            self._packed = True
+            with _no_hooks():
                 out = func(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         if out.__class__ is Tensor:
-            return self._cut([out], args, kwargs)[0] if _live(out) else out
+            return self._cut([out], args, kwargs, versions)[0] if _live(out) else out
         if out is None:
             if func is Tensor.__setitem__:
                 self._written(args[0])
         elif isinstance(out, (tuple, list)) and any(map(_live, out)):
-            made = self._cut(list(out), args, kwargs)
+            made = self._cut(list(out), args, kwargs, versions)
             return getattr(out, "_make", out.__class__)(made)
         return out
 
-    def _cut(self, outs: list, args, kwargs) -> list:
+    def _cut(self, outs: list, args, kwargs, versions: list[int]) -> list:
         """What an op returned, with new graphs behind what is its own; what it wrote to begins one as it is."""
         given = list(_tensors(args, kwargs))
         roots = [_root(a) for a in given]
@@ -171,8 +195,10 @@ class Streamed(TorchFunctionMode):
         for i, y in enumerate(outs):
             if not _live(y):
                 continue
-            if any(y is a for a in given):
-                self._written(y, whole=True)
+            at = next((k for k, a in enumerate(given) if y is a), None)
+            if at is not None:
+                if _version(y) != versions[at]:  # else it was handed through
+                    self._written(y, whole=True)
             elif not any(_root(y) is r for r in roots):
                 fresh.append(i)
         if fresh:
@@ -197,15 +223,11 @@ class Streamed(TorchFunctionMode):
             Cut.apply(leaf, root)
             root._jactri_writes = 0  # type: ignore[attr-defined]
 
-    def _refuse(self, func, args, kwargs) -> None:
+    def _check(self, func, args, kwargs) -> None:
         """Raise for what would need the graph behind a tensor that has tangents."""
         for y in _tensors(args, kwargs):
             if self._leaves([y], Walk([y], ())):
-                raise RuntimeError(
-                    f"func {_REFUSED[func]}, for which the graph of func is needed; differentiate=None lets it go as "
-                    "it is made. Leave differentiate out (the graph is there until the call ends), or pass "
-                    "differentiate='output' or 'both'"
-                )
+                _refuse(_REFUSED[func])
 
     # -- tangents -----------------------------------------------------------------------------------
 
@@ -221,6 +243,13 @@ class Streamed(TorchFunctionMode):
             id(x): x for x in found if getattr(x, "_jactri_tangents", _NOTHING)[0] is self._mark
         }
         return list(kept.values())
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"func {what}, for which the graph of func is needed; differentiate=None lets it go as it is made. Leave "
+        "differentiate out (the graph is there until the call ends), or pass differentiate='output' or 'both'"
+    )
 
 
 def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -323,6 +352,15 @@ def _tensors(args, kwargs) -> Iterator[Tensor]:
             yield a
         elif isinstance(a, (tuple, list)):
             yield from (b for b in a if isinstance(b, Tensor))
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _no_hooks() -> saved_tensors_hooks:
+    """Within, what autograd saves is kept as it is."""
+    return saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 def _as_it_is(x):

@@ -45,7 +45,7 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
     Raises RuntimeError for hooks that give something else each time.
     """
     ys = [y for y in ys if y.requires_grad and y.numel()]
-    if not ys or _tracked() or only_look(ys):
+    if not ys or tracked() or only_look(ys):
         return
     first, second = (
         [arbitrary(y.shape, y).roll(k).reshape(y.shape) * (1 - 2 * k) for y in ys] for k in (0, 1)
@@ -254,7 +254,7 @@ def only_look(ys: Sequence[Tensor]) -> bool:
     return RemovableHandle.next_id == 0 or _sharded(ys, nodes_behind(ys))
 
 
-def _tracked() -> bool:
+def tracked() -> bool:
     """Whether torch's own tracker of modules is on, as FlopCounterMode's is.
 
     Its hooks only look, and ``torch.autograd.grad`` refuses to run them.
