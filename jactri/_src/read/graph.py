@@ -31,6 +31,7 @@ from . import complexes, ranges
 from .behind import Walk
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
+from .writes import Writes
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
@@ -96,6 +97,9 @@ class Reader:
     """Whether a value is complex."""
     pairs = True
     """Whether the graph then holds pairs of reals in its place (see `complexes`)."""
+    joins = True
+    """Whether several writes may be read as one."""
+    writes: Writes
 
     def __init__(self):
         self.values: list[Value] = []
@@ -421,8 +425,10 @@ def follow(
     for y in outputs:
         _refuse(y)
     done: dict[object, tuple[int | None, ...] | None] = {}
+    walk = walk or Walk(outputs, inputs)
+    reader.writes = Writes(walk, outputs, wanted)
     with reader.recomputed:
-        _read(walk or Walk(outputs, inputs), reader, leaves, leaf, wanted, done)
+        _read(walk, reader, leaves, leaf, wanted, done)
     ends: list[int | None] = []
     for y in outputs:
         if y.grad_fn is None:

@@ -4,6 +4,10 @@ Autograd records such a write as a CopySlices node, which does not show where it
 applied to the numbers 1, 2, 3, ... it returns, for every entry of the source, the number of the place that it went
 to. If those places are a regular slice of the result, the write is a `Place`, and else a `Put`; other numbers must
 confirm it, exactly. A view by strides is asked in the same way where each of its entries comes from.
+
+A matrix that is written entry by entry is a chain of such nodes, and what one returns for what was there before is what
+the one before it is asked with: so the numbers go through all of them once, and sources of one shape are put where they
+went as one stack.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from ..base.backends import captured
 from ..base.tracing import aside, tracing, valued
 from . import rule
 from .index import pick, put
-from .shape import piece, place
+from .shape import piece, place, stacked
 
 _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 """Integers below these bounds are exact."""
@@ -25,10 +29,84 @@ _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 
 @rule("torch::autograd::CopySlices")
 def copy_slices(g):
-    shape, meta = g.shape, g.meta[0]
+    shape, meta, node = g.shape, g.meta[0], g.node
     n, dtype = prod(shape), meta.dtype.to_real()
     if n >= _EXACT.get(dtype, 0) or n == 0 or not valued() or captured(meta.device):
         return None
+    if not g.joins or node in g.writes.apart or meta.dtype.is_complex or tracing():
+        return _alone(g, shape, meta, dtype)
+    writes = g.writes.until(node, g.src)
+    if g.writes.wait(writes):
+        return next(s for s in g.src if s is not None)  # nobody but the next write looks at it
+    value = _together(g, writes)
+    if value is None:
+        g.writes.apart.update(node for node, _ in writes)
+        value = writes[0][1][0]
+        for node, (_, *src) in writes:
+            (value,) = g.visit(node, [value, *src])
+    return value
+
+
+def _together(g, writes) -> int | None:
+    """Writes of values as they are, one after another: what was there before, masked, and stacks of what was written.
+
+    None if they are not seen to be that.
+    """
+    shape, meta, base = g.shape, g.meta[0], writes[0][1][0]
+    sources = [s for _, (_, *src) in writes for s in src if s is not None]
+    kinds = {(g.values[s].dtype, g.values[s].device) for s in sources}
+    if kinds != {(meta.dtype, meta.device)}:
+        return None
+    number, scramble = _numbers(shape, meta)
+    left, places = _through(g, writes, number)
+    made = places if base is None else [left, *places]
+    if any(t is None or t.requires_grad or t.numel() == 0 for t in made):
+        return None
+    keep = None
+    with torch.no_grad():
+        confirm, seen = _through(g, writes, scramble)
+        found = torch.cat([t.reshape(-1) for t in places])
+        index = (found.long() - 1).clamp_(0, number.numel() - 1)
+        fits = (number.reshape(-1)[index] == found).all()
+        fits &= (scramble.reshape(-1)[index] == torch.cat([t.reshape(-1) for t in seen])).all()
+        if base is not None:  # selected, not multiplied by 0
+            keep = _through(g, writes, torch.full_like(number, nan))[0].isnan()
+            for told, asked in ((left, number), (confirm, scramble)):
+                fits &= (told == torch.where(keep, asked, 0)).all()
+        if not bool(fits):
+            return None
+        terms = [] if keep is None else [g.mask(base, keep.to(meta.dtype))]
+        alike: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for s, t, at in zip(sources, places, index.split([t.numel() for t in places]), strict=True):
+            alike.setdefault(tuple(t.shape), []).append((s, at))
+        terms += [_stacked(g, sizes, parts) for sizes, parts in alike.items()]
+    return g.plus(terms)
+
+
+def _through(g, writes, c: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+    """A cotangent through writes, the last one first: what is left of it in the end, and what each source gets."""
+    found: list[Tensor | None] = []
+    for node, (_, *src) in reversed(writes):
+        out = g.recomputed.calling(node)(c)
+        c, *rest = out if isinstance(out, tuple) else (out,)
+        found += [t for t, s in zip(rest[::-1], src[::-1], strict=True) if s is not None]
+    return c, found[::-1]
+
+
+def _stacked(g, sizes: tuple[int, ...], parts: list[tuple[int, Tensor]]) -> int:
+    """Sources of one size, each in its (flat) places: in the order of these, which may make a slice of them."""
+    ids, index = [g.expand(s, sizes) for s, _ in parts], torch.stack([at for _, at in parts])
+    if len(parts) == 1:
+        value, index = ids[0], index.view(sizes)
+    else:
+        order = index[:, 0].argsort()
+        value = stacked(g, [ids[k] for k in order.tolist()], (len(ids), *sizes), 0)
+        index = index[order].view(-1, *sizes)
+    return _put(g, value, index, regular(index, g.shape))
+
+
+def _alone(g, shape, meta, dtype) -> int | None:
+    """One write, of what may be scaled, over what may be."""
     kinds = {meta.dtype, *(g.values[s].dtype for s in g.src if s is not None)}
     if any(kind.is_complex for kind in kinds) and (len(kinds) > 1 or not _of_parts(g)):
         return None
@@ -171,7 +249,14 @@ def _written(g, source: int, sizes, factor, index: Tensor, slices) -> int:
     """A source where it went, scaled by a number or a tensor."""
     value = g.expand(source, sizes)
     value = g.diagonal(value, factor) if isinstance(factor, Tensor) else g.scale(value, factor)
-    return put(g, value, index) if slices is None else _placed(g, value, sizes, slices)
+    return _put(g, value, index, slices)
+
+
+def _put(g, value: int, index: Tensor, slices) -> int:
+    """A value in these places of the result: flat ones, and the same as `regular` slices or None."""
+    if slices is None:
+        return put(g, value, index)
+    return _placed(g, value, tuple(index.shape), slices)
 
 
 def regular(index: Tensor, shape: tuple[int, ...]):

@@ -180,14 +180,17 @@ def cat(g):
 
 @rule("Stack")
 def stack(g):
-    shape = g.shape
-    axis = g.axis("dim", len(shape))
+    return stacked(g, g.src, g.shape, g.axis("dim", len(g.shape)))
+
+
+def stacked(g, sources, shape, axis: int) -> int:
+    """Values side by side along a new axis of ``shape``; None stands for zeros."""
     slot = (*shape[:axis], 1, *shape[axis + 1 :])
     n = shape[axis]
     return g.emit(
         [
             (g.cast(g.view(s, slot)), Place(axis, i, 1, 1, n))
-            for i, s in enumerate(g.src)
+            for i, s in enumerate(sources)
             if s is not None
         ],
         shape,

@@ -24,6 +24,8 @@ class UnknownCurvature(Exception):
 class CurveReader(Reader):
     """A reader that notes the curvature of every value that has one. ``new`` are the values of the current node."""
 
+    joins = False
+
     def __init__(self):
         super().__init__()
         self.curves: Curves = {}
