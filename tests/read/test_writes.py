@@ -1,0 +1,200 @@
+"""Writes into parts of one tensor, one after another: read as one where each entry of the result has one origin."""
+
+import pytest
+import torch
+from common import F64, MODES
+from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import jactri
+
+
+def entry_by_entry(x):
+    """Of a matrix, constants between; each is what the next write goes on from."""
+    out = x.new_zeros(len(x), 3, 3)
+    for r in range(3):
+        for k in range(3):
+            out[:, r, k] = float(k) if r == k else x[:, r] * x[:, k].sin() if r < k else x[:, 0]
+    return out @ out
+
+
+def in_order(x):
+    out, h = x.new_zeros(len(x), 5, x.shape[1]), x
+    for k in range(5):
+        h = torch.tanh(h * 1.1)
+        out[:, k] = h
+    return out
+
+
+def in_blocks(x):
+    out = x.new_zeros(len(x), 4, 4)
+    out[:, :3, :3] = x[:, :3, None] * x[:, None, :3]
+    out[:, :3, 3] = x[:, :3].exp()
+    out[:, 3, 3] = 1
+    out[:, 3, 0] = x[:, 0]
+    return out
+
+
+def over_values(x):
+    y = (x[:, :, None] * x[:, None]).sqrt()  # selected behind a pole, too
+    y[:, 2] = x.cos()
+    y[:, 0] = x.sin()
+    y[:, :, 0] = 0
+    return y
+
+
+def backwards(x):
+    out = x.new_zeros(3, len(x))
+    for k in reversed(range(3)):
+        out[k] = x[:, k] ** (k + 2)
+    return out.T
+
+
+def added(x):
+    y = x * 2
+    y[:, 0].add_(x[:, 1].sin())
+    y[:, 1].add_(x[:, 0] * x[:, 2])
+    y[:, 1].add_(x[:, 2])
+    return y
+
+
+def overwritten(x):
+    y = x.new_zeros(x.shape)
+    y[:, 0] = x[:, 1].exp()
+    y[:, 1] = x[:, 0].exp()
+    y[:, 0] = x[:, 0].sin()
+    return y
+
+
+def scaled(x):
+    y = x.clone()
+    y[:, 0] = x[:, 1].exp()
+    y[:, 0].mul_(x[:, 2])
+    y[:, 1].exp_()
+    y[:, 2] = x[:, 0]
+    return y
+
+
+def as_it_is_here(x):
+    """A factor that happens to be 1."""
+    y = x.new_zeros(x.shape)
+    y[:, 0] = x[:, 1] - x[:, 1].detach()
+    y[:, 0].exp_()
+    y[:, 1] = x[:, 2]
+    return y
+
+
+def read_between(x):
+    y = x.new_zeros(x.shape)
+    y[:, 0] = x[:, 1].exp()
+    z = y[:, 0] * x[:, 2]
+    y[:, 1] = z
+    y[:, 2] = z.sin()
+    return y, z
+
+
+def of_one_number(x):
+    y = x * x
+    y[:, 0] = x[0, 0].exp()
+    y[1, 1] = x[0, 0].sin()
+    return y
+
+
+def of_others(x):
+    p = torch.ones(len(x), dtype=x.dtype, requires_grad=True)
+    y = x.new_zeros(x.shape)
+    y[:, 0] = p * 2
+    y[:, 1] = x[:, 0].exp()
+    y[:, 2] = p.sin()
+    return y
+
+
+def of_other_dtypes(x):
+    y = x.new_zeros(x.shape)
+    y[:, 0] = x[:, 1].exp()
+    y[:, 2] = x[:, 1].float()
+    return y
+
+
+def of_parts(x):
+    z = torch.zeros(len(x), 3, dtype=torch.complex128)
+    z[:, 0] = torch.complex(x[:, 0], x[:, 1])
+    z[:, 1] = torch.complex(x[:, 1].sin(), x[:, 2])
+    z[:, 2] = z[:, 0] * 1j
+    return z.abs()
+
+
+WRITES = (
+    entry_by_entry, in_order, in_blocks, over_values, backwards, added, overwritten, scaled, as_it_is_here, of_others,
+    of_parts,
+)  # fmt: skip
+MIXED = (read_between, of_one_number, of_other_dtypes)
+
+
+def inputs(func):
+    x = torch.randn(4, 3, dtype=F64)
+    return x.abs() if func is over_values else x
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("func", (*WRITES, *MIXED))
+def test_writes(func, mode):
+    x = inputs(func)
+    truth = torch.autograd.functional.jacobian(func, x)
+    ours = jactri.jacobian(func, x, strategy=mode)
+    for got, want in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (ours, truth)), strict=True):
+        assert_close(got, want, torch.float32 if func is of_other_dtypes else F64, what=mode)
+    if func in WRITES:
+        own = jactri.jacobian(func, x, per_sample=True, strategy=mode)
+        for n in range(4):
+            assert_close(own[n], truth[n][..., n, :], F64, what=mode)
+
+
+@pytest.mark.parametrize("func", WRITES)
+def test_second_derivatives(func):
+    x = inputs(func)
+    second = torch.autograd.functional.hessian(lambda x: func(x).sin().sum(), x)
+    assert_close(jactri.hessian(lambda x: func(x).sin().sum(), x), second, F64, scale=second.abs().max().item())
+    lap = jactri.laplacian(lambda x: func(x).sin().sum((0, 1))[..., None].sum(), x)
+    want = second.reshape(12, 12).trace()
+    assert_close(lap, want, F64, scale=second.abs().max().item())
+
+
+class _Count(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _ops(call):
+    with _Count() as count:
+        call()
+    return count.n
+
+
+@pytest.mark.parametrize("entries", [9, 25])
+def test_each_write_is_asked_twice(entries):
+    """What reading takes of a write is two calls of its node, and no more of the sweep than stacking does."""
+
+    def written(x):
+        out = x.new_zeros(len(x), entries)
+        for k in range(entries):
+            out[:, k] = x[:, k % 3]
+        return out.sin()
+
+    def stacked(x):
+        return torch.stack([x[:, k % 3] for k in range(entries)], 1).sin()
+
+    x = torch.randn(4, 3, dtype=F64)
+    found = {f: _ops(lambda f=f: jactri.jacobian(f, x, per_sample=True)) for f in (written, stacked)}
+    leaf = x.clone().requires_grad_()
+    y = written(leaf)
+    passed = _ops(lambda: torch.autograd.grad(y.sum(), leaf))
+    assert found[written] - _ops(lambda: written(leaf)) <= found[stacked] + 2 * passed + 40
+
+
+def test_writes_share_steps():
+    plan = jactri.explain(in_order, torch.randn(4, 3, dtype=F64), strategy="reverse-mode")
+    assert sum("CopySlices" in step.op for step in plan.steps) <= 8, str(plan)
