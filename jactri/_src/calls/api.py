@@ -310,6 +310,7 @@ def _rows(ys, xs, asked: Options, dests):
             return rows
     try:
         graph = read(ys, xs, handles=asked.handles, walk=walk)
+        del walk  # it holds as many nodes
     except UnsupportedGraph as reason:
         if sparse:
             raise ValueError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 from ..maps.layout import FREE, Layout
@@ -214,6 +215,15 @@ def may_pay(ways: Iterable[list[Sweep]], seconds: Callable[..., float], step: fl
     best = min(ways, key=lambda sweeps: seconds(*sweeps))
     python = step * sum(len(s.items or s.steps) for s in best)
     return seconds(*best) - python > max(step, python / 10)
+
+
+LONG = 512
+"""Values from which one direction will do where no other can cost less."""
+
+
+def settled(graph: Graph, sweeps: list[Sweep], seconds: Callable[..., float], step: float) -> bool:
+    """Whether one direction of a long graph will do: steps are what it costs, of which any other has as many."""
+    return len(graph.values) >= LONG and not may_pay([sweeps], partial(seconds, graph), step)
 
 
 @dataclass

@@ -356,14 +356,13 @@ def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
             fewer = replace(fewer, why="by images, as kernels are asked for")
         elif small is not None:
             mine, theirs = terms.seconds(graph, small), terms.seconds(graph, fewer)
-            if (
-                terms.kernels and not sparse and whole is None
-            ):  # entries are put in their places one by one, bands written out
-                moved = sum(
+            if terms.kernels and not sparse and whole is None:
+                # entries are put in their places one by one, bands written out
+                moved = [
                     p.nnz * (INDEX_BYTES + 2 * graph.values[t].dtype.itemsize)
                     for t, p in patterns.items()
-                )
-                mine += moved / terms.rates.bandwidth
+                ]
+                mine += sum(moved) / terms.rates.bandwidth
             if mine < theirs and terms.fits(graph, small):
                 why = f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
                 return replace(small, why=why)
@@ -401,7 +400,9 @@ def make_plan(
         traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
     terms = _Terms(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
-        ways["reverse-mode"] = _direction(graph, True, summed, traces, terms, known)
+        back = ways["reverse-mode"] = _direction(graph, True, summed, traces, terms, known)
+        if strategy == "auto" and mixed.settled(graph, back, terms.seconds, rates.step):
+            both = not all(terms.fits(graph, s) for s in back)
     if both or strategy == "forward-mode":
         ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
@@ -496,4 +497,5 @@ def _meeting(graph: Graph, strategy: str, terms: _Terms, ways) -> mixed.Table | 
 
 def _compare(cost: dict[str, float], chosen: str) -> str:
     others = [f"{t * 1e3:.3g} ms for {n}" for n, t in cost.items() if n != chosen]
-    return f"{cost[chosen] * 1e3:.3g} ms against " + " and ".join(others)
+    against = "against " + " and ".join(others) if others else "for so many steps"
+    return f"{cost[chosen] * 1e3:.3g} ms {against}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .pattern import Pattern
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Term:
     """One contribution to a step: the block of ``other``, through edge ``edge`` of value ``owner``."""
 
@@ -32,7 +32,7 @@ class Term:
     route: Route
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """The block of one value: a sum of terms, stored in ``layout``; ``frees`` are blocks used for the last time.
 

@@ -429,6 +429,7 @@ def follow(
     reader.writes = Writes(walk, outputs, wanted)
     with reader.recomputed:
         _read(walk, reader, leaves, leaf, wanted, done)
+    del reader.writes  # rules may hold the reader
     ends: list[int | None] = []
     for y in outputs:
         if y.grad_fn is None:
