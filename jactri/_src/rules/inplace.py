@@ -33,7 +33,7 @@ def copy_slices(g):
     n, dtype = prod(shape), meta.dtype.to_real()
     if n >= _EXACT.get(dtype, 0) or n == 0 or not valued() or captured(meta.device):
         return None
-    if not g.joins or node in g.writes.apart or meta.dtype.is_complex or tracing():
+    if not g.joins or node in g.writes.apart or tracing():
         return _alone(g, shape, meta, dtype)
     writes = g.writes.until(node, g.src)
     if g.writes.wait(writes):
@@ -57,25 +57,29 @@ def _together(g, writes) -> int | None:
     kinds = {(g.values[s].dtype, g.values[s].device) for s in sources}
     if kinds != {(meta.dtype, meta.device)}:
         return None
-    number, scramble = _numbers(shape, meta)
-    left, places = _through(g, writes, number)
-    made = places if base is None else [left, *places]
-    if any(t is None or t.requires_grad or t.numel() == 0 for t in made):
+    numbers = _numbers(shape, torch.empty((), dtype=meta.dtype.to_real(), device=meta.device))
+    # the two parts of complex numbers ask at once
+    asked = [torch.complex(*numbers)] if meta.dtype.is_complex else [*numbers]
+    told = [_through(g, writes, asked[0])]
+    left, places = told[0]
+    if any(t is None or t.requires_grad or t.numel() == 0 for t in places):
         return None
-    keep = None
+    if base is not None and (left is None or left.requires_grad):
+        return None
+    keep, fits = None, True
     with torch.no_grad():
-        confirm, seen = _through(g, writes, scramble)
-        found = torch.cat([t.reshape(-1) for t in places])
-        index = (found.long() - 1).clamp_(0, number.numel() - 1)
-        fits = (number.reshape(-1)[index] == found).all()
-        fits &= (scramble.reshape(-1)[index] == torch.cat([t.reshape(-1) for t in seen])).all()
+        told += [_through(g, writes, c) for c in asked[1:]]
         if base is not None:  # selected, not multiplied by 0
-            keep = _through(g, writes, torch.full_like(number, nan))[0].isnan()
-            for told, asked in ((left, number), (confirm, scramble)):
-                fits &= (told == torch.where(keep, asked, 0)).all()
+            keep = _through(g, writes, torch.full_like(asked[0], nan))[0].isnan()
+        index = torch.cat([t.reshape(-1) for t in places]).real.long() - 1
+        index.clamp_(0, prod(shape) - 1)
+        for c, (rest, taken) in zip(asked, told, strict=True):
+            fits = fits & (c.reshape(-1)[index] == torch.cat([t.reshape(-1) for t in taken])).all()
+            if keep is not None:
+                fits = fits & (torch.where(keep, c, 0) == rest).all()
         if not bool(fits):
             return None
-        terms = [] if keep is None else [g.mask(base, keep.to(meta.dtype))]
+        terms = [] if keep is None else [g.mask(base, keep.to(numbers[0].dtype))]
         alike: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for s, t, at in zip(sources, places, index.split([t.numel() for t in places]), strict=True):
             alike.setdefault(tuple(t.shape), []).append((s, at))
