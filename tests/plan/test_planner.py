@@ -57,6 +57,26 @@ def test_auto_is_never_predicted_worse(strategy):
         assert min(auto.seconds.values()) <= asked.seconds[strategy]
 
 
+def test_one_direction_of_a_long_graph_will_do():
+    """Its steps are what it costs, and any other has as many; not so where the first is dear, or does not fit."""
+
+    def steps(count):
+        def func(x):
+            for k in range(count):
+                x = torch.sin(x) * (k + 1)
+            return x
+
+        return func
+
+    assert list(make_plan(graph_of(steps(300), (2, 3))).seconds) == ["reverse-mode"]
+    assert len(make_plan(graph_of(steps(20), (2, 3))).seconds) == 2
+    graph = graph_of(lambda x: steps(300)(x).sum(0) @ torch.randn(3, 2000), (2, 3))
+    assert make_plan(graph).strategy == "forward-mode"
+    needed = make_plan(graph, "forward-mode").peak
+    assert make_plan(graph, limit=2 * needed).strategy == "forward-mode"
+    assert make_plan(graph_of(steps(300), (2, 3)), "forward-mode").strategy == "forward-mode"
+
+
 def test_flops_are_those_of_the_structured_chain():
     # 32-256-256-32 by rows: the last layer is free, two products of (N * 32) rows, two scalings
     n, k, h = 16, 32, 256
