@@ -134,6 +134,14 @@ def test_a_jvp_that_can_be_differentiated(kind, pulled):
         torch.autograd.grad(made, x, c)
 
 
+def test_a_backward_that_is_not_linear_in_its_cotangent():
+    """Its derivative at one cotangent and its value there may agree: they are those of different ones."""
+    guided = elementwise("Guided", lambda g, x: torch.relu(g) * 3 * x**2)
+    x, t = points(), points().cos()
+    want = torch.func.jvp(field(cubed), (x,), (t,))[1]
+    torch.testing.assert_close(jactri.jvp(field(guided), x, t)[1], want)
+
+
 def test_a_function_without_slope_takes_no_rows(pulled):
     own = elementwise("Steps", lambda g, x: torch.zeros_like(x))
     assert not jactri.jvp(field(own), points(), points())[1].any()

@@ -45,14 +45,6 @@ def firm(shape, like) -> Tensor:
     return t + t.sign() / 2
 
 
-def kept_firm(shape: tuple[int, ...], like) -> Tensor:
-    """`firm`, kept if it is small. Not to be written to."""
-    if prod(shape) >> 16:
-        return firm(shape, like)
-    key = ("firm", shape, like.dtype, str(like.device))
-    return fixed(key, lambda: (firm(shape, like),))[0]
-
-
 def halves(n: int, device) -> Tensor:
     """Masks ``(K, n)`` over ``n`` entries such that every two are told apart by one of them, both ways round.
 

@@ -15,6 +15,7 @@ import contextvars
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import plain
-from ..base.constants import arbitrary, halves, kept_firm
+from ..base.constants import arbitrary, firm, fixed, halves
 from ..base.rates import block_bytes
 from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
@@ -283,6 +284,16 @@ def _reduce(g: Tensor, shape) -> Tensor:
     return g if g.shape == torch.Size(shape) else g.sum_to_size(shape)
 
 
+def _fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`firm`, kept if it is small. Not to be written to."""
+    made = partial(firm, shape, torch.empty((), dtype=dtype, device=device))
+    return (
+        made()
+        if prod(shape) >> 16
+        else fixed(("firm", shape, dtype, str(device)), lambda: (made(),))[0]
+    )
+
+
 class Opaque(LinearMap):
     """One edge of a node that is called instead of understood; ``kept`` are the axes that it is known to keep."""
 
@@ -369,17 +380,15 @@ class Opaque(LinearMap):
         few = key is None and len(t) >= prod(call.meta[self.nr].shape) > 1  # rows
         if few or (call.python and tight(t.dtype) > COARSE):  # or no check could tell
             return None
-        out = None
         try:
             if key is not None and known is None:
                 # other numbers than the cotangent's: <r, A r> cannot tell A from its transpose
                 r = arbitrary((1, *self.value.shape), t, 1.754878)
                 with torch.no_grad():
-                    known = self._agrees(r, *self._twice(r, False, True))
-            if known is not False:
-                out, pulled = self._twice(t, torch.is_grad_enabled(), key is None)
-                if pulled is not None:
-                    known = self._agrees(t, out, pulled)
+                    known = self._agrees(r, self._twice(r, False))
+            out = None if known is False else self._twice(t, torch.is_grad_enabled())
+            if key is None:
+                known = self._agrees(t, out)
             if known is False or (known is None and key is None):
                 raise NotImplementedError("its second derivative contradicts its first")
         except UNUSUAL as error:
@@ -394,22 +403,16 @@ class Opaque(LinearMap):
             _pushable[key] = known
         return out
 
-    def _twice(self, t: Tensor, create_graph: bool, check: bool) -> tuple[Tensor, Tensor | None]:
-        """Tangents through the node, and what it gives for the cotangent `kept_firm`: None unless ``check``."""
+    def _twice(self, t: Tensor, create_graph: bool) -> Tensor:
         m = self.call.meta[self.nr]
-        shape = tuple(m.shape)
         with torch.enable_grad():
-            u = kept_firm(shape, m) if check else torch.zeros(shape, dtype=m.dtype, device=m.device)
-            u = u.detach().requires_grad_()
+            u = torch.zeros(tuple(m.shape), dtype=m.dtype, device=m.device, requires_grad=True)
             g = self.call.edges(self.call.cotangents({self.nr: u}))[self.edge]
             if g is not None and not g.requires_grad and self.call.key() is not None:
                 raise NotImplementedError("its backward is not recorded")
-            if g is None:
-                g = t.new_zeros(self.value.shape, dtype=self.value.dtype)
+            if g is None or not g.requires_grad:  # that this is all, the check tells
+                return t.new_zeros(t.shape[0], *m.shape, dtype=m.dtype)
             g = _reduce(g, self.value.shape)
-        pulled = g.detach() if check else None
-        if not g.requires_grad:  # that this is all, the check tells
-            return t.new_zeros(t.shape[0], *shape, dtype=m.dtype), pulled
 
         def one_row(row):
             return torch.autograd.grad(
@@ -417,10 +420,10 @@ class Opaque(LinearMap):
             )
 
         key = self.call.key("push", self.nr, self.edge)
-        return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0], pulled
+        return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
 
-    def _agrees(self, t: Tensor, pushed: Tensor, pulled: Tensor) -> bool | None:
-        """<c, push(t)> = <pull(c), t> for c = `kept_firm` and all tangents combined; None: the pull is infinite.
+    def _agrees(self, t: Tensor, pushed: Tensor) -> bool | None:
+        """<c, push(t)> = <pull(c), t> for an arbitrary c and all tangents combined; None: the pull is infinite.
 
         Backwards may not be recorded, and some ops of torch's own have a wrong second derivative (in torch 2.13 those
         of ``kl_div`` with a log target and of ``embedding`` with scaled gradients, for two; in 2.14 that of a gradient
@@ -431,7 +434,8 @@ class Opaque(LinearMap):
             if len(t) > 1:
                 weights = arbitrary((len(t),), t, 1.324718)
                 t, pushed = (combined(weights, block).unsqueeze(0) for block in (t, pushed))
-            left, right = kept_firm(tuple(m.shape), m) * pushed, pulled * t
+            c = _fixed((1, *m.shape), m.dtype, m.device)
+            left, right = c * pushed, self.pull(c, False)[0] * t
             terms = torch.cat([left.flatten(), -right.flatten()])
             # as rounding adds up: of all terms, one that is missing shows
             close = torch.linalg.vector_norm(terms, dtype=torch.float64)
