@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from .behind import Walk
 
 NAME = "torch::autograd::CopySlices"
 
-Write = tuple[object, list[int | None]]
+Write = tuple[Any, list[int | None]]
 """A node, and the values of its edges: what was there before, and what is written."""
 
 
@@ -43,6 +44,7 @@ class Writes:
         return True
 
     def _find(self, kind: type) -> set[object]:
+        user: Any
         users: dict[object, list[bool]] = {}
         for user, edges in self._walk.edges.items():
             writes = user.__class__ is kind and user.name() == NAME

@@ -12,6 +12,7 @@ went as one stack.
 
 from __future__ import annotations
 
+from functools import partial
 from math import nan, prod
 
 import torch
@@ -134,7 +135,7 @@ def _alone(g, shape, meta, dtype) -> int | None:
             if edge == 0:  # what was there before, scaled where it was not replaced
                 if w.shape != shape or not torch.equal(seen, factor * scramble):
                     return None
-                terms.append(lambda s=s, w=w: g.mask(s, w, lambda: keep))
+                terms.append(partial(g.mask, s, w, lambda: keep))
                 continue
             found = _where(factor, place, seen, scramble)
             if found is None:
@@ -142,7 +143,7 @@ def _alone(g, shape, meta, dtype) -> int | None:
             # where it went is the same for other values, the factor need not be
             alike = not traced and not w.requires_grad and bool((w == w.reshape(-1)[0]).all())
             scale = w.reshape(-1)[0].item() if alike else w
-            terms.append(lambda s=s, w=w, a=scale, at=found: _written(g, s, tuple(w.shape), a, *at))
+            terms.append(partial(_written, g, s, tuple(w.shape), scale, *found))
     return g.plus([emit() for emit in terms])
 
 
