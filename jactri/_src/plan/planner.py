@@ -358,11 +358,9 @@ def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
             mine, theirs = terms.seconds(graph, small), terms.seconds(graph, fewer)
             if terms.kernels and not sparse and whole is None:
                 # entries are put in their places one by one, bands written out
-                moved = [
-                    p.nnz * (INDEX_BYTES + 2 * graph.values[t].dtype.itemsize)
-                    for t, p in patterns.items()
-                ]
-                mine += sum(moved) / terms.rates.bandwidth
+                for t, p in patterns.items():
+                    each = INDEX_BYTES + 2 * graph.values[t].dtype.itemsize
+                    mine += p.nnz * each / terms.rates.bandwidth
             if mine < theirs and terms.fits(graph, small):
                 why = f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
                 return replace(small, why=why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Walk:
         # an interior input ends the search behind it, unless another input may lie there
         stops = ends if len(ends) == 1 else ()
         self.order: list = []
-        self.edges: dict[object, tuple] = {}
+        self.edges: dict[Any, tuple] = {}
         met: set[object] = set()  # leaves, and nodes that are in order
         for y in outputs:
             if y.grad_fn is not None:

@@ -43,8 +43,7 @@ class Writes:
         self._waiting[node] = writes
         return True
 
-    def _find(self, kind: type) -> set[object]:
-        user: Any
+    def _find(self, kind: Any) -> set[object]:
         users: dict[object, list[bool]] = {}
         for user, edges in self._walk.edges.items():
             writes = user.__class__ is kind and user.name() == NAME
