@@ -154,7 +154,7 @@ def _streamed(func, xs, ts, block: bool, asked: Options) -> tuple[Any, Any]:
     def whole(ys, leaves, blocks, graph):
         return push(ys, leaves, blocks, Options(backend=asked.backend), graph)
 
-    stream = Streamed(ts, whole)
+    stream = Streamed(ts, whole, asked.backend)
     ran = prepare(func, xs, False, "jvp", stream=stream)
     found = stream.tangents(ran.ys)
     with torch.no_grad():

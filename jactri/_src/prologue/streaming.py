@@ -86,9 +86,9 @@ def cut(g):
 class Streamed(TorchFunctionMode):
     """Runs a function with tangents of its inputs: blocks ``(K, *input)`` in, those of any of its tensors out."""
 
-    def __init__(self, blocks: Sequence[Tensor], whole: Whole):
+    def __init__(self, blocks: Sequence[Tensor], whole: Whole, backend: str = "auto"):
         super().__init__()
-        self._blocks, self._whole = blocks, whole
+        self._blocks, self._whole, self._backend = blocks, whole, backend
         self._pauses = self._first = 0
         self._packed = self._reads = False
         self._mark = object()  # a leaf of an earlier call may still be behind a buffer
@@ -133,7 +133,7 @@ class Streamed(TorchFunctionMode):
             return [None] * len(ys)
         blocks = [x._jactri_tangents[1] for x in leaves]  # type: ignore[attr-defined]
         hooks = RemovableHandle.next_id - self._first
-        with computing(False):
+        with computing(False, self._backend):
             if len(ys) == len(leaves) == 1 and not hooks:
                 made = _at_once(ys[0], leaves[0], blocks[0], walk)
                 if made is not None:
