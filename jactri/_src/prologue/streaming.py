@@ -258,20 +258,20 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
     A block that no value needs any more is let go, and so are the maps: the graph is used up.
     """
     values, writable = graph.values, may_write()
-    left = [0] * len(values)
-    for value in values:
-        for s, _ in value.sources:
-            left[s] += 1
+    left = [0] * len(values)  # how often a block is used, on the way to an output
     for end in graph.outputs:
         if end is not None:
             left[end] += 1
+    for v in reversed(range(len(values))):
+        for s, _ in values[v].sources if left[v] else ():
+            left[s] += 1
     made: list[tuple[Tensor, bool] | None] = [None] * len(values)
     for v, block in zip(graph.inputs, blocks, strict=True):
         if v is not None and block is not None:
             made[v] = block, False
     for v, value in enumerate(values):
         total, own = None, False
-        for s, edge in value.sources:
+        for s, edge in value.sources if left[v] else ():
             found = made[s]
             left[s] -= 1
             if found is None:

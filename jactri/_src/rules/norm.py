@@ -37,7 +37,7 @@ def statistics(
         rstd = (var + eps).rsqrt()
         return x * rstd, rstd
     rstd = wide(rstd).detach()
-    return (x - wide(mean) if centred else x) * rstd, rstd
+    return (x - wide(mean)).mul_(rstd) if centred else x * rstd, rstd
 
 
 def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, centred=True) -> int:
@@ -53,8 +53,8 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
 
     def scale() -> Tensor:
         d = stats()[1]
-        if inner != shape:
-            d = d.expand(inner).reshape(shape)
+        if inner != shape:  # groups of channels
+            d = d.expand(-1, -1, lift[0] // inner[1]).reshape(shape[0], *lift)
         return (d if weight is None else d * wide(weight).reshape(lift)).to(dtype)
 
     if x is not None:
