@@ -99,5 +99,6 @@ def _rows(product, live) -> list[Tensor]:
             parts.append(part.to(t.dtype).view(t.shape))
         return product(parts)
 
-    name = " ".join(dict.fromkeys(t.grad_fn.name() for t, _ in live))
+    nodes = [t.grad_fn for t, _ in live if t.grad_fn is not None]  # none: of a cotangent itself
+    name = " ".join(dict.fromkeys(node.name() for node in nodes))
     return list(Vmapped(one_row, f"the whole function ({name})")(flat))
