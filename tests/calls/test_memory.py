@@ -152,8 +152,8 @@ def test_the_peak_stays_under_memory_limit(strategy):
     limit = 40_000_000
     extra, free, answer = measured(
         f"""
-        from jactri._src.plan import planner
-        planner.CACHE_BYTES = 1 << 40  # only the limit may cut chunks
+        from jactri._src.plan import needs
+        needs.CACHE_BYTES = 1 << 40  # only the limit may cut chunks
         net = torch.nn.Sequential(
             torch.nn.Linear(256, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 256)
         )

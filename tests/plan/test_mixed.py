@@ -12,7 +12,8 @@ from torch import nn
 import jactri
 from jactri._src.base.rates import Rates, rough
 from jactri._src.plan import mixed
-from jactri._src.plan.planner import Asked, make_plan, seconds
+from jactri._src.plan.needs import Asked
+from jactri._src.plan.planner import make_plan, seconds
 from jactri._src.plan.sweep import follow
 from jactri._src.read.reading import read
 

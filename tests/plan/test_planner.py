@@ -13,8 +13,8 @@ from jactri._src.base.rates import Rates, measured
 from jactri._src.meet import diagonal, gram
 from jactri._src.parameters import recorded
 from jactri._src.plan import planning
+from jactri._src.plan.needs import peak_bytes
 from jactri._src.plan.planner import make_plan
-from jactri._src.plan.sweep import peak_bytes
 from jactri._src.read.reading import read
 from jactri._src.second import forward
 

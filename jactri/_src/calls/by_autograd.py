@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.rates import block_bytes
-from ..plan.planner import CACHE_BYTES
+from ..plan.needs import CACHE_BYTES
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import why_not
 from ..read.unrecorded import guarded

@@ -22,8 +22,8 @@ from ..base.elsewhere import check_local
 from ..base.memory import Budget, MemoryLimitTooSmall, Taken
 from ..base.rates import block_bytes
 from ..base.tracing import may_write
+from ..plan.needs import CACHE_BYTES
 from ..plan.owners import apart
-from ..plan.planner import CACHE_BYTES
 from ..plan.planning import ONE_SEED, answer_bytes, proof, prove_by_probe
 from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, block_shape

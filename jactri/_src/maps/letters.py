@@ -112,9 +112,9 @@ class Network:
                     raise Unaligned
                 m, n = sizes[a[i]], sizes[b[i]]
                 if m > n and m % n == 0:
-                    self._split(a[i], n)
+                    self.split(a[i], n)
                 elif n > m and n % m == 0:
-                    self._split(b[i], m)
+                    self.split(b[i], m)
                 elif m != n:
                     raise Unaligned
                 i += 1
@@ -139,7 +139,7 @@ class Network:
         ends = (axis for operand in self.operands for end in operand.ends for axis in end)
         return list({id(axis): axis for axis in ends}.values())
 
-    def _split(self, letter: Letter, first: int) -> None:
+    def split(self, letter: Letter, first: int) -> None:
         """Split a letter so that its leading part has the size ``first``."""
         if letter in self.chunk:
             raise Unaligned

@@ -21,9 +21,11 @@ from ..base.cache import Cache
 from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.rates import block_bytes, rough
 from ..maps.letters import Network, Operand, Unaligned
+from ..plan.factoring import factored, swept
 from ..plan.fusion import fused
+from ..plan.needs import CACHE_BYTES, cut_seeds, needs
 from ..plan.pattern import Trace, colours_of, has_windows
-from ..plan.planner import CACHE_BYTES, cut_seeds, needs, predict, seconds
+from ..plan.planner import predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
 from ..plan.sweep import Sweep, follow, untied_targets
@@ -145,8 +147,8 @@ def _summed(graph: Graph) -> list[DiagonalOrder]:
         return []
     rates = rough(graph.values[x].device.type)
     found = [
-        DiagonalOrder(None, follow(graph, y, True, [x], summed=True)),
-        DiagonalOrder(follow(graph, x, False, [y], summed=True), None),
+        DiagonalOrder(None, swept(graph, y, True, [x], summed=True)),
+        DiagonalOrder(swept(graph, x, False, [y], summed=True), None),
     ]
     found = [replace(order, seconds=seconds(order.sweeps, rates)) for order in found]
     return sorted(found, key=lambda order: order.seconds)
@@ -156,7 +158,10 @@ def _found(graph: Graph) -> list[DiagonalOrder]:
     x, y = graph.inputs[0], graph.outputs[0]
     rates = rough(graph.values[x].device.type)
     back, ahead = follow(graph, y, True, [x]), follow(graph, x, False, [y])
-    found = [DiagonalOrder(None, back), DiagonalOrder(ahead, None)]
+    found = [
+        DiagonalOrder(None, factored(graph, back)),
+        DiagonalOrder(factored(graph, ahead), None),
+    ]
     if has_windows(graph):
         trace = Trace(graph, x)
         found += [w for s in (back, ahead) if (w := _coloured(graph, trace, s)) is not None]
@@ -333,10 +338,9 @@ def _met(graph: Graph, order: DiagonalOrder) -> Tensor:
 
 def _plain(graph: Graph) -> Tensor:
     """With zeros written out, where ends have no letters in common."""
-    order = next(w for w in orders(graph) if w.by_rows and not w.masks)
-    (sweep,) = order.sweeps
-    (target,) = (t for t in sweep.targets if t is not None)
-    for _, blocks in chunks(graph, replace(sweep, chunks={})):
+    target = graph.inputs[0]
+    sweep = follow(graph, graph.outputs[0], True, [target])
+    for _, blocks in chunks(graph, sweep):
         network = Network()
         made = plain(network, sweep, target, graph.values[target], blocks[target][0])
         network.identify(*made.ends)

@@ -1,4 +1,4 @@
-"""A Gram matrix of the Jacobian: in which order it is accumulated, what that costs, and how it runs."""
+"""A Gram matrix of the Jacobian: in which order it is swept, what that costs, and how it runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer
 from ..base.rates import rough
 from ..maps.letters import Axes, Network, Operand, Unaligned
 from ..plan import mixed
+from ..plan.factoring import swept
 from ..plan.fusion import fused
-from ..plan.planner import SLACK, choose_chunks, predict, seconds
+from ..plan.needs import SLACK, choose_chunks
+from ..plan.planner import predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
 from ..plan.samples import narrow, places
-from ..plan.sweep import Sweep, follow
+from ..plan.sweep import Sweep
 from ..read.graph import Graph
 from ..run.answers import Store
 from ..run.executor import chunks
@@ -103,14 +105,16 @@ def _found(graph: Graph, asked: GramRequest, summed: bool) -> list[GramOrder]:
         to = outer
         if cut is not None:
             to = [cut]
-            seeded = [follow(graph, k, not reverse, [cut], index=i) for i, k in enumerate(outer)]
+            seeded = [swept(graph, k, not reverse, [cut], index=i) for i, k in enumerate(outer)]
             far = min(
-                [follow(graph, cut, reverse, list(outer))], seeded, key=lambda s: seconds(s, rates)
+                [swept(graph, cut, reverse, list(outer))],
+                seeded,
+                key=lambda s: seconds(s, rates),
             )
         for chunked in (True, False):
             seeds, targets = (contracted, to) if chunked else (to, contracted)
             near = [
-                follow(graph, v, reverse == chunked, list(targets), index=i, summed=summed)
+                swept(graph, v, reverse == chunked, list(targets), index=i, summed=summed)
                 for i, v in enumerate(seeds)
             ]
             order = GramOrder(cut, near, far, chunked and not asked.dense)

@@ -11,9 +11,9 @@ from ..base import backends
 from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, Offer
 from ..maps.layout import Selection
-from ..plan.planner import CACHE_BYTES, cut_seeds
+from ..plan.needs import CACHE_BYTES, cut_seeds, peak_bytes
 from ..plan.samples import narrow, places
-from ..plan.sweep import Sweep, peak_bytes
+from ..plan.sweep import Sweep
 from ..prologue.running import computing
 from ..read.graph import Graph
 from ..run.executor import blocks_of

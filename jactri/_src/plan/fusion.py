@@ -70,7 +70,7 @@ Item = Step | Fused
 def edge_of(graph: Graph, step: Step, term: int = 0) -> Any:
     """The map of one term of a step. Its name tells its class."""
     t = step.terms[term]
-    return graph.values[t.owner].sources[t.edge][1]
+    return t.map_in(graph)
 
 
 def fused(graph: Graph, sweep: Sweep) -> Sweep:

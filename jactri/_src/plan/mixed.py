@@ -18,7 +18,8 @@ from math import prod
 from ..maps.layout import FREE, Layout
 from ..maps.letters import Axes, Groups, Letter, Letters, Network, Unaligned, groups
 from ..read.graph import Graph
-from .sweep import Sweep, follow
+from .factoring import swept
+from .sweep import Sweep
 
 MOST_CUTS = 8
 """Cuts that `best` considers, the narrowest: it makes two sweeps for every pair of them."""
@@ -124,11 +125,14 @@ class Join(Sweep):
         return total + last
 
 
-def product(first: Partial, second: Partial) -> tuple[Product, Layout, Layout] | None:
+def product(
+    first: Partial, second: Partial, reverse: bool = True
+) -> tuple[Product, Layout, Layout] | None:
     """How ``second`` (cut to target) times ``first`` (source to cut) is computed.
 
-    Returns it with the layout of the result as the block of the source in a reverse sweep from the target, and the
-    identity layout of that sweep; None where the two factor the cut's axes in ways that have nothing in common.
+    Returns it with the layout of the result as the block of the source in a reverse sweep from the target (of the
+    target, in a forward sweep), and the identity layout of that sweep; None where the two factor the cut's axes in ways
+    that have nothing in common.
     """
     network = Network()
     (a, to_source, to_cut), (b, from_cut, to_target) = (_ends(network, p) for p in (first, second))
@@ -137,6 +141,8 @@ def product(first: Partial, second: Partial) -> tuple[Product, Layout, Layout] |
     except Unaligned:
         return None
     sizes = network.sizes
+    if not reverse:
+        to_source, to_target = to_target, to_source
     seeds = [c for axis in to_target for c in axis]
     index = {c: s for s, c in enumerate(seeds)}
     identity = Layout(
@@ -272,7 +278,7 @@ def _sweeps(graph: Graph, sources, targets, seconds) -> list[Table]:
     out = []
     for reverse, name in ((False, "forward"), (True, "reverse")):
         seeds, ends = (targets, sources) if reverse else (sources, targets)
-        made = [follow(graph, seed, reverse, list(ends), index=i) for i, seed in enumerate(seeds)]
+        made = [swept(graph, seed, reverse, list(ends), index=i) for i, seed in enumerate(seeds)]
         partials = {}
         for sweep in made:
             for end in sweep.targets:

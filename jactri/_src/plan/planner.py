@@ -9,27 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil, inf, prod
-from typing import NamedTuple
+from math import inf
 
 from ..base.memory import MemoryLimitTooSmall
 from ..base.rates import Rates, rough
-from ..maps.layout import FREE
 from ..read.graph import Graph
 from . import mixed, patches, patching, poles
-from . import sweep as sweeping
+from .condensing import condensed
+from .factoring import factored
 from .fusion import fuse, fused
+from .needs import INDEX_BYTES, Asked, answer_bytes, choose_chunks, too_small
 from .pattern import Trace, colours_of, has_windows, pattern_of
 from .sweep import Sweep, follow, follow_given, simulate, untied_targets
-
-CACHE_BYTES = 1 << 22
-"""On a CPU, chunks of seeds are chosen so that the largest block has about this size (it stays in cache)."""
-
-INDEX_BYTES = 48
-"""What the place of an entry takes while it is looked up."""
-
-SLACK = 0.15
-"""The part of the predicted peak of blocks that stays free beside it, for what is not predicted (scratch, padding)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,181 +61,9 @@ class Plan:
         return sum(s.bytes for s in (*self.parts, *self.sweeps))
 
 
-def choose_chunks(
-    graph: Graph,
-    sweep: Sweep,
-    limit: float,
-    *,
-    chunk_size: int | None,
-    device: str,
-    answer: Asked | None = None,
-) -> tuple[dict[int, int], float]:
-    """How many indices of each free seed factor to run at once, and the bytes that the sweep then takes (see `needs`).
-
-    The last factors stay whole as long as possible. The seeds at once are at most ``chunk_size``; else as many
-    as keep what it needs under ``limit`` bytes and, on a CPU, the largest block near `CACHE_BYTES`.
-    Raises MemoryLimitTooSmall if one seed alone needs more than ``limit``.
-    """
-    freed: set[int] = set()
-    for lay in sweep.layouts.values():
-        freed.update(lay.free)
-    factors = sorted(freed)
-    sizes = [sweep.layout.seed[f] for f in factors]
-    total = prod(sizes)
-
-    def cut(count: int) -> dict[int, int]:
-        return cut_seeds(factors, sizes, count)
-
-    count = total
-    if total > 1 and not sweep.windows:
-        if chunk_size is not None:
-            chunks = cut(chunk_size) if chunk_size < total else {}
-            return chunks, needs(graph, sweep, chunks, answer)[0]
-        largest = sweep.largest(graph)
-        # a block that is written once and not read again gains nothing from a cache
-        cached = device == "cpu" and largest > 1.5 * CACHE_BYTES
-        if cached and sweep.bytes > 1.5 * sweep.ends(graph):
-            some = max(1, int(CACHE_BYTES // max(largest / total, 1)))
-            if ceil(total / some) * _weights(graph, sweep) < sweep.bytes:
-                count = some
-    chunks = cut(count) if count < total else {}
-    while True:
-        taken, need = needs(graph, sweep, chunks, answer)
-        if need <= limit:
-            return chunks, taken
-        if count <= 1 or sweep.windows:
-            raise _refused(need, limit)
-        count = max(1, count // 2)
-        chunks = cut(count)
-
-
-def cut_seeds(factors: list[int], sizes: list[int], count: int) -> dict[int, int]:
-    """At most ``count`` indices at once of seed factors, in equal chunks; the last factors stay whole if they can."""
-    chunks, room = {}, max(1, count)
-    for f, n in reversed(list(zip(factors, sizes, strict=True))):
-        take = min(n, room)
-        take = ceil(n / ceil(n / take))
-        room = max(1, room // n)
-        if take < n:
-            chunks[f] = take
-    return chunks
-
-
-def _weights(graph: Graph, sweep: Sweep) -> float:
-    """Bytes of the weights that every chunk reads."""
-    return float(
-        sum(
-            graph.values[t.owner].sources[t.edge][1].entries * graph.values[s.value].dtype.itemsize
-            for s in sweep.steps
-            for t in s.terms
-        )
-    )
-
-
-def _refused(need: float, limit: float) -> MemoryLimitTooSmall:
-    return MemoryLimitTooSmall(f"one seed at a time takes {need:.0f} bytes of {limit:.0f}", need)
-
-
-class Asked(NamedTuple):
-    """The form of the answer: one block a sample or the whole, and whether the caller gives the memory for it."""
-
-    per_sample: bool | str
-    given: bool
-    sparse: bool = False
-    kernels: str = ""
-    """The backend by which kernels run the seed's blocks: "auto", "triton" where they are asked for, or none."""
-    fused: bool = False
-    """Whether kernels run blocks of other dtypes than the seed's, if not these."""
-
-
-def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
-    """Predicted bytes of live blocks at the worst moment of a sweep or product."""
-    if isinstance(sweep, mixed.Join):
-        return sweep.peak_bytes(chunks)
-    if sweep.windows:
-        return patches.peak_bytes(graph, sweep)
-    return sweeping.peak_bytes(graph, sweep, chunks)
-
-
-def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool | str) -> float:
-    """Bytes of the Jacobian between the seed of a sweep and a target."""
-    seed, value = graph.values[sweep.seed].shape, graph.values[target].shape
-    numel = prod(seed) * prod(value)
-    if per_sample:
-        numel //= seed[0]
-    return float(numel * graph.values[target].dtype.itemsize)
-
-
-def needs(
-    graph: Graph, sweep: Sweep, chunks: dict[int, int], answer: Asked | None
-) -> tuple[float, float]:
-    """Predicted bytes that a sweep takes at its worst, and that must be free for it (with `SLACK`).
-
-    Its part of the answer is included (None: blocks are the answer).
-    """
-    peak = peak_bytes(graph, sweep, chunks)
-    taken = _with_answer(graph, sweep, chunks, answer, peak)
-    return taken, taken + SLACK * peak
-
-
-def _with_answer(graph: Graph, sweep: Sweep, chunks, answer: Asked | None, peak: float) -> float:
-    """The bytes of blocks, ``peak``, and of the answer.
-
-    Chunks are written to an answer that is there from the start; a block that comes whole becomes the answer if it
-    has its form, and is copied to it at the end if not.
-    """
-    targets = {t for t in sweep.targets if t is not None}
-    if sweep.patterns:
-        return max(peak + _stored(graph, sweep, targets), _gathered(graph, sweep, targets, answer))
-    if sweep.given and chunks:
-        return peak + sweep.ends(graph)
-    if answer is None or answer.given:
-        return peak
-    whole = sum(answer_bytes(graph, sweep, t, answer.per_sample) for t in targets)
-    if chunks:
-        return peak + whole
-    shares = {s.value: s.shares for s in sweep.steps}
-    keep: frozenset[int] = frozenset()
-    if answer.per_sample and not sweep.summed and sweep.layout.axes:
-        keep = frozenset(t for _, t in sweep.layout.axes[0] if t != FREE)
-    end = 0.0
-    for t in targets:
-        layout = sweep.layouts[t]
-        if not shares.get(t, False):
-            end += sweep.stored(graph, t)
-        if shares.get(t, False) or layout.tied != keep:
-            end += answer_bytes(graph, sweep, t, answer.per_sample)
-    return max(peak, end)
-
-
-def _stored(graph: Graph, sweep: Sweep, targets) -> float:
-    """Bytes of the whole blocks from which entries are read."""
-    if sweep.windows:
-        return sum(patches.block_bytes(graph, sweep, t) for t in targets)
-    return sweep.ends(graph)
-
-
-def _gathered(graph: Graph, sweep: Sweep, targets, answer: Asked | None) -> float:
-    """Bytes while the entries of blocks are put in their places."""
-    total = _stored(graph, sweep, targets)
-    for t in targets:
-        size, pattern = graph.values[t].dtype.itemsize, sweep.patterns[t]
-        nnz = pattern.nnz
-        shape = graph.values[t].shape
-        each = pattern.sample(shape[0]) if shape else None  # the places are those of one sample
-        total += nnz * size + (each or pattern).nnz * INDEX_BYTES
-        if answer is not None and answer.kernels and not answer.sparse and pattern.bands:
-            total -= (each or pattern).nnz * INDEX_BYTES + nnz * size  # written out from the block
-        if answer is not None and answer.sparse:
-            axes = len(graph.values[t].shape) + len(graph.values[sweep.seed].shape)
-            total += nnz * (size + 8 * axes)
-        elif answer is None or not answer.given:
-            total += answer_bytes(graph, sweep, t, answer is not None and answer.per_sample)
-    return total
-
-
 def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> float:
     """Predicted time, for ranking plans only. With a ``graph``, that of the steps as kernels run them together."""
+    sweeps = [*sweeps, *parts_of(sweeps)]
     flops, moved, steps = sum(s.flops for s in sweeps), 0.0, 0
     for s in sweeps:
         items = s.items
@@ -257,6 +76,11 @@ def seconds(sweeps: list[Sweep], rates: Rates, graph: Graph | None = None) -> fl
             moved += s.bytes
             steps += len(s.steps) or 1
     return predict(flops, moved, steps, rates)
+
+
+def parts_of(sweeps: list[Sweep]) -> list[Sweep]:
+    """What runs before."""
+    return [made for s in sweeps for made, _ in s.parts]
 
 
 def predict(flops: float, written: float, steps: int, rates: Rates) -> float:
@@ -320,7 +144,11 @@ def _direction(
     sweeps = known.get(reverse)
     if sweeps is None:
         ends = graph.outputs if reverse else graph.inputs
-        sweeps = [simulate(graph, i, reverse, summed) for i, v in enumerate(ends) if v is not None]
+        sweeps = [
+            factored(graph, simulate(graph, i, reverse, summed))
+            for i, v in enumerate(ends)
+            if v is not None
+        ]
         known[reverse] = sweeps
     if traces is not None:
         sweeps = [_fewer(graph, s, traces, terms) for s in sweeps]
@@ -382,12 +210,14 @@ def make_plan(
     rates: Rates | None = None,
     answer: Asked | None = None,
     known: Simulated | None = None,
+    rows: bool = False,
 ) -> Plan:
     """Choose the order of accumulation (the cheapest prediction under "auto") and the chunks of every sweep.
 
     "auto" compares forward, reverse and, where the graph has a cut narrower than both ends, mixed mode; "mixed" takes
     mixed mode wherever there is a cut. Samples that are only known by a probe not to mix (``summed``) are not followed
-    through cuts. ``known``: filled with what another call for the same graph need not find again.
+    through cuts. ``rows``: nothing is multiplied in another order than a backward pass does. ``known``: filled with
+    what another call for the same graph need not find again.
     """
     rates, known = rates or rough(device), {} if known is None else known
     both = strategy in ("auto", "mixed")
@@ -403,6 +233,9 @@ def make_plan(
             both = not all(terms.fits(graph, s) for s in back)
     if both or strategy == "forward-mode":
         ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
+    plain = ways
+    if not rows:
+        ways = {name: [condensed(graph, s) for s in sweeps] for name, sweeps in ways.items()}
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):
@@ -411,23 +244,26 @@ def make_plan(
         cost["mixed"] = table.seconds
     refused: list[MemoryLimitTooSmall] = []
     for chosen in sorted(cost, key=lambda name: (name != strategy, cost[name])):
-        parts, sweeps = mixed.stages(graph, table) if chosen == "mixed" else ([], ways[chosen])
+        if chosen == "mixed":
+            options = [mixed.stages(graph, table)]
+        else:
+            options = [(parts_of(ways[chosen]), ways[chosen]), ([], plain[chosen])]
+        parts, sweeps = options[0]
         lost = chosen == "mixed" and _untied(graph, sweeps)
         if lost and not _untied(graph, ways["reverse-mode"]):
             continue  # a proof that samples do not mix is worth more
-        try:
-            parts, sweeps = _cut(graph, parts, sweeps, terms)
-        except MemoryLimitTooSmall as error:
-            refused.append(error)
-            continue
-        break
+        found = _first(graph, options if parts else options[-1:], terms, refused)
+        if found is not None:
+            parts, sweeps = found
+            break
     else:
         raise min(refused, key=lambda error: error.need)
     reason = "asked for" if chosen == strategy else "predicted " + _compare(cost, chosen)
     if chosen == "mixed":
         reason += f", {table.name}"
     tied = not _untied(graph, sweeps)
-    suspects = () if chosen == "reverse-mode" else poles.suspects(graph, seeds=True)
+    rows = chosen == "reverse-mode" and not parts
+    suspects = () if rows else poles.suspects(graph, seeds=True)
     peak = max((s.peak for s in (*parts, *sweeps)), default=0.0)
     return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, peak, parts, suspects)
 
@@ -451,6 +287,21 @@ def plan_given(
     return Plan(strategy, reverse, [sweep], "the seeds are given", {}, False, peak)
 
 
+def _first(
+    graph: Graph,
+    options: list[tuple[list[Sweep], list[Sweep]]],
+    terms: _Terms,
+    refused: list[MemoryLimitTooSmall],
+) -> tuple[list[Sweep], list[Sweep]] | None:
+    """The first stages that fit the memory, cut; why others do not is added to ``refused``."""
+    for parts, sweeps in options:
+        try:
+            return _cut(graph, parts, sweeps, terms)
+        except MemoryLimitTooSmall as error:
+            refused.append(error)
+    return None
+
+
 def _cut(
     graph: Graph, parts: list[Sweep], sweeps: list[Sweep], terms: _Terms
 ) -> tuple[list[Sweep], list[Sweep]]:
@@ -459,12 +310,11 @@ def _cut(
     ready: dict[Sweep, Sweep] = {}
 
     def cut(stage: Sweep, chunk_size: int | None, answer: Asked | None) -> Sweep:
-        if isinstance(stage, mixed.Join):
-            stage = stage.of(ready)
+        stage = stage.of(ready)
         try:
             chunks, taken = terms.chunks(graph, stage, chunk_size, answer, held)
         except MemoryLimitTooSmall as error:
-            raise _refused(held + error.need, terms.limit) from None
+            raise too_small(held + error.need, terms.limit) from None
         return terms.fused(graph, replace(stage, chunks=chunks, peak=held + taken))
 
     for part in parts:

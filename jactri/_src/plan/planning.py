@@ -10,8 +10,9 @@ from ..base import backends, rates
 from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
 from ..read.graph import Graph
+from .needs import Asked
 from .owners import joins
-from .planner import Asked, Plan, Simulated, make_plan, plan_given
+from .planner import Plan, Simulated, make_plan, plan_given
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
@@ -44,6 +45,8 @@ class Wanted(NamedTuple):
     sparse: bool = False
     of: str | None = None
     """What stands before ``per_sample=`` and ``out=`` in a refusal; None where the caller knows neither."""
+    rows: bool = False
+    """Whether autograd's own order is asked for."""
 
 
 def refusal(what: str, need: float, ys, xs, wanted: Wanted) -> MemoryLimitTooSmall:
@@ -111,7 +114,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     Plans hold no tensors and depend on shapes, dtypes and map structures only, all of which are in the key. Raises
     MemoryLimitTooSmall.
     """
-    budget, strategy, per_sample, summed, chunk_size, given, steady, sparse, _ = wanted
+    budget, strategy, per_sample, summed, chunk_size, given, steady, sparse, _, rows = wanted
     device, kernels = budget.device, ""
     fused = backends.kernels_on(device)
     if fused and backends.kernels_for(xs[0]):
@@ -122,7 +125,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     def make(limit: float) -> Plan:
         answer = Asked(per_sample, given, sparse, kernels, fused)
         how = {"limit": limit, "chunk_size": chunk_size, "device": device.type}
-        how |= {"answer": answer, "known": known}
+        how |= {"answer": answer, "known": known, "rows": rows}
         plan = make_plan(graph, strategy, summed, **how)
         times = sorted(plan.seconds.values())
         if steady or len(times) < 2 or times[0] < _LONG or times[1] > _CLOSE * times[0]:
@@ -132,7 +135,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
         return make_plan(graph, strategy, summed, rates=rates.measured(device), **how)
 
     key = (
-        graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, kernels, fused,
+        graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, rows, kernels, fused,
         device.type, budget.bound,
     )  # fmt: skip
     try:
@@ -140,7 +143,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
     except MemoryLimitTooSmall as error:
         raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
     if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
-        plan = plan_for(graph, ys, xs, wanted._replace(strategy="reverse-mode"))
+        plan = plan_for(graph, ys, xs, wanted._replace(strategy="reverse-mode", rows=True))
         return replace(plan, reason="a derivative is not known to be finite")
     return plan
 

@@ -16,7 +16,7 @@ from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
 from ..read.pulling import blocks_pulled
-from .planner import CACHE_BYTES
+from .needs import CACHE_BYTES
 from .sweep import Sweep
 
 Product = Callable[[Tensor], Sequence[Tensor]]
@@ -132,7 +132,7 @@ def places(graph: Graph, sweeps: list[Sweep]) -> dict[int, tuple[int, int]] | No
         if len(sweep.layout.axes[0]) != 1 or sweep.layout.axes[0][0][1] == FREE:
             return None
         batch = sweep.layout.axes[0][0][1]
-        for value, layout in sweep.layouts.items():
+        for value, layout in (*sweep.layouts.items(), *sweep.inside.items()):
             place = None
             for a, axis in enumerate(layout.axes):
                 if axis[0][1] == batch:

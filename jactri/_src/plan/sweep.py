@@ -7,19 +7,44 @@ map structures, and holds no tensor.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..maps.layout import FREE, Colours, Layout, Selection, SplitSeed
-from ..maps.linear_map import Route
+from ..maps.linear_map import LinearMap, Route
+from ..maps.spelled import Chain, Spelled
 from ..read.graph import Graph, Value
 
-_SCALING = "diagonal", "scalar", "complex diagonal"
-
 if TYPE_CHECKING:
+    from .mixed import Product
     from .patches import ReceptiveField
     from .pattern import Pattern
+
+
+class Matrices(LinearMap):
+    """A part of the graph that was made before: a matrix for each of what it acts on (see `condensing`)."""
+
+    __slots__ = ()
+    name, structure = "matrices", "matrices"
+
+
+MATRICES = Matrices()
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The product of a block with that of a part."""
+
+    block: int
+    """Where the part's block is, among the blocks of the sweep."""
+    product: Product
+
+
+def part_block(number: int) -> int:
+    """Where the block of a part is, among the blocks of a sweep: where no value is."""
+    return -1 - number
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +55,21 @@ class Term:
     owner: int
     edge: int
     route: Route
+    path: tuple[tuple[int, int], ...] = ()
+    """The (owner, edge) of several maps after one another that are one product (see `factoring`), or none,"""
+    spelled: Spelled | None = None
+    """and how that is made."""
+
+    meeting: Meeting | None = None
+    """The product with a part that was made before, or None."""
+
+    def map_in(self, graph: Graph) -> Any:
+        """What it multiplies with."""
+        if self.meeting is not None:
+            return MATRICES
+        if self.spelled is None:
+            return graph.values[self.owner].sources[self.edge][1]
+        return Chain([graph.values[v].sources[e][1] for v, e in self.path], self.spelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +125,10 @@ class Sweep:
     """Whether it is the only stage of its plan: a derivative that all chunks share is then used once."""
     given: tuple[int, ...] = ()
     """The values whose blocks are given, if the seed is not an identity; ``seed`` is the first of them."""
+    parts: tuple[tuple[Sweep, int], ...] = ()
+    """Sweeps that run before, and the value of each whose block terms multiply with."""
+    inside: dict[int, Layout] = field(default_factory=dict)
+    """Layouts that blocks would have had which are not made, as a step or a part stands for several."""
     alike: frozenset[int] = frozenset()
     """The values whose blocks are made of weights alone, the same for all samples."""
 
@@ -126,6 +170,36 @@ class Sweep:
                 for start in range(0, total, size)
             ]
         return out
+
+    def of(self, ready: dict[Sweep, Sweep]) -> Sweep:
+        """The same, of what its parts have become."""
+        if not self.parts:
+            return self
+        return replace(self, parts=tuple((ready[made], v) for made, v in self.parts))
+
+
+def cost(steps: Sequence[Step]) -> float:
+    """What some steps take, for a choice by sizes alone: a byte that is written is worth a few flops."""
+    return sum(s.flops + 4 * s.bytes for s in steps)
+
+
+def with_steps(sweep: Sweep, new: dict[int, Step], gone: set[int]) -> Sweep:
+    """The sweep with steps by value in place of those of the values ``gone``."""
+    steps = [new.get(s.value, s) for s in sweep.steps if s.value in new or s.value not in gone]
+    last = {v: s.value for s in steps for v in s.reads}
+    frees: dict[int, list[int]] = {}
+    for v, at in last.items():
+        if v not in sweep.targets:
+            frees.setdefault(at, []).append(v)
+    steps = [replace(s, frees=tuple(frees.get(s.value, ()))) for s in steps]
+    hidden = gone - set(new)
+    return replace(
+        sweep, steps=steps,
+        layouts={v: layout for v, layout in sweep.layouts.items() if v not in hidden},
+        inside=sweep.inside | {v: sweep.layouts[v] for v in hidden},
+        flops=sum(s.flops for s in steps), bytes=sum(s.bytes for s in steps),
+        alike=sweep.alike - hidden,
+    )  # fmt: skip
 
 
 def factors_of(sweep: Sweep) -> list[tuple[int, int | None]]:
@@ -327,7 +401,8 @@ class _Made(NamedTuple):
 
 
 def _made(values: list[Value], v: int, incoming, layouts, ones, alike, reverse: bool) -> _Made:
-    routes, meet, flops, written, sums = [], None, 0.0, 0.0, 0
+    routes, meet, flops, written = [], None, 0.0, 0.0
+    added: list[Route] = []
     itemsize = values[v].dtype.itemsize
     unit = alone = len(incoming) == 1
     for other, owner, e in incoming:
@@ -338,7 +413,8 @@ def _made(values: list[Value], v: int, incoming, layouts, ones, alike, reverse: 
         # under an identity seed a scaling is its derivative, a contraction its matrix
         free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
         itself = len(routes) > 1 and edge.places(reverse)  # added where it belongs
-        sums += len(routes) > 1 and not itself
+        if not itself:
+            added.append(route)
         if route.moves and not free:
             made = (route.mid if itself else route.out).numel
             if alike[other] and edge.uniform:
@@ -347,86 +423,24 @@ def _made(values: list[Value], v: int, incoming, layouts, ones, alike, reverse: 
             written += made * itemsize
         shares = alone and (not route.moves or (ones[other] and route.axis is not None))
         unit = unit and ones[other] and not route.moves and not route.out.free
-    if sums:
-        flops += meet.numel * sums
-        written += meet.numel * itemsize
+    if not alone:
+        summed, copied = _added(added, meet)
+        flops += summed
+        written += copied * itemsize
     same = alone and alike[other] and edge.uniform
     return _Made(routes, meet, flops, written, shares, unit, same)
 
 
-def peak_bytes(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
-    """Predicted bytes of live blocks at the worst step, with the largest chunk of ``chunks`` in flight."""
-    sel = {f: (0, c) for f, c in chunks.items()}
-
-    # a view shares its source's memory: blocks are counted by the value that owns the memory
-    nobody = -1
-    root: dict[int, int] = dict.fromkeys(sweep.given or (sweep.seed,), nobody)
-    users: dict[int, int] = {}
-    size: dict[int, float] = {}
-
-    def scales(step: Step) -> bool:
-        first = step.terms[0]
-        edge = graph.values[first.owner].sources[first.edge][1]
-        return len(step.terms) == 1 and edge.structure in _SCALING
-
-    def derivative(step: Step) -> float:
-        return prod(step.layout.shape) * graph.values[step.value].dtype.itemsize
-
-    def repeated(step: Step) -> bool:
-        """Whether every chunk runs the step, and so needs its derivative."""
-        return bool(chunks) and not step.layout.tied.issuperset(chunks)
-
-    # derivatives are kept for later chunks, which find all of them there from the start
-    live = sum(derivative(s) for s in sweep.steps if scales(s) and repeated(s))
-    worst = 0.0
-    turned: set[int] = set()  # blocks in channels-last memory, which a CPU's convolutions run in
-    targets = {t for t in sweep.targets if t is not None}
-    for step in sweep.steps:
-        first = step.terms[0]
-        edge = graph.values[first.owner].sources[first.edge][1]
-        behind = root[first.other]
-        scaling = scales(step)
-        stored = sweep.stored(graph, step.value, sel)
-        # a block that is used for the last time, and by nobody else, is scaled in place, if it is not expanded
-        last = scaling and first.other in step.frees and users.get(behind) == 1
-        reused = last and size[behind] >= stored
-        extra = 0.0
-        if step.shares or reused:
-            root[step.value] = behind if reused or not first.route.moves else nobody
-        else:
-            root[step.value] = step.value
-            size[step.value] = stored
-            live += stored
-            if len(step.terms) > 1 or edge.structure == "opaque":
-                extra = size[step.value]
-        if edge.structure == "half complex function":  # copies of half a spectrum
-            read = first.route.mid.numel_of(sel) * graph.values[first.other].dtype.itemsize
-            extra += 3 * max(stored, read)
-        if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
-            if first.other not in turned:
-                read = graph.values[first.other].dtype.itemsize
-                extra += first.route.mid.numel_of(sel) * read
-            if step.layout.shape[1] > 1 and (sweep.reverse or first.route.mid.shape[1] > 1):
-                turned.add(step.value)
-        elif scaling and first.other in turned:
-            turned.add(step.value)
-        if scaling and step.flops and not repeated(step):  # with no flops, it is the block itself
-            extra += derivative(step)
-            if not sweep.alone:
-                live += derivative(step)
-                extra -= derivative(step)
-        here = root[step.value]
-        if here != nobody:
-            users[here] = users.get(here, 0) + 1
-        worst = max(worst, live + extra)
-        for f in step.frees:
-            r = root.get(f, nobody)
-            if r == nobody or f in targets:
-                continue
-            users[r] -= 1
-            if users[r] == 0:
-                live -= size[r]
-    return worst
+def _added(routes: list[Route], total: Layout) -> tuple[int, int]:
+    """Elements that a sum of terms adds, and writes: terms with more ties than it has are added where they are."""
+    if not routes:
+        return 0, 0
+    whole = [r.moves for r in routes if r.out.tied == total.tied]
+    parts = sum(r.out.numel for r in routes if r.out.tied != total.tied)
+    made = len(whole) - 1 if whole else 1  # zeros
+    if parts and whole == [False]:
+        made += 1  # a copy, to be written to
+    return len(whole) * total.numel + parts, made * total.numel + parts
 
 
 def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:

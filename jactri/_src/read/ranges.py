@@ -273,7 +273,7 @@ def op_of(graph, step) -> str:
 
 def opaque_of(graph, step) -> list[str]:
     """The nodes that autograd computes in a step."""
-    edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
+    edges = [t.map_in(graph) for t in step.terms]
     return list(dict.fromkeys(e.name for e in edges if e.structure == "opaque"))
 
 

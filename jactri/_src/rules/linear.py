@@ -46,7 +46,10 @@ def product(g, a, b, left: str, right: str, shape) -> list[int]:
     terms = []
     for s, other, name, side in ((a, b, right, "right"), (b, a, left, "left")):
         if s is not None:
-            edge = matmul(g.tensor(name), side)
+            partner = g.tensor(name)
+            if other is None and partner.dim() == 3 and partner.stride(0) == 0 < len(partner):
+                partner = partner[0]  # a weight that was expanded for all
+            edge = matmul(partner, side)
             if other is not None and edge.__class__ is SparseMatMul:
                 g.unsupported("a sparse tensor that depends on the input")
             terms.append(g.single(s, edge, shape))

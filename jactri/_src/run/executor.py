@@ -19,7 +19,7 @@ from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
 from ..plan.planner import Plan
-from ..plan.sweep import Step, Sweep
+from ..plan.sweep import Step, Sweep, Term, part_block
 from ..read.graph import Graph
 from ..read.ranges import Marks
 from . import launch
@@ -95,7 +95,7 @@ def _stage(
     if isinstance(sweep, Join):
         _join(sweep, ends, watch, made, marks)
     else:
-        _sweep(graph, sweep, ends, watch, marks, given)
+        _sweep(graph, sweep, ends, watch, made, marks, given)
 
 
 def _own(layout: Layout, sel: Selection) -> Selection:
@@ -145,6 +145,7 @@ def _sweep(
     sweep: Sweep,
     ends,
     watch: Watch | None,
+    made: Made,
     marks: Marks | None = None,
     given: Given | None = None,
 ) -> None:
@@ -158,7 +159,7 @@ def _sweep(
         for _, answer in ends:  # before the blocks: it outlives them
             answer.reserve()
     skip = None if watch is None else lambda sel: watch.skip(_parts(ends, sel))
-    for sel, blocks in chunks(graph, sweep, ends, marks, given, skip):
+    for sel, blocks in chunks(graph, sweep, ends, marks, given, skip, made):
         for v, answer in ends:
             mine = _own(sweep.layouts[v], sel) if sel else sel
             if sel and any(start for f, (start, _) in sel.items() if f not in mine):
@@ -176,6 +177,7 @@ def chunks(
     marks: Marks | None = None,
     given: Given | None = None,
     skip: Callable[[Selection], bool] | None = None,
+    made: Made | None = None,
 ) -> Iterator[tuple[Selection, Blocks]]:
     """Every chunk of a sweep: its selection of the seeds, and blocks, those of the sweep's targets among them.
 
@@ -184,11 +186,12 @@ def chunks(
     """
     writable = may_write()
     items = _items(graph, sweep)
+    parts = _parts_of(sweep, made)
     steps = _steps if marks is None else _marked(marks)
     if not sweep.chunks:
         if skip and skip({}):
             return
-        whole = _start(graph, sweep, None, given, items)
+        whole = _start(graph, sweep, None, given, items) | parts
         steps(graph, sweep, items, whole, None, writable, frozenset(), ends)
         yield {}, whole
         return
@@ -205,14 +208,30 @@ def chunks(
     }  # what is shared starts from an identity, or from colours
     if sweep.colours:
         blocks = _start(graph, sweep, None, None, shared)
+    blocks |= parts
     steps(graph, sweep, shared, blocks, None, writable, pinned)
     for sel in sweep.selections():
         if skip and skip(sel):
             continue
-        local = {**blocks, **_start(graph, sweep, sel, given, body)}
+        local = {**blocks, **_start(graph, sweep, sel, given, body), **parts}
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
         yield sel, local
         del local
+
+
+def _parts_of(sweep: Sweep, made: Made | None) -> Blocks:
+    """The blocks of parts that its terms multiply with."""
+    return {part_block(k): (made[id(part), v], False) for k, (part, v) in enumerate(sweep.parts)}
+
+
+def _met(
+    term: Term, data: Tensor | None, reverse: bool, blocks: Blocks, sel
+) -> tuple[Tensor, bool]:
+    """The product of a block with that of a part."""
+    part, _ = blocks[term.meeting.block]
+    pair = (part, data) if reverse else (data, part)
+    mine = _own(term.route.out, sel) if sel else {}
+    return multiply(term.meeting.product, term.route.out, *pair, mine), True
 
 
 def _formed(sweep: Sweep, items: Sequence[Item]) -> bool:
@@ -265,18 +284,21 @@ def _steps(
             other = term.other
             data, own = blocks[other]
             dying = other in frees and other not in pinned
-            edge = values[term.owner].sources[term.edge][1]
-            blocks[step.value] = edge.apply(
-                data,
-                own and dying and (writable or edge.structure == "view"),
-                layouts[other],
-                term.route,
-                reverse,
-                sel,
-                values[other],
-            )
-            if once and isinstance(edge, _FORGETS):
-                edge.forget()
+            if term.meeting is not None:
+                blocks[step.value] = _met(term, data, sweep.reverse, blocks, sel)
+            else:
+                edge = term.map_in(graph)
+                blocks[step.value] = edge.apply(
+                    data,
+                    own and dying and (writable or edge.structure == "view"),
+                    layouts[other],
+                    term.route,
+                    reverse,
+                    sel,
+                    values[other],
+                )
+                if once and isinstance(edge, _FORGETS):
+                    edge.forget()
             if dying:
                 del blocks[other]
                 continue
@@ -349,7 +371,7 @@ def add_terms(
     total, own = None, False
     sparse: list[tuple[Tensor | None, Layout]] = []
     for i, term in enumerate(step.terms):
-        edge = graph.values[term.owner].sources[term.edge][1]
+        edge = term.map_in(graph)
         plain = term.route.out.tied == step.layout.tied
         if i in made:
             data, fresh = made[i], _once(made[i])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,16 @@ def multiply(
 
     Blocks of two dtypes are multiplied in the wider one, those of two devices on that of ``second``.
 
-    ``sel`` restricts the result's seed factors. ``out``: where to write it if autograd does not watch; returned if
-    it was written. Costs ``2 * prod(sizes)`` flops.
+    ``sel`` restricts the result's seed factors, along which a block may be of the chunk already. ``out``: where to
+    write it if autograd does not watch; returned if it was written. Costs ``2 * prod(sizes)`` flops.
     """
     spans = {how.seeds[factor]: span for factor, span in sel.items()}
     parts: list[Lettered] = []
     for t, letters in ((second, how.second), (first.to(second.device), how.first)):
-        t = cut(t.reshape([how.sizes[c] for c in letters]), letters, spans)
+        sizes = [how.sizes[c] for c in letters]
+        if t.numel() != prod(sizes):  # of this chunk
+            sizes = [spans[c][1] if c in spans else n for c, n in zip(letters, sizes, strict=True)]
+        t = cut(t.reshape(sizes), letters, spans)
         # a block of weights that all samples share is taken once
         parts.append(once(t, letters, how.out))
     one, other = parts

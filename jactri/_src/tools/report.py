@@ -419,7 +419,7 @@ def _tied(layout: Layout) -> str:
 
 
 def _step(graph: Graph, sweep: Sweep, step, fused) -> StepReport:
-    edges = [graph.values[t.owner].sources[t.edge][1] for t in step.terms]
+    edges = [t.map_in(graph) for t in step.terms]
     structures = []
     for t, edge in zip(step.terms, edges, strict=True):
         free = t.route.axis is not None and edge.name == "matmul"
