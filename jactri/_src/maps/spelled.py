@@ -238,6 +238,7 @@ class _Speller:
     def _place(self, edge) -> None:
         """A block is put into zeros: its axis is a part of a longer one."""
         a = edge.axis
+        axis: list[Letter]
         if edge.__class__ is Select:
             start, axis = edge.index, []
             self.axes.insert(a, axis)
