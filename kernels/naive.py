@@ -1,4 +1,4 @@
-"""The kernels over images and patches, of the Laplacian and of batches, in plain torch, for tests: no speed."""
+"""The kernels over images and patches, of the Laplacian, batches and attention, in plain torch, for tests: no speed."""
 
 from __future__ import annotations
 
@@ -127,3 +127,46 @@ def laplacian_chain(t: Tensor, matrices, factors, last=None, weights=None) -> Te
 def batched(left: Tensor, right: Tensor) -> Tensor:
     """`batched.batched`."""
     return (left[..., None] * right[:, None]).sum(2)
+
+
+def attention(q: Tensor, k: Tensor, seen, scale: float) -> Tensor:
+    """The probabilities (B, H, T, S) of `attention.forward`; 0 for a query that sees nothing."""
+    T, S = q.shape[2], k.shape[2]
+    scores = scale * q @ _shared(k, q).mT
+    there = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if seen.causal:
+        there = there.tril()
+    if seen.mask is not None and seen.mask.dtype == torch.bool:
+        there = there & seen.mask
+    elif seen.mask is not None:
+        scores = scores + seen.mask.to(q.dtype)
+    return scores.masked_fill(~there, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _shared(t: Tensor, q: Tensor) -> Tensor:
+    """Heads of keys, repeated for those of the queries that share them."""
+    return t.repeat_interleave(q.shape[1] // t.shape[-3], -3)
+
+
+def attention_push(q: Tensor, k: Tensor, v: Tensor, seen, scale: float, tangents) -> Tensor:
+    """`attention.push`."""
+    p, v = attention(q, k, seen, scale), _shared(v, q)
+    dq, dk, dv = tangents
+    scores = sum(
+        s for s in (None if dq is None else dq @ _shared(k, q).mT, None if dk is None else q @ _shared(dk, q).mT)
+        if s is not None
+    )  # fmt: skip
+    made = 0
+    if dq is not None or dk is not None:
+        d = p * scores * scale
+        made = d @ v - d.sum(-1, keepdim=True) * (p @ v)
+    return made if dv is None else made + p @ _shared(dv, q)
+
+
+def attention_pull(q: Tensor, k: Tensor, v: Tensor, seen, scale: float, c: Tensor):
+    """`attention.pull` to all three."""
+    p, G = attention(q, k, seen, scale), k.shape[1]
+    d = c @ _shared(v, q).mT
+    d = p * (d - (p * d).sum(-1, keepdim=True)) * scale
+    of_keys = [d.mT @ q, p.mT @ c]
+    return d @ _shared(k, q), *(t.unflatten(-3, (G, -1)).sum(-3) for t in of_keys)

@@ -145,18 +145,18 @@ def multiply(t, M, size, mask, acc, PRECISION: tl.constexpr, FORMED: tl.constexp
 
 
 @triton.jit
-def product(t, m, acc, PRECISION: tl.constexpr):
-    """``acc + t @ m`` for tiles of two blocks, neither of them prepared."""
+def product(t, m, acc, PRECISION: tl.constexpr, FORMED: tl.constexpr = False):
+    """``acc + t @ m`` for tiles of two blocks, neither of them prepared. FORMED: as in `multiply`."""
     if PRECISION == "bf16x6":
         m0 = high(m, 3)
         rest = m - m0.to(tl.float32)
         m1 = high(rest, 3)
-        return _summed(t, m0, m1, high(rest - m1.to(tl.float32), 3), acc, PRECISION, False)
+        return _summed(t, m0, m1, high(rest - m1.to(tl.float32), 3), acc, PRECISION, FORMED)
     elif PRECISION == "tf32x3":
         m0 = high(m, 2)
-        return _summed(t, m0, m - m0, m0, acc, PRECISION, False)
+        return _summed(t, m0, m - m0, m0, acc, PRECISION, FORMED)
     else:
-        return _summed(t, m, m, m, acc, PRECISION, False)
+        return _summed(t, m, m, m, acc, PRECISION, FORMED)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ SMOKE = {
         "((chain-shape6 or chain-shape8 or pair-shape11) and (shapes_and_precisions or half))"
         " or (test_a_block_that_stays and (shape1 or shape5) and True)",
     ),
+    "attention": ("attention", "precisions"),
     "batched": ("batched", "(shapes_and_precisions or half) and (shape2 or shape3)"),
     "activations": ("activations", "against_float64"),
     "elementwise": ("rows", "scaled_sums and shape2"),

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu.driver import TARGETS
 from jactri.kernels import (
+    attention,
     band,
     batched,
     conv,
@@ -226,6 +227,30 @@ def _first(transposed):
     return run
 
 
+def _attention(kernel, width, config, K, seen):
+    """A head of keys for two of queries; heads beside one another in memory."""
+
+    def run(way):
+        dtype = DTYPES.get(way, torch.float32)
+        q, k, v = (
+            torch.empty(2, 1024, heads, width, dtype=dtype).transpose(1, 2) for heads in (8, 4, 4)
+        )
+        blocks = [torch.empty(K, *t.shape, dtype=dtype) for t in (q, k, v)]
+        mask = torch.empty(1024, 1024, dtype=torch.bool) if seen == "mask" else None
+        given = q, k, v, attention.Seen(mask, seen == "causal"), 0.125
+        options = {"precision": way, "config": attention.configs(width, width, K)[config]}
+        found = attention.Forward(torch.empty(q.numel() // width * (width + 2)), tuple(q.shape))
+        if kernel == "forward":
+            attention.forward(*given, **options)
+        elif kernel == "push":
+            attention.push(*given, found, blocks, **options)
+        else:
+            into = [b if n in kernel else None for n, b in zip("qkv", blocks, strict=True)]
+            attention.pull(*given, found, blocks[0], into, **options)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Case:
     """What launches a kernel, at which precisions, for which targets; ``products``: tensor cores must be used."""
@@ -340,6 +365,23 @@ CASES["patches/W6 scaled/0"] = Case(
 CASES["patches/32 channels 288-800-49/0"] = Case(
     "patches", _patches(patches.CONFIGS[0], 32), MORE, ("sm_90",)
 )
+for _kernel, _name, _width, _i, _K, _seen, _way, _target in (
+    ("attention_forward", "forward", 64, 1, 1, "mask", "half", "sm_90"),
+    ("attention_forward", "forward", 256, 0, 1, "causal", "tf32x3", "sm_90"),
+    ("attention_push", "push", 64, 0, 1, "mask", "tf32x3", "sm_90"),
+    ("attention_push", "push", 64, 0, 16, "", "bf16x6", "sm_90"),
+    ("attention_push", "push", 64, 1, 3, "causal", "half", "sm_80"),
+    ("attention_push", "push", 128, 1, 16, "causal", "half", "sm_90"),
+    ("attention_push", "push", 256, 0, 3, "", "tf32", "sm_90"),
+    ("attention_pull_queries", "pull q", 64, 0, 16, "mask", "half", "gfx942"),
+    ("attention_pull_queries", "pull q", 256, 0, 3, "causal", "tf32x3", "sm_90"),
+    ("attention_pull_keys", "pull k", 64, 1, 3, "causal", "tf32x3", "sm_90"),
+    ("attention_pull_keys", "pull k", 128, 1, 1, "mask", "half", "sm_100"),
+    ("attention_pull_keys", "pull v", 256, 0, 16, "", "half", "sm_90"),
+):
+    CASES[f"attention/{_name} {_width} {_seen or 'all'} {_K}/{_i}"] = Case(
+        _kernel, _attention(_name.removeprefix("pull "), _width, _i, _K, _seen), (_way,), (_target,)
+    )
 CASES["band/dense"] = Case("dense", _dense, ("fp32",), ("sm_90", "gfx942"), False)
 
 
