@@ -1,6 +1,6 @@
 """Several steps of a chain in one launch: between its first and its last step no tangent leaves the chip.
 
-    out = D_L M_L ... D_1 M_1 D_0 t
+    out = D_L M_L ... D_1 M_1 D_0 t + plus
 
 row by row, for blocks (K, R, width) as in `linear`. Two kernels, for two shapes of network:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .activations import SOURCE
 from .launches import launch
-from .linear import Config, scaled
+from .linear import Config, added, scaled
 from .operands import multiply, prepare
 from .support import Factor, Ready, factor, power_of_two, wide
 
@@ -65,7 +65,7 @@ def zero_tile(BM: tl.constexpr, BO: tl.constexpr):
 
 @triton.jit
 def _chain(
-    T, MS, ZS, OUT, K, R, t_k, t_r, t_i, o_k, o_r, o_o, m_s, z_s, padded,
+    T, MS, ZS, PLUS, OUT, K, R, t_k, t_r, t_i, q_k, q_r, q_o, o_k, o_r, o_o, m_s, z_s, padded,
     WIDTHS: tl.constexpr, TILES: tl.constexpr, DS: tl.constexpr, PS: tl.constexpr, SOURCE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +94,7 @@ def _chain(
         o = o.to(tl.int64)
     to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     mask = inside[:, None] & (o < WIDTHS[len(MS)])[None, :]
+    t = added(t, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     tl.store(to, t.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -107,8 +108,9 @@ def _formed(T, Z, D: tl.constexpr, P: tl.constexpr, inside, r, i, I, t_i, z_r, z
 
 @triton.jit
 def _pair(
-    T, M1, M2, Z0, Z1, Z2, OUT, K, R, I, H, O, padded1, padded2,
-    t_k, t_r, t_i, m1_p, m1_i, m1_o, m2_p, m2_i, m2_o, z0_r, z0_i, z1_r, z1_i, z2_r, z2_i, o_k, o_r, o_o,
+    T, M1, M2, Z0, Z1, Z2, PLUS, OUT, K, R, I, H, O, padded1, padded2,
+    t_k, t_r, t_i, m1_p, m1_i, m1_o, m2_p, m2_i, m2_o, z0_r, z0_i, z1_r, z1_i, z2_r, z2_i,
+    q_k, q_r, q_o, o_k, o_r, o_o,
     D0: tl.constexpr, P0: tl.constexpr, D1: tl.constexpr, P1: tl.constexpr, D2: tl.constexpr, P2: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr,
@@ -144,6 +146,7 @@ def _pair(
         out = multiply(acc, at, m2_p, within, out, PRECISION, WHOLE)
     mask = inside[:, None] & outside[None, :]
     out = scaled(out, Z2, D2, P2, r[:, None] * z2_r + o[None, :] * z2_i, mask)
+    out = added(out, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
 
@@ -183,14 +186,15 @@ def chain(
     *,
     precision: str,
     ready: Ready | None = None,
+    plus: Tensor | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """``D_L M_L ... D_1 M_1 D_0 t`` for each row, tangents held on chip.
+    """``D_L M_L ... D_1 M_1 D_0 t + plus`` for each row, tangents held on chip.
 
     t: (K, R, w_0); matrices[l]: (w_l, w_(l+1)); factors: one more than matrices, (R, w_l) each or None; ``precision``,
-    ``ready`` and ``out`` as in `linear.step`. See `chain_configs` for widths. Raises Unfit where the device cannot run
-    it. Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
+    ``ready``, ``plus`` and ``out`` as in `linear.step`. See `chain_configs` for widths. Raises Unfit where the
+    device cannot run it. Costs ``2 K R sum(w_l w_(l+1))`` flops; reads t once, writes out once.
     """
     K, R, _ = t.shape
     widths = (t.shape[2], *(m.shape[1] for m in matrices))
@@ -202,10 +206,11 @@ def chain(
     parts = [factor(f) for f in factors]
     values = tuple(p[0] for p in parts)
     operands = prepare(matrices, precision, ready)
-    far = wide(t, out, *values, *matrices) or K * R >= 1 << 31
+    far = wide(t, plus, out, *values, *matrices) or K * R >= 1 << 31
     launch(
         _chain, (triton.cdiv(K * R, c.rows),), out,
-        t, tuple(m.values for m in operands), values, out, K, R, *t.stride(), *out.stride(),
+        t, tuple(m.values for m in operands), values, plus, out, K, R, *t.stride(),
+        *(out if plus is None else plus).stride(), *out.stride(),
         tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
         widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
         SOURCE, precision, c.rows, far,
@@ -221,6 +226,7 @@ def pair(
     *,
     precision: str,
     ready: Ready | None = None,
+    plus: Tensor | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
@@ -235,12 +241,13 @@ def pair(
     c, features = config or PAIR_CONFIGS[0], power_of_two(I, 16)
     (z0, s0, d0, p0), (z1, s1, d1, p1), (z2, s2, d2, p2) = map(factor, factors)
     a, b = prepare(matrices, precision, ready)
-    far = wide(t, out, z0, z1, z2, first, second) or K * R >= 1 << 31
+    far = wide(t, plus, out, z0, z1, z2, first, second) or K * R >= 1 << 31
     launch(
         _pair, (triton.cdiv(K * R, c.rows),), out,
-        t, a.values, b.values, z0, z1, z2, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
+        t, a.values, b.values, z0, z1, z2, plus, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
         *a.strides, *b.strides,
-        *s0, *s1, *s2, *out.stride(), d0, p0, d1, p1, d2, p2, precision, c.rows,
+        *s0, *s1, *s2, *(out if plus is None else plus).stride(), *out.stride(),
+        d0, p0, d1, p1, d2, p2, precision, c.rows,
         min(c.out, power_of_two(H, 16)), min(c.inner or features, features), power_of_two(O, 16), not c.inner, far,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """One step of a chain: a block of tangents or cotangents through one matrix and the diagonals on either side.
 
-    out[k, r, o] = after[r, o] * sum_i matrix[i, o] * before[r, i] * t[k, r, i]
+    out[k, r, o] = after[r, o] * sum_i matrix[i, o] * before[r, i] * t[k, r, i] + plus[k, r, o]
 
 for K seeds, R rows (samples), I features in and O out. Reverse mode is the same step with the matrix transposed. Where
 the block is a weight that all rows share (the first step under an identity seed), its stride along the rows is 0, and
@@ -56,9 +56,18 @@ def scaled(value, Z, D: tl.constexpr, P: tl.constexpr, offsets, mask):
 
 
 @triton.jit
+def added(value, PLUS, offsets, mask):
+    """``value`` plus a block; as it is where there is none."""
+    if PLUS is None:
+        return value
+    else:
+        return value + tl.load(PLUS + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _step(
-    T, ZB, M, ZA, OUT, K, R, I, O, padded,
-    t_k, t_r, t_i, b_r, b_i, m_p, m_i, m_o, a_r, a_o, o_k, o_r, o_o,
+    T, ZB, M, ZA, PLUS, OUT, K, R, I, O, padded,
+    t_k, t_r, t_i, b_r, b_i, m_p, m_i, m_o, a_r, a_o, q_k, q_r, q_o, o_k, o_r, o_o,
     BEFORE: tl.constexpr, PB: tl.constexpr, AFTER: tl.constexpr, PA: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -84,6 +93,7 @@ def _step(
         acc = multiply(t, m_at, m_p, within, acc, PRECISION, BEFORE is not None)
     mask = inside[:, None] & outside[None, :]
     acc = scaled(acc, ZA, AFTER, PA, r[:, None] * a_r + o[None, :] * a_o, mask)
+    acc = added(acc, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     at = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
 
@@ -96,16 +106,17 @@ def step(
     *,
     precision: str,
     ready: Ready | None = None,
+    plus: Tensor | None = None,
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """``out[k, r, o] = after[r, o] * sum_i matrix[i, o] * before[r, i] * t[k, r, i]``.
+    """``out[k, r, o] = after[r, o] * sum_i matrix[i, o] * before[r, i] * t[k, r, i] + plus[k, r, o]``.
 
     t: (K, R, I); matrix: (I, O); factors: (R, I) and (R, O); all of one dtype, any strides. ``precision`` is "ieee",
     "tf32", "tf32x3" or "bf16x6" for float32, "half" for float16 and bfloat16, which accumulate in float32 (see
-    `operands`). ``ready``: see `support.Ready`. ``out``: (K, R, O) of any strides. Returns ``out``. Raises Unfit where
-    the device cannot run the kernel. Costs ``2 K R I O`` flops; reads t once for each ``config.out`` features, writes
-    out once.
+    `operands`). ``ready``: see `support.Ready`. ``plus``, ``out``: (K, R, O) of any strides. Returns ``out``. Raises
+    Unfit where the device cannot run the kernel. Costs ``2 K R I O`` flops; reads t once for each ``config.out``
+    features, writes out once.
     """
     K, R, I = t.shape
     O = matrix.shape[1]
@@ -118,10 +129,11 @@ def step(
     za, sa, da, pa = factor(after)
     grid = (triton.cdiv(K * R, c.rows) * triton.cdiv(O, c.out),)
     (m,) = prepare((matrix,), precision, ready)
-    far = wide(t, zb, matrix, za, out) or K * R >= 1 << 31
+    far = wide(t, zb, matrix, za, plus, out) or K * R >= 1 << 31
     launch(
         _step, grid, out,
-        t, zb, m.values, za, out, K, R, I, O, m.padded, *t.stride(), *sb, *m.strides, *sa, *out.stride(),
+        t, zb, m.values, za, plus, out, K, R, I, O, m.padded, *t.stride(), *sb, *m.strides, *sa,
+        *(out if plus is None else plus).stride(), *out.stride(),
         db, pb, da, pa, precision, c.rows, min(c.out, power_of_two(O, 16)),
         min(c.inner, power_of_two(I, 16)), far,
         num_warps=c.warps, num_stages=c.stages,

@@ -8,7 +8,8 @@ For a row t of the block (one seed, one sample) and the row p that its sample sa
     centred    t - mean(t) - p * mean(p * t)            its own transpose; p is the normalised value
     uncentred  t - p * mean(p * t)                      likewise
 
-between an optional diagonal before and one after, such as 1 / std and the weight of a layer norm. Sums are in float32.
+between an optional diagonal before and one after, such as 1 / std and the weight of a layer norm, plus another block, as in
+a residual connection. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import launch
-from .linear import scaled
+from .linear import added, scaled
 from .support import Factor, factor, power_of_two, wide
 
 MAPS = ("softmax", "log_push", "log_pull", "centred", "uncentred")
@@ -66,7 +67,7 @@ def _tile(
 
 @triton.jit
 def _rows(
-    T, P, ZB, ZA, OUT, K, R, n, t_k, t_r, t_n, p_r, p_n, b_r, b_n, a_r, a_n, o_k, o_r, o_n,
+    T, P, ZB, ZA, PLUS, OUT, K, R, n, t_k, t_r, t_n, p_r, p_n, b_r, b_n, a_r, a_n, q_k, q_r, q_n, o_k, o_r, o_n,
     MAP: tl.constexpr, DB: tl.constexpr, PB: tl.constexpr, DA: tl.constexpr, PA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +79,7 @@ def _rows(
     inside = r < R
     t_at, p_at = T + k[:, None] * t_k + r[:, None] * t_r, P + r[:, None] * p_r
     o_at = OUT + k[:, None] * o_k + r[:, None] * o_r
+    q = k[:, None] * q_k + r[:, None] * q_r
     s1, s2 = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     if LOOP:
         for start in range(0, n, BN):
@@ -89,12 +91,14 @@ def _rows(
             t, p, mask = _tile(t_at, p_at, ZB, r, i, inside, n, t_n, p_n, b_r, b_n, DB, PB)
             out = _mapped(t, p, s1, s2, n, MAP)
             out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i[None, :] * a_n, mask)
+            out = added(out, PLUS, q + i[None, :] * q_n, mask)
             tl.store(o_at + i[None, :] * o_n, out.to(OUT.dtype.element_ty), mask=mask)
     else:
         t, p, mask = _tile(t_at, p_at, ZB, r, i0, inside, n, t_n, p_n, b_r, b_n, DB, PB)
         s1, s2 = _sums(t, p, s1, s2, MAP)
         out = _mapped(t, p, s1, s2, n, MAP)
         out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i0[None, :] * a_n, mask)
+        out = added(out, PLUS, q + i0[None, :] * q_n, mask)
         tl.store(o_at + i0[None, :] * o_n, out.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -105,12 +109,14 @@ def rows(
     before: Factor | None = None,
     after: Factor | None = None,
     *,
+    plus: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A map of `MAPS` over the last axis of a block: ``after * map(before * t)``.
+    """A map of `MAPS` over the last axis of a block: ``after * map(before * t) + plus``.
 
-    t: (K, R, n); saved, factors: (R, n); any strides. Returns (K, R, n) of t's dtype, in ``out`` if given. Raises
-    Unfit where the device cannot run it. Reads t once (twice above `WHOLE` features), writes out once.
+    t, plus: (K, R, n); saved, factors: (R, n); any strides. Returns (K, R, n) of t's dtype, in ``out`` if given, which
+    may be ``plus``. Raises Unfit where the device cannot run it. Reads t once (twice above `WHOLE` features) and plus,
+    writes out once.
     """
     K, R, n = t.shape
     if out is None:
@@ -121,10 +127,11 @@ def rows(
     za, sa, da, pa = factor(after)
     columns = min(power_of_two(n, 16), WHOLE)
     tile = max(1, min(2048 // columns, power_of_two(K * R)))
-    far = wide(t, saved, zb, za, out) or K * R >= 1 << 31
+    far = wide(t, saved, zb, za, plus, out) or K * R >= 1 << 31
     launch(
         _rows, (triton.cdiv(K * R, tile),), out,
-        t, saved, zb, za, out, K, R, n, *t.stride(), *saved.stride(), *sb, *sa, *out.stride(),
+        t, saved, zb, za, plus, out, K, R, n, *t.stride(), *saved.stride(), *sb, *sa,
+        *(out if plus is None else plus).stride(), *out.stride(),
         map, db, pb, da, pa, tile, columns, n > columns, far,
         num_warps=8 if columns > 1024 else 4,
     )  # fmt: skip

@@ -120,6 +120,8 @@ def check(kernel, t, matrices, factors, way, dtype=torch.float32, order=None, ga
     got = launch(kernel, t, matrices, factors, precision=way, out=canvas.view, **options)
     assert got is canvas.view
     truth = expected(t, matrices, factors)
+    if (plus := options.get("plus")) is not None:
+        truth = truth + plus.double()
     plain = distance(in_float32(t, matrices, factors), truth) if way not in ("half", "tf32") else 0
     off = distance(got, truth)
     canvas.check()
@@ -201,10 +203,11 @@ def test_which_blocks_stay_in_registers(device):
     "kernel, widths", [("step", (20, 33)), ("chain", (20, 33, 17)), ("pair", (20, 33, 17))]
 )
 def test_strides(kernel, widths, order, gap, device):
-    """Inputs, matrices (transposed ones too) and the output in other memory orders, with gaps."""
+    """Inputs, matrices (transposed ones too), what is added and the output in other memory orders, with gaps."""
     given = operands_of(3, 5, widths, device, order=order, gap=gap)
-    for way in ("bf16x6", "ieee"):
-        check(kernel, *given, way, order=order, gap=gap)
+    around = guarded(torch.randn(3, 5, widths[-1], device=device), order, gap)
+    for way, plus in (("bf16x6", None), ("ieee", around), ("ieee", around[:1].expand(3, -1, -1))):
+        check(kernel, *given, way, order=order, gap=gap, plus=plus)
 
 
 @pytest.mark.parametrize(

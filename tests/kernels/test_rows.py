@@ -47,12 +47,14 @@ def test_rows_between_diagonals(name, order, gap, dtype, device):
     t, p = case(4, 7, 33, device, dtype, order, gap)
     std = guarded((torch.rand(7, 1, device=device) + 0.5).to(dtype)).expand(7, 33)
     y = guarded(torch.randn(33, device=device).tanh().to(dtype)).expand(7, 33)
-    canvas = Canvas(t.shape, dtype, device, order, gap)
-    rows(t, p, name, Factor(std), Factor(y, "tanh"), out=canvas.view)
     truth = FORMULAS[name](t.double() * std.double(), p.double()) * (1 - y.double().square())
-    off = distance(canvas.view, truth)
-    canvas.check()
-    assert off < LIMIT[dtype]
+    around = guarded(torch.randn(1, 7, 33, device=device).to(dtype), gap=gap).expand(4, 7, 33)
+    for plus in (None, around):
+        canvas = Canvas(t.shape, dtype, device, order, gap)
+        rows(t, p, name, Factor(std), Factor(y, "tanh"), plus=plus, out=canvas.view)
+        off = distance(canvas.view, truth if plus is None else truth + plus.double())
+        canvas.check()
+        assert off < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])

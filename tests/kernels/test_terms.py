@@ -10,7 +10,8 @@ from torch import nn
 
 import jactri
 from jactri._src.device import chooser
-from jactri.kernels import conv, direct, patches, pool, rows
+from jactri.kernels import chain as chains
+from jactri.kernels import conv, direct, linear, patches, pool, rows
 from jactri.kernels.support import Unfit
 
 
@@ -59,6 +60,13 @@ CASES = {
     "scaled": (lambda: lines(nn.Tanh(), nn.Softmax(-1)), LINES, "rows"),
     "two rows": (lambda: lines(nn.LogSoftmax(-1), nn.LayerNorm(9)), LINES, "rows"),
     "three": (lambda: lines(nn.Identity(), nn.Tanh(), nn.LayerNorm(9)), LINES, "rows"),
+    "chain": (
+        lambda: lines(nn.Identity(), nn.Sequential(nn.Tanh(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 9))), LINES,
+        "chain",
+    ),
+    "chain that ends in a scaling": (
+        lambda: lines(nn.Identity(), nn.Sequential(nn.Tanh(), nn.Linear(9, 9), nn.Tanh())), (2, 3, 6), "chain",
+    ),
     "tokens": (lambda: lines(nn.Identity(), nn.LayerNorm(9)), (2, 3, 6), "rows"),
     "convolution": (lambda: images(nn.Identity(), nn.Conv2d(3, 3, 3, padding=1)), IMAGES, "conv"),
     "convolution, scaled": (
@@ -71,6 +79,7 @@ CASES = {
     ),
 }  # fmt: skip
 KERNELS = {
+    "chain": [(linear, "step"), (chains, "pair"), (chains, "chain")],
     "rows": [(rows, "rows")],
     # of small images the windows may be cheaper
     "conv": [(conv, "convolve"), (direct, "direct"), (patches, "patches")], "pool": [(pool, "scatter")]
@@ -84,8 +93,8 @@ def case(request, device):
     return net().to(device), torch.randn(shape, device=device), KERNELS[kernel]
 
 
-def check(f, x, **options):
-    got = jactri.jacobian(f, x, strategy="reverse-mode", backend="triton", **options)
+def check(f, x, mode="reverse-mode", **options):
+    got = jactri.jacobian(f, x, strategy=mode, backend="triton", **options)
     exact = copy.deepcopy(f).double()
     want = torch.autograd.functional.jacobian(exact, x.double())
     assert got.shape == want.shape and distance(got, want) <= 2e-6
@@ -129,3 +138,23 @@ def test_explain_names_the_kernel_of_a_term(device):
     found = jactri.explain(f, x, strategy="reverse-mode", backend="triton")
     (step,) = (s for s in found.steps if "low rank" in s.structure)
     assert (step.backend, step.why) == ("triton", "rows: 1 launch")
+
+
+@pytest.mark.parametrize("mode", ["forward-mode", "reverse-mode"])
+def test_what_goes_around_is_added_by_the_kernel(mode, device, monkeypatch):
+    """A pre-norm block: the layer norm's launch adds in reverse, that of the products forward."""
+    added = []
+    for module, name in ((linear, "step"), (chains, "pair"), (chains, "chain"), (rows, "rows")):
+        plain = getattr(module, name)
+
+        def spy(*args, plus=None, _plain=plain, **options):
+            added.append(plus is not None)
+            return _plain(*args, plus=plus, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.LayerNorm(9), nn.Linear(9, 8), nn.GELU(), nn.Linear(8, 9))
+    f = lines(nn.Identity(), part).to(device)
+    x = torch.randn(2, 3, 6, device=device)
+    check(f, x, mode)
+    assert sum(added) == 1

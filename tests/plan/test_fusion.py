@@ -105,7 +105,7 @@ def test_every_step_runs_once_after_what_it_reads(name, reverse):
     assert all(isinstance(i, Step | Fused) for i in items)
 
 
-def test_residual_networks_keep_their_sums():
+def test_chains_add_what_goes_around_them():
     up, down = nn.Linear(4, 9), nn.Linear(9, 4)
 
     def f(x):
@@ -113,9 +113,9 @@ def test_residual_networks_keep_their_sums():
             x = x + down(F.gelu(up(x)))
         return x
 
-    # the first layer is free; the sum of two branches is no link, nor a product that goes straight into one in reverse
-    assert kinds(sweeps(f, 7, 4)[2]) == [("chain", 2), ("chain", 3)]
-    assert kinds(sweeps(f, 7, 4, reverse=True)[2]) == [("chain", 2)]
+    # the first layer is free, and what goes around it an identity, which is added where it is one
+    assert kinds(sweeps(f, 7, 4)[2]) == [("chain", 2), ("chain", 4)]
+    assert kinds(sweeps(f, 7, 4, reverse=True)[2]) == [("chain", 3)]
 
 
 def test_a_tie_that_is_lost_inside_is_no_link():

@@ -96,7 +96,7 @@ class Chain:
     """One chain to run: ``t`` (K, R, w_0), matrices (w_l, w_(l+1)), a factor (R, w_l) or None for each width.
 
     ``diagonals`` gives the factors' derivatives as tensors, for torch. ``ready``: what the call has made of
-    its matrices so far.
+    its matrices so far. ``plus``: (K, R, w_L), a block to be added.
     """
 
     t: Tensor
@@ -104,6 +104,7 @@ class Chain:
     factors: tuple[Factor | None, ...]
     diagonals: Callable[[], list[Tensor | None]]
     ready: Ready | None = None
+    plus: Tensor | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -113,7 +114,8 @@ class Chain:
         K, R, _ = self.t.shape
         names = tuple("" if f is None else f.name for f in self.factors)
         shared = R > 1 and self.t.stride(1) == 0
-        return ChainKind.of(K, R, self.widths, names, shared, self.t.dtype, self.t.device)
+        adds = self.plus is not None
+        return ChainKind.of(K, R, self.widths, names, shared, self.t.dtype, self.t.device, adds)
 
     def first(self, rows: int) -> Chain:
         """The same chain for the first rows only."""
@@ -124,6 +126,7 @@ class Chain:
         return Chain(
             self.t[:, :rows], self.matrices, cut,
             lambda: [None if d is None else d[:rows] for d in self.diagonals()],
+            plus=None if self.plus is None else self.plus[:, :rows],
         )  # fmt: skip
 
     def timed(self) -> Chain:
@@ -145,7 +148,7 @@ class Chain:
                     t, own = (t[:, 0] @ m).unsqueeze(1).expand(-1, t.shape[1], -1), False
                 else:
                     t, own = torch.mm(t.reshape(-1, t.shape[2]), m).view(*t.shape[:2], -1), True
-        return t
+        return t if self.plus is None else t + self.plus.to(t.dtype)
 
     def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
         from ...kernels import chain as chains
@@ -155,13 +158,14 @@ class Chain:
         ready = made_ready(self.matrices, way, self.ready)
         for i, (name, count) in enumerate(way.kernels):
             end = at + count
-            into = out if i == len(way.kernels) - 1 else None
+            into, plus = (out, self.plus) if i == len(way.kernels) - 1 else (None, None)
             matrices = self.matrices[at:end]
             factors = (self.factors[0] if at == 0 else None, *self.factors[at + 1 : end + 1])
             last = i == len(way.kernels) - 1 or name == way.kernels[-1][0]
             options = {
                 "precision": way.dot,
                 "ready": ready,
+                "plus": plus,
                 "out": into,
                 "config": way.config if last else None,
             }
@@ -186,13 +190,13 @@ class ChainKind:
     dtype: torch.dtype
     precision: str
     device: torch.device
+    adds: bool
 
     @classmethod
-    def of(cls, seeds, rows, widths, factors, shared, dtype, device) -> ChainKind:
+    def of(cls, seeds, rows, widths, factors, shared, dtype, device, adds=False) -> ChainKind:
         size = support.power_of_two(rows)
-        return cls(
-            seeds, size, tuple(widths), factors, shared, dtype, support.precision(dtype), device
-        )
+        precision = support.precision(dtype)
+        return cls(seeds, size, tuple(widths), factors, shared, dtype, precision, device, adds)
 
     @property
     def flops(self) -> float:
@@ -200,7 +204,7 @@ class ChainKind:
 
     @property
     def bytes(self) -> float:
-        ends = self.widths[-1] + (0 if self.shared else self.widths[0])
+        ends = (1 + self.adds) * self.widths[-1] + (0 if self.shared else self.widths[0])
         return float(self.seeds * self.rows * ends * self.dtype.itemsize)
 
     def offers(self) -> list[Offer]:

@@ -1,11 +1,11 @@
 """Which steps of a sweep kernels can run together. Pure: it reads structures and layouts, and holds no tensor.
 
 Five patterns are found: a *chain* of products with shared matrices and scalings (Linear layers and activations), whose
-blocks in between nobody else reads; a map over *rows* (softmax, normalisation), a convolution (*conv*) or a max *pool*
-with the scalings around it; the *first* convolution of coloured seeds with the scalings after it; and a scaled *sum* of
-two blocks (a product of two values that both depend on the input). A map with a kernel may also be one term of a
-larger sum (reverse mode of a residual connection). The executor runs the result where kernels run (see
-`backends`), and the steps themselves elsewhere.
+blocks in between nobody else reads, and what goes around it in a residual connection; a map over *rows* (softmax,
+normalisation), with that too, a convolution (*conv*) or a max *pool* with the scalings around it; the *first*
+convolution of coloured seeds with the scalings after it; and a scaled *sum* of two blocks (a product of two values that
+both depend on the input). A map with a kernel may also be one term of a larger sum (reverse mode of a residual
+connection). The executor runs the result where kernels run (see `backends`), and the steps themselves elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Fused:
     ``kind`` is "chain", "rows", "conv", "pool" or "first" (each step reads the one before) or "sum" (the last step adds
     up the two blocks of ``reads``, each scaled by the step among the others that reads it, if any). Where the last step
     of another kind has several terms, its ``term`` reads the step before, and ``reads`` goes on with the others.
+    ``adds``: the kernel of rows, or of a chain, adds the only other one.
     ``last``: its block lies best with the channels side by side, as those read it that do.
     """
 
@@ -39,12 +40,13 @@ class Fused:
     reads: tuple[int, ...]
     frees: tuple[int, ...] = ()
     term: int = 0
+    adds: bool = False
     last: bool = False
 
     @property
     def partial(self) -> bool:
         """Whether kernels run one term of a sum only."""
-        return self.kind != "sum" and len(self.steps[-1].terms) > 1
+        return self.kind != "sum" and len(self.steps[-1].terms) > 1 and not self.adds
 
     @property
     def value(self) -> int:
@@ -86,11 +88,11 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
     uses.update(t for t in sweep.targets if t is not None)
     reader = {t.other: s for s in sweep.steps for t in s.terms}
     maker = {s.value: s for s in sweep.steps}
-    links = {s.value for s in sweep.steps if _links(graph, sweep, s)}
+    links = {s.value for s in sweep.steps if len(s.terms) == 1 and _links(graph, sweep, s)}
     absorbed: set[int] = set()
     groups: dict[int, Fused] = {}
     for step in sweep.steps:
-        if step.value in absorbed:
+        if step.value in absorbed or step.value in groups:
             continue
         if step.value in links:
             run = [step]
@@ -99,6 +101,14 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
                 if after is None or after.value not in links:
                     break
                 run.append(after)
+            end = reader.get(run[-1].value) if uses[run[-1].value] == 1 else None
+            if end is not None and end.value not in groups:
+                i = [t.other for t in end.terms].index(run[-1].value)
+                if _ends(graph, sweep, end, i) and (found := _trim(graph, [*run, end], i)):
+                    absorbed.update(s.value for s in found[:-1])
+                    reads = found[0].terms[0].other, end.terms[1 - i].other
+                    groups[end.value] = Fused("chain", tuple(found), reads, term=i, adds=True)
+                    continue
             run = _trim(graph, run)
             if run:
                 absorbed.update(s.value for s in run)
@@ -117,7 +127,8 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
             if len(step.terms) > 1:
                 rest = tuple(t.other for j, t in enumerate(step.terms) if j != i)
                 absorbed.update(s.value for s in run[:-1])
-                groups[step.value] = Fused(kind, tuple(run), (source, *rest), term=i)
+                adds = kind == "rows" and len(rest) == 1 and _same(graph, sweep, step, 1 - i)
+                groups[step.value] = Fused(kind, tuple(run), (source, *rest), term=i, adds=adds)
                 continue
             while uses[run[-1].value] == 1:
                 after = reader.get(run[-1].value)
@@ -126,9 +137,7 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
                 run.append(after)
             absorbed.update(s.value for s in run)
             groups[run[0].value] = Fused(kind, tuple(run), (source,))
-        elif len(step.terms) == 2 and all(
-            edge_of(graph, step, i).name == "identity" and _plain(sweep, step, i) for i in range(2)
-        ):
+        elif len(step.terms) == 2 and all(_same(graph, sweep, step, i) for i in range(2)):
             scalings = [
                 maker[t.other]
                 for t in step.terms
@@ -188,19 +197,26 @@ def _plain(sweep: Sweep, step: Step, term: int = 0) -> bool:
     return t.route.mid is sweep.layouts[t.other] and t.route.out.tied == step.layout.tied
 
 
-def _scales(graph: Graph, sweep: Sweep, step: Step) -> bool:
+def _same(graph: Graph, sweep: Sweep, step: Step, term: int) -> bool:
+    """Whether a term is the block that it reads."""
+    return edge_of(graph, step, term).name == "identity" and _plain(sweep, step, term)
+
+
+def _scales(graph: Graph, sweep: Sweep, step: Step, term: int | None = None) -> bool:
+    """Whether a step, or this term of it, is a scaling by a derivative."""
+    edge = edge_of(graph, step, term or 0)
     return (
-        len(step.terms) == 1
-        and edge_of(graph, step).structure == "diagonal"
-        and edge_of(graph, step).name == "diagonal"
-        and _plain(sweep, step)
-        and not selects(graph, sweep, step)
+        (len(step.terms) == 1 or term is not None)
+        and edge.structure == "diagonal"
+        and edge.name == "diagonal"
+        and _plain(sweep, step, term or 0)
+        and not selects(graph, sweep, step, term or 0)
     )
 
 
-def selects(graph: Graph, sweep: Sweep, step: Step) -> bool:
+def selects(graph: Graph, sweep: Sweep, step: Step, term: int = 0) -> bool:
     """Whether a step must select, where kernels multiply: what comes to it may be infinite."""
-    selects = sweep.reverse and isinstance(edge_of(graph, step), Mask)
+    selects = sweep.reverse and isinstance(edge_of(graph, step, term), Mask)
     return selects and bool(suspects(graph, masks=True))
 
 
@@ -246,22 +262,31 @@ def _first(graph: Graph, sweep: Sweep, step: Step) -> bool:
     )
 
 
-def _links(graph: Graph, sweep: Sweep, step: Step) -> bool:
-    """Whether a step can be a link of a chain."""
-    if len(step.terms) != 1 or not _plain(sweep, step):
+def _links(graph: Graph, sweep: Sweep, step: Step, term: int = 0) -> bool:
+    """Whether a term of a step can be a link of a chain."""
+    if not _plain(sweep, step, term):
         return False
-    edge, route = edge_of(graph, step), step.terms[0].route
+    edge, t = edge_of(graph, step, term), step.terms[term]
     if edge.name == "matmul":
-        return edge.structure == "shared matrix" and edge.side == "right" and route.axis is None
+        return edge.structure == "shared matrix" and edge.side == "right" and t.route.axis is None
     if edge.structure == "view" and edge.name == "view":
-        shape, other = step.layout.shape, sweep.layouts[step.terms[0].other].shape
-        return not route.moves and shape[-1:] == other[-1:] != ()
-    return _scales(graph, sweep, step)
+        shape, other = step.layout.shape, sweep.layouts[t.other].shape
+        return not t.route.moves and shape[-1:] == other[-1:] != ()
+    return _scales(graph, sweep, step, term)
 
 
-def _trim(graph: Graph, run: list[Step]) -> list[Step]:
+def _ends(graph: Graph, sweep: Sweep, step: Step, term: int) -> bool:
+    """Whether a chain can end in a term of a sum of two, and add the other one."""
+    return (
+        len(step.terms) == 2
+        and _same(graph, sweep, step, 1 - term)
+        and (_same(graph, sweep, step, term) or _links(graph, sweep, step, term))
+    )
+
+
+def _trim(graph: Graph, run: list[Step], term: int = 0) -> list[Step]:
     """Without views at the ends (they cost nothing), and nothing at all unless a product is in it."""
-    names = [edge_of(graph, s).name for s in run]
+    names = [edge_of(graph, s).name for s in run[:-1]] + [edge_of(graph, run[-1], term).name]
     if "matmul" not in names:
         return []
     while names[0] == "view":

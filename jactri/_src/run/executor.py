@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -329,6 +330,8 @@ def _fused(
 ) -> None:
     """Run an item by kernels; where none covers these blocks, its steps one after another."""
     data = [blocks[v][0] for v in item.reads]
+    if item.adds and data[1] is None:  # an identity: it is added where it is one
+        item = replace(item, adds=False)
     direct = None
     for v, answer in ends:
         if v == item.value and direct is None and not item.partial:

@@ -41,7 +41,7 @@ def run(
     if item.kind == "first":
         return _first(graph, sweep, item, sel or {}, out)
     t = data[0]
-    data = data if item.kind == "sum" else data[:1]
+    data = data if item.kind == "sum" or item.adds else data[:1]
     if any(b is None or not backends.kernels_for(b) for b in data):
         return None
     if any(b.dtype != t.dtype or b.device != t.device for b in data):
@@ -49,7 +49,7 @@ def run(
     if out is not None and (out.dtype != t.dtype or out.device != t.device):
         out = None
     if item.kind == "chain":
-        return _chain(graph, item, t, sweep.reverse, out)
+        return _chain(graph, item, data, sweep.reverse, out)
     if item.kind == "conv":
         return _convolution(graph, item, t, sweep.reverse, out)
     kind = _passing(graph, sweep, item, item.layout.columns_of(sel), t.dtype, t.device)
@@ -78,7 +78,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
         return chooser.described(_passing(graph, sweep, item, seeds, dtype, device))
     widths, factors = [sweep.layouts[first].shape[-1]], [""]
     for step in item.steps:
-        edge = edge_of(graph, step)
+        edge = _edge(graph, item, step)
         if edge.name == "matmul":
             widths.append(step.layout.shape[-1])
             factors.append("")
@@ -87,7 +87,7 @@ def described(graph: Graph, sweep: Sweep, item: Fused) -> tuple[str, str]:
     rows = prod(sweep.layouts[first].shape[:-1])
     return chooser.described(
         chooser.ChainKind.of(
-            seeds, rows, widths, tuple(factors), shared and rows > 1, dtype, device
+            seeds, rows, widths, tuple(factors), shared and rows > 1, dtype, device, item.adds
         )
     )
 
@@ -108,7 +108,8 @@ def _passing(graph: Graph, sweep: Sweep, item: Fused, seeds: int, dtype, device)
     if item.kind == "rows":
         name, _, axes = edge.row_map(shape, reverse)
         rows, n = prod(shape[:-axes]), prod(shape[-axes:])
-        return PassKind.of("rows", seeds, rows, n, n, (name, *names), dtype, device)
+        how, read = ((name, *names, "plus"), 2 * n) if item.adds else ((name, *names), n)
+        return PassKind.of("rows", seeds, rows, read, n, how, dtype, device)
     if item.kind == "pool":
         name = edge.pool_map(out, reverse)
         how = (name, *names, tuple(given[1:]), tuple(out[1:]), edge.options)
@@ -131,12 +132,13 @@ def _names(around: list[list[Diagonal]], uses: tuple[int, int] = (1, 1)) -> tupl
     )
 
 
-def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | None):
+def _chain(graph: Graph, item: Fused, data: list[Tensor], reverse: bool, out: Tensor | None):
+    t, *more = data
     matrices: list[Tensor] = []
     scalings: list[list[Diagonal]] = [[]]
     shapes = [t.shape[1:]]
     for step in item.steps:
-        edge = edge_of(graph, step)
+        edge = _edge(graph, item, step)
         if edge.name == "matmul":
             m = edge.partner.t() if reverse else edge.partner
             if m.dtype != t.dtype or m.device != t.device:
@@ -154,6 +156,7 @@ def _chain(graph: Graph, item: Fused, t: Tensor, reverse: bool, out: Tensor | No
         tuple(_factor(s, shape, 1, K) for s, shape in zip(scalings, shapes, strict=True)),
         lambda: [_diagonal(s, shape, 1) for s, shape in zip(scalings, shapes, strict=True)],
         backends.ready.get(),
+        _rows(more[0], 1) if more else None,
     )
     into = _into(out, 1)
     made = chooser.run(problem, into)
@@ -328,11 +331,11 @@ def _stepwise(graph: Graph, item: Fused, reverse: bool) -> Callable[[list[Tensor
     """The map of an item and the scalings around it by torch, one after the other."""
 
     def steps(blocks: list[Tensor]) -> Tensor:
-        (t,), own = blocks, False
+        (t, *more), own = blocks, False
         for step in item.steps:
             edge = _edge(graph, item, step)
             t, own = edge.pull(t, own) if reverse else edge.push(t, own)
-        return t
+        return t + more[0] if more else t
 
     return steps
 
@@ -366,10 +369,10 @@ def _mapped_rows(
     name, saved, axes = edge.row_map(shape, reverse)
 
     def kernel(blocks: list[Tensor], out: Tensor | None) -> Tensor:
-        (t,), into = blocks, _into(out, axes)
+        (t, *more), into = (_rows(b, axes) for b in blocks), _into(out, axes)
         before, after = (_factor(s, shape, axes) for s in around)
         p = _features(saved(), shape, axes)
-        made = rows(_rows(t, axes), p, name, before, after, out=into)
+        made = rows(t, p, name, before, after, plus=more[0] if more else None, out=into)
         return out if into is not None else made.view(len(t), *shape)
 
     steps = _stepwise(graph, item, reverse)
