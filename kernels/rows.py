@@ -8,8 +8,8 @@ For a row t of the block (one seed, one sample) and the row p that its sample sa
     centred    t - mean(t) - p * mean(p * t)            its own transpose; p is the normalised value
     uncentred  t - p * mean(p * t)                      likewise
 
-between an optional diagonal before and one after, such as 1 / std and the weight of a layer norm, plus another block, as in
-a residual connection. Sums are in float32.
+between an optional diagonal before and one after, such as 1 / std and the weight of a layer norm, plus another block,
+as in a residual connection. Sums are in float32.
 """
 
 from __future__ import annotations

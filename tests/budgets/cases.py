@@ -56,10 +56,11 @@ def _step(config, shared):
     return run
 
 
-def _whole(kernel, widths, K, R, name, config, reverse=False):
+def _whole(kernel, widths, K, R, name, config, reverse=False, around=False):
     def run(way):
-        given = _network(widths, K, R, DTYPES.get(way, torch.float32), name, reverse)
-        getattr(chains, kernel)(*given, precision=way, config=config)
+        given = _network(widths, K, R, DTYPES.get(way, torch.float32), name, reverse, not around)
+        plus = torch.empty(K, R, widths[-1]) if around else None
+        getattr(chains, kernel)(*given, precision=way, config=config, plus=plus)
 
     return run
 
@@ -84,11 +85,13 @@ def _laplacian(kernel, widths, K, R, config, first=False, last=False):
     return run
 
 
-def _rows(name, n):
+def _rows(name, n, around=False):
     def run(way):
         t = torch.empty(64, 1024, n, dtype=DTYPES.get(way, torch.float32))
         std, weight = torch.empty(1024, 1).expand(1024, n), torch.empty(n).expand(1024, n)
-        rows.rows(t, torch.empty(1024, n), name, Factor(std), Factor(weight))
+        rows.rows(
+            t, torch.empty(1024, n), name, Factor(std), Factor(weight), plus=t if around else None
+        )
 
     return run
 
@@ -290,6 +293,8 @@ CASES["pair/W1 256-256-32/resident"] = Case(
 )
 _w8 = _whole("pair", (256, 256, 64), 64, 8192, "tanh", chains.PAIR_CONFIGS[0])
 CASES["pair/W8 256-256-64/0"] = Case("pair", _w8, MORE)
+_w7 = _whole("pair", (64, 256, 64), 64, 64, "gelu", chains.PAIR_CONFIGS[0], around=True)
+CASES["pair/W7 64-256-64, around/0"] = Case("pair", _w7, MORE[:1], ("sm_80", "sm_90"))
 for _i, _c in enumerate(chains.CHAIN_CONFIGS):
     _w9 = _whole("chain", (64, 64, 8), 32, 2048, "tanh", _c)
     CASES[f"chain/W9 64-64-8/{_i}"] = Case("chain", _w9, _ways(_i))
@@ -312,7 +317,9 @@ for _n in (16, 784, 2 * rows.WHOLE):
     CASES[f"rows/softmax/{_n}"] = Case(
         "rows", _rows("softmax", _n), ("fp32",), ("sm_90", "gfx942"), False
     )
-CASES["rows/centred/64"] = Case("rows", _rows("centred", 64), ("fp32", "half"), products=False)
+CASES["rows/centred/64"] = Case(
+    "rows", _rows("centred", 64, True), ("fp32", "half"), products=False
+)
 CASES["rows/log_pull/784"] = Case("rows", _rows("log_pull", 784), ("fp32",), products=False)
 for _n in (1, 2):
     CASES[f"scaled_sum/{_n}"] = Case("scaled_sum", _sum(_n), ("fp32", "half"), products=False)
