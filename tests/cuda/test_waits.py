@@ -46,9 +46,7 @@ VALUES_DECIDE = {
     # which sample a row belongs to
     ("experts", "jacobian, per_sample"): {"intervals.within": 1},
     # where a write went: autograd's node does not show it
-    ("written", "vjp"): {
-        "inplace._where": 4, "inplace.regular": 3, "inplace.copy_slices": 2, "index.unmoved": 1
-    },
+    ("written", "vjp"): {"inplace._together": 1, "inplace.regular": 3, "index.unmoved": 1},
     # whether a Function of other people's is right under vmap
     ("custom", "jacobian"): {"vmapped.shown": 1},
 }  # fmt: skip
