@@ -40,7 +40,7 @@ from .unrecorded import (
     sparse_cause,
     tight,
 )  # fmt: skip
-from .vmapped import Vmapped, combined, shown
+from .vmapped import Vmapped, combined, fitting, shown
 
 logger = logging.getLogger("jactri")
 
@@ -415,9 +415,8 @@ class Opaque(LinearMap):
             g = _reduce(g, self.value.shape)
 
         def one_row(row):
-            return torch.autograd.grad(
-                g, u, row, retain_graph=True, create_graph=create_graph, materialize_grads=True
-            )
+            (found,) = fitting(g, (u,), row, create_graph)
+            return (torch.zeros_like(u) if found is None else found,)
 
         key = self.call.key("push", self.nr, self.edge)
         return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
