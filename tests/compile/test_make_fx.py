@@ -56,6 +56,7 @@ TRANSFORMS = {
     "jacrev": jactri.func.jacrev,
     "jacfwd": jactri.func.jacfwd,
     "hessian": lambda f: jactri.func.hessian(lambda t: f(t).square().sum()),
+    "jvp": lambda f: lambda t: jactri.jvp(f, t, torch.stack([t.cos(), t]), differentiate=None)[1],
 }
 
 

@@ -143,10 +143,6 @@ def _check_alone(**options) -> None:
             )
 
 
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
-
-
 def _streamed(func, xs, ts, block: bool, asked: Options) -> tuple[Any, Any]:
     """`jvp` in one pass, nothing of which is kept."""
     ts = [_ready(t if block else t.unsqueeze(0), x, False) for t, x in zip(ts, xs, strict=True)]
@@ -156,15 +152,8 @@ def _streamed(func, xs, ts, block: bool, asked: Options) -> tuple[Any, Any]:
 
     stream = Streamed(ts, whole, asked.backend)
     ran = prepare(func, xs, False, "jvp", stream=stream)
-    found = stream.tangents(ran.ys)
     with torch.no_grad():
-        made, taken = [], {_memory(t) for t in ts}
-        for y, t in zip(ran.ys, found, strict=True):
-            t = y.new_zeros(len(ts[0]), *y.shape) if t is None else t.contiguous()
-            t = t.clone() if _memory(t) in taken else t
-            taken.add(_memory(t))
-            made.append(t)
-        product = _nested(made, block, ran.tupled)
+        product = _nested(stream.products(ran.ys), block, ran.tupled)
     return ran.output(False), ran.dressed(product, xs)
 
 

@@ -113,6 +113,17 @@ class Streamed(TorchFunctionMode):
         finally:
             self._pauses -= 1
 
+    def products(self, ys: Sequence[Tensor]) -> list[Tensor]:
+        """`tangents` of the function's outputs, each in memory of its own."""
+        made, taken = [], {_memory(b) for b in self._blocks}
+        for y, t in zip(ys, self.tangents(ys), strict=True):
+            columns = len(self._blocks[0])
+            t = y.new_zeros(columns, *y.shape) if t is None else t.contiguous()
+            t = t.clone() if _memory(t) in taken else t
+            taken.add(_memory(t))
+            made.append(t)
+        return made
+
     def tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
         """The block ``(K, *y)`` of each tensor; None for one that does not depend on the inputs."""
         if not self._packed or self._reads:
@@ -317,6 +328,8 @@ def _at_once(y: Tensor, x: Tensor, block: Tensor, walk: Walk) -> Tensor | None:
         return None
     if len(block) == 1:
         return _first(node(block[0])).unsqueeze(0)
+    if not may_write():
+        return None
     made = torch.empty_like(block)
     for row, t in zip(made, block, strict=True):
         row.copy_(_first(node(t)))
@@ -352,6 +365,10 @@ def _tensors(args, kwargs) -> Iterator[Tensor]:
             yield a
         elif isinstance(a, (tuple, list)):
             yield from (b for b in a if isinstance(b, Tensor))
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def _version(x: Tensor) -> int:
