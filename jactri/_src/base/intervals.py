@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 
-def own(n: int, ndim: int, device) -> Tensor:
-    """The intervals of an input or output of ``n`` samples: each sample its own."""
+def own(n: int, ndim: int, device, axis: int = 0) -> Tensor:
+    """The intervals of an input or output of ``n`` samples along an axis: each sample its own."""
     index = torch.arange(n, dtype=torch.int32, device=device)
-    return torch.stack([index + 1, n - index]).view(2, n, *[1] * (ndim - 1))
+    sizes = *[1] * axis, n, *[1] * (ndim - axis - 1)
+    return torch.stack([index + 1, n - index]).view(2, *sizes)
 
 
 def single(t: Tensor, n: int) -> bool:

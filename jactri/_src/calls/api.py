@@ -16,13 +16,17 @@ from ..base.journal import Journal, identity, on_disk
 from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.progress import Watch, bar
 from ..plan.folding import fold
+from ..plan.masked import cut_shape
 from ..plan.owners import apart
 from ..plan.planning import (
+    Ends,
+    Piece,
     Wanted,
     check_answer,
     plan_for,
     proof,
     prove_by_probe,
+    split_masked,
     split_samples,
 )
 from ..prologue.arguments import (
@@ -349,21 +353,29 @@ def _rows(ys, xs, asked: Options, dests):
     if sparse:
         check_pattern(graph, ys, xs, per_sample)
     try:
-        pieces = [(None, graph, plan or plan_for(graph, ys, xs, wanted))]
+        pieces: list[Piece] = [(None, graph, plan or plan_for(graph, ys, xs, wanted))]
+        if journal is None:
+            pieces = split_masked(graph, pieces[0][2], ys, xs, wanted) or pieces
     except MemoryLimitTooSmall:
         pieces = None if sparse else split_samples(graph, ys, xs, wanted)
         if pieces is None:
             raise
-        dests = dests or [
-            [whole.zero_block(y, x, per_sample, y if forward else x) for x in xs] for y in ys
+    if pieces[0][0] is not None and (dests is None or journal is None):
+        blocks = dests or [[None] * len(xs) for _ in ys]
+        dests = [
+            [
+                whole.zero_block(y, x, per_sample, y if forward else x, block)
+                for x, block in zip(xs, row, strict=True)
+            ]
+            for y, row in zip(ys, blocks, strict=True)
         ]
     if journal is not None:
-        journal.planned([(span, p.signature) for span, _, p in pieces], budget.total)
+        journal.planned([(ends and ends.key, p.signature) for ends, _, p in pieces], budget.total)
     watched = asked.progress or journal is not None
     with _watching(pieces, asked.progress, journal) if watched else _UNWATCHED as watch:
-        for span, part, part_plan in pieces:
-            answers = _run(part, part_plan, span, ys, xs, asked, dests, watch)
-            if span is not None:
+        for ends, part, part_plan in pieces:
+            answers = _run(part, part_plan, ends, ys, xs, asked, dests, watch)
+            if ends is not None:
                 for answer in answers.values():
                     answer.finish()
         if pieces[0][0] is not None:
@@ -399,8 +411,8 @@ def _watching(pieces, progress: bool, journal: Journal | None):
         yield Watch(advance, journal)
 
 
-def _run(graph, plan, span, ys, xs, asked: Options, dests, watch):
-    """Run a plan for all samples, or for the ``span`` (start, length) of them that ``graph`` computes."""
+def _run(graph, plan, ends: Ends | None, ys, xs, asked: Options, dests, watch):
+    """Run a plan for all outputs and inputs, or for the part of them that ``graph`` computes."""
     per_sample, forward = asked.per_sample, asked.strategy == "forward-mode"
     answers: dict[tuple[int, int], Answer] = {}
     for sweep in plan.sweeps:
@@ -410,11 +422,9 @@ def _run(graph, plan, span, ys, xs, asked: Options, dests, watch):
             j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
             y, x, dest = ys[j], xs[i], dests[j][i] if dests else None
             out, into = y.shape, x.shape
-            if span is not None:
-                out, into = (span[1], *out[1:]), (span[1], *into[1:])
-                dest = dest.narrow(0, *span)
-                if not per_sample:
-                    dest = dest.narrow(y.dim(), *span)
+            if ends is not None:
+                out, into = cut_shape(out, ends.out), cut_shape(into, ends.into)
+                dest = ends.of(dest, y.dim(), per_sample)
             given = (
                 sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest,
             )  # fmt: skip

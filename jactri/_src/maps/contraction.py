@@ -11,7 +11,8 @@ from ..base import backends
 from ..base.intervals import for_good, thin
 from ..device.batching import bmm
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
-from .linear_map import LinearMap, Route, Shape
+from .linear_map import Cut, LinearMap, Route, Shape
+from .unmasked import Unmasked
 
 
 class Sum(LinearMap):
@@ -117,14 +118,15 @@ class MatMul(LinearMap):
 
     ``partner`` is 2-D and shared by all leading axes of ``x`` or 3-D, ``(b, ., .)``, for ``x`` of shape
     ``(b, m, n)``. Where the contracted axis is tied to the seed there is nothing to sum: the block becomes the
-    partner's rows scaled (or the partner itself, under an identity seed).
+    partner's rows scaled (or the partner itself, under an identity seed). ``unmasked``: which entries of the partner
+    may be other than zero, if a mask tells.
     """
 
-    __slots__ = ("key", "partner", "side", "structure", "uniform")
+    __slots__ = ("key", "partner", "side", "structure", "uniform", "unmasked")
     name = "matmul"
 
-    def __init__(self, partner: Tensor, side: str = "right"):
-        self.partner, self.side = partner, side
+    def __init__(self, partner: Tensor, side: str = "right", unmasked: Unmasked | None = None):
+        self.partner, self.side, self.unmasked = partner, side, unmasked
         self.key = (MatMul, side, partner.dim())  # type: ignore[misc]
         shared = partner.dim() == 2
         self.structure = "shared matrix" if shared else "batched matrix"
@@ -147,10 +149,11 @@ class MatMul(LinearMap):
         """By the partner's zeros, where they count and are not too many to look at."""
         right = self.side == "right"
         axis = t.dim() - 1 if right else t.dim() - 2
-        known = values and for_good(self.partner)
-        if known and t.shape[axis] > 1 and t.stride(axis):
-            t = thin(t) if right else thin(t).mT
+        seen = None if self.unmasked is None else self.unmasked()
+        if values and for_good(self.partner):
             seen = self.partner != 0
+        if seen is not None and t.shape[axis] > 1 and t.stride(axis):
+            t = thin(t) if right else thin(t).mT
             if right == reverse:
                 seen = seen.mT  # (b?, what is summed over, what it gives)
             if t.numel() * seen.shape[-1] * (len(seen) if seen.dim() == 3 else 1) <= _SEEN:
@@ -163,8 +166,20 @@ class MatMul(LinearMap):
         return 2.0 * (out_shape if reverse else in_shape)[-1 if self.side == "right" else -2]
 
     def narrow(self, source, target, in_shape, out_shape):
-        batched = self.partner.dim() == 3 and source.axis == 0
-        return MatMul(source.of(self.partner, 3), self.side) if batched else self
+        partner = self._cut(self.partner, source, target)
+        return self if partner is self.partner else MatMul(partner, self.side)
+
+    def _cut(self, p: Tensor, source: Cut, target: Cut) -> Tensor:
+        """A partner for a range of samples, or of what is summed over and what it gives."""
+        if p.dim() != 3:
+            return p
+        if source.axis == 0:
+            return source.of(p, 3)
+        right = self.side == "right"
+        if source.axis != 1 + right:
+            return p
+        rows, columns = (source, target) if right else (target, source)
+        return p.narrow(1, rows.start, rows.length).narrow(2, columns.start, columns.length)
 
     def push(self, t, own):
         return self._multiply(t, False)

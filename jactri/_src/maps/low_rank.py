@@ -8,9 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..base.intervals import for_good
+from ..base.intervals import for_good, thin
 from .linear_map import LinearMap, keep_all_but
 from .maps import HALF, wide
+from .unmasked import Unmasked
 
 
 class Project(LinearMap):
@@ -120,13 +121,16 @@ class ProjectSlope(LinearMap):
 
 
 class Softmax(LinearMap):
-    """``p * (t - sum(p * t))`` over one axis, symmetric."""
+    """``p * (t - sum(p * t))`` over one axis, symmetric.
 
-    __slots__ = ("axis", "p")
+    ``unmasked``: which entries of the last two axes a mask leaves, if one is known; p is 0 elsewhere.
+    """
+
+    __slots__ = ("axis", "p", "unmasked")
     name, structure = "softmax", "low rank"
 
-    def __init__(self, p: Callable[[], Tensor], axis: int):
-        self.p, self.axis = p, axis
+    def __init__(self, p: Callable[[], Tensor], axis: int, unmasked: Unmasked | None = None):
+        self.p, self.axis, self.unmasked = p, axis, unmasked
 
     def row_map(self, shape, reverse):
         return ("softmax", self.p, 1) if self.axis == len(shape) - 1 else None
@@ -145,7 +149,11 @@ class Softmax(LinearMap):
         """What has the probability 0 (a mask) neither sees nor is seen."""
         if values and for_good(p := self.p()):
             t = t.masked_fill(p == 0, 0)
-        return super().reach(t, in_shape, out_shape, reverse, values)
+        kept = None if self.unmasked is None else self.unmasked()
+        if kept is not None:
+            t = thin(t).where(kept, 0)
+        t = super().reach(t, in_shape, out_shape, reverse, values)
+        return t if kept is None else t.where(kept, 0)
 
     def narrow(self, source, target, in_shape, out_shape):
         p = self.p

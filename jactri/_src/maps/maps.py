@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .contraction import MatMul
 from .grids import sampled
 from .linear_map import LinearMap
+from .unmasked import Unmasked
 
 LINES = 32
 """Lines that are pushed through an op at once to see its windows."""
@@ -207,8 +208,8 @@ class Batched(MatMul):
 
     __slots__ = ("_make",)
 
-    def __init__(self, make: Callable[[], Tensor], side: str):
-        self._make, self.side = make, side
+    def __init__(self, make: Callable[[], Tensor], side: str, unmasked: Unmasked | None = None):
+        self._make, self.side, self.unmasked = make, side, unmasked
         self.key = (MatMul, side, 3)  # type: ignore[misc]
         self.structure = "batched matrix"
 
@@ -220,7 +221,9 @@ class Batched(MatMul):
 
     def narrow(self, source, target, in_shape, out_shape):
         make = self._make
-        return Batched(lambda: source.of(make(), 3), self.side) if source.axis == 0 else self
+        if source.axis not in (0, 2 if self.side == "right" else 1):
+            return self
+        return Batched(lambda: self._cut(make(), source, target), self.side)
 
 
 class Sample(LinearMap):

@@ -27,7 +27,8 @@ def condensed(graph: Graph, sweep: Sweep) -> Sweep:
     if sweep.summed or sweep.colours or sweep.windows or sweep.columns() < MANY:
         return sweep
     on = [sweep.seed, *(s.value for s in sweep.steps)]
-    at = [v for v in on if v in set(cuts(graph))]
+    narrow = set(cuts(graph))
+    at = [v for v in on if v in narrow]
     parts: list[tuple[Sweep, int]] = []
     new: dict[int, Step] = {}
     gone: set[int] = set()

@@ -20,6 +20,7 @@ import numpy as np
 from ..maps.layout import FREE, Colours, Layout, SplitSeed
 from ..maps.linear_map import LinearMap
 from ..read.graph import Graph
+from . import masked
 from . import sweep as sweeping
 
 Splits = dict[int, tuple[int, ...]]
@@ -303,10 +304,18 @@ def pattern_of(trace: Trace, value: int) -> Pattern | None:
     at = trace.values.get(value)
     if at is None:
         return None
-    tied = at.layout.tied
-    out = tuple(f for axis in at.layout.axes for f in axis if f[0] != 1 or f[1] != FREE)
-    into = tuple((n, t if t in tied else FREE) for t, n in enumerate(at.layout.seed))
-    return Pattern(out, into, {t: trace.support_of(at, t) for t in tied})
+    layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
+    axes = list(layout.axes)
+    if masked.masks(trace.graph) and masked.fixed(trace.graph):
+        for a, factors in enumerate(trace.start.axes):
+            if len(factors) == 1 < factors[0][0] and factors[0][1] not in supports:
+                found = masked.support(trace.graph, trace.seed, a, value)
+                if found is not None and [t for _, t in axes[found[0]]] == [FREE]:
+                    b, t = found[0], factors[0][1]
+                    axes[b], supports[t] = ((layout.shape[b], t),), found[1]
+    out = tuple(f for axis in axes for f in axis if f[0] != 1 or f[1] != FREE)
+    into = tuple((n, t if t in supports else FREE) for t, n in enumerate(layout.seed))
+    return Pattern(out, into, supports)
 
 
 def colours_of(

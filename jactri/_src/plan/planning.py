@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, prod
+from math import inf, prod, sqrt
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..base import backends, rates
 from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
+from ..maps.linear_map import Cut
 from ..read.graph import Graph
+from . import masked
 from .needs import Asked
 from .owners import joins
-from .planner import Plan, Simulated, make_plan, plan_given
+from .planner import Plan, Simulated, make_plan, plan_given, predict
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
 from .sweep import mixing_steps, simulate, untied_targets
 
 _plans: Cache[tuple, Plan] = Cache()
+
+_ranges: Cache[tuple, list[masked.Range] | None] = Cache()
+
+RANGES = 8
+"""Of tokens, at most: so many leave (1 + 1/8) / 2 of what a causal mask leaves half of."""
 
 _LONG = 2e-3
 """Predicted seconds from which it pays to measure the device's rates."""
@@ -27,6 +37,38 @@ _WAIT = 5e-5
 
 _CLOSE = 8.0
 """Ways whose predicted times differ by more than this factor are told apart by rough rates too."""
+
+
+class Ends(NamedTuple):
+    """The part of the outputs and inputs that a graph computes."""
+
+    out: masked.Box
+    into: masked.Box
+
+    @staticmethod
+    def samples(start: int, length: int) -> Ends:
+        """A range of samples."""
+        box = {0: Cut(0, start, length)}
+        return Ends(box, box)
+
+    @property
+    def key(self) -> list[tuple[int, int, int]]:
+        """As a journal keeps it."""
+        return [(c.axis, c.start, c.length) for box in self for c in box.values()]
+
+    def of(self, dest: Tensor, ndim: int, per_sample: bool | str) -> Tensor:
+        """That of a Jacobian ``(*out, *in)``, or of a sample each, of an output with ``ndim`` axes."""
+        for cut in self.out.values():
+            dest = dest.narrow(cut.axis, cut.start, cut.length)
+        for cut in self.into.values():
+            if cut.axis or not per_sample:
+                at = ndim + cut.axis - bool(per_sample)
+                dest = dest.narrow(at, cut.start, cut.length)
+        return dest
+
+
+Piece = tuple[Ends | None, Graph, Plan]
+"""A plan and its graph, and what of the outputs and inputs it computes, if not all."""
 
 
 class Wanted(NamedTuple):
@@ -75,8 +117,8 @@ def check_answer(ys, xs, wanted: Wanted, what: str = "the Jacobian") -> None:
         raise refusal(what, size, ys, xs, wanted)
 
 
-def split_samples(graph: Graph, ys, xs, wanted: Wanted):
-    """Plans for ranges of samples that fit the memory limit, as (span, graph, plan), or None where there are none.
+def split_samples(graph: Graph, ys, xs, wanted: Wanted) -> list[Piece] | None:
+    """Plans for ranges of samples that fit the memory limit, or None where there are none.
 
     The answer is there as a whole while the ranges are written to it.
     """
@@ -94,18 +136,62 @@ def split_samples(graph: Graph, ys, xs, wanted: Wanted):
     count = n
     while True:
         count //= 2
-        pieces = []
+        pieces: list[Piece] = []
         try:
             for start in range(0, n, count):
                 span = (start, min(count, n - start))
                 part = narrow(graph, where, *span)
                 if part is None:
                     return None
-                pieces.append((span, part, plan_for(part, ys, xs, wanted)))
+                pieces.append((Ends.samples(*span), part, plan_for(part, ys, xs, wanted)))
             return pieces
         except MemoryLimitTooSmall:
             if count == 1:
                 raise
+
+
+def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece] | None:
+    """Plans for ranges of the seed's tokens, each without what masks make zero; None where that is not worth it.
+
+    What no range computes is zero.
+    """
+    device = wanted.budget.device
+    whole = _seconds(plan, device)
+    steps = rates.rough(device.type).step * sum(len(s.steps) for s in plan.sweeps)
+    count = min(RANGES, int(sqrt(whole / (2 * max(steps, 1e-9)))))
+    plain = not (wanted.summed or wanted.sparse or wanted.rows or torch.is_grad_enabled())
+    if count < 2 or not plain or backends.capturing(device):
+        return None
+    masks = masked.masks(graph)
+    if not masks:
+        return None
+
+    def cut() -> list[masked.Range] | None:
+        return masked.ranges(graph, plan.reverse, count)
+
+    key = graph.key, masks, plan.reverse, count
+    found = _ranges.of(key, cut) if masked.fixed(graph) else cut()
+    if found is None:
+        return None
+    if not wanted.given:
+        answer = answer_bytes(ys, xs, wanted.per_sample)
+        wanted = wanted._replace(budget=wanted.budget.less(answer), given=True)
+    pieces: list[Piece] = []
+    try:
+        for boxes in found:
+            part = masked.narrowed(graph, boxes)
+            if part is not None:
+                ends = Ends(*(boxes[end[0]] for end in (graph.outputs, graph.inputs)))
+                pieces.append((ends, part, plan_for(part, ys, xs, wanted)))
+    except MemoryLimitTooSmall:
+        return None
+    return pieces if sum(_seconds(p, device) for _, _, p in pieces) < whole else None
+
+
+def _seconds(plan: Plan, device) -> float:
+    """Predicted under rough rates, for plans that are compared."""
+    steps = sum(len(s.steps) for s in (*plan.parts, *plan.sweeps))
+    return predict(plan.flops, plan.bytes, steps, rates.rough(device.type))
 
 
 def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
@@ -136,7 +222,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
 
     key = (
         graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, rows, kernels, fused,
-        device.type, budget.bound,
+        device.type, budget.bound, masked.masks(graph) if sparse else (),
     )  # fmt: skip
     try:
         plan = _kept(key, make, budget, chunk_size, steady)

@@ -19,6 +19,7 @@ from ..maps.curvature import Curves, SoftmaxBend
 from ..maps.linear_map import Identity
 from ..maps.low_rank import Softmax
 from ..maps.maps import Batched, Once, wide
+from ..maps.unmasked import Unmasked, of_attention
 from . import rule
 from .elementwise import only
 from .linear import met
@@ -86,6 +87,11 @@ def attention(g):
 
     p = Once(lambda: probabilities(q, k, mask, causal, scale, groups).reshape(n, rows, s))
     p_like = Once(lambda: p().to(q.dtype))
+    unmasked = None
+    if causal or mask is not None:
+        unmasked = Unmasked(
+            lambda: of_attention(mask, causal, t, s, q.device).repeat(heads // groups, 1)
+        )
     scores: list[int] = []
     if g.src[0] is not None:
         x = g.view(g.src[0], (n, rows, d))
@@ -101,12 +107,12 @@ def attention(g):
     outs: list[int] = []
     if scores:
         total = g.add([(i, Identity()) for i in scores], (n, rows, s))
-        weights = g.single(total, Softmax(p, 2))
+        weights = g.single(total, Softmax(p, 2, unmasked))
         values = Once(lambda: flat(v, s))
         outs.append(g.single(weights, Batched(values, "right"), (n, rows, width)))
     if g.src[2] is not None:
         x = g.view(g.src[2], (n, s, width))
-        outs.append(g.single(x, Batched(p_like, "left"), (n, rows, width)))
+        outs.append(g.single(x, Batched(p_like, "left", unmasked), (n, rows, width)))
     out = g.view(g.add([(i, Identity()) for i in outs], (n, rows, width)), g.shape)
     if mask_edge is None or g.src[mask_edge : mask_edge + 1] in ([], [None]):
         ends = tuple([i for i in g.src[:3] if i is not None])

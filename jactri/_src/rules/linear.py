@@ -8,9 +8,11 @@ from torch import Tensor
 from ..maps.contraction import MatMul
 from ..maps.convolution import Conv, ConvWeight
 from ..maps.curvature import Curves, Matrices
-from ..maps.linear_map import Functional, keep_all_but
+from ..maps.linear_map import Cast, Functional, View, keep_all_but
+from ..maps.low_rank import Softmax
 from ..maps.maps import Batched
 from ..maps.sparse_product import SparseMatMul
+from ..maps.unmasked import Unmasked
 from . import rule
 from .elementwise import multiplied, only
 
@@ -36,9 +38,25 @@ def in_one_factor(r) -> Curves | None:
     return {} if known and sum(r.active(*factors)) <= 1 else None
 
 
-def matmul(partner: Tensor, side: str = "right") -> MatMul | SparseMatMul:
+def matmul(
+    partner: Tensor, side: str = "right", unmasked: Unmasked | None = None
+) -> MatMul | SparseMatMul:
     """Multiplication by a matrix, dense or sparse, on one side; or by a batch of them."""
-    return (MatMul if partner.layout is torch.strided else SparseMatMul)(partner, side)
+    if partner.layout is torch.strided:
+        return MatMul(partner, side, unmasked)
+    return SparseMatMul(partner, side)
+
+
+def _unmasked(g, v: int) -> Unmasked | None:
+    """What a mask leaves of an operand, if that is a softmax."""
+    last = g.values[v].shape[-2:]
+    while len(g.values[v].sources) == 1 and g.values[v].shape[-2:] == last:
+        ((v, edge),) = g.values[v].sources
+        if isinstance(edge, Softmax):
+            return edge.unmasked if g.values[v].shape[-2:] == last else None
+        if edge.__class__ not in (View, Cast):
+            return None
+    return None
 
 
 def product(g, a, b, left: str, right: str, shape) -> list[int]:
@@ -49,7 +67,8 @@ def product(g, a, b, left: str, right: str, shape) -> list[int]:
             partner = g.tensor(name)
             if other is None and partner.dim() == 3 and partner.stride(0) == 0 < len(partner):
                 partner = partner[0]  # a weight that was expanded for all
-            edge = matmul(partner, side)
+            masked = other is not None and partner.dim() == 3
+            edge = matmul(partner, side, _unmasked(g, other) if masked else None)
             if other is not None and edge.__class__ is SparseMatMul:
                 g.unsupported("a sparse tensor that depends on the input")
             terms.append(g.single(s, edge, shape))

@@ -15,6 +15,8 @@ from ..maps.curvature import Curves, NormalisationBend, SoftmaxBend
 from ..maps.linear_map import Diagonal, Identity
 from ..maps.low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
 from ..maps.maps import Once, Transpose, wide
+from ..maps.mask import Mask
+from ..maps.unmasked import Unmasked, last_two
 from . import rule
 from .elementwise import Zero, flat
 
@@ -335,9 +337,24 @@ def along(g, kind, probabilities):
     axis = g.axis("dim", len(shape))
     p = Once(lambda p=p: probabilities(wide(p)))
     if shape:
-        return g.single(x, kind(p, axis))
+        masked = kind is Softmax and axis == len(shape) - 1 > 0
+        return g.single(x, kind(p, axis, _unmasked(g, x, p) if masked else None))
     line = g.view(x, (1,))
     return g.view(g.single(line, kind(lambda: p().reshape(1), 0)), ())
+
+
+def _unmasked(g, scores: int, p) -> Unmasked | None:
+    """What a mask leaves that was written over the scores just before, if its entries have no weight."""
+    value = g.values[scores]
+    edge = value.sources[0][1] if len(value.sources) == 1 else None
+    if edge.__class__ is not Mask or not edge.unit:
+        return None
+
+    def kept():
+        kept = last_two(edge.keep != 0, *value.shape[-2:])
+        return None if bool(p().masked_fill(kept, 0).any()) else kept
+
+    return Unmasked(kept)
 
 
 @rule("SoftmaxBackwardData")

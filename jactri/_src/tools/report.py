@@ -25,7 +25,16 @@ from ..plan.fusion import Fused, fuse
 from ..plan.mixed import Join
 from ..plan.owners import apart
 from ..plan.planner import Plan
-from ..plan.planning import Wanted, answer_bytes, plan_for, proof, prove_by_probe, split_samples
+from ..plan.planning import (
+    Piece,
+    Wanted,
+    answer_bytes,
+    plan_for,
+    proof,
+    prove_by_probe,
+    split_masked,
+    split_samples,
+)
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
@@ -276,20 +285,42 @@ def _explained(
                 prove_by_probe(graph, alone, ys, xs)
         wanted = Wanted(budget, strategy, per_sample, summed, chunk_size, of="")
         try:
-            return describe(graph, plan_for(graph, ys, xs, wanted), ys, xs, per_sample)
+            plan = plan_for(graph, ys, xs, wanted)
+            report = describe(graph, plan, ys, xs, per_sample)
+            pieces = split_masked(graph, plan, ys, xs, wanted)
+            return (
+                report if pieces is None else _in_ranges(report, plan, pieces, ys, xs, per_sample)
+            )
         except MemoryLimitTooSmall:
             pieces = split_samples(graph, ys, xs, wanted)
             if pieces is None:
                 raise
             free = wanted._replace(budget=Budget.unbounded(xs[0].device))
             report = describe(graph, plan_for(graph, ys, xs, free), ys, xs, per_sample)
-            longest = max(length for (_, length), _, _ in pieces)
+            longest = max(ends.out[0].length for ends, _, _ in pieces)
             return replace(
                 report,
                 peak_bytes=max(plan.peak for _, _, plan in pieces),
                 chunks=sum(len(s.selections()) for _, _, plan in pieces for s in plan.sweeps),
                 note=f"{len(pieces)} ranges of up to {longest} samples run one after another",
             )
+
+
+def _in_ranges(
+    whole: Explanation, plan: Plan, pieces: list[Piece], ys, xs, per_sample
+) -> Explanation:
+    """The report of ranges of tokens, by that of the plan for all of them."""
+    parts = [describe(graph, p, ys, xs, per_sample) for _, graph, p in pieces]
+    where = "an output" if plan.reverse else "the input"
+    return replace(
+        whole,
+        steps=tuple(s for p in parts for s in p.steps),
+        flops=sum(p.flops for p in parts),
+        bytes=sum(p.bytes for p in parts),
+        peak_bytes=max(p.peak_bytes for p in parts) + whole.answer_bytes,
+        chunks=sum(p.chunks for p in parts),
+        note=f"{len(parts)} ranges of the tokens of {where}, without what masks make zero ({si(whole.flops)}flop)",
+    )
 
 
 def _whole(found: whole.Foreseen, reason: str, answer: int) -> Explanation:
