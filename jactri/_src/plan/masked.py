@@ -101,16 +101,16 @@ def ranges(graph: Graph, reverse: bool, count: int) -> list[Range] | None:
             return None
         size = -(-n // parts)
         spans = [(start, min(size, n - start)) for start in range(0, n, size)]
-        made = []
-        for start, length in spans:
-            boxes: Range = {}
-            for v, layout in sweep.layouts.items():
-                if v in reached and v in needed:
-                    box = _box(thin(reached[v]), thin(needed[v]), start, length, n, layout)
+        made: list[Range] = [{} for _ in spans]
+        for v, layout in sweep.layouts.items():
+            if v in reached and v in needed:
+                there = [thin(t[v]).cpu().numpy() for t in (reached, needed)]
+                for (start, length), boxes in zip(spans, made, strict=True):
+                    box = _box(*there, start, length, n, layout)
                     if box is not None:
                         boxes[v] = box
+        for (start, length), boxes in zip(spans, made, strict=True):
             boxes[seed] = {axis: Cut(axis, start, length)}
-            made.append(boxes)
         size = sum(_part(graph, r, target) for r in made) / len(made)
         if size < best:
             best, found = size, made
@@ -133,19 +133,18 @@ def _part(graph: Graph, found: Range, target: int) -> float:
 
 
 def _box(
-    reached: Tensor, needed: Tensor, start: int, length: int, n: int, layout: Layout
+    reached: np.ndarray, needed: np.ndarray, start: int, length: int, n: int, layout: Layout
 ) -> Box | None:
     """Where entries meet a range of ``n`` and are needed; None where none do."""
     there = (reached[0] > start) & (reached[1] > n - start - length) & (needed[0] > 0)
-    if not bool(there.any()):
+    if not there.any():
         return None
     box: Box = {}
     for a, factors in enumerate(layout.axes):
         size = layout.shape[a]
         if there.shape[a] != size or size == 1:
             continue
-        others = [d for d in range(there.dim()) if d != a]
-        line = (there.any(others) if others else there).cpu().numpy()
+        line = there.any(tuple([d for d in range(there.ndim) if d != a]))
         outer, inner = 1, size
         for f, _ in factors:
             inner //= f

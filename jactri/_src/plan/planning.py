@@ -29,6 +29,9 @@ _ranges: Cache[tuple, list[masked.Range] | None] = Cache()
 RANGES = 8
 """Of tokens, at most: so many leave (1 + 1/8) / 2 of what a causal mask leaves half of."""
 
+RANGE = 1e-4
+"""Predicted seconds a step that it takes to cut a graph to a range."""
+
 _LONG = 2e-3
 """Predicted seconds from which it pays to measure the device's rates."""
 
@@ -157,8 +160,8 @@ def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece
     """
     device = wanted.budget.device
     whole = _seconds(plan, device)
-    steps = rates.rough(device.type).step * sum(len(s.steps) for s in plan.sweeps)
-    count = min(RANGES, int(sqrt(whole / (2 * max(steps, 1e-9)))))
+    each = RANGE * sum(len(s.steps) for s in plan.sweeps)
+    count = min(RANGES, int(sqrt(whole / (2 * each)))) if each else 1
     plain = not (wanted.summed or wanted.sparse or wanted.rows or torch.is_grad_enabled())
     if count < 2 or not plain or backends.capturing(device):
         return None
@@ -185,7 +188,7 @@ def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece
                 pieces.append((ends, part, plan_for(part, ys, xs, wanted)))
     except MemoryLimitTooSmall:
         return None
-    return pieces if sum(_seconds(p, device) for _, _, p in pieces) < whole else None
+    return pieces if sum(_seconds(p, device) + each for _, _, p in pieces) < whole else None
 
 
 def _seconds(plan: Plan, device) -> float:
