@@ -303,7 +303,7 @@ def _rows(ys, xs, asked: Options, dests):
     strategy, per_sample = asked.strategy, asked.per_sample
     budget, sparse = Budget(asked.memory_limit, xs[0].device), asked.form != "dense"
     wanted = Wanted(
-        budget, strategy, per_sample, False, asked.chunk_size, dests is not None, False, sparse, asked.of
+        budget, strategy, per_sample, False, asked.chunk_size, dests is not None, False, sparse, of=asked.of,
     )  # fmt: skip
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)

@@ -104,9 +104,9 @@ def ranges(graph: Graph, reverse: bool, count: int) -> list[Range] | None:
         made: list[Range] = [{} for _ in spans]
         for v, layout in sweep.layouts.items():
             if v in reached and v in needed:
-                there = [thin(t[v]).cpu().numpy() for t in (reached, needed)]
+                near, far = (thin(t[v]).cpu().numpy() for t in (reached, needed))
                 for (start, length), boxes in zip(spans, made, strict=True):
-                    box = _box(*there, start, length, n, layout)
+                    box = _box(near, far, start, length, n, layout)
                     if box is not None:
                         boxes[v] = box
         for (start, length), boxes in zip(spans, made, strict=True):
@@ -198,13 +198,14 @@ class _Narrowing:
                         sources.append(self._through(s, v, edge))
             if sources or v in graph.inputs:
                 self.at[v] = self._add(v, cut_shape(value.shape, box), tuple(sources))
-        ends = [[self.at.get(v) for v in end] for end in (graph.inputs, graph.outputs)]
-        if None in ends[0] or None in ends[1]:
+        inputs, outputs = ([self.at.get(v) for v in e] for e in (graph.inputs, graph.outputs))
+        if None in inputs or None in outputs:
             return None
         key = tuple(
             (v.op, v.shape, v.dtype, tuple((s, m.key) for s, m in v.sources)) for v in self.values
         )
-        return Graph(self.values, *ends, ("range", key, *map(tuple, ends)), self.layers)
+        of = "range", key, tuple(inputs), tuple(outputs)
+        return Graph(self.values, inputs, outputs, of, self.layers)
 
     def _add(self, v: int, shape: Shape, sources: tuple[Source, ...]) -> int:
         value = self.graph.values[v]
