@@ -88,6 +88,9 @@ MASKS = {
     "added": lambda q, k, v: sdpa(q, k, v, FLOAT),
     "filled": lambda q, k, v: written(q, k, v, CAUSAL, filled),
     "where": lambda q, k, v: written(q, k, v, CAUSAL, chosen),
+    "without a kernel": lambda q, k, v: sdpa(
+        *(t.flatten(0, 1) for t in (q, k, v)), is_causal=True
+    ).view_as(q),
     "local": lambda q, k, v: sdpa(q, k, v, LOCAL),
     "anticausal": lambda q, k, v: sdpa(q, k, v, CAUSAL.T),
     "padded": lambda q, k, v: sdpa(q, k, v, PADDED),
@@ -212,7 +215,9 @@ def test_a_mask_that_changes_is_read_again(worth):
             assert_close(sparse.to_dense(), truth_of(f, X))
 
 
-@pytest.mark.parametrize("mask", ["causal", "boolean", "added", "filled", "where"])
+@pytest.mark.parametrize(
+    "mask", ["causal", "boolean", "added", "filled", "where", "without a kernel"]
+)
 def test_sparsity_is_lower_block_triangular(mask):
     f = lambda x: block(block(x, MASKS[mask]), MASKS[mask])  # noqa: E731
     want = CAUSAL[:, None, :, None].expand(T, D, T, D)

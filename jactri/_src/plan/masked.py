@@ -57,6 +57,15 @@ def fixed(graph: Graph) -> bool:
     return all(kind.reach is LinearMap.reach for kind in kinds)
 
 
+def held(graph: Graph) -> float:
+    """Bytes of the derivatives of which each range has a part."""
+    return sum(
+        prod(v.shape) * v.dtype.itemsize
+        for v in graph.values
+        if any(isinstance(e, (Diagonal, Softmax)) for _, e in v.sources)
+    )
+
+
 def support(graph: Graph, seed: int, axis: int, value: int) -> tuple[int, np.ndarray] | None:
     """An axis of a value whose entries see a part of an axis of the seed each, and which: boolean, (value, seed)."""
     n = graph.values[seed].shape[axis]

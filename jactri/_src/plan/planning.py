@@ -176,9 +176,9 @@ def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece
     found = _ranges.of(key, cut) if masked.fixed(graph) else cut()
     if found is None:
         return None
-    if not wanted.given:
-        answer = answer_bytes(ys, xs, wanted.per_sample)
-        wanted = wanted._replace(budget=wanted.budget.less(answer), given=True)
+    answer = 0 if wanted.given else answer_bytes(ys, xs, wanted.per_sample)
+    left = wanted.budget.less(answer + masked.held(graph))
+    wanted = wanted._replace(budget=left, given=True)
     pieces: list[Piece] = []
     try:
         for boxes in found:

@@ -22,6 +22,7 @@ from ..maps.layout import FREE, Layout
 from ..plan import patching
 from ..plan.folding import fold
 from ..plan.fusion import Fused, fuse
+from ..plan.masked import held
 from ..plan.mixed import Join
 from ..plan.owners import apart
 from ..plan.planner import Plan
@@ -289,7 +290,9 @@ def _explained(
             report = describe(graph, plan, ys, xs, per_sample)
             pieces = split_masked(graph, plan, ys, xs, wanted)
             return (
-                report if pieces is None else _in_ranges(report, plan, pieces, ys, xs, per_sample)
+                report
+                if pieces is None
+                else _in_ranges(graph, report, plan, pieces, ys, xs, per_sample)
             )
         except MemoryLimitTooSmall:
             pieces = split_samples(graph, ys, xs, wanted)
@@ -307,17 +310,17 @@ def _explained(
 
 
 def _in_ranges(
-    whole: Explanation, plan: Plan, pieces: list[Piece], ys, xs, per_sample
+    graph: Graph, whole: Explanation, plan: Plan, pieces: list[Piece], ys, xs, per_sample
 ) -> Explanation:
     """The report of ranges of tokens, by that of the plan for all of them."""
-    parts = [describe(graph, p, ys, xs, per_sample) for _, graph, p in pieces]
+    parts = [describe(part, p, ys, xs, per_sample) for _, part, p in pieces]
     where = "an output" if plan.reverse else "the input"
     return replace(
         whole,
         steps=tuple(s for p in parts for s in p.steps),
         flops=sum(p.flops for p in parts),
         bytes=sum(p.bytes for p in parts),
-        peak_bytes=max(p.peak_bytes for p in parts) + whole.answer_bytes,
+        peak_bytes=max(p.peak_bytes for p in parts) + whole.answer_bytes + held(graph),
         chunks=sum(p.chunks for p in parts),
         note=f"{len(parts)} ranges of the tokens of {where}, without what masks make zero ({si(whole.flops)}flop)",
     )

@@ -72,8 +72,9 @@ def sparsity(
     """The entries of ``jacobian(func, inputs)`` that can be non-zero, whatever the weights and the inputs' values.
 
     What is left out is zero by structure: samples that do not mix, pixels outside of a window, channels of another
-    group. Where the analysis knows nothing (a dense layer, an op without a rule) all entries are there. A sparse
-    ``layout`` of `jacobian` has the same entries.
+    group, tokens that a mask of attention keeps away (where masks of samples and heads differ, those that all do).
+    Where the analysis knows nothing (a dense layer, an op without a rule) all entries are there. A sparse ``layout`` of
+    `jacobian` has the same entries.
 
     Args:
         func: as of `jacobian`.
