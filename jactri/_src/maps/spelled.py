@@ -240,8 +240,8 @@ class _Speller:
         a = edge.axis
         axis: list[Letter]
         if edge.__class__ is Select:
-            start = edge.index
-            self.axes.insert(a, axis := [])
+            start, axis = edge.index, []
+            self.axes.insert(a, axis)
         else:
             start, axis = edge.start, self.axes[a]
             if edge.step != 1:
