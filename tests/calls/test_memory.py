@@ -202,7 +202,7 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
 
     def spied(*given, real=api.split_samples):
         pieces = real(*given)
-        spans.extend(span for span, _, _ in pieces)
+        spans.extend(ends.out[0] for ends, _, _ in pieces)
         return pieces
 
     monkeypatch.setattr(api, "split_samples", spied)
@@ -216,7 +216,7 @@ def test_ranges_of_samples_run_where_one_seed_of_all_does_not_fit(
     limit = whole.numel() * 8 + 30_000
     torch.testing.assert_close(jactri.jacobian(net, x, memory_limit=limit, **kw), whole)
     assert len(spans) > 1
-    assert [i for start, n in spans for i in range(start, start + n)] == list(range(37))
+    assert [c.start + i for c in spans for i in range(c.length)] == list(range(37))
 
 
 def test_functions_computed_as_a_whole_run_in_chunks_of_rows(monkeypatch):
