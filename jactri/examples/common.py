@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import jactri
 from jactri.demo.digits import one_thread
@@ -130,6 +132,16 @@ def label(axes, title: str = "", x: str = "", y: str = "") -> None:
     axes.set_title(title, fontsize=11, color=INK, loc="left")
     axes.set_xlabel(x, fontsize=9.5, color=MUTED)
     axes.set_ylabel(y, fontsize=9.5, color=MUTED)
+
+
+def mosaic(axes, images: Tensor, columns: int, gap: float = 0.0) -> None:
+    """Images (N, 64) of 8x8 pixels, 0 white and 1 black, side by side, row by row of ``columns``."""
+    framed = F.pad(images.view(-1, columns, 8, 8), (1, 1, 1, 1), value=gap)
+    whole = framed.transpose(1, 2).reshape(-1, 10 * columns)
+    axes.imshow(whole.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color("#d5d9e0")
 
 
 def colour_bar(figure: Figure, shown, axes, text: str, **options):
