@@ -5,6 +5,8 @@
 - ``kalman``: an extended Kalman filter over learned dynamics, linearised by ``jactri.compile``
 - ``poisson``: a network that solves Poisson's equation, by its Laplacian
 - ``flow``: a continuous normalising flow with an exact trace, by the divergence of its field
+- ``meanflow``: digits in one step, by ``jactri.jvp`` of a network that is its own target
+- ``attention``: a transformer flow over digits with an exact trace, and what an estimate of it loses
 - ``laplace``: a regression network that knows where it knows nothing, by its parameter Jacobian
 
 Each takes ``--output FOLDER``, ``--quick`` and ``--no-plot``, prints a table and saves a picture.

@@ -44,20 +44,18 @@ class Parts:
     def __init__(self, images: Tensor) -> None:
         quarters = self.cut(images)
         self.mean = quarters.mean(0)
-        _, lengths, axes = torch.linalg.svd(
-            (quarters - self.mean).transpose(0, 1), full_matrices=False
-        )
-        self.axes = axes[:, :PARTS]
-        self.scale = lengths[:, :PARTS] / math.sqrt(len(images))
+        apart = (quarters - self.mean).transpose(0, 1)
+        _, lengths, axes = torch.linalg.svd(apart, full_matrices=False)
+        self.axes, self.scale = axes[:, :PARTS], lengths[:, :PARTS] / math.sqrt(len(images))
 
     def cut(self, images: Tensor) -> Tensor:
-        """(N, TOKENS, 16)"""
-        return images.view(-1, 2, 4, 2, 4).transpose(2, 3).reshape(-1, TOKENS, 16)
+        """(N, TOKENS, 16); of 17 greys each pixel is spread evenly over its own, so that there is a density."""
+        smooth = (16 * images + torch.rand(images.shape)) / 17
+        return smooth.view(-1, 2, 4, 2, 4).transpose(2, 3).reshape(-1, TOKENS, 16)
 
     def of(self, images: Tensor) -> Tensor:
-        return (
-            torch.einsum("ntp,tcp->ntc", self.cut(images) - self.mean, self.axes) / self.scale
-        ).flatten(1)
+        parts = torch.einsum("ntp,tcp->ntc", self.cut(images) - self.mean, self.axes)
+        return (parts / self.scale).flatten(1)
 
     def drawn(self, z: Tensor) -> Tensor:
         parts = z.view(-1, TOKENS, PARTS) * self.scale
@@ -65,43 +63,24 @@ class Parts:
         return quarters.view(-1, 2, 2, 4, 4).transpose(2, 3).reshape(-1, 64)
 
 
-def smooth(images: Tensor) -> Tensor:
-    """Images (N, 64) of 17 greys, 0 to 1, with each pixel spread evenly over its grey: they have a density then."""
-    return (16 * images + torch.rand(images.shape)) / 17
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, h: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.before(h)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        h = h + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + self.narrow(F.silu(self.wide(self.between(h))))
-
-
 class Field(nn.Module):
     """f(t, z) at times t, () or (N, 1): (N, SIZE) to (N, SIZE)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.part, self.place = (
-            nn.Linear(PARTS, WIDTH),
-            nn.Parameter(0.5 * torch.randn(TOKENS, WIDTH)),
-        )
-        self.time = nn.Linear(4, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.part, self.time = nn.Linear(PARTS, WIDTH), nn.Linear(4, WIDTH)
+        self.place = nn.Parameter(0.5 * torch.randn(TOKENS, WIDTH))
+        self.blocks = nn.Sequential()
+        for _ in range(BLOCKS):
+            own = {"activation": F.silu, "batch_first": True, "norm_first": True}
+            self.blocks.append(nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, **own))
         self.out = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, PARTS))
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         angles = torch.pi * t.view(-1, 1, 1) * torch.tensor([1.0, 2.0])
         told = self.time(torch.cat([angles.sin(), angles.cos()], 2))
-        return self.out(
-            self.blocks(self.part(z.view(-1, TOKENS, PARTS)) + self.place + told)
-        ).flatten(1)
+        h = self.part(z.view(-1, TOKENS, PARTS)) + self.place + told
+        return self.out(self.blocks(h)).flatten(1)
 
 
 def moments(steps: int, jitter: bool) -> Tensor:
@@ -138,38 +117,37 @@ def log_likelihood(
     return total - 0.5 * noise.square().sum(1) - SIZE / 2 * math.log(2 * torch.pi)
 
 
-def from_noise(field: Field, noise: Tensor, times: Tensor) -> Tensor:
-    """Noise (N, SIZE) at time 1 carried back to data at time 0."""
-    return carried(lambda t, z: (field(t, z), 0.0), noise, times.flip(0))[0]
+def train(field: Field, loss_of: Callable[[], Tensor], rate: float, steps: int) -> None:
+    optimizer = torch.optim.Adam(field.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def match(field: Field, parts: Parts, images: Tensor, steps: int) -> None:
     """Flow matching: the field becomes the mean of noise - data over the lines between them."""
-    optimizer = torch.optim.Adam(field.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
-    for _ in range(steps):
-        data = parts.of(smooth(images[torch.randint(len(images), (256,))]))
+
+    def loss_of() -> Tensor:
+        data = parts.of(images[torch.randint(len(images), (256,))])
         noise, t = torch.randn_like(data), torch.rand(len(data), 1)
-        loss = (field(t, (1 - t) * data + t * noise) - (noise - data)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        return F.mse_loss(field(t, (1 - t) * data + t * noise), noise - data)
+
+    train(field, loss_of, 8e-3, steps)
 
 
 def maximise(field: Field, parts: Parts, images: Tensor, steps: int, estimate: int | None) -> None:
-    """Maximum likelihood, on batches that are the same at each call."""
-    optimizer = torch.optim.Adam(field.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    """Maximum likelihood, of batches that are the same at each call."""
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (BATCH,), generator=generator)
-        data, times = parts.of(smooth(images[batch])), moments(STEPS, jitter=True)
-        loss = -log_likelihood(field, data, times, True, estimate).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    def loss_of() -> Tensor:
+        data = parts.of(images[torch.randint(len(images), (BATCH,), generator=generator)])
+        return -log_likelihood(field, data, moments(STEPS, jitter=True), True, estimate).mean()
+
+    train(field, loss_of, 2e-3, steps)
 
 
 def gradient(field: Field, z: Tensor, estimate: int | None) -> Tensor:
@@ -196,9 +174,7 @@ class Found:
     exact: Tensor  # (N,), log-likelihood of each
     estimates: dict[int, Tensor]  # by the random vectors: (draws, REPEATED), estimates of the first
     samples: Tensor  # (SHOWN, 64)
-    spread: dict[
-        str, float
-    ]  # of the gradient, relative to it: by the random vector, and by the batch
+    spread: dict[str, float]  # of the gradient, relative to it, by what else is drawn
     apart: float  # jactri's divergence against autograd's trace, relative to the largest
 
     @property
@@ -211,12 +187,12 @@ class Found:
 def run(quick: bool) -> Found:
     data = load(0)
     images = data.train_images.flatten(1)
-    parts = Parts(smooth(images))
-    known = parts.of(smooth(images))
-    unseen = parts.of(smooth(data.test_images.flatten(1)))[: REPEATED if quick else None]
+    parts = Parts(images)
+    known = parts.of(images)
+    unseen = parts.of(data.test_images.flatten(1))[: REPEATED if quick else None]
     fine = moments(2 * STEPS, jitter=False)
     field = Field()
-    match(field, parts, images, 150 if quick else 1000)
+    match(field, parts, images, 120 if quick else 1000)
 
     one, ten = normals(known, data.train_labels, unseen)
     scores = {"one normal distribution": one.mean().item(), "one for each digit": ten.mean().item()}
@@ -242,13 +218,16 @@ def run(quick: bool) -> Found:
         k: torch.stack([log_likelihood(trained, few, fine, estimate=k) for _ in range(1 if quick else 5)])
         for k in VECTORS
     }  # fmt: skip
-    samples = parts.drawn(from_noise(trained, torch.randn(SHOWN, SIZE), fine))
+    noise = torch.randn(SHOWN, SIZE)
+    drawn, _ = carried(lambda t, z: (trained(t, z), 0.0), noise, fine.flip(0))
     half = torch.tensor(0.5)
     J = torch.autograd.functional.jacobian(lambda z: trained(half, z).sum(0), few)
     trace = torch.einsum("ini->n", J)
     mine = jactri.divergence(lambda z: trained(half, z), few)
     apart = ((mine - trace).abs().max() / trace.abs().max()).item()
-    return Found(scores, seconds, parts.drawn(unseen), exact, estimates, samples, spread, apart)
+    return Found(
+        scores, seconds, parts.drawn(unseen), exact, estimates, parts.drawn(drawn), spread, apart
+    )
 
 
 def tell(found: Found) -> Iterator[str]:
@@ -277,11 +256,11 @@ def draw(found: Found) -> Figure:
     )
     order = found.exact.argsort()
     ends = torch.cat([order[: SHOWN // 2], order[-SHOWN // 2 :]])
-    sets = (
+    sets = [
         ("real digits, as the flow sees them", found.unseen[:SHOWN], common.INK),
         ("digits that the flow draws", found.samples, common.RED),
         ("real digits: the least likely (two rows), and the most likely", found.unseen[ends], common.INK),
-    )  # fmt: skip
+    ]  # fmt: skip
     left = common.panels(figure, 3, 1, left=0.03, right=0.42, bottom=0.03, hspace=0.14)
     for axes, (name, images, colour) in zip(left, sets, strict=True):
         common.mosaic(axes, images, 12)
@@ -305,16 +284,12 @@ def draw(found: Found) -> Figure:
         exact.expand_as(estimates), estimates, s=7, color=common.BLUE, lw=0, alpha=0.6, label="from one vector"
     )  # fmt: skip
     guess.axline((-15, -15), slope=1, color=common.INK, lw=1.3, ls="--", label="exact")
-    common.label(
-        guess, f"{REPEATED} digits, estimated again and again", "exact (nats)", "estimated (nats)"
-    )
+    common.label(guess, "digits, estimated again and again", "exact (nats)", "estimated (nats)")
     guess.legend(frameon=False, fontsize=9, labelcolor=common.INK, loc="lower right")
     error.plot([*errors], [*errors.values()], color=common.BLUE, marker="o", ms=6, lw=1.8)
     error.set(xscale="log", xticks=VECTORS, xticklabels=VECTORS, ylim=(0, None))
     error.minorticks_off()
-    common.label(
-        error, "how far one digit's estimate is off", "random vectors", "root mean square (nats)"
-    )
+    common.label(error, "how far one digit's is off", "random vectors", "root mean square (nats)")
     return figure
 
 

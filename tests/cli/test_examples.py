@@ -13,9 +13,12 @@ import torch
 
 import jactri
 from jactri import examples
-from jactri.examples import common, contractive, flow, geodesic, kalman, laplace, poisson
+from jactri.examples import attention, common, contractive, flow, geodesic, kalman, laplace, meanflow, poisson  # fmt: skip
 
-ALL = {m.__name__.rpartition(".")[2]: m for m in (contractive, flow, geodesic, kalman, laplace, poisson)}  # fmt: skip
+ALL = {
+    m.__name__.rpartition(".")[2]: m
+    for m in (attention, contractive, flow, geodesic, kalman, laplace, meanflow, poisson)
+}
 
 
 @pytest.fixture
@@ -93,6 +96,41 @@ def test_flow_learns_the_moons(found):
 def test_flow_knows_the_datas_density():
     points, cell, _ = flow.plane()
     assert abs(flow.true_log_density(points).exp().sum() * cell - 1) < 1e-3
+
+
+def test_meanflow_learns_from_its_own_derivative(found):
+    mean, instant = found.mean, found.instant
+    for course in found.courses.values():
+        assert sum(course[-10:]) < 0.7 * sum(course[:10])
+    assert mean[1].right > 0.8
+    assert mean[1].distance < 1.5
+    assert instant[16].distance < 1.5
+    assert found.unseen.distance < 0.12
+    assert found.apart < 1e-5
+
+
+def test_meanflow_target_is_the_mean_of_the_velocity():
+    """Between two points the flow is linear: u = (z_t - z_r) / (t - r) meets the identity that trains it."""
+    data, noise = torch.randn(2, 5, 64)
+    r, t = torch.rand(2, 5, 1).sort(0).values
+    z, v = (1 - t) * data + t * noise, noise - data
+
+    def net(z, r, t, digit):
+        return ((z - data) / t).sin()
+
+    u, derivative = meanflow.along_the_path(net, z, r, t, torch.zeros(5), v)
+    assert not derivative.requires_grad
+    torch.testing.assert_close(u, v.sin())
+    torch.testing.assert_close(derivative, torch.zeros(5, 64), atol=1e-4, rtol=0)
+
+
+def test_attention_flow_learns_from_the_exact_trace(found):
+    one, _, start, estimated, exact = found.scores.values()
+    assert exact > start
+    assert estimated > start
+    assert exact > one - 3
+    assert found.errors[16] < 0.5 * found.errors[1]
+    assert found.apart < 1e-5
 
 
 def test_laplace_doubts_where_there_are_no_data(found):
