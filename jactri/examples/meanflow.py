@@ -162,7 +162,7 @@ def judge(images: Tensor, digits: Tensor, data: Digits, classifier: nn.Module) -
 def run(quick: bool) -> Found:
     data = load(0)
     classifier = train_classifier(data, 2 if quick else 12, lambda: None)
-    steps, each = (60, 20) if quick else (1200, 100)
+    steps, each = (100, 20) if quick else (1200, 100)
     nets, courses = {}, {}
     for name in ("MeanFlow", "flow matching"):
         images = 2 * data.train_images.flatten(1) - 1
@@ -192,7 +192,7 @@ def run(quick: bool) -> Found:
         lambda z, t: mean(z, r, t, digits), (noise, t), (v, torch.ones_like(t))
     )
     apart = (mine - truth).abs().max() / truth.abs().max()
-    return Found(unseen, *judged, courses, path, jumps, apart.item())
+    return Found(unseen, judged[0], judged[1], courses, path, jumps, apart.item())
 
 
 def tell(found: Found) -> Iterator[str]:
@@ -230,11 +230,11 @@ def draw(found: Found) -> Figure:
         axes.set_title(name, fontsize=11, color=colour, loc="left")
 
     scores = common.panels(figure, 1, 1, left=0.69, right=0.98, bottom=0.46)
-    for name, judged, colour, mark in (
+    for name, by_steps, colour, mark in (
         ("flow matching", found.instant, common.BLUE, "s"),
         ("MeanFlow", found.mean, common.RED, "o"),
     ):
-        distances = [j.distance for j in judged.values()]
+        distances = [j.distance for j in by_steps.values()]
         scores.plot(STEPS, distances, color=colour, marker=mark, ms=6, lw=1.8, label=name)
     scores.axhline(
         found.unseen.distance, color=common.INK, lw=1.3, ls="--", label="real digits, unseen"

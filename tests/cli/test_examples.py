@@ -13,7 +13,17 @@ import torch
 
 import jactri
 from jactri import examples
-from jactri.examples import attention, common, contractive, flow, geodesic, kalman, laplace, meanflow, poisson  # fmt: skip
+from jactri.examples import (
+    attention,
+    common,
+    contractive,
+    flow,
+    geodesic,
+    kalman,
+    laplace,
+    meanflow,
+    poisson,
+)
 
 ALL = {
     m.__name__.rpartition(".")[2]: m
@@ -99,18 +109,16 @@ def test_flow_knows_the_datas_density():
 
 
 def test_meanflow_learns_from_its_own_derivative(found):
-    mean, instant = found.mean, found.instant
-    for course in found.courses.values():
-        assert sum(course[-10:]) < 0.7 * sum(course[:10])
-    assert mean[1].right > 0.8
-    assert mean[1].distance < 1.5
-    assert instant[16].distance < 1.5
+    for course, judged in zip(found.courses.values(), (found.mean, found.instant), strict=True):
+        assert sum(course[-10:]) < 0.6 * sum(course[:10])
+        assert max(one.distance for one in judged.values()) < 3
+        assert min(one.right for one in judged.values()) > 0.6
     assert found.unseen.distance < 0.12
     assert found.apart < 1e-5
 
 
-def test_meanflow_target_is_the_mean_of_the_velocity():
-    """Between two points the flow is linear: u = (z_t - z_r) / (t - r) meets the identity that trains it."""
+def test_meanflow_derivative_is_along_the_path():
+    """On the line from data to noise (z - data) / t is the velocity, and stays what it is."""
     data, noise = torch.randn(2, 5, 64)
     r, t = torch.rand(2, 5, 1).sort(0).values
     z, v = (1 - t) * data + t * noise, noise - data
@@ -125,10 +133,9 @@ def test_meanflow_target_is_the_mean_of_the_velocity():
 
 
 def test_attention_flow_learns_from_the_exact_trace(found):
-    one, _, start, estimated, exact = found.scores.values()
-    assert exact > start
-    assert estimated > start
-    assert exact > one - 3
+    one, ten, start, estimated, exact = found.scores.values()
+    assert one - 3 < start < estimated
+    assert start < exact < ten
     assert found.errors[16] < 0.5 * found.errors[1]
     assert found.apart < 1e-5
 
