@@ -30,7 +30,7 @@ WAVES = 3
 BATCH = 128
 APART = 0.75  # of the batch has r < t; the rest learns v, the limit r = t
 STEPS = (1, 2, 4, 8, 16)  # of the samplers
-ROWS = 7  # drawn of each sampler
+ROWS = 5  # drawn of each sampler
 JUMPS = (1.0, 0.9, 0.8, 0.6, 0.4)  # times
 
 
@@ -213,9 +213,9 @@ def draw(found: Found) -> Figure:
         "Digits in one step",
         "A MeanFlow learns how far noise has to go, from its own derivative along the path: one jvp each time it is "
         "trained. One evaluation then makes a digit.\n"
-        "A network of the same size that learns where the path begins (flow matching) makes the mean of a digit "
-        "in one step, and needs many for a sharp one.",
-        (15, 8.8),
+        "A network of the same size that learns only the direction at each moment (flow matching) makes the mean "
+        "of a digit in one step, and needs many steps for a sharp one.",
+        (15, 7.2),
     )
     sets = (
         ("real digits", found.unseen, common.INK),
@@ -223,13 +223,15 @@ def draw(found: Found) -> Figure:
         ("flow matching: one evaluation", some, common.BLUE),
         ("flow matching: 8 evaluations, of the same noise", found.instant[8], common.BLUE),
     )
-    left = common.panels(figure, 2, 2, left=0.03, right=0.63, bottom=0.03, wspace=0.06, hspace=0.12)
+    left = common.panels(
+        figure, 2, 2, left=0.03, right=0.63, bottom=0.03, top=0.8, wspace=0.06, hspace=0.1
+    )
     for axes, (name, judged, colour) in zip(left.flat, sets, strict=True):
         picks = [(judged.digits == d).nonzero()[:ROWS, 0] for d in range(10)]
         common.mosaic(axes, judged.images[torch.stack(picks, 1).flatten()], 10)
         axes.set_title(name, fontsize=11, color=colour, loc="left")
 
-    scores = common.panels(figure, 1, 1, left=0.69, right=0.98, bottom=0.46)
+    scores = common.panels(figure, 1, 1, left=0.69, right=0.98, bottom=0.46, top=0.79)
     for name, by_steps, colour, mark in (
         ("flow matching", found.instant, common.BLUE, "s"),
         ("MeanFlow", found.mean, common.RED, "o"),
