@@ -9,6 +9,7 @@ from torch.autograd.functional import jacobian as truth_of
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import jactri
+from jactri._src.plan import condensing
 
 
 def net(seed=0, **weights):
@@ -128,7 +129,8 @@ def joined(found):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_right_in_every_order(name):
+def test_right_in_every_order(name, monkeypatch):
+    monkeypatch.setattr(condensing, "LOOK", 0.0)
     func, x = FUNCTIONS[name], draw(2, 5, D)
     want = truth_of(func, x)
     for strategy in ("reverse-mode", "forward-mode", "mixed", "auto"):
@@ -140,12 +142,65 @@ def test_right_in_every_order(name):
         ):
             got = jactri.jacobian(func, x, strategy=strategy, **more)
             assert_close(got, blocks(want) if "per_sample" in more else want, F64, length=100)
-    used = structures(func, x, per_sample=True, strategy="reverse-mode")
+    used = structures(func, draw(2, 12, D), per_sample=True, strategy="reverse-mode")
     assert joined(used) or name == "linear"  # which is small
     assert ("matrices" in used) == (name in ("encoder", "scaled"))
     for y in (x[:1], x[:0], x[:, :1], x.mT.contiguous().mT):
         want = blocks(truth_of(func, y)) if len(y) else want.new_empty(0, *func(x).shape[1:], 5, D)
         assert_close(jactri.jacobian(func, y, per_sample=True), want, F64, length=100)
+
+
+V = net(2, t=(6, 6), a=(6, 6, 2), packed=(8, 24), mix=(12, 12), **dict.fromkeys("uvw", (8, 8)))
+
+
+def gated(x):
+    h = (x @ V["u"]) * (x @ V["v"]).tanh()
+    return (h.sum(1, keepdim=True) * h) @ V["w"]
+
+
+def expanded(x):
+    y = V["t"] @ x
+    return y + together(torch.einsum("tsh,bhse->bhte", V["a"], heads(y)))
+
+
+def pairs(x):
+    return (x @ x.mT).tanh()
+
+
+SPECIAL = {
+    # no residual: two products meet behind attention; a slice of what a weight made; of what mixes tokens
+    "alone": (lambda x: sdpa(*((x @ V["u"]) @ V[k] for k in "uvw")) @ V["u"], (2, 5, 8)),
+    "piece": (lambda x: pairs(x) @ ((x @ V["packed"])[..., 8:16] @ V["u"]) @ V["v"], (2, 12, 8)),
+    "piece of tokens": (
+        lambda x: pairs(x)[..., :6] @ (V["mix"] @ (x @ V["u"]))[:, 2:8], (2, 12, 8),
+    ),
+    "expanded": (expanded, (2, 6, 6)),
+    "gated": (gated, (1, 4, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_letters_of_pieces_of_chunks_and_of_nothing(name, monkeypatch):
+    monkeypatch.setattr(condensing, "LOOK", 0.0)
+    func, shape = SPECIAL[name]
+    x = draw(*shape)
+    want = truth_of(func, x)
+    for strategy in ("reverse-mode", "forward-mode", "mixed"):
+        for chunk_size in (None, 1, 3):
+            got = jactri.jacobian(func, x, strategy=strategy, chunk_size=chunk_size)
+            assert_close(got, want, F64, length=100)
+
+
+def test_a_factor_that_is_tied_in_one_partial_jacobian_alone():
+    def func(q, k):
+        return (((q @ V["t"]) @ k.mT).softmax(-1) @ k).sum(-1, keepdim=True).tanh() * V["t"][0]
+
+    given = draw(2, 3, 6), draw(2, 5, 6)
+    want = truth_of(func, given)
+    for chunk_size in (None, 1, 2, 5):
+        found = jactri.jacobian(func, given, strategy="mixed", chunk_size=chunk_size)
+        for got, true in zip(found, want, strict=True):
+            assert_close(got, true, F64, length=100)
 
 
 @pytest.mark.parametrize("name", ["written", "packed", "rotary", "encoder"])

@@ -43,6 +43,11 @@ def once(t: Tensor, letters, those=None) -> Lettered:
     return t, letters
 
 
+def has_own_memory(t: Tensor) -> bool:
+    """Whether each entry has memory of its own."""
+    return all(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+
+
 def cut(t: Tensor, letters, spans: dict[Letter, tuple[int, int]]) -> Tensor:
     """The ranges (start, length) of letters, where a tensor has them and has more than them."""
     for letter, (start, length) in spans.items():

@@ -9,17 +9,19 @@ of tokens. No tensor is touched until `Chain` runs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
+from ..base.tracing import may_write
 from . import lettered
 from .contraction import Expand, MatMul, Sum
 from .layout import FREE, Layout, Selection
 from .lettered import Lettered, once
-from .letters import Axes, Letter, Letters, Network, Unaligned, order
+from .letters import Axes, Letter, Letters, Network, Unaligned, groups, order
 from .linear_map import Diagonal, Identity, LinearMap, Permute, Scale, Shape, View
 from .selection import Place, Select, Slice
 
@@ -59,14 +61,21 @@ class Spelled:
     flops: float
     between: tuple[Letters, ...]
     """Of the products but the last."""
+    placed: bool
+    """Whether the last product is written as the result lies in memory;"""
+    turned: bool
+    """else, whether it comes in another order, and is copied."""
 
-    def numels(self, sel: Selection | None = None) -> list[int]:
-        """Elements of the products but the last, for a chunk."""
+    def made(self) -> int:
+        """Elements of the products on the way and of the result; copies are not counted, as in no map."""
+        return sum(prod([self.sizes[c] for c in left]) for left in self.between) + self.after.numel
+
+    def most(self, sel: Selection) -> int:
+        """Elements of the largest array beside the result, for a chunk."""
         spans = self._spans(sel)
-        return [
-            prod([spans[c][1] if c in spans else self.sizes[c] for c in left])
-            for left in self.between
-        ]
+        made = (*self.between, self.out) if self.turned else self.between
+        sizes = [spans[c][1] if c in spans else n for c, n in enumerate(self.sizes)]
+        return max((prod([sizes[c] for c in left]) for left in made), default=0)
 
     def _spans(self, sel: Selection | None) -> dict[Letter, tuple[int, int]]:
         """The part of the result that a chunk is."""
@@ -93,8 +102,12 @@ class Spelled:
         operands = [
             once(lettered.cut(t, letters, spans), letters, self.out) for t, letters in operands
         ]
-        made = lettered.multiply(operands, self.out)
         sizes = [spans[c][1] if c in spans else self.sizes[c] for c in self.out]
+        first, _ = operands[0]
+        dest = None  # where the last product is written in the order of the result, or copied to it
+        if self.placed and may_write() and all(t.dtype == first.dtype for t, _ in operands):
+            dest = first.new_empty(sizes)
+        made = lettered.multiply(operands, self.out, dest)
         return made.expand(sizes).reshape(self.after.columns_of(sel), *self.after.shape)
 
 
@@ -117,7 +130,8 @@ class Chain(LinearMap):
         for edge in self.maps:
             if isinstance(edge, Scale):
                 found[-1] = found[-1] * edge.factor
-        return self.spelled.product(found, data, sel), True
+        new = self.spelled.product(found, data, sel)
+        return new, (len(found) > 1 or data is not None) and lettered.has_own_memory(new)
 
 
 def spell(
@@ -289,8 +303,26 @@ class _Speller:
             whole = tuple(self.placed[c][1] if c in placed else sizes[c] for c in letters)
             parts.append(Part(at, shape, alike, whole, narrowed, letters))
         steps, flops = order((block, *(p.letters for p in parts)), tuple(enumerate(sizes)), out)
+        operands = [block, *(p.letters for p in parts)]
+        for i, j, left in steps[:-1]:
+            operands = [o for k, o in enumerate(operands) if k not in (i, j)] + [left]
+        last = [operands[k] for i, j, _ in steps[-1:] for k in (i, j)]
+        placed = turned = False
+        if last and (by := groups(*last, out)).inner:
+            found = (*by.batch, *by.rows, *by.columns)
+            ends = [part[-1] for part in (by.rows, by.columns) if part]
+            placed = (
+                len(found) == len(out)
+                and out[-1] in ends
+                and all(
+                    out.index(b) == out.index(a) + 1
+                    for part in (by.batch, by.rows, by.columns)
+                    for a, b in itertools.pairwise(part)
+                )
+            )
+            turned = not placed and found != out
         free = len(self.before.free)
         return Spelled(
             block, tuple(sizes[c] for c in block[free:]), tuple(parts), out, sizes, tuple(of_seed),
-            self.before, after, flops, tuple(left for _, _, left in steps[:-1]),
+            self.before, after, flops, tuple(left for _, _, left in steps[:-1]), placed, turned,
         )  # fmt: skip

@@ -22,13 +22,22 @@ MANY = 2
 """How many times the seeds of a part the sweep must have, at least."""
 
 
-def condensed(graph: Graph, sweep: Sweep) -> Sweep:
-    """The sweep that multiplies with parts that are worth making first, if any are."""
+LOOK = 6e-6
+"""About how many seconds it takes to follow one step."""
+
+
+def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
+    """The sweep that multiplies with parts that are worth making first, if any are.
+
+    ``seconds``: what it takes; where that is less than to look for parts, there are none.
+    """
     if sweep.summed or sweep.colours or sweep.windows or sweep.columns() < MANY:
         return sweep
     on = [sweep.seed, *(s.value for s in sweep.steps)]
-    narrow = set(cuts(graph))
-    at = [v for v in on if v in narrow]
+    through = set(cuts(graph))
+    at = [v for v in on if v in through]
+    if seconds < LOOK * len(at) * len(on):
+        return sweep
     parts: list[tuple[Sweep, int]] = []
     new: dict[int, Step] = {}
     gone: set[int] = set()
@@ -53,9 +62,12 @@ def _apart(graph: Graph, sweep: Sweep, at: list[int]) -> Iterator[tuple[int, int
     run: tuple[int, int] | None = None
     for near, far in itertools.pairwise(at):
         start = near if run is None else run[0]
-        block = follow(graph, start, sweep.reverse, [far]).layouts[far]
-        apart = any(t != FREE for axis in block.axes[1:] for _, t in axis)
-        if apart and sweep.layouts[near].columns >= MANY * block.columns:
+        columns, apart = sweep.layouts[near].columns, False
+        if columns >= MANY:
+            block = follow(graph, start, sweep.reverse, [far]).layouts[far]
+            apart = any(t != FREE for axis in block.axes[1:] for _, t in axis)
+            apart = apart and columns >= MANY * block.columns
+        if apart:
             run = start, far
         elif run is not None:
             yield run

@@ -141,7 +141,7 @@ class _Factoring:
             terms.append(term)
             spelled = term.spelled
             flops += spelled.flops
-            written += (sum(spelled.numels()) + spelled.after.numel) * size
+            written += spelled.made() * size
             if len(terms) > 1:
                 flops += spelled.after.numel
         return Step(end.value, tuple(terms), end.layout, (), flops, written), gone

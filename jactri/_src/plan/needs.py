@@ -134,8 +134,7 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         return len(step.terms) == 1 and first.map_in(graph).structure in _SCALING
 
     def between(step: Step) -> float:
-        spelled = (t.spelled for t in step.terms)
-        largest = max((n for s in spelled if s is not None for n in s.numels(sel)), default=0)
+        largest = max((t.spelled.most(sel) for t in step.terms if t.spelled is not None), default=0)
         return float(largest * graph.values[step.value].dtype.itemsize)
 
     def derivative(step: Step) -> float:

@@ -235,7 +235,10 @@ def make_plan(
         ways["forward-mode"] = _direction(graph, False, summed, traces, terms, known)
     plain = ways
     if not rows:
-        ways = {name: [condensed(graph, s) for s in sweeps] for name, sweeps in ways.items()}
+        ways = {
+            name: [condensed(graph, s, terms.seconds(graph, s)) for s in sweeps]
+            for name, sweeps in ways.items()
+        }
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
     if both and not summed and not sparse and all(ways.values()):

@@ -15,6 +15,7 @@ from ..base.progress import Watch
 from ..base.tracing import may_write
 from ..maps.complexes import Complex
 from ..maps.layout import Layout, Selection, convert, one, scatter
+from ..maps.lettered import has_own_memory
 from ..maps.linear_map import Diagonal
 from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
@@ -118,11 +119,14 @@ def _join(join: Join, ends, watch: Watch | None, made: Made, marks: Marks | None
         if watch and watch.skip(_parts(ends, sel)):
             continue
         for v, answer in ends:
+            mine = _own(join.layouts[v], sel)
+            if any(start for f, (start, _) in sel.items() if f not in mine):
+                continue  # the same block for all chunks of a factor that is tied in it
             first = made[id(join.first[v].made), join.first[v].value]
-            direct = answer.window(sel)
+            direct = answer.window(mine)
             times = multiply if marks is None else marks.product(multiply, join, v)
-            block = times(join.products[v], join.layouts[v], first, second, sel, direct)
-            answer.put(block, True, _own(join.layouts[v], sel))
+            block = times(join.products[v], join.layouts[v], first, second, mine, direct)
+            answer.put(block, True, mine)
         if watch:
             watch.done(_parts(ends, sel))
 
@@ -232,7 +236,9 @@ def _met(
     part, _ = blocks[term.meeting.block]
     pair = (part, data) if reverse else (data, part)
     mine = _own(term.route.out, sel) if sel else {}
-    return multiply(term.meeting.product, term.route.out, *pair, mine), True
+    here = _own(term.route.mid, mine)
+    new = multiply(term.meeting.product, term.route.out, *pair, mine, here=here)
+    return new, has_own_memory(new)
 
 
 def _formed(sweep: Sweep, items: Sequence[Item]) -> bool:
@@ -341,7 +347,7 @@ def _fused(
         last, given = item.steps[-1], {item.term: made}
         blocks[item.value] = add_terms(graph, sweep, last, blocks, sel, writable, given)
     elif made is not None:
-        blocks[item.value] = (made, made is not direct and _once(made))
+        blocks[item.value] = (made, made is not direct and has_own_memory(made))
     else:
         if item.kind == "first" and data[0] is None:
             blocks[sweep.seed] = seed_block(sweep, sel, graph.values[sweep.seed]), False
@@ -350,11 +356,6 @@ def _fused(
     for f in item.frees:
         if f not in pinned:
             del blocks[f]
-
-
-def _once(block: Tensor) -> bool:
-    """Whether each entry has memory of its own."""
-    return all(s for n, s in zip(block.shape, block.stride(), strict=True) if n > 1)
 
 
 def add_terms(
@@ -377,7 +378,7 @@ def add_terms(
         edge = term.map_in(graph)
         plain = term.route.out.tied == step.layout.tied
         if i in made:
-            data, fresh = made[i], _once(made[i])
+            data, fresh = made[i], has_own_memory(made[i])
         else:
             data, _ = blocks[term.other]
             if own and writable and plain and data is not None and edge.places(sweep.reverse):

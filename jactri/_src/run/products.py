@@ -19,20 +19,22 @@ def multiply(
     second: Tensor,
     sel: Selection,
     out: Tensor | None = None,
+    here: Selection | None = None,
 ) -> Tensor:
     """The block ``(K, *value)`` of the result: ``second`` times ``first``, both as blocks ``(K, *value)``.
 
     Blocks of two dtypes are multiplied in the wider one, those of two devices on that of ``second``.
 
-    ``sel`` restricts the result's seed factors, along which a block may be of the chunk already. ``out``: where to
-    write it if autograd does not watch; returned if it was written. Costs ``2 * prod(sizes)`` flops.
+    ``sel`` restricts the result's seed factors; one of the blocks may be of the chunk ``here`` already. ``out``: where
+    to write it if autograd does not watch; returned if it was written. Costs ``2 * prod(sizes)`` flops.
     """
     spans = {how.seeds[factor]: span for factor, span in sel.items()}
+    cuts = {how.seeds[factor]: span for factor, span in (here or {}).items()}
     parts: list[Lettered] = []
     for t, letters in ((second, how.second), (first.to(second.device), how.first)):
         sizes = [how.sizes[c] for c in letters]
         if t.numel() != prod(sizes):  # of this chunk
-            sizes = [spans[c][1] if c in spans else n for c, n in zip(letters, sizes, strict=True)]
+            sizes = [cuts[c][1] if c in cuts else n for c, n in zip(letters, sizes, strict=True)]
         t = cut(t.reshape(sizes), letters, spans)
         # a block of weights that all samples share is taken once
         parts.append(once(t, letters, how.out))
