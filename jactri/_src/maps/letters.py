@@ -7,7 +7,8 @@ and get the same letters; letters that a result lacks are summed. The products t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -187,6 +188,15 @@ def groups(first: Letters, second: Letters, out: Letters) -> Groups:
         tuple([c for c in out if c in first and c not in second]),
         tuple([c for c in first if c in second and c not in out]),
         tuple([c for c in out if c in second and c not in first]),
+    )
+
+
+def side_by_side(letters: Letters, parts: Sequence[Letters]) -> bool:
+    """Whether the letters of each part follow one another, so that their dims can be joined without a copy."""
+    return all(
+        letters.index(b) == letters.index(a) + 1
+        for part in parts
+        for a, b in itertools.pairwise(part)
     )
 
 

@@ -9,7 +9,6 @@ of tokens. No tensor is touched until `Chain` runs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +20,7 @@ from . import lettered
 from .contraction import Expand, MatMul, Sum
 from .layout import FREE, Layout, Selection
 from .lettered import Lettered, once
-from .letters import Axes, Letter, Letters, Network, Unaligned, groups, order
+from .letters import Axes, Letter, Letters, Network, Unaligned, groups, order, side_by_side
 from .linear_map import Diagonal, Identity, LinearMap, Permute, Scale, Shape, View
 from .selection import Place, Select, Slice
 
@@ -61,21 +60,20 @@ class Spelled:
     flops: float
     between: tuple[Letters, ...]
     """Of the products but the last."""
+    held: tuple[tuple[Letters, ...], ...]
+    """Of what there is at each product, beside the operands and the result: copies, and what was made before."""
     placed: bool
-    """Whether the last product is written as the result lies in memory;"""
-    turned: bool
-    """else, whether it comes in another order, and is copied."""
+    """Whether the last product is written as the result lies in memory."""
 
     def made(self) -> int:
         """Elements of the products on the way and of the result; copies are not counted, as in no map."""
         return sum(prod([self.sizes[c] for c in left]) for left in self.between) + self.after.numel
 
     def most(self, sel: Selection) -> int:
-        """Elements of the largest array beside the result, for a chunk."""
+        """Elements of what there is at once beside the operands and the result, for a chunk."""
         spans = self._spans(sel)
-        made = (*self.between, self.out) if self.turned else self.between
         sizes = [spans[c][1] if c in spans else n for c, n in enumerate(self.sizes)]
-        return max((prod([sizes[c] for c in left]) for left in made), default=0)
+        return max((sum(prod([sizes[c] for c in o]) for o in at) for at in self.held), default=0)
 
     def _spans(self, sel: Selection | None) -> dict[Letter, tuple[int, int]]:
         """The part of the result that a chunk is."""
@@ -146,6 +144,29 @@ def spell(
         return _Speller(before).run(maps, shapes, after, reverse)
     except Unaligned:
         return None
+
+
+def _held(operands: list[Letters], steps, out: Letters):
+    """`Spelled.held` and `Spelled.placed` of products in the order of ``steps``."""
+    held, made, placed = [], [False] * len(operands), False
+    for i, j, left in steps:
+        one, other = operands[i], operands[j]
+        batch, rows, inner, columns = groups(one, other, left)
+        at = [o for o, m in zip(operands, made, strict=True) if m]
+        found = (*batch, *rows, *columns)
+        if inner:  # their letters have to be those of matrices
+            at += [one] * (not side_by_side(one, (batch, rows, inner)))
+            at += [other] * (not side_by_side(other, (batch, inner, columns)))
+        operands = [o for k, o in enumerate(operands) if k not in (i, j)] + [left]
+        made = [m for k, m in enumerate(made) if k not in (i, j)] + [True]
+        if len(operands) > 1:
+            at.append(left)
+        elif inner and found != out:
+            last = out[-1] in [part[-1] for part in (rows, columns) if part]
+            placed = last and len(found) == len(out) and side_by_side(out, (batch, rows, columns))
+            at += [out] * (not placed)
+        held.append(tuple(at))
+    return tuple(held), placed
 
 
 class _Speller:
@@ -303,26 +324,9 @@ class _Speller:
             whole = tuple(self.placed[c][1] if c in placed else sizes[c] for c in letters)
             parts.append(Part(at, shape, alike, whole, narrowed, letters))
         steps, flops = order((block, *(p.letters for p in parts)), tuple(enumerate(sizes)), out)
-        operands = [block, *(p.letters for p in parts)]
-        for i, j, left in steps[:-1]:
-            operands = [o for k, o in enumerate(operands) if k not in (i, j)] + [left]
-        last = [operands[k] for i, j, _ in steps[-1:] for k in (i, j)]
-        placed = turned = False
-        if last and (by := groups(*last, out)).inner:
-            found = (*by.batch, *by.rows, *by.columns)
-            ends = [part[-1] for part in (by.rows, by.columns) if part]
-            placed = (
-                len(found) == len(out)
-                and out[-1] in ends
-                and all(
-                    out.index(b) == out.index(a) + 1
-                    for part in (by.batch, by.rows, by.columns)
-                    for a, b in itertools.pairwise(part)
-                )
-            )
-            turned = not placed and found != out
+        held, placed = _held([block, *(p.letters for p in parts)], steps, out)
         free = len(self.before.free)
         return Spelled(
             block, tuple(sizes[c] for c in block[free:]), tuple(parts), out, sizes, tuple(of_seed),
-            self.before, after, flops, tuple(left for _, _, left in steps[:-1]), placed, turned,
+            self.before, after, flops, tuple(left for _, _, left in steps[:-1]), held, placed,
         )  # fmt: skip

@@ -106,15 +106,15 @@ def fuse(graph: Graph, sweep: Sweep) -> list[Item]:
                 i = [t.other for t in end.terms].index(run[-1].value)
                 if _ends(graph, sweep, end, i) and (found := _trim(graph, [*run, end], i)):
                     absorbed.update(s.value for s in found[:-1])
-                    reads = found[0].terms[0].other, end.terms[1 - i].other
-                    groups[end.value] = Fused("chain", tuple(found), reads, term=i, adds=True)
+                    both = found[0].terms[0].other, end.terms[1 - i].other
+                    groups[end.value] = Fused("chain", tuple(found), both, term=i, adds=True)
                     continue
             run = _trim(graph, run)
             if run:
                 absorbed.update(s.value for s in run)
                 groups[run[0].value] = Fused("chain", tuple(run), (run[0].terms[0].other,))
-        elif found := _around(graph, sweep, step):
-            kind, i = found
+        elif around := _around(graph, sweep, step):
+            kind, i = around
             run, source = [step], step.terms[i].other
             while (
                 uses[source] == 1
