@@ -279,7 +279,7 @@ def test_samples_in_ranges_under_a_memory_limit(case):
                 continue
             compare(case, rows, F64, expected, f"{mode} in {limit} bytes")
             enough += 1
-        if enough > 3:
+        if enough > 1:
             return
     assert enough, "no limit up to 800 kB was enough"
 
@@ -455,6 +455,8 @@ ELSEWHERE = {
     "torch.distributed.fsdp._fully_shard._fsdp_param_group::RegisterPostBackwardFunction",
     "torch.distributed.tensor._api::_FromTorchTensor", "torch.distributed.tensor._api::_ToTorchTensor",
     "torch.nn.parallel.distributed::_DDPSink",
+    # in test_ops_streamed.py: while tangents go with a run
+    "CutBackward",
     # in test_graph_features.py: torch's own is not its derivative
     "AsStridedScatterBackward0",
     # in test_sparse_constants.py

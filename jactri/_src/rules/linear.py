@@ -65,7 +65,13 @@ def product(g, a, b, left: str, right: str, shape) -> list[int]:
     for s, other, name, side in ((a, b, right, "right"), (b, a, left, "left")):
         if s is not None:
             partner = g.tensor(name)
-            if other is None and partner.dim() == 3 and partner.stride(0) == 0 < len(partner):
+            dense = partner.layout is torch.strided
+            if (
+                other is None
+                and dense
+                and partner.dim() == 3
+                and partner.stride(0) == 0 < len(partner)
+            ):
                 partner = partner[0]  # a weight that was expanded for all
             masked = other is not None and partner.dim() == 3
             edge = matmul(partner, side, _unmasked(g, other) if masked else None)
