@@ -27,6 +27,11 @@ class Sum(nn.Module):
         return self.after(sum(part(h) for part in self.parts))
 
 
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x.flatten(0, -2).tanh().view(x.shape)
+
+
 class Twice(nn.Module):
     def __init__(self, part):
         super().__init__()
@@ -157,4 +162,8 @@ def test_what_goes_around_is_added_by_the_kernel(mode, device, monkeypatch):
     f = lines(nn.Identity(), part).to(device)
     x = torch.randn(2, 3, 6, device=device)
     check(f, x, mode)
+    assert sum(added) == 1
+    added.clear()
+    tokens = lines(nn.Identity(), nn.Sequential(nn.Tanh(), nn.Linear(9, 9), Tokens())).to(device)
+    check(tokens, x, mode)  # a view between the products and the sum
     assert sum(added) == 1

@@ -284,13 +284,16 @@ def _ends(graph: Graph, sweep: Sweep, step: Step, term: int) -> bool:
     )
 
 
-def _trim(graph: Graph, run: list[Step], term: int = 0) -> list[Step]:
-    """Without views at the ends (they cost nothing), and nothing at all unless a product is in it."""
-    names = [edge_of(graph, s).name for s in run[:-1]] + [edge_of(graph, run[-1], term).name]
+def _trim(graph: Graph, run: list[Step], term: int | None = None) -> list[Step]:
+    """Without views at the ends (they cost nothing), and nothing at all unless a product is in it.
+
+    ``term``: of the last step, a sum, which stays.
+    """
+    names = [edge_of(graph, s).name for s in run[:-1]] + [edge_of(graph, run[-1], term or 0).name]
     if "matmul" not in names:
         return []
     while names[0] == "view":
         del names[0], run[0]
-    while names[-1] == "view":
+    while term is None and names[-1] == "view":
         del names[-1], run[-1]
     return run
