@@ -88,9 +88,6 @@ MASKS = {
     "added": lambda q, k, v: sdpa(q, k, v, FLOAT),
     "filled": lambda q, k, v: written(q, k, v, CAUSAL, filled),
     "where": lambda q, k, v: written(q, k, v, CAUSAL, chosen),
-    "without a kernel": lambda q, k, v: sdpa(
-        *(t.flatten(0, 1) for t in (q, k, v)), is_causal=True
-    ).view_as(q),
     "local": lambda q, k, v: sdpa(q, k, v, LOCAL),
     "anticausal": lambda q, k, v: sdpa(q, k, v, CAUSAL.T),
     "padded": lambda q, k, v: sdpa(q, k, v, PADDED),
@@ -215,9 +212,7 @@ def test_a_mask_that_changes_is_read_again(worth):
             assert_close(sparse.to_dense(), truth_of(f, X))
 
 
-@pytest.mark.parametrize(
-    "mask", ["causal", "boolean", "added", "filled", "where", "without a kernel"]
-)
+@pytest.mark.parametrize("mask", ["causal", "boolean", "added", "filled", "where"])
 def test_sparsity_is_lower_block_triangular(mask):
     f = lambda x: block(block(x, MASKS[mask]), MASKS[mask])  # noqa: E731
     want = CAUSAL[:, None, :, None].expand(T, D, T, D)
@@ -242,3 +237,36 @@ def test_sparsity_of_windows_and_of_what_is_no_mask():
     f = lambda x: block(x, weak)  # noqa: E731
     assert jactri.sparsity(f, X[:1]).to_dense().all()
     assert_close(jactri.jacobian(f, X), truth_of(f, X))
+
+
+HALF = T // 2
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_whose_a_mask_is(worth, order):
+    """Of two attentions side by side one is causal; and weights that depend on nothing have a mask, too."""
+    first, second = order
+
+    def beside(x):
+        a, b = x[:, None, :HALF], x[:, None, HALF:]
+        return torch.cat([sdpa(a, a, a, is_causal=first), sdpa(b, b, b, is_causal=second)], 2)[:, 0]
+
+    def constant(x):
+        k = X[:, None, :HALF]
+        a, b = x[:, None, :HALF], x[:, None, HALF:]
+        mask = CAUSAL[:HALF, :HALF] if first else CAUSAL[:HALF, :HALF].T
+        return torch.cat([sdpa(k, k, a, mask), sdpa(b, b, b, is_causal=True)], 2)[:, 0]
+
+    for f in (beside, constant):
+        want = truth_of(f, X)
+        assert_close(jactri.jacobian(f, X), want)
+        assert_close(jactri.jacobian(f, X, layout=torch.sparse_coo).to_dense(), want)
+
+
+def test_what_is_no_mask_and_what_is_flat(worth):
+    """Weights that are 0 by rounding; an output of which a range is several pieces."""
+    x = torch.tensor([[[40.0, 0.0], [0.0, 60.0]]], dtype=F64)
+    assert jactri.sparsity(lambda x: sdpa(x, x, x), x).to_dense().all()
+    f = lambda x: model(x).flatten(0, 1)  # noqa: E731
+    for strategy in ("reverse-mode", "forward-mode"):
+        assert_close(jactri.jacobian(f, X, strategy=strategy), truth_of(f, X))

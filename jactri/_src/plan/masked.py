@@ -44,11 +44,14 @@ WORTH = 0.8
 """Ranges are looked for along an axis where each reaches at most this part of the other end, on average."""
 
 
-def masks(graph: Graph) -> tuple[bytes, ...]:
-    """Alike for graphs whose masks are; nothing where none is known."""
-    found = [e.unmasked for v in graph.values for _, e in v.sources if isinstance(e, Softmax)]
-    known = [m for m in found if m is not None]
-    return tuple([m.digest for m in known]) if any(m() is not None for m in known) else ()
+def masks(graph: Graph) -> tuple[tuple[int, int, bytes], ...]:
+    """Which edges (value, number) have a mask, and what it leaves: alike for graphs whose masks are."""
+    return tuple([
+        (v, k, e.unmasked.digest)
+        for v, value in enumerate(graph.values)
+        for k, (_, e) in enumerate(value.sources)
+        if isinstance(e, (Softmax, MatMul)) and e.unmasked is not None and e.unmasked() is not None
+    ])  # fmt: skip
 
 
 def fixed(graph: Graph) -> bool:
@@ -121,7 +124,8 @@ def ranges(graph: Graph, reverse: bool, count: int) -> list[Range] | None:
         for (start, length), boxes in zip(spans, made, strict=True):
             boxes[seed] = {axis: Cut(axis, start, length)}
         size = sum(_part(graph, r, target) for r in made) / len(made)
-        if size < best:
+        runs = any(c.outer > 1 for r in made for e in (seed, target) for c in r.get(e, {}).values())
+        if size < best and not runs:  # an answer is written in one piece a range
             best, found = size, made
     return found
 

@@ -188,7 +188,11 @@ def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece
                 pieces.append((ends, part, plan_for(part, ys, xs, wanted)))
     except MemoryLimitTooSmall:
         return None
-    return pieces if sum(_seconds(p, device) + each for _, _, p in pieces) < whole else None
+    if sum(_seconds(p, device) + each for _, _, p in pieces) < whole:
+        return pieces
+    if masked.fixed(graph):
+        _ranges[key] = None  # not looked at again
+    return None
 
 
 def _seconds(plan: Plan, device) -> float:

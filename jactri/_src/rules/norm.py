@@ -16,7 +16,7 @@ from ..maps.linear_map import Diagonal, Identity
 from ..maps.low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
 from ..maps.maps import Once, Transpose, wide
 from ..maps.mask import Mask
-from ..maps.unmasked import Unmasked, last_two, of_attention
+from ..maps.unmasked import Unmasked, last_two
 from . import rule
 from .elementwise import Zero, flat
 
@@ -344,23 +344,15 @@ def along(g, kind, probabilities):
 
 
 def _unmasked(g, scores: int, p) -> Unmasked | None:
-    """What a mask leaves that was written over the scores just before, if its entries have no weight.
-
-    `scaled_dot_product_attention` without a kernel adds its mask, which autograd does not record: it is causal if no
-    later key has any weight.
-    """
+    """What a mask leaves that was written over the scores just before, if its entries have no weight."""
     value = g.values[scores]
     rows, columns = value.shape[-2:]
     edge = value.sources[0][1] if len(value.sources) == 1 else None
-    written = edge.__class__ is Mask and edge.unit
-    if not written and g.name != "SafeSoftmaxBackward0":
+    if edge.__class__ is not Mask or not edge.unit:
         return None
 
     def kept():
-        if written:
-            kept = last_two(edge.keep != 0, rows, columns)
-        else:
-            kept = of_attention(None, True, rows, columns, value.device)
+        kept = last_two(edge.keep != 0, rows, columns)
         return None if bool(p().masked_fill(kept, 0).any()) else kept
 
     return Unmasked(kept)
