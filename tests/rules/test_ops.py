@@ -455,8 +455,7 @@ ELSEWHERE = {
     "torch.distributed.fsdp._fully_shard._fsdp_param_group::RegisterPostBackwardFunction",
     "torch.distributed.tensor._api::_FromTorchTensor", "torch.distributed.tensor._api::_ToTorchTensor",
     "torch.nn.parallel.distributed::_DDPSink",
-    # in test_ops_streamed.py: while tangents go with a run
-    "CutBackward",
+    "CutBackward",  # in test_ops_streamed.py
     # in test_graph_features.py: torch's own is not its derivative
     "AsStridedScatterBackward0",
     # in test_sparse_constants.py
