@@ -49,7 +49,7 @@ def test_headline_figures_are_those_of_the_file():
     assert REPORT["headline"](measured) in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["cpu-2core", "penalty"])
+@pytest.mark.parametrize("name", ["cpu-2core", "penalty", "worst"])
 def test_measured_tables_are_those_of_the_files(name):
     measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert REPORT["table"](measured) in (ROOT / "docs/benchmarks.md").read_text()
