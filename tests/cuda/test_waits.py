@@ -76,7 +76,7 @@ def test_no_wait_for_what_reverse_mode_need_not_know(name, call, device):
 
 def test_a_plan_that_is_far_faster_is_worth_a_wait(device):
     first, last = (device.net(torch.nn.Linear(n, 512)) for n in (4, 512))
-    x = torch.empty(2048, 4, device="cuda")
+    x = torch.empty(4096, 4, device="cuda")
 
     def call():
         return jactri.jacobian(lambda v: last(first(v).relu().sqrt()), x, per_sample=True)

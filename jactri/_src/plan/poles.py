@@ -104,6 +104,8 @@ def met(graph: Graph, edges: tuple[Edge, ...]) -> bool:
         return False
     if backends.capturing(graph.values[edges[0][0]].device):
         return True  # nothing can be looked at
+    if edges in graph.looked:  # a call may plan twice, and to look is to wait for a GPU
+        return graph.looked[edges]
     flags = []
     for v, e in edges:
         _, edge = graph.values[v].sources[e]
@@ -114,4 +116,5 @@ def met(graph: Graph, edges: tuple[Edge, ...]) -> bool:
             ones = torch.ones((1, *like.shape), dtype=like.dtype, device=like.device)
             d, _ = edge.pull(ones, False)
         flags.append(d.detach().isfinite().all())
-    return not bool(torch.stack(flags).all())
+    graph.looked[edges] = not bool(torch.stack(flags).all())
+    return graph.looked[edges]

@@ -74,13 +74,13 @@ class Graph:
     for complex numbers in it. ``others``: another way to a value (see joining.py): sources, their map, entries saved.
     """
 
-    __slots__ = ("complex", "inputs", "key", "layers", "others", "outputs", "recorded", "values")
+    __slots__ = ("complex", "inputs", "key", "layers", "looked", "others", "outputs", "recorded", "values")  # fmt: skip
 
     def __init__(self, values, inputs, outputs, key, layers: dict[int, str] | None = None):
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
         self.layers = layers
         self.recorded: Graph | None = None  # itself would be a cycle
-        self.complex = False
+        self.complex, self.looked = False, dict[object, bool]()  # see poles.py
         self.others: Others = {}
 
 
