@@ -1,5 +1,6 @@
 """What runs a traced call: Inductor's code and AOTInductor packages give the answers of the ordinary call."""
 
+import copy
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ from tolerances import assert_same_tree
 from torch import nn
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import jactri
+from jactri._src.base import backends
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
@@ -73,6 +76,34 @@ def test_answers(name, engine):
             for p in net.parameters():
                 p.mul_(1.2)
     assert compiled.traces == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("engine", "op"),
+    [("inductor", "jactri::linear"), ("fx", "jactri::linear"), ("aot", "aten::mm")],
+)
+def test_products_that_onednn_computes(engine, op, monkeypatch):
+    """Inductor compiles torch's op for them with constant matrices alone, and a package has no op of ours."""
+    if engine != "aot" and backends._linear_pointwise() is None:
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(backends, "_probe", backends.Probe(1.0, 2.0, "fixed by a test"))
+    net = seeded(8, 128, 128, 16, dtype=torch.float32)
+    compiled = jactri.compile(net, torch.randn(32, 8), engine=engine, per_sample=True)
+    assert compiled.engine == engine
+    names = [n.target.name() for n in compiled.graph.graph.nodes if n.op == "call_function"]
+    assert op in names and "mkldnn::_linear_pointwise" not in names
+    x = torch.randn(32, 8)
+    want = jactri.jacobian(copy.deepcopy(net).double(), x.double(), per_sample=True)
+    torch.testing.assert_close(compiled(x).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_graphs_of_others_have_ops_of_torch(monkeypatch):
+    monkeypatch.setattr(backends, "_probe", backends.Probe(1.0, 2.0, "fixed by a test"))
+    net = seeded(8, 128, 128, 16, dtype=torch.float32)
+    graph = make_fx(lambda x: jactri.jacobian(net, x, per_sample=True))(torch.randn(32, 8))
+    names = {n.target.name() for n in graph.graph.nodes if n.op == "call_function"}
+    assert all(name.startswith("aten::") for name in names) and "aten::mm" in names
 
 
 @needs_compiler

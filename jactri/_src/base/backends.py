@@ -9,6 +9,7 @@ gain. Both are timed once a process, on one product that stays in cache, when th
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import warnings
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ...kernels import support
 from .remedies import one_of
-from .tracing import tracing
+from .tracing import aside, own, tracing
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -168,6 +169,16 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
+@functools.cache
+def _onednn_op():
+    """The same as an op of a graph that Inductor compiles: of torch's own it takes constant matrices alone."""
+    made = torch.library.Library("jactri", "FRAGMENT")
+    made.define("linear(Tensor a, Tensor b) -> Tensor")
+    made.impl("linear", lambda a, b: _onednn(a, b), "CPU")
+    made.impl("linear", lambda a, b: a.new_empty(a.shape[0], b.shape[0]), "Meta")
+    return made, torch.ops.jactri.linear.default  # which is there as long as what made it
+
+
 def probe() -> Probe:
     """Time both products once a process (about 15 ms); later calls return the same answer."""
     global _probe
@@ -179,7 +190,7 @@ def probe() -> Probe:
 def _measure() -> Probe:
     if _linear_pointwise() is None:
         return Probe(None, None, "this build of torch has no oneDNN product: torch.mm")
-    with torch.inference_mode(False), torch.no_grad():
+    with aside(), torch.inference_mode(False), torch.no_grad():
         a, b = torch.ones(1024, 256), torch.ones(256, 256)  # square: b.t() is as good
         times = {"onednn": float("inf"), "mm": float("inf")}
         # in turns, the first ones not counted, and the best of each: what disturbs may disturb one alone
@@ -195,9 +206,13 @@ def _measure() -> Probe:
 
 
 def onednn_for(t: Tensor, work: int) -> bool:
-    """Whether a product of ``t`` that takes so many multiply-adds is oneDNN's, without grad mode."""
+    """Whether a product of ``t`` that takes so many multiply-adds is oneDNN's, without grad mode.
+
+    Not in graphs that others trace, nor in packages, whose ops are torch's public ones.
+    """
     return (
         work >= _SMALL
+        and (not tracing() or (own() and not _packaged.get()))
         and t.dtype == torch.float32
         and t.device.type == "cpu"
         and torch.backends.mkldnn.enabled
@@ -209,7 +224,8 @@ def product(t: Tensor, p: Tensor, transposed: bool) -> Tensor:
     """``t @ p`` (``t @ p.t()`` if ``transposed``) for a block ``t`` and a 2-D ``p``, by what measured faster."""
     work = t.numel() * p.shape[0 if transposed else 1]
     if work >= _SMALL and not torch.is_grad_enabled() and onednn_for(t, work):
-        out = _onednn(t.reshape(-1, t.shape[-1]), p if transposed else p.t())
+        multiply = _onednn_op()[1] if tracing() else _onednn
+        out = multiply(t.reshape(-1, t.shape[-1]), p if transposed else p.t())
     else:
         out = torch.mm(t.reshape(-1, t.shape[-1]), p.t() if transposed else p)
     return out.view(*t.shape[:-1], out.shape[1])
