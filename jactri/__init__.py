@@ -12,8 +12,10 @@ from ._src.calls.ggn import GGN, ggn
 from ._src.calls.gradient import gradient
 from ._src.calls.gram import jjt, jtj
 from ._src.calls.laplacian import bilaplacian, laplacian
+from ._src.calls.layers import layer_jacobian
 from ._src.calls.ntk import empirical_ntk
 from ._src.calls.parameters import ParameterJacobian, parameter_jacobian
+from ._src.calls.taps import Taps, taps
 from ._src.calls.vectors import jvp, vjp
 from ._src.compile.compiled import Compiled, compile
 from ._src.compile.exported import export
@@ -41,6 +43,7 @@ __all__ = [
     "ParameterJacobian",
     "Profile",
     "Rule",
+    "Taps",
     "bilaplacian",
     "check",
     "compile",
@@ -60,11 +63,13 @@ __all__ = [
     "jtj",
     "jvp",
     "laplacian",
+    "layer_jacobian",
     "named_layers",
     "parameter_jacobian",
     "profile",
     "rule",
     "sparsity",
+    "taps",
     "vjp",
 ]
 

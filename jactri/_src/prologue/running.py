@@ -218,27 +218,35 @@ class _Eager:
     def __init__(self):
         self._lock, self._inside, self._stance = threading.Lock(), 0, None
 
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *error) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
+
     def __call__(self, func, args, kwargs):
         if "torch._dynamo" not in sys.modules:  # nothing is compiled
             return func(*args, **kwargs)
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
             # within a compiled function, whose frames are compiled as they are called
             return torch.compiler.disable(self)(func, args, kwargs)
-        with self._lock:
-            if self._inside == 0:
-                self._stance = torch.compiler.set_stance("force_eager")
-            self._inside += 1
-        try:
+        with self:
             return func(*args, **kwargs)
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if self._inside == 0:
-                    stance, self._stance = self._stance, None
-                    stance.__exit__(None, None, None)
 
 
 _eager = _Eager()
+
+
+def staying_eager() -> contextlib.AbstractContextManager[None]:
+    """A context in which what of a function is compiled runs eagerly."""
+    return _eager if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,317 @@
+"""Activations of a module by the names of its layers, kept by hooks while it runs as its owner runs it.
+
+What a layer gives is kept as a copy, and another copy goes on: writes in place reach neither, and a layer that hands
+its input through is a place of its own in the graph. The first activation without a graph begins one, so that weights
+may be frozen and inputs be integers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..base.classes import plain
+from .running import staying_eager
+
+Step = int | str
+Change = Callable[[str, Tensor], Tensor]
+"""What is kept, of a name and an activation: a new tensor, of its shape and numbers."""
+
+
+class Spec(NamedTuple):
+    """A name, read: ``pattern[:input|:output][[key]][#run]``."""
+
+    pattern: str
+    port: str = "output"
+    key: Step | None = None
+    run: int | None = None
+
+    def named(self, path: str, run: int | None = None) -> str:
+        """The name of one module's activation."""
+        key = "" if self.key is None else f"[{self.key}]"
+        port = f":{self.port}" if key or self.port != "output" else ""
+        return f"{path}{port}{key}" + ("" if run is None else f"#{run}")
+
+
+_NAME = re.compile(
+    r"(?P<pattern>[^:#\[\]]*)(:(?P<port>input|output))?(\[(?P<key>\w+)\])?(#(?P<run>\d+))?"
+)
+
+
+def spec_of(name: Any) -> Spec:
+    """A name as its parts. Raises TypeError or ValueError for what is none."""
+    if not isinstance(name, str):
+        raise TypeError(f"a layer's name must be a str, got {name!r}")
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(
+            f"{name!r} is no layer's name: write 'path.to.module', with ':input' or ':output' after it, '[0]' or "
+            "'[key]' for one of several tensors, '#1' for the second of several runs"
+        )
+    key, run = found["key"], found["run"]
+    return Spec(
+        found["pattern"],
+        found["port"] or "output",
+        int(key) if key and key.isdigit() else key,
+        None if run is None else int(run),
+    )
+
+
+def specs_of(names: Any, argument: str) -> list[Spec]:
+    """Names, given as one or as a sequence."""
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence):
+        raise TypeError(f"{argument} must be a name or a list of names, got {type(names)}")
+    if not names:
+        raise IndexError(f"{argument} is empty: pass at least one name")
+    return [spec_of(name) for name in names]
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """The paths that a pattern matches: ``*`` is for one part of a path, or of a part, ``**`` for any number."""
+    if "*" not in pattern and "?" not in pattern:
+        return [p for p in paths if p == pattern]
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    known = {"**": ".*", "*": r"[^.]*", "?": "[^.]"}
+    expression = re.compile("".join(known.get(p) or re.escape(p) for p in parts))
+    return [p for p in paths if p and expression.fullmatch(p)]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a message: names like one that is not there."""
+    known = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(name, known, 4, 0.5)
+    end = name.rsplit(".", 1)[-1]
+    close += [k for k in known if k.rsplit(".", 1)[-1] == end and k not in close][: 4 - len(close)]
+    some = close or known[:8]
+    told = "did you mean" if close else "there are"
+    return f"; {told} {', '.join(map(repr, some))}" + ("" if close or len(known) <= 8 else ", ...")
+
+
+class Tap(NamedTuple):
+    """What was kept: by which name, in which of its runs, and how many were kept before it."""
+
+    tensor: Tensor
+    name: str
+    run: int
+    order: int
+
+
+class Tapping:
+    """A context in which activations of a module's layers are kept: ``made``, by name, one each run, in order.
+
+    ``modules``: for each spec, the modules that it matches, by path.
+    """
+
+    def __init__(self, model: Module, specs: Sequence[Spec], change: Change):
+        if not isinstance(model, Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got {type(model)}; the layers of a function have no names"
+            )
+        self.specs, self.made = specs, dict[str, list[Tap]]()
+        self._change, self._count = change, 0
+        self._model = model
+        self._stack: ExitStack | None = None
+        paths: dict[str, Module] = dict(model.named_modules(remove_duplicate=False))
+        self.modules: list[dict[str, Module]] = []
+        for spec in specs:
+            found = matching(spec.pattern, paths)
+            if not found:
+                raise ValueError(
+                    f"{spec.pattern!r} matches no module of {type(model).__name__}"
+                    + near(spec.pattern, [p for p in paths if p])
+                )
+            self.modules.append({p: paths[p] for p in found})
+
+    def __enter__(self) -> Tapping:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(staying_eager())
+            asked: dict[str, tuple[Module, Spec]] = {}
+            for spec, modules in zip(self.specs, self.modules, strict=True):
+                for path, module in modules.items():
+                    asked[spec.named(path)] = module, spec
+            for name, (module, spec) in asked.items():
+                if spec.port == "input":
+                    handle = module.register_forward_pre_hook(
+                        self._before(name, spec), with_kwargs=True
+                    )
+                else:
+                    handle = module.register_forward_hook(self._after(name, spec))
+                stack.callback(handle.remove)
+            self._live = {id(b) for b in self._model.buffers() if _live(b)}
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        stack, self._stack = self._stack, None
+        stack.__exit__(kind, error, trace)
+        cached = [n for n, b in self._model.named_buffers() if _live(b) and id(b) not in self._live]
+        for name in cached:
+            self._model.get_buffer(name).detach_()
+        if kind is not None:
+            return
+        if cached:
+            raise RuntimeError(
+                f"the model writes activations to its buffer {cached[0]!r}, as an in-place cache: their graph would "
+                "outlive the call, and the next run change what it saved. Call the model without its cache "
+                "(use_cache=False)"
+            )
+        self._check_ran()
+
+    def _before(self, name: str, spec: Spec):
+        def hook(module: Module, args: tuple, kwargs: dict):
+            given: Any = (args, kwargs)
+            path: tuple[Step, ...] = ()
+            if spec.key is not None:
+                path = (0, spec.key) if isinstance(spec.key, int) else (1, spec.key)
+            return self._kept(name, given, path)
+
+        return hook
+
+    def _after(self, name: str, spec: Spec):
+        def hook(module: Module, args: tuple, output: Any):
+            return self._kept(name, output, () if spec.key is None else (spec.key,))
+
+        return hook
+
+    def _kept(self, name: str, value: Any, path: tuple[Step, ...]) -> Any:
+        """Keep the first floating tensor of a value, at a path or below: the value with what goes on in its place."""
+        found = _found(value, path)
+        if found is None:
+            where = f"[{path[-1]!r}]" if path else ""
+            raise RuntimeError(
+                f"{name!r}: {_told(value)} has no floating-point tensor{where and f' at {where}'}; name another layer, "
+                "or one of several tensors by '[0]' or '[key]'"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name!r} runs under no_grad, where nothing is recorded: run the model in grad mode (its forward, not "
+                "generate)"
+            )
+        place, y = found
+        tensor = self._change(name, plain(y))
+        runs = self.made.setdefault(name, [])
+        runs.append(Tap(tensor, name, len(runs), self._count))
+        self._count += 1
+        return _replaced(value, place, tensor.clone())
+
+    def _check_ran(self) -> None:
+        for spec, modules in zip(self.specs, self.modules, strict=True):
+            ran = [name for path in modules if (name := spec.named(path)) in self.made]
+            if not ran:
+                what = spec.named(spec.pattern)
+                if self.made:
+                    rest = f", and {', '.join(map(repr, list(self.made)[:8]))} did"
+                else:
+                    rest = ": call the model within the context; what calls a layer's forward itself runs no hook"
+                raise RuntimeError(
+                    f"{what!r} did not run in this call of {type(self._model).__name__}{rest}"
+                )
+            if spec.run is not None and all(len(self.made[name]) <= spec.run for name in ran):
+                most = max(len(self.made[name]) for name in ran)
+                raise RuntimeError(
+                    f"{spec.named(spec.pattern, spec.run)!r}: it ran {most} times, and '#0' is the first"
+                )
+
+    def found(self) -> dict[str, Tap]:
+        """What was kept, in the order in which it ran; with several runs of one name, each by its number."""
+        every = sorted((t for runs in self.made.values() for t in runs), key=lambda t: t.order)
+        return {self._called(t): t for t in every}
+
+    def _called(self, tap: Tap) -> str:
+        return f"{tap.name}#{tap.run}" if len(self.made[tap.name]) > 1 else tap.name
+
+    def found_by(self, number: int) -> dict[str, Tap]:
+        """What of it the spec of that number asks for."""
+        spec = self.specs[number]
+        names = {spec.named(path) for path in self.modules[number]}
+        return {
+            name: tap
+            for name, tap in self.found().items()
+            if tap.name in names and spec.run in (None, tap.run)
+        }
+
+    def tap(self, name: str) -> Tap:
+        """What was kept under a name. Raises KeyError for one that was not."""
+        found = self.found()
+        if name in found:
+            return found[name]
+        spec = spec_of(name)
+        runs = self.made.get(spec.named(spec.pattern))
+        if runs is None:
+            raise KeyError(f"{name!r} is not tapped{near(name, found)}")
+        if spec.run is None and len(runs) > 1:
+            raise KeyError(
+                f"{name!r} ran {len(runs)} times: write '{name}#0' to '{name}#{len(runs) - 1}'"
+            )
+        if spec.run is not None and spec.run >= len(runs):
+            raise KeyError(f"{name!r}: it ran {len(runs)} times, and '#0' is the first")
+        return runs[spec.run or 0]
+
+
+def copied(name: str, y: Tensor) -> Tensor:
+    """An activation in memory of its own, where its graph goes on, or begins."""
+    return y.clone() if y.requires_grad else y.detach().clone().requires_grad_()
+
+
+def _live(b: Tensor) -> bool:
+    return b.requires_grad and b.grad_fn is not None
+
+
+def _told(value: Any) -> str:
+    return (
+        "the input" if isinstance(value, tuple) and len(value) == 2 else f"a {type(value).__name__}"
+    )
+
+
+# -- tensors in what layers take and give -------------------------------------------------------------
+
+
+def _inside(value: Any) -> Iterator[tuple[Step, Any]]:
+    """The parts of a tuple, list, mapping or dataclass."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, (tuple, list)):
+        yield from enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+
+
+def _found(value: Any, path: Sequence[Step]) -> tuple[tuple[Step, ...], Tensor] | None:
+    """The first floating tensor below a path, and its own path."""
+    if path:
+        part = next((v for k, v in _inside(value) if k == path[0]), None)
+        parts: Iterable[tuple[Step, Any]] = () if part is None else [(path[0], part)]
+    elif isinstance(value, Tensor):
+        return ((), value) if value.is_floating_point() else None
+    else:
+        parts = _inside(value)
+    for key, part in parts:
+        if (below := _found(part, path[1:])) is not None:
+            return (key, *below[0]), below[1]
+    return None
+
+
+def _replaced(value: Any, path: Sequence[Step], new: Tensor) -> Any:
+    """A value with another tensor at a path; what lies elsewhere is the same."""
+    if not path:
+        return new
+    key, *rest = path
+    part = _replaced(next(v for k, v in _inside(value) if k == key), rest, new)
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{str(key): part})  # type: ignore[type-var]
+    if isinstance(value, Mapping):
+        changed = {**value, key: part}
+        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+    parts = [part if k == key else v for k, v in _inside(value)]
+    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
