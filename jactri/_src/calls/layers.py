@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import backends
 from ..prologue.arguments import Options, check_options
-from ..prologue.running import buffers_kept, public, record
+from ..prologue.running import buffers_kept, computing, public, record
 from ..prologue.tapping import Spec, Tap, Tapping, copied, spec_of, specs_of
 from ..read import handover
 from ..read.behind import reached
@@ -108,7 +109,6 @@ def layer_jacobian(
         chunk_size=chunk_size, memory_limit=memory_limit, backend=backend, strategy="reverse-mode", progress=progress,
         what="the reduced Jacobian",
     )  # fmt: skip
-    check_options(options.strategy, chunk_size, None, False)
     return wanted.of(model, inputs, options)
 
 
@@ -132,6 +132,7 @@ class Between:
 
     def of(self, model: torch.nn.Module, inputs: Any, options: Options) -> dict[str, Tensor]:
         """The answer for one call of a model."""
+        check_options(options.strategy, options.chunk_size, None, False)
         args, kwargs = arguments(inputs)
         if handover.transforming([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]):
             raise RuntimeError("layer_jacobian is not available inside of a torch.func transform")
@@ -141,12 +142,19 @@ class Between:
         def change(name: str, y: Tensor) -> Tensor:
             if name not in sources:
                 return copied(name, y)
-            how = self.at_source
-            leaf, more = how.summand(y, masks.of(name, y) if how.how is not None else None, name)
-            leaves.setdefault(name, []).append(leaf)
-            return y + more
+            with computing(True):
+                mask = None if self.at_source.how is None else masks.of(name, y)
+                leaf, more = self.at_source.summand(y, mask, name)
+                leaves.setdefault(name, []).append(leaf)
+                return y + more
 
         tapping = Tapping(model, [self.target, *self.sources], change)
+        devices = [
+            t.device
+            for t in (*model.parameters(), *args, *kwargs.values())
+            if isinstance(t, Tensor)
+        ]
+        backends.check_asked(options.backend, devices[0] if devices else None, False)
         targets, *found = tapping.modules
         if len(targets) > 1:
             raise ValueError(
@@ -165,18 +173,15 @@ class Between:
         with buffers_kept(model.modules()), tapping:
             _, options.handles = record(lambda: model(*args, **kwargs))
         draws.check(model)
-        ends = tapping.found_by(0)
+        ends = tapping.found([0])
         if len(ends) > 1:
             raise RuntimeError(
                 f"target={end_name!r} ran {len(ends)} times; name one of {', '.join(map(repr, ends))}"
             )
         (target,) = ends
-        starts: dict[str, Tap] = {}
-        for number in range(1, len(tapping.specs)):
-            starts.update(tapping.found_by(number))
-        starts = dict(sorted(starts.items(), key=lambda item: item[1].order))
+        starts = tapping.found(range(1, len(tapping.specs)))
         xs = [leaves[tap.name][tap.run] for tap in starts.values()]
-        with torch.inference_mode(False), torch.enable_grad():
+        with computing(True):
             z = self._at_target(ends[target].tensor, masks, end_name)
         there = reached([z], xs)
         missing = [tap for i, tap in enumerate(starts.values()) if i not in there]
@@ -187,8 +192,8 @@ class Between:
 
     def _at_target(self, y: Tensor, masks: Masks, name: str) -> Tensor:
         """The target, reduced."""
-        how = self.at_target
-        z = how.applied(y, masks.of(name, y) if how.how is not None else None, name)
+        mask = None if self.at_target.how is None else masks.of(name, y)
+        z = self.at_target.applied(y, mask, name)
         if self.rows is None:
             return z
         rows, features = self.rows, z.shape[-1] if z.dim() else 0

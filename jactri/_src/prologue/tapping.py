@@ -7,6 +7,7 @@ may be frozen and inputs be integers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -174,24 +175,25 @@ class Tapping:
             path: tuple[Step, ...] = ()
             if spec.key is not None:
                 path = (0, spec.key) if isinstance(spec.key, int) else (1, spec.key)
-            return self._kept(name, given, path)
+            return self._kept(name, given, path, "the input")
 
         return hook
 
     def _after(self, name: str, spec: Spec):
         def hook(module: Module, args: tuple, output: Any):
-            return self._kept(name, output, () if spec.key is None else (spec.key,))
+            path = () if spec.key is None else (spec.key,)
+            return self._kept(name, output, path, f"a {type(output).__name__}")
 
         return hook
 
-    def _kept(self, name: str, value: Any, path: tuple[Step, ...]) -> Any:
+    def _kept(self, name: str, value: Any, path: tuple[Step, ...], what: str) -> Any:
         """Keep the first floating tensor of a value, at a path or below: the value with what goes on in its place."""
         found = _found(value, path)
         if found is None:
-            where = f"[{path[-1]!r}]" if path else ""
+            where = f" at [{path[-1]!r}]" if path else ""
             raise RuntimeError(
-                f"{name!r}: {_told(value)} has no floating-point tensor{where and f' at {where}'}; name another layer, "
-                "or one of several tensors by '[0]' or '[key]'"
+                f"{name!r}: {what} has no floating-point tensor{where}; name another layer, or one of several tensors "
+                "by '[0]' or '[key]'"
             )
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -223,23 +225,26 @@ class Tapping:
                     f"{spec.named(spec.pattern, spec.run)!r}: it ran {most} times, and '#0' is the first"
                 )
 
-    def found(self) -> dict[str, Tap]:
-        """What was kept, in the order in which it ran; with several runs of one name, each by its number."""
-        every = sorted((t for runs in self.made.values() for t in runs), key=lambda t: t.order)
-        return {self._called(t): t for t in every}
+    def found(self, numbers: Iterable[int] | None = None) -> dict[str, Tap]:
+        """What the specs, or those of some numbers, ask for, in the order in which it ran.
+
+        With several runs of one name, each by its number.
+        """
+        asked = {
+            (self.specs[i].named(path), self.specs[i].run)
+            for i in (range(len(self.specs)) if numbers is None else numbers)
+            for path in self.modules[i]
+        }
+        taps = [
+            tap
+            for runs in self.made.values()
+            for tap in runs
+            if (tap.name, None) in asked or (tap.name, tap.run) in asked
+        ]
+        return {self._called(t): t for t in sorted(taps, key=lambda t: t.order)}
 
     def _called(self, tap: Tap) -> str:
         return f"{tap.name}#{tap.run}" if len(self.made[tap.name]) > 1 else tap.name
-
-    def found_by(self, number: int) -> dict[str, Tap]:
-        """What of it the spec of that number asks for."""
-        spec = self.specs[number]
-        names = {spec.named(path) for path in self.modules[number]}
-        return {
-            name: tap
-            for name, tap in self.found().items()
-            if tap.name in names and spec.run in (None, tap.run)
-        }
 
     def tap(self, name: str) -> Tap:
         """What was kept under a name. Raises KeyError for one that was not."""
@@ -247,16 +252,15 @@ class Tapping:
         if name in found:
             return found[name]
         spec = spec_of(name)
-        runs = self.made.get(spec.named(spec.pattern))
-        if runs is None:
+        base = spec.named(spec.pattern)
+        runs = {t.run: t for t in found.values() if t.name == base}
+        if not runs:
             raise KeyError(f"{name!r} is not tapped{near(name, found)}")
-        if spec.run is None and len(runs) > 1:
-            raise KeyError(
-                f"{name!r} ran {len(runs)} times: write '{name}#0' to '{name}#{len(runs) - 1}'"
-            )
-        if spec.run is not None and spec.run >= len(runs):
-            raise KeyError(f"{name!r}: it ran {len(runs)} times, and '#0' is the first")
-        return runs[spec.run or 0]
+        if (count := len(self.made[base])) > 1 and spec.run is None:
+            raise KeyError(f"{name!r} ran {count} times: write '{base}#0' to '{base}#{count - 1}'")
+        if (run := spec.run or 0) not in runs:
+            raise KeyError(f"{name!r} is not tapped: it ran {count} times, and '#0' is the first")
+        return runs[run]
 
 
 def copied(name: str, y: Tensor) -> Tensor:
@@ -266,12 +270,6 @@ def copied(name: str, y: Tensor) -> Tensor:
 
 def _live(b: Tensor) -> bool:
     return b.requires_grad and b.grad_fn is not None
-
-
-def _told(value: Any) -> str:
-    return (
-        "the input" if isinstance(value, tuple) and len(value) == 2 else f"a {type(value).__name__}"
-    )
 
 
 # -- tensors in what layers take and give -------------------------------------------------------------
@@ -311,7 +309,8 @@ def _replaced(value: Any, path: Sequence[Step], new: Tensor) -> Any:
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{str(key): part})  # type: ignore[type-var]
     if isinstance(value, Mapping):
-        changed = {**value, key: part}
-        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+        changed: Any = copy.copy(value)
+        changed[key] = part
+        return changed
     parts = [part if k == key else v for k, v in _inside(value)]
-    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
