@@ -13,6 +13,7 @@ from ._src.calls.gradient import gradient
 from ._src.calls.gram import jjt, jtj
 from ._src.calls.laplacian import bilaplacian, laplacian
 from ._src.calls.layers import layer_jacobian
+from ._src.calls.mean import JacobianMean
 from ._src.calls.ntk import empirical_ntk
 from ._src.calls.parameters import ParameterJacobian, parameter_jacobian
 from ._src.calls.taps import Taps, taps
@@ -38,6 +39,7 @@ __all__ = [
     "Compiled",
     "Explanation",
     "FallbackError",
+    "JacobianMean",
     "JacobianMismatch",
     "Node",
     "ParameterJacobian",

@@ -38,8 +38,8 @@ class Watch:
 
 
 @contextlib.contextmanager
-def bar(total: int) -> Iterator[Callable[[], None]]:
-    """A bar of ``total`` steps on standard error; yields the function that advances it by one.
+def bar(total: int | None, what: str = "jacobian") -> Iterator[Callable[[], None]]:
+    """A bar of ``total`` steps (None: not known) on standard error; yields the function that advances it by one.
 
     Raises ImportError if neither rich nor tqdm is installed.
     """
@@ -57,12 +57,12 @@ def bar(total: int) -> Iterator[Callable[[], None]]:
             from tqdm import tqdm
         except ImportError:
             raise ImportError("progress=True needs rich or tqdm: pip install rich") from None
-        with tqdm(total=total, desc="jacobian") as shown:
+        with tqdm(total=total, desc=what) as shown:
             yield lambda: shown.update(1)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task("jacobian", total=total)
+        task = shown.add_task(what, total=total)
         yield lambda: shown.advance(task)

@@ -104,18 +104,23 @@ def layer_jacobian(
         >>> J.shape
         torch.Size([8, 1, 5, 8])
     """
-    wanted = Between(source, target, reduce, rows, seed, mask)
-    options = Options(
+    wanted = Between(source, target, reduce, rows, seed)
+    options = options_of(chunk_size, memory_limit, backend, progress)
+    return wanted.of(model, inputs, mask, options)
+
+
+def options_of(chunk_size=None, memory_limit=None, backend="auto", progress=False) -> Options:
+    """The options of one call: a sweep in reverse, which all sources share."""
+    return Options(
         chunk_size=chunk_size, memory_limit=memory_limit, backend=backend, strategy="reverse-mode", progress=progress,
         what="the reduced Jacobian",
     )  # fmt: skip
-    return wanted.of(model, inputs, options)
 
 
 class Between:
     """What is asked for between the layers of a model, whatever its inputs: checked arguments of `layer_jacobian`."""
 
-    def __init__(self, source, target, reduce, rows, seed, mask):
+    def __init__(self, source, target, reduce, rows, seed):
         self.sources, self.target = specs_of(source, "source"), _target(target)
         if not isinstance(reduce, (tuple, list)) or len(reduce) != 2:
             raise TypeError(
@@ -128,15 +133,17 @@ class Between:
         )
         self.at_target.check()
         self.at_source.check()
-        self.rows, self.seed, self.mask = _rows(rows), seed, mask
+        self.rows, self.seed = _rows(rows), seed
 
-    def of(self, model: torch.nn.Module, inputs: Any, options: Options) -> dict[str, Tensor]:
+    def of(
+        self, model: torch.nn.Module, inputs: Any, mask: Any, options: Options
+    ) -> dict[str, Tensor]:
         """The answer for one call of a model."""
         check_options(options.strategy, options.chunk_size, None, False)
         args, kwargs = arguments(inputs)
         if handover.transforming([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]):
             raise RuntimeError("layer_jacobian is not available inside of a torch.func transform")
-        masks = Masks(self.mask, kwargs)
+        masks = Masks(mask, kwargs)
         leaves: dict[str, list[Tensor]] = {}
 
         def change(name: str, y: Tensor) -> Tensor:
