@@ -53,18 +53,55 @@ def test_taps_of_a_frozen_model_of_tokens_are_one_graph():
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_what_follows_a_tap_goes_into_other_calls():
+def test_the_function_between_taps_goes_into_other_calls():
     model, given = tiny(), ids(1)
-    with jactri.taps(model, ["layers.1"]) as taps:
+    with jactri.taps(model, ["layers.1", "norm"]) as taps:
         model(given)
-    h, rest = taps["layers.1"], by_hand(model, "layers.1")
+    h, rest = taps["layers.1"], taps.function("layers.1", "norm")
+    assert torch.equal(rest(h), by_hand(model, "layers.1")(h))
     J = whole(model, "layers.1", given).reshape(30, 30)
     c = torch.randn(2, *h.shape, dtype=F64)
     assert_close(jactri.vjp(rest, h, c)[1].flatten(1), c.flatten(1) @ J, F64, length=60)
+    for differentiate in (None, "auto"):
+        along = jactri.jvp(rest, h, c, differentiate=differentiate)[1]
+        assert_close(along.flatten(1), c.flatten(1) @ J.T, F64, length=60)
     assert_close(jactri.jtj(rest, h).reshape(30, 30), J.T @ J, F64, length=60)
     assert_close(jactri.diagonal(rest, h).flatten(), J.diagonal(), F64, length=60)
-    (grad,) = torch.autograd.grad(rest(h), h, c[0])
+    assert_close(jactri.jacobian(rest, h).reshape(30, 30), J, F64, length=60)
+    (grad,) = torch.autograd.grad(taps["norm"], h, c[0])
     assert_close(grad.flatten(), c[0].flatten() @ J, F64, length=60)
+    assert hooks(model) == 0
+
+
+def test_functions_that_there_are_not():
+    model, given = tiny(dropout=0.5), ids()
+    names = ["layers.*", "layers.0.attn:output[1]"]
+    taps = tapped(model, names, given)
+    with pytest.raises(
+        RuntimeError, match=r"'layers.0' does not depend on .*, which comes after it"
+    ):
+        taps.function("layers.1", "layers.0")
+    with pytest.raises(RuntimeError, match=r"does not depend on source 'layers.1'"):
+        taps.function("layers.1", "layers.1")
+    with pytest.raises(KeyError, match="'norm' is not tapped"):
+        taps.function("layers.1", "norm")
+    rest = taps.function("layers.0", "layers.2")
+    with pytest.raises(
+        RuntimeError, match=r"has shape \(2, 5, 6\), got an activation of \(2, 4, 6\)"
+    ):
+        rest(taps["layers.0"][:, 1:])
+    taps = tapped(model.train(), names, given)
+    with pytest.raises(
+        RuntimeError, match=r"another 'layers.2' when it runs again .*model.eval\(\)"
+    ):
+        taps.function("layers.0", "layers.2")
+    with jactri.taps(model.eval(), names) as taps:
+        hidden, _ = model.layers[0](model.embed(given))
+        model.layers[2](model.layers[1](hidden)[0])
+        with pytest.raises(RuntimeError, match="whose context is over"):
+            taps.function("layers.0", "layers.2")
+    with pytest.raises(RuntimeError, match="the model was called 0 times in the context"):
+        taps.function("layers.0", "layers.2")
 
 
 @pytest.mark.parametrize("frozen", [True, False])

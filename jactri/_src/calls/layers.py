@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..base import backends
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import buffers_kept, computing, public, record
-from ..prologue.tapping import Spec, Tap, Tapping, copied, spec_of, specs_of
+from ..prologue.tapping import Spec, Tap, Tapping, check_no_cache, copied, spec_of, specs_of
 from ..read import handover
 from ..read.behind import reached
 from .api import compute
@@ -232,18 +231,11 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             f"{type(inputs)}{_instead(inputs)}"
         )
     kwargs = dict(inputs)
-    for name, value in kwargs.items():
+    for name in kwargs:
         if not isinstance(name, str):
             raise TypeError(f"inputs must have names of arguments as keys, got {name!r}")
-        if value is not None and not isinstance(value, bool) and _CACHE.search(name):
-            raise RuntimeError(
-                f"inputs hold {name}, a cache that the call would write activations to; leave it out, give all tokens "
-                "at once and pass use_cache=False"
-            )
+    check_no_cache(kwargs, "inputs")
     return (), kwargs
-
-
-_CACHE = re.compile(r"past_key_value|cache(?!_position)")
 
 
 def _instead(inputs: Any) -> str:

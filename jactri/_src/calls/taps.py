@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..prologue.running import public
 from ..prologue.tapping import Tapping, copied, specs_of
+from .replay import Replay
 
 
 @public
@@ -71,10 +72,14 @@ class Taps(Mapping[str, Tensor]):
         ...     _ = net(torch.randn(2, 3))
         >>> {name: tuple(tensor.shape) for name, tensor in taps.items()}
         {'0': (2, 3), '1': (2, 3)}
+        >>> y, product = jactri.vjp(taps.function("0", "1"), taps["0"], torch.ones(4, 2, 3))
+        >>> torch.allclose(product[2], 1 - taps["1"] ** 2)
+        True
     """
 
     def __init__(self, model: torch.nn.Module, names: str | Sequence[str]):
         self._tapping = Tapping(model, specs_of(names, "names"), copied)
+        self._model = model
         self._entered = False
 
     def __enter__(self) -> Taps:
@@ -88,6 +93,28 @@ class Taps(Mapping[str, Tensor]):
 
     def __exit__(self, *error) -> None:
         self._tapping.__exit__(*error)
+
+    @public
+    def function(self, source: str, target: str) -> Callable[[Tensor], Tensor]:
+        """What makes one activation of another, for calls that take a function: `vjp`, `jvp`, `jtj`, `diagonal`.
+
+        It runs the model once more with what it was called with, hooks and all, with its argument in the place of the
+        source. At ``taps[source]`` it gives ``taps[target]``, which is tried here.
+
+        Args:
+            source: the name of a tap.
+            target: the name of another one.
+
+        Raises:
+            KeyError: a name that is not tapped.
+            RuntimeError: within the context; the model was not called in it, or more than once, or with a cache; it
+                gives something else when it runs again, as with dropout; the target does not depend on the source.
+
+        Cost:
+            That of the whole model, each time and once here.
+        """
+        start, end = self._tapping.tap(source), self._tapping.tap(target)
+        return Replay(self._model, self._tapping, start, end).tried()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tapping.tap(name).tensor

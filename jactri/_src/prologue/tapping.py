@@ -109,7 +109,7 @@ class Tap(NamedTuple):
 class Tapping:
     """A context in which activations of a module's layers are kept: ``made``, by name, one each run, in order.
 
-    ``modules``: for each spec, the modules that it matches, by path.
+    ``modules``: for each spec, the modules that it matches, by path. ``calls``: what the model itself was called with.
     """
 
     def __init__(self, model: Module, specs: Sequence[Spec], change: Change):
@@ -119,7 +119,7 @@ class Tapping:
             )
         self.specs, self.made = specs, dict[str, list[Tap]]()
         self._change, self._count = change, 0
-        self._model = model
+        self._model, self.calls = model, list[tuple[tuple[Any, ...], dict[str, Any]]]()
         self._stack: ExitStack | None = None
         paths: dict[str, Module] = dict(model.named_modules(remove_duplicate=False))
         self.modules: list[dict[str, Module]] = []
@@ -137,6 +137,8 @@ class Tapping:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(staying_eager())
+            called = self._model.register_forward_pre_hook(self._called_with, with_kwargs=True)
+            stack.callback(called.remove)
             asked: dict[str, tuple[Module, Spec]] = {}
             for spec, modules in zip(self.specs, self.modules, strict=True):
                 for path, module in modules.items():
@@ -168,6 +170,14 @@ class Tapping:
                 "(use_cache=False)"
             )
         self._check_ran()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the context is entered now."""
+        return self._stack is not None
+
+    def _called_with(self, module: Module, args: tuple, kwargs: dict) -> None:
+        self.calls.append((args, kwargs))
 
     def _before(self, name: str, spec: Spec):
         def hook(module: Module, args: tuple, kwargs: dict):
@@ -261,6 +271,19 @@ class Tapping:
         if (run := spec.run or 0) not in runs:
             raise KeyError(f"{name!r} is not tapped: it ran {count} times, and '#0' is the first")
         return runs[run]
+
+
+_CACHE = re.compile(r"past_key_value|cache(?!_position)")
+
+
+def check_no_cache(kwargs: Mapping[str, Any], whose: str) -> None:
+    """Raise RuntimeError for a cache among a model's arguments."""
+    for name, value in kwargs.items():
+        if value is not None and not isinstance(value, bool) and _CACHE.search(name):
+            raise RuntimeError(
+                f"{whose} hold {name}, a cache that the call writes activations to; leave it out, give all tokens at "
+                "once and pass use_cache=False"
+            )
 
 
 def copied(name: str, y: Tensor) -> Tensor:
