@@ -25,6 +25,7 @@ EXTRAS = {
         "hypothesis": "hypothesis",
         "pytest_benchmark": "pytest-benchmark",
     },
+    "lens": {"safetensors": "safetensors"},
     "bench": {"pytest_benchmark": "pytest-benchmark", "matplotlib": "matplotlib"},
 }
 OLDEST_TORCH = (2, 11)

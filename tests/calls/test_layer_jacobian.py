@@ -259,6 +259,24 @@ def test_samples_one_after_another_are_masked_too():
     assert_close(J, (2 * x[mask.bool()]).mean().reshape(1, 1), F64, length=6)
 
 
+def test_a_mask_by_position_and_rows_without_tokens():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tiny, self.pool = tiny(), nn.Identity()
+
+        def forward(self, input_ids, attention_mask):
+            return self.pool(self.tiny(input_ids, attention_mask)["hidden"][:, 0])
+
+    model, mask = Pooled(), MASKS["right"]
+    J = jactri.layer_jacobian(model, (ids(), mask), "tiny.layers.0", "tiny.norm")["tiny.layers.0"]
+    wanted = truth(model.tiny, "layers.0", ids(), mask, ("sum", "mean"))
+    assert_close(J, wanted, F64, length=200)
+    J = jactri.layer_jacobian(model, (ids(), mask), "tiny.layers.0", "pool")["tiny.layers.0"]
+    wanted = truth(model.tiny, "layers.0", ids(), mask, (0, "mean"))
+    assert_close(J, wanted, F64, length=200)
+
+
 # -- bad input --------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ def layer_jacobian(
     at every source on its way. Both reductions are part of what is differentiated, so that for L sources of d features
     a lens takes ``L d d`` numbers, however many tokens there are.
 
-    Activations are ``(samples, *tokens, features)``. Valid tokens are those of ``attention_mask`` in ``inputs``, or
-    all.
+    Activations are ``(samples, *tokens, features)``. Valid tokens are those of ``attention_mask`` among the arguments
+    in ``inputs`` (``decoder_attention_mask`` of layers of a decoder), or all.
 
     Args:
         model: a module, in eval mode if it has dropout. Its weights may be frozen.
@@ -52,8 +53,8 @@ def layer_jacobian(
         reduce: what is done at the target and at the source. ``"sum"`` or ``"mean"``: over all valid tokens of all
             samples. A number: that token of each sample, among the valid ones (``-1`` is the last); samples are summed
             at the target, averaged at the source. A tensor of weights, ``(tokens,)``, ``(tokens, K)`` or ``(samples,
-            tokens, K)``: the sum of the valid tokens of all samples, so weighted. None: nothing. ``("sum", "mean")`` is
-            the Jacobian lens.
+            tokens, K)``: the sum of the valid tokens of all samples, so weighted. None: nothing, and no token is left
+            out. ``("sum", "mean")`` is the Jacobian lens.
         rows: a tensor ``(K, features)`` that multiplies the target, as rows of an unembedding. A number K: a random
             projection, ``torch.randn(K, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             / K ** 0.5``, whose transpose times the result is an unbiased estimate of the Jacobian.
@@ -142,7 +143,9 @@ class Between:
         args, kwargs = arguments(inputs)
         if handover.transforming([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]):
             raise RuntimeError("layer_jacobian is not available inside of a torch.func transform")
-        masks = Masks(mask, kwargs)
+        named = _by_name(model, args, kwargs)
+        check_no_cache(named, "inputs")
+        masks = Masks(mask, named)
         leaves: dict[str, list[Tensor]] = {}
 
         def change(name: str, y: Tensor) -> Tensor:
@@ -220,7 +223,7 @@ def sketch(rows: int, features: int, seed: int) -> Tensor:
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with. Raises for what is none, and for caches."""
+    """What a model is called with. Raises for what is none."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, tuple):
@@ -234,8 +237,18 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for name in kwargs:
         if not isinstance(name, str):
             raise TypeError(f"inputs must have names of arguments as keys, got {name!r}")
-    check_no_cache(kwargs, "inputs")
     return (), kwargs
+
+
+def _by_name(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's call by their names, as far as they have any."""
+    try:
+        return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs
+    except (
+        TypeError,
+        ValueError,
+    ):  # the call itself says what does not fit, and a builtin has none
+        return kwargs
 
 
 def _instead(inputs: Any) -> str:

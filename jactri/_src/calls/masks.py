@@ -12,16 +12,16 @@ _MASK, _DECODER = "attention_mask", "decoder_attention_mask"
 
 
 class Masks:
-    """Masks of the activations of one call. ``given``: the caller's; ``kwargs``: what the model is called with."""
+    """Masks of the activations of one call. ``given``: the caller's; ``named``: the model's arguments by name."""
 
-    def __init__(self, given: Any, kwargs: Mapping[str, Any]):
+    def __init__(self, given: Any, named: Mapping[str, Any]):
         if isinstance(given, str) and given != AUTO:
             raise ValueError(f"mask must be 'auto', a tensor, None or a dict, got {given!r}")
         if not isinstance(given, (str, type(None), Tensor, Mapping)):
             raise TypeError(
                 f"mask must be 'auto', a tensor, None or a dict of those by layer, got {type(given)}"
             )
-        self._given, self._kwargs = given, kwargs
+        self._given, self._named = given, named
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError for masks of layers that are not asked for."""
@@ -54,8 +54,11 @@ class Masks:
             )
         if bool(valid.all()):
             return None
-        if y.dim() == 2 and valid.dim() == 2 and valid.numel() == len(y):
-            return valid.flatten()  # tokens of all samples, one after another
+        if y.dim() == valid.dim() == 2:
+            if len(y) == valid.numel():
+                return valid.flatten()  # tokens of all samples, one after another
+            if len(y) == len(valid):
+                return None  # one row a sample, no tokens
         if valid.dim() != 2 or y.shape[:-1] != valid.shape:
             raise RuntimeError(
                 f"{what} of shape {tuple(given.shape)} does not fit {name!r}, of shape {tuple(y.shape)}"
@@ -65,15 +68,15 @@ class Masks:
 
     def _auto(self, name: str) -> tuple[str, Any]:
         """The argument of the model that tells which tokens of a layer are valid, and its value."""
-        kwargs = self._kwargs
-        if not any(k.startswith("decoder_") for k in kwargs):
-            return _MASK, kwargs.get(_MASK)
+        named = self._named
+        if not any(k.startswith("decoder_") for k in named):
+            return _MASK, named.get(_MASK)
         parts = name.partition(":")[0].partition("#")[0].split(".")
         sides = [s for s, of in (("decoder", _DECODER), ("encoder", _MASK)) if s in parts]
         if len(sides) == 1:
             which = _DECODER if sides == ["decoder"] else _MASK
-            return which, kwargs.get(which)
-        masks = [m for m in (kwargs.get(_MASK), kwargs.get(_DECODER)) if m is not None]
+            return which, named.get(which)
+        masks = [m for m in (named.get(_MASK), named.get(_DECODER)) if m is not None]
         if any(not bool((m != 0).all()) for m in masks):
             raise RuntimeError(
                 f"inputs have masks for an encoder and a decoder, and {name!r} tells not which it is of"
