@@ -143,6 +143,28 @@ def test_patterns_are_of_parts_of_paths():
     assert repr(taps).startswith("Taps({'layers.0.attn.qkv': (2, 5, 18), ")
 
 
+def test_patterns_leave_out_what_has_no_activation():
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.positions, self.pick = nn.Embedding(5, 3), nn.Tanh(), nn.Identity()
+            self.last, self.never = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            with torch.no_grad():
+                where = self.positions(x)
+            return self.last(x + where), self.pick(ids)
+
+    for pattern, wanted in (("*", ["embed", "last"]), ("**:input", ["last:input"])):
+        taps = tapped(Some(), pattern, ids(1) % 5)
+        assert list(taps) == wanted
+    with pytest.raises(RuntimeError, match="'positions' runs under no_grad"):
+        tapped(Some(), ["*", "positions"], ids(1) % 5)
+    with pytest.raises(RuntimeError, match="'pick': a Tensor has no floating-point tensor"):
+        tapped(Some(), ["pick", "*"], ids(1) % 5)
+
+
 def test_writes_in_place_reach_no_tap():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)).double()

@@ -25,7 +25,8 @@ def taps(model: torch.nn.Module, names: str | Sequence[str]) -> Taps:
     Args:
         model: a module; it is not modified, and its hooks are gone after the context, also after an exception.
         names: paths of modules, as in ``model.named_modules()``, the empty text being the model. ``*`` stands for a
-            part of a path (``"model.layers.*"``, the layers and nothing below them), ``**`` for any number of parts.
+            part of a path (``"model.layers.*"``, the layers and nothing below them), ``**`` for any number of parts; of
+            what they match, they take the layers that run, in grad mode, and give floating-point numbers.
             ``":input"`` behind a path is what the layer takes, ``":output"`` (the default) what it gives: the first
             floating-point tensor, or with ``":output[1]"``, ``":output[logits]"``, ``":input[0]"`` or
             ``":input[mask]"`` the one of that number or keyword. A layer that runs several times has ``"name#0"``,

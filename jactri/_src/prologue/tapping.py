@@ -119,6 +119,7 @@ class Tapping:
             )
         self.specs, self.made = specs, dict[str, list[Tap]]()
         self._change, self._count = change, 0
+        self._by_name: set[str] = set()  # and not by a pattern
         self._model, self.calls = model, list[tuple[tuple[Any, ...], dict[str, Any]]]()
         self._stack: ExitStack | None = None
         paths: dict[str, Module] = dict(model.named_modules(remove_duplicate=False))
@@ -143,6 +144,8 @@ class Tapping:
             for spec, modules in zip(self.specs, self.modules, strict=True):
                 for path, module in modules.items():
                     asked[spec.named(path)] = module, spec
+                    if path == spec.pattern:
+                        self._by_name.add(spec.named(path))
             for name, (module, spec) in asked.items():
                 if spec.port == "input":
                     handle = module.register_forward_pre_hook(
@@ -197,8 +200,13 @@ class Tapping:
         return hook
 
     def _kept(self, name: str, value: Any, path: tuple[Step, ...], what: str) -> Any:
-        """Keep the first floating tensor of a value, at a path or below: the value with what goes on in its place."""
+        """Keep the first floating tensor of a value, at a path or below: the value with what goes on in its place.
+
+        Where there is none, or nothing is recorded, a name is an error, and a pattern is not for this one.
+        """
         found = _found(value, path)
+        if name not in self._by_name and (found is None or not torch.is_grad_enabled()):
+            return None
         if found is None:
             where = f" at [{path[-1]!r}]" if path else ""
             raise RuntimeError(
