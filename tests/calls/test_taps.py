@@ -376,12 +376,13 @@ def test_without_a_graph_and_without_the_name():
         taps["layers.2"]
 
 
-def test_an_in_place_cache_is_refused_and_keeps_no_graph():
+@pytest.mark.parametrize("view", [False, True])
+def test_an_in_place_cache_is_refused_and_keeps_no_graph(view):
     class Cached(nn.Module):
         def __init__(self):
             super().__init__()
             self.keys = nn.Linear(3, 3)
-            self.register_buffer("cache", torch.zeros(2, 3))
+            self.register_buffer("cache", torch.zeros(4, 3)[1:3] if view else torch.zeros(2, 3))
 
         def forward(self, x):
             self.cache[:] = self.keys(x)

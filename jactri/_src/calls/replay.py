@@ -31,6 +31,8 @@ class Replay:
         check_no_cache(kwargs, "the arguments of the model")
         self._model, self._args, self._kwargs = model, args, kwargs
         self._start, self._end = start, end
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        self._given = [(t, t._version) for t in given if not t.is_inference()]
         self._specs = [spec_of(start.name), spec_of(end.name)]
 
     def tried(self) -> Replay:
@@ -66,6 +68,10 @@ class Replay:
                 )
             return activation
 
+        if any(t._version != version for t, version in self._given):
+            raise RuntimeError(
+                "an argument of the model was written to since it was called: make other taps, of another call"
+            )
         with Tapping(self._model, self._specs, change) as tapping:
             self._model(*self._args, **self._kwargs)
         return tapping.made[end.name][end.run].tensor

@@ -163,7 +163,7 @@ class Tapping:
         stack.__exit__(kind, error, trace)
         cached = [n for n, b in self._model.named_buffers() if _live(b) and id(b) not in self._live]
         for name in cached:
-            self._model.get_buffer(name).detach_()
+            _without_graph(self._model, name)
         if kind is not None:
             return
         if cached:
@@ -297,6 +297,16 @@ def check_no_cache(kwargs: Mapping[str, Any], whose: str) -> None:
 def copied(name: str, y: Tensor) -> Tensor:
     """An activation in memory of its own, where its graph goes on, or begins."""
     return y.clone() if y.requires_grad else y.detach().clone().requires_grad_()
+
+
+def _without_graph(model: Module, name: str) -> None:
+    """Let the graph behind a buffer go."""
+    b = model.get_buffer(name)
+    if not b._is_view():
+        b.detach_()
+        return
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, b.detach())
 
 
 def _live(b: Tensor) -> bool:
