@@ -26,6 +26,8 @@ from ._src.run.banded import Banded
 from ._src.tools import profiling as _profiling
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule
+from ._src.tools.derivatives import detached_std, identity, ratio, uniform, zero
+from ._src.tools.overrides import overrides
 from ._src.tools.profiling import Profile, named_layers, profile
 from ._src.tools.report import Explanation, explain
 from ._src.tools.sparsity import sparsity
@@ -49,6 +51,7 @@ __all__ = [
     "bilaplacian",
     "check",
     "compile",
+    "detached_std",
     "diagonal",
     "divergence",
     "empirical_ntk",
@@ -59,6 +62,7 @@ __all__ = [
     "func",
     "ggn",
     "gradient",
+    "identity",
     "jacobian",
     "jacobian_of",
     "jjt",
@@ -67,12 +71,16 @@ __all__ = [
     "laplacian",
     "layer_jacobian",
     "named_layers",
+    "overrides",
     "parameter_jacobian",
     "profile",
+    "ratio",
     "rule",
     "sparsity",
     "taps",
+    "uniform",
     "vjp",
+    "zero",
 ]
 
 

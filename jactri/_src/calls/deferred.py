@@ -18,6 +18,7 @@ from ..prologue.arguments import Options
 from ..prologue.running import computing
 from ..read.behind import Outside
 from ..read.graph import UnsupportedGraph
+from ..read.overriding import refuse
 from ..read.reading import read
 from .api import compute
 
@@ -71,6 +72,7 @@ def differentiable(
     found = [walked[id(y)] for y in roots]
     if not any(found):
         return compute(ys, leaves, asked)
+    refuse("a result that can be differentiated", "call jactri.func under torch.no_grad()")
     with_graph = replace(asked, create_graph=True)
     if at_once or any(f.early for f in found if f) or _cheap(ys, leaves, asked):
         return [

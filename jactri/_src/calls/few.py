@@ -24,6 +24,7 @@ from ..base.rates import rough
 from ..plan.planning import answer_bytes, samples_of
 from ..plan.samples import probe_mixing
 from ..prologue.arguments import ASSUME, Options
+from ..read import overriding
 from ..read.behind import Walk, handles_of
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refusing
@@ -84,7 +85,9 @@ def foreseen(walk: Walk, ys, xs, asked: Options, budget: Budget) -> Engine | Non
 
 
 def _may(ys, xs, asked: Options) -> bool:
-    """Whether the call asks for no more than rows, and its function has no hooks, which are to see what they know."""
+    """Whether the call asks for no more than rows of the function itself, which has no hooks to see what they know."""
+    if overriding.now.get():
+        return False
     if asked.strategy not in ("auto", "reverse-mode") or asked.form != "dense" or asked.progress:
         return False
     if asked.out is not None and on_disk(a for row in asked.out for a in row):

@@ -18,7 +18,7 @@ from ..base.memory import Budget
 from ..plan.planning import Wanted, check_answer
 from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch, outputs
 from ..prologue.running import public, record
-from ..read import handover
+from ..read import handover, overriding
 from .api import nest
 
 
@@ -77,6 +77,7 @@ def finite_difference(
         True
     """
     tupled, xs = as_tuple(inputs, "inputs", "finite_difference")
+    overriding.refuse("finite_difference")
     if handover.transforming(xs):
         raise RuntimeError("finite_difference is not available inside of a torch.func transform")
     differences = Differences(func, xs, step, richardson, per_sample)

@@ -29,7 +29,7 @@ from ..base.tracing import making, own
 from ..prologue.arguments import Options, check_options
 from ..prologue.failures import note
 from ..prologue.running import computing, eagerly, prepare, recording, with_remedies
-from ..read import handover
+from ..read import handover, overriding
 from ..read.behind import Outside, handles_of
 from ..read.opaque import others
 from .api import compute
@@ -218,6 +218,7 @@ class _Transform:
         return self._answer(args, kwargs, tensors, graph)
 
     def _by_torch(self, args, kwargs):
+        overriding.refuse(f"{self.name} by torch.func (randomness={self.randomness!r})")
         for k in self._places(len(args)):
             self._check_inputs(tree_leaves(args[k]))
         func = functools.partial(self.func, **kwargs) if kwargs else self.func
@@ -311,6 +312,7 @@ class _Transform:
 
     def _second(self, run: _Evaluated, graph: bool):
         """The Hessians, by output and input, as trees of inputs."""
+        overriding.refuse("a second derivative")
         gradients = [g for y in run.ys for g in _gradients(y, run.leaves)]
         mixed = len({x.dtype for x in run.leaves}) > 1
         roots = [y for y in run.ys for _ in run.leaves]

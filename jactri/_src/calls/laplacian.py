@@ -19,6 +19,7 @@ from ..prologue.running import computing, eagerly, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import refuse_or_log
+from ..read.overriding import refuse
 from ..read.vmapped import looping
 from ..second.curves import UnknownCurvature, read_curves
 from ..second.forward import Course, LaplacianRun, course, narrowed
@@ -173,6 +174,7 @@ def of_output(
     y: Tensor, x: Tensor, a: Tensor | None, asked: Options, lower: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The Jacobian (if ``lower``) and the Laplacian of a recorded computation; ``a`` is a symmetric weight."""
+    refuse("a second derivative")
     with computing(asked.create_graph, asked.backend):
         shape = (*y.shape, *points.inner(x))
         if y.numel() == 0 or x.numel() == 0 or not y.requires_grad:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from ..read.behind import reached
+from ..read.overriding import refuse
 
 _ALLOWED = "This is not allowed in strict mode"
 
 
 def check_dependence(ys, xs) -> None:
     """Raise unless every output depends on every input (empty ones have nothing to say)."""
+    refuse("strict=True")
     _check_outputs(ys)
     for j, y in enumerate(ys):
         found = reached((y,), xs)
@@ -21,6 +23,7 @@ def check_dependence(ys, xs) -> None:
 
 def check_ends(ys, xs, forward: bool) -> None:
     """Raise unless every input is one that some output depends on; ``forward``: and every output on some input."""
+    refuse("strict=True")
     _check_outputs(ys)
     found = [reached((y,), xs) for y in ys]
     for i, x in enumerate(xs):

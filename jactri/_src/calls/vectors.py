@@ -22,7 +22,7 @@ from ..plan.poles import finite, suspects
 from ..prologue.arguments import Options, as_tuple, taken
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..prologue.streaming import Streamed
-from ..read import handover
+from ..read import handover, overriding
 from ..read.graph import Graph, UnsupportedGraph, Value
 from ..read.joining import for_given
 from ..read.opaque import refuse_or_log
@@ -105,7 +105,7 @@ def jvp(
         output, product = handover.jvp(eagerly(func), xs, ts, block, chunk_size)
         output = detached(output) if differentiate is None else output
         return output, detached(product) if differentiate in (None, "output") else product
-    if differentiate is None and not (block and not len(ts[0])):
+    if differentiate is None and not (block and not len(ts[0])) and not overriding.now.get():
         return _streamed(func, xs, ts, block, asked)
     kept = create_graph or differentiate == "output"
     ran = prepare(func, xs, kept, "jvp")

@@ -22,7 +22,7 @@ from ..base.cache import Cache
 from ..base.tables import Shown
 from ..calls.api import jacobian
 from ..prologue.running import public
-from ..read import handover
+from ..read import handover, overriding
 from . import calls, engines
 from .agreement import apart, apart_in_gradients, dtypes, relative
 from .captured import captured
@@ -63,6 +63,7 @@ class Compiled(Shown):
     """
 
     def __init__(self, of, func, engine: str, freeze: bool, options: dict[str, Any]):
+        overriding.refuse("jactri.compile")
         self.func, self.of, self.engine = func, of, engine
         self.freeze, self.traces = freeze, 0
         self._name = calls.name(of)
@@ -122,6 +123,7 @@ class Compiled(Shown):
 
     @public
     def _answer(self, inputs: tuple, out: Any) -> Any:
+        overriding.refuse("a compiled call", "call jactri's ordinary call")
         key, flat, nested = self._key(inputs, out)
         if _len_torch_dispatch_stack():  # whoever watches the ops sees those of an ordinary call
             return self._call(inputs, out)

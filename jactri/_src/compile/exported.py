@@ -21,7 +21,7 @@ from torch.utils._pytree import (
 from ..base import backends
 from ..calls.api import jacobian
 from ..prologue.running import computing, public
-from ..read import handover
+from ..read import handover, overriding
 from . import calls, engines
 from .agreement import apart, dtypes
 from .reached import Reached, called
@@ -100,6 +100,7 @@ def export(
     folder = os.path.dirname(path) or os.curdir
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder {folder!r} to write {path!r} to")
+    overriding.refuse("jactri.export")
     flat, nested = tree_flatten(example_inputs)
     calls.check_tensors(flat, f"an exported {calls.name(of)}")
     if handover.transforming(flat):

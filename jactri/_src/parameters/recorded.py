@@ -17,7 +17,7 @@ from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, probe_mixing
 from ..prologue.arguments import ASSUME, as_tuple, check_samples
 from ..prologue.running import buffers_kept, computing, record
-from ..read import handover
+from ..read import handover, overriding
 from ..read.behind import leaves_behind, reached
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import Opaque, refuse_or_log
@@ -110,7 +110,7 @@ class Recorded(Used):
             raise RuntimeError(
                 f"{call} is not available inside of a torch.func transform; use torch.func.functional_call there"
             )
-        self.create_graph = create_graph
+        self.create_graph, self._overrides = create_graph, overriding.now.get()
         self._was_read = False
         with (
             torch.inference_mode(False),
@@ -180,7 +180,7 @@ class Recorded(Used):
         return self
 
     def _read(self) -> None:
-        with computing(self.create_graph):
+        with overriding.using(self._overrides), computing(self.create_graph):
             self._find()
         self._was_read = True  # not where that raised
 
@@ -267,6 +267,11 @@ class Recorded(Used):
         whole = _structures.of((key, "whole"), lambda: unstructured(graph, seed, starts))
         assert isinstance(whole, Structure)
         return whole
+
+    def computing(self):
+        if overriding.now.get() not in ((), self._overrides):
+            overriding.refuse("a Jacobian that was made outside of the block", "make it inside")
+        return super().computing()
 
     @property
     def reached(self) -> bool:

@@ -25,7 +25,7 @@ from ..base import backends
 from ..base.classes import PLAIN, dressed, leaf_and_given, plain
 from ..base.remedies import misfit, not_callable
 from ..base.tracing import own
-from ..read import ranges
+from ..read import overriding, ranges
 from ..read.ranges import watching
 from .arguments import outputs
 from .failures import note
@@ -83,6 +83,8 @@ class computing:
         self._autocast: torch._C._DisableAutocast | None = None
 
     def __enter__(self) -> None:
+        if self._create_graph:
+            overriding.refuse("create_graph=True")
         self._token = None if self._backend is None else backends.asked.set(self._backend)
         self._ready = backends.ready.set(Ready())
         self._grad = torch.is_grad_enabled()

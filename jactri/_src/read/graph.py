@@ -27,7 +27,7 @@ from ..maps.contraction import Expand, Sum
 from ..maps.linear_map import Cast, Diagonal, Identity, Kept, LinearMap, Permute, Scale, Shape, View
 from ..maps.mask import Mask
 from ..rules import REGISTRY, MissingValue, Record, normal_axis, of_function, record_of
-from . import complexes, ranges
+from . import complexes, overriding, ranges
 from .behind import Walk
 from .opaque import Opaque, OpaqueCall, refuse_or_log
 from .unrecorded import ERROR, MARKED, Unrecorded
@@ -105,9 +105,10 @@ class Reader:
         self.values: list[Value] = []
         self._key: list[object] = []
         self.others: Others = {}
-        # nodes of distances: the value, and what emits its square
+        # nodes of distances: the value, what emits its square; and products that were read as such
         self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
-        self.smooth: set[int] = set()  # products that were read as such squares
+        self.smooth: set[int] = set()
+        self.overrides = overriding.reading()
         self.outputs: Sequence[Tensor] = ()
         self.recomputed = Recomputed()
 
@@ -202,11 +203,16 @@ class Reader:
         raise reason
 
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
-        """The values of a node's outputs, by its rule or by calling it."""
+        """The values of a node's outputs, by an override of the caller's or as it is understood."""
         self._turn_to(node, src)
+        found = None if self.overrides is None else self.overrides.read(self)
+        return self.understand() if found is None else found
+
+    def understand(self) -> tuple[int | None, ...]:
+        """The values of the current node's outputs, by its rule or by calling it."""
         if self.complex and (found := complexes.read(self)) is not None:
             return found
-        self.record = record = REGISTRY.get(self.name) or of_function(node)
+        self.record = record = REGISTRY.get(self.name) or of_function(self.node)
         if record is not None and record.read is not None:
             mark = len(self.values)
             try:
@@ -393,11 +399,8 @@ class _NamingReader(Reader):
 
 
 def follow(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    reader: Reader | None = None,
-    walk: Walk | None = None,
-) -> Graph:
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None, walk: Walk | None = None
+) -> Graph:  # fmt: skip
     """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph.
 
     ``walk``: through their nodes, where it is known.
@@ -407,8 +410,7 @@ def follow(
         reader = Reader() if log is None else _NamingReader(log)
     reader.outputs = [y for y in outputs if y.requires_grad]
     leaves: dict[int, int | None] = {}  # id of an input that is a leaf -> its value, once met
-    # node of an input that is not -> output -> value
-    wanted: dict[object, dict[int, int | None]] = {}
+    wanted: dict[object, dict[int, int | None]] = {}  # node of one that is not -> output -> value
     for x in inputs:
         _refuse(x)
         if x.grad_fn is not None:
@@ -430,22 +432,20 @@ def follow(
     with reader.recomputed:
         _read(walk, reader, leaves, leaf, wanted, done)
     del reader.writes  # rules may hold the reader
+    if reader.overrides is not None:
+        reader.overrides.check(walk.order, inputs)
     ends: list[int | None] = []
     for y in outputs:
-        if y.grad_fn is None:
-            ends.append(leaf(y) if y.requires_grad else None)
-        else:
-            ids = done[y.grad_fn]
-            ends.append(None if ids is None else ids[y.output_nr])
+        ids = done[y.grad_fn] if y.grad_fn is not None else None
+        at = leaf(y) if y.grad_fn is None and y.requires_grad else None
+        ends.append(at if ids is None else ids[y.output_nr])
     starts = [
         leaves.get(id(x)) if x.grad_fn is None else wanted[x.grad_fn][x.output_nr] for x in inputs
     ]
     if reader.complex and reader.pairs:
         reader.replace(complexes.in_pairs(reader))
     key = (tuple(reader._key), tuple(starts), tuple(ends))
-    names = None
-    if watched:
-        names = reader.layers if isinstance(reader, _NamingReader) else {}
+    names = reader.layers if isinstance(reader, _NamingReader) else {} if watched else None
     graph = Graph(reader.values, starts, ends, key, names)
     graph.complex = reader.complex and reader.pairs
     if not graph.complex:  # pairs are other values

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..base.constants import arbitrary
 from ..rules.norm import BATCH_NORMS
+from . import overriding
 from .behind import nodes_behind
 from .opaque import others
 from .unrecorded import UNUSUAL, loose
@@ -46,8 +47,11 @@ _THIRD = (
 
 
 def transforming(xs) -> bool:
-    """Whether a torch.func transform is running, or a tensor belongs to one."""
-    return _level() is not None or any(map(_wrapped, xs))
+    """Whether a torch.func transform is running, or a tensor belongs to one. Overrides do not reach into any."""
+    found = _level() is not None or any(map(_wrapped, xs))
+    if found:
+        overriding.refuse("a call inside of a torch.func transform")
+    return found
 
 
 def refuse(**given: bool) -> None:

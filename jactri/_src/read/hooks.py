@@ -127,6 +127,7 @@ class _Nodes(Reader):
 
     def __init__(self):
         super().__init__()
+        self.overrides = None
         self.edges: dict[int, GradientEdge] = {}
         """Of every value."""
 

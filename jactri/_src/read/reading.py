@@ -11,6 +11,9 @@ from .behind import Walk, handles_of
 from .graph import Graph, Reader, UnsupportedGraph, follow
 from .hooks import check, check_complex
 from .joining import that_fits
+from .overriding import refuse
+
+_WHOLE = "take what it holds out of the function, or call it outside of the block"
 
 
 def read(
@@ -35,6 +38,7 @@ def read(
         if graph.complex:
             check_complex(graph, outputs, inputs)
         return that_fits(graph) if reader is None and graph.others else graph
-    except UnsupportedGraph:
+    except UnsupportedGraph as reason:
+        refuse(f"a function that autograd computes as a whole (it holds {reason})", _WHOLE)
         check_graph(outputs)  # the engine will run
         raise

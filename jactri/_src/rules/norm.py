@@ -61,7 +61,11 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
 
     if x is not None:
         v = g.view(x, inner)
-        v = g.single(v, Project(lambda: stats()[0], axes, count, centred))
+        if g.overrides is not None and g.overrides.fixed:
+            g.overrides.fixed = 2
+            v = centre(g, v, axes, count) if centred else v
+        else:
+            v = g.single(v, Project(lambda: stats()[0], axes, count, centred))
         terms.append(g.diagonal(g.view(v, shape), scale))
     if w is not None:
         spread = g.match(g.view(w, lift))
@@ -69,6 +73,12 @@ def normalise(g, x, w, b, stats: Once, axes, count, weight, lift, inner=None, ce
     if b is not None:
         terms.append(g.view(b, lift))
     return g.plus(terms)
+
+
+def centre(g, v: int, axes, count: int) -> int:
+    """``t - mean(t)``: what is left of `Project` where the deviation is held constant."""
+    mean = g.expand(g.scale(g.sum(v, axes, keepdim=True), -1.0 / count), g.values[v].shape)
+    return g.add([(v, Identity()), (mean, Identity())], g.values[v].shape)
 
 
 def layer_norm_bend(r) -> Curves | None:
@@ -146,6 +156,8 @@ def spread_outputs(g, x, stats: Once, axes, inner, count, mean=True) -> list[int
     ids = []
     if mean:
         ids.append(g.scale(g.sum(v, axes, keepdim=True), 1.0 / count))
+    if g.overrides is not None and g.overrides.fixed:
+        return [*ids, None]
     # d rstd / dx = - unit * rstd^2 / n
     slope = g.diagonal(v, lambda: stats()[0] * stats()[1].square() / -count)
     ids.append(g.sum(slope, axes, keepdim=True))

@@ -17,8 +17,10 @@ MOVES = (Cast, Expand, Gather, Permute, Select, Slice, Take, View)
 def squared(g, a: int, b: int) -> int | None:
     """The current node, the product of the values ``a`` and ``b``, where both are one distance, scaled and moved alike.
 
-    None where they are something else.
+    None where they are something else, or where overrides may have changed a map between.
     """
+    if g.overrides is not None:
+        return None
     ends = g.node.next_functions
     root = _root(g, ends[0][0])
     if root is None or (len(ends) > 1 and _root(g, ends[1][0]) is not root):

@@ -53,7 +53,7 @@ class Rule(Shown):
             raise TypeError(
                 "jactri.rule needs what it is for: a class of autograd.Function, an op or the name of a node"
             )
-        self.targets = tuple(dict.fromkeys(map(_target, targets)))
+        self.targets = tuple(dict.fromkeys(map(target_of, targets)))
         self._replaces, self._linear = replace, linear
         self._function: Callable | None = None
         self._second: Callable | None = None
@@ -72,7 +72,7 @@ class Rule(Shown):
         for target in self.targets:
             if target in REGISTRY and REGISTRY[target].read is not None and not self._replaces:
                 raise ValueError(
-                    f"there is a rule for {_named(target)} already; pass replace=True to jactri.rule to take its place"
+                    f"there is a rule for {named(target)} already; pass replace=True to jactri.rule to take its place"
                 )
         self._function = function
         for target in self.targets:
@@ -103,7 +103,7 @@ class Rule(Shown):
         self.remove()
 
     def _parts(self) -> list[str]:
-        return [f"<jactri.rule for {', '.join(map(_named, self.targets))}>"]
+        return [f"<jactri.rule for {', '.join(map(named, self.targets))}>"]
 
     def second(self, function: Callable) -> Callable:
         """Decorate what gives the second derivative along tangents, for `jactri.laplacian` and `jactri.bilaplacian`.
@@ -150,9 +150,9 @@ class Rule(Shown):
     # -- what the registry calls ------------------------------------------------------------------
 
     def _read(self, g: Reader):
-        where = f"rule for {_named(self.targets[0])}"
+        where = f"rule for {named(self.targets[0])}"
         node = Node(g, where)
-        rows = self._rows(self._function(node), node, where)
+        rows = structured(self._function(node), node, where)
         if rows is None:
             if self._met is not None:
                 raise ValueError(
@@ -160,28 +160,9 @@ class Rule(Shown):
                 )
             return None
         mark = len(g.values)
-        ids: list[int | None] = []
-        for nr, (row, m) in enumerate(zip(rows, g.meta, strict=True)):
-            if row is None or not m.dtype.is_floating_point:
-                ids.append(None)
-                continue
-            at = Output(g, nr)
-            terms = [
-                (r.emit(at, s, where), Identity())
-                for r, s in zip(row, g.src, strict=True)
-                if s is not None and r is not None
-            ]
-            for t, _ in terms:
-                if g.values[t].shape != at.shape:
-                    raise ValueError(
-                        f"{where}: an output {at.shape} is given as {g.values[t].shape}"
-                    )
-            out = at.add(terms) if terms else None
-            if out in g.src:  # a value of its own, which may have a curvature
-                out = at.emit([(out, Identity())], at.shape)
-            ids.append(out)
-        self._verify(g, range(mark, len(g.values)), tuple(ids), where)
-        return tuple(ids)
+        ids = emitted(g, rows, where)
+        self._verify(g, range(mark, len(g.values)), ids, where)
+        return ids
 
     def _verify(self, g: Reader, new: range, ids, where: str, curves: Curves | None = None) -> None:
         """Once for nodes that are alike; all of them in `check`."""
@@ -201,43 +182,8 @@ class Rule(Shown):
         if self._met is not None and curves is None:
             self._met.append(g.name)
 
-    def _rows(self, made, node: Node, where: str):
-        """What the user returned, as one tuple of structures for each output."""
-        if made is None:
-            return None
-        rows = (made,) if len(node.outputs) == 1 else made
-        if not isinstance(rows, tuple | list) or len(rows) != len(node.outputs):
-            raise ValueError(
-                f"{where}: it must return a tuple with one entry for each of {len(node.outputs)} outputs"
-            )
-        out: list[tuple | list | None] = []
-        for row in rows:
-            if row is None:
-                out.append(None)
-                continue
-            row = (row,) if isinstance(row, Structure) else row
-            if not isinstance(row, tuple | list) or not all(
-                r is None or isinstance(r, Structure) for r in row
-            ):
-                raise TypeError(
-                    f"{where}: it must return what the methods of node make (node.elementwise, ...), one for each "
-                    f"tensor argument, got {type(row).__name__}"
-                )
-            if len(row) != len(node.inputs):
-                raise ValueError(
-                    f"{where}: {len(row)} structures for {len(node.inputs)} tensor arguments; None stands for one "
-                    "without gradient"
-                )
-            for r, place in zip(row, node.inputs, strict=True):
-                if r is None and place is not None:
-                    raise ValueError(
-                        f"{where}: no structure for an argument that has a gradient; node.zero() is none"
-                    )
-            out.append(row)
-        return out
-
     def _curve(self, r: CurveReader) -> Curves | None:
-        where = f"rule for {_named(self.targets[0])}"
+        where = f"rule for {named(self.targets[0])}"
         edges = [(v, s, e) for v in r.new for s, e in r.values[v].sources]
         if any(isinstance(e, Opaque) for _, _, e in edges):
             return default(r)
@@ -256,6 +202,65 @@ class Rule(Shown):
                     return None
         self._verify(r, r.new, r.ids, where, found)
         return found
+
+
+def structured(made, node: Node, where: str):
+    """What the user returned, as one tuple of structures for each output."""
+    if made is None:
+        return None
+    rows = (made,) if len(node.outputs) == 1 else made
+    if not isinstance(rows, tuple | list) or len(rows) != len(node.outputs):
+        raise ValueError(
+            f"{where}: it must return a tuple with one entry for each of {len(node.outputs)} outputs"
+        )
+    out: list[tuple | list | None] = []
+    for row in rows:
+        if row is None:
+            out.append(None)
+            continue
+        row = (row,) if isinstance(row, Structure) else row
+        if not isinstance(row, tuple | list) or not all(
+            r is None or isinstance(r, Structure) for r in row
+        ):
+            raise TypeError(
+                f"{where}: it must return what the methods of node make (node.elementwise, ...), one for each "
+                f"tensor argument, got {type(row).__name__}"
+            )
+        if len(row) != len(node.inputs):
+            raise ValueError(
+                f"{where}: {len(row)} structures for {len(node.inputs)} tensor arguments; None stands for one "
+                "without gradient"
+            )
+        for r, place in zip(row, node.inputs, strict=True):
+            if r is None and place is not None:
+                raise ValueError(
+                    f"{where}: no structure for an argument that has a gradient; node.zero() is none"
+                )
+        out.append(row)
+    return out
+
+
+def emitted(g: Reader, rows, where: str) -> tuple[int | None, ...]:
+    """The values of a node's outputs, by the structures of each."""
+    ids: list[int | None] = []
+    for nr, (row, m) in enumerate(zip(rows, g.meta, strict=True)):
+        if row is None or not m.dtype.is_floating_point:
+            ids.append(None)
+            continue
+        at = Output(g, nr)
+        terms = [
+            (r.emit(at, s, where), Identity())
+            for r, s in zip(row, g.src, strict=True)
+            if s is not None and r is not None
+        ]
+        for t, _ in terms:
+            if g.values[t].shape != at.shape:
+                raise ValueError(f"{where}: an output {at.shape} is given as {g.values[t].shape}")
+        out = at.add(terms) if terms else None
+        if out in g.src:  # a value of its own, which may have a curvature
+            out = at.emit([(out, Identity())], at.shape)
+        ids.append(out)
+    return tuple(ids)
 
 
 class _Bend(Unary):
@@ -326,7 +331,7 @@ _stacks: dict[str | type, list[Record | None]] = {}
 _NODE = re.compile(r"\w+Backward\d+")
 
 
-def _target(target) -> str | type:
+def target_of(target) -> str | type:
     """The key of the registry that a caller's target stands for."""
     if isinstance(target, type) and issubclass(target, torch.autograd.Function):
         return target
@@ -350,7 +355,7 @@ def _target(target) -> str | type:
     )
 
 
-def _named(target: str | type) -> str:
+def named(target: str | type) -> str:
     return target if isinstance(target, str) else target.__qualname__
 
 

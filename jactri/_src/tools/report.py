@@ -39,6 +39,7 @@ from ..plan.planning import (
 from ..plan.sweep import Sweep
 from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
+from ..read import overriding
 from ..read.behind import Walk
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.ranges import layer_of, op_of, opaque_of
@@ -97,6 +98,7 @@ class Explanation(Shown):
         fallbacks: the ops that have no rule.
         note: what the table does not show: seeds that run as one, ranges of samples.
         compiled: what the compiler made of the call, if that was asked for.
+        overrides: what `overrides` put in place of derivatives, and at how many nodes.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -117,6 +119,7 @@ class Explanation(Shown):
     fallbacks: tuple[str, ...]
     note: str = ""
     compiled: Compilation | None = None
+    overrides: tuple[str, ...] = ()
 
     def _parts(self) -> list[str | Table]:
         head = (
@@ -152,6 +155,8 @@ class Explanation(Shown):
                 naive += f", {self.naive_flops / self.flops:.3g} times as many"
             parts.append(naive)
         parts.append(f"fallbacks: {fallbacks(self.fallbacks)}")
+        if self.overrides:
+            parts.append(f"overrides: {'; '.join(self.overrides)}")
         if self.note:
             parts.append(self.note)
         if self.steps:
@@ -240,7 +245,8 @@ def explain(
         "memory_limit": memory_limit, "backend": backend,
     }  # fmt: skip
     with buffers_kept(modules_of(func)):
-        found = _explained(func, inputs, **options)
+        overriding.last.set(None)
+        found = replace(_explained(func, inputs, **options), overrides=overriding.told())
         if not compiled:
             return found
         _, given = as_tuple(inputs, "inputs", "explain")

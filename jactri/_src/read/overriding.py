@@ -1,0 +1,239 @@
+"""Derivatives that the caller gives ops in place of their own, while the graph of a call is read (`jactri.overrides`).
+
+What is in force belongs to a context: other threads and tasks do not see it. A `Reader` asks at every node; so what
+does not read the graph does not know of overrides, and has to `refuse`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .graph import Reader
+
+Ids = tuple[int | None, ...]
+
+_INSIDE = (
+    ({"SoftmaxBackward0"}, re.compile("Attention")),
+    ({"TanhBackward0", "SigmoidBackward0"}, re.compile("Lstm|Gru|Rnn")),
+)
+"""Ops that nodes of others' names compute, too."""
+
+_WHOLE = re.compile("^(CheckpointFunction|CompiledFunction)")
+"""Nodes that hide any op."""
+
+
+class Calls:
+    """When the modules of an override ran, in sequence numbers of autograd's nodes, which a thread counts by itself."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[list[int], list[float]]] = {}
+        self._depth: Counter[int] = Counter()
+
+    def enter(self, at: int) -> None:
+        """A module begins; one within another adds nothing."""
+        thread = threading.get_ident()
+        if not self._depth[thread]:
+            starts, stops = self._of.setdefault(thread, ([], []))
+            starts.append(at)
+            stops.append(float("inf"))
+        self._depth[thread] += 1
+
+    def leave(self, at: int) -> None:
+        """It ends."""
+        thread = threading.get_ident()
+        if self._depth[thread]:
+            self._depth[thread] -= 1
+            if not self._depth[thread]:
+                self._of[thread][1][-1] = at
+
+    def made(self, node) -> bool:
+        """Whether a node was made in one of them, in this thread."""
+        starts, stops = self._of.get(threading.get_ident(), ((), ()))
+        number = node._sequence_nr()
+        k = bisect_right(starts, number) - 1
+        return k >= 0 and number < stops[k]
+
+
+class Override:
+    """One entry of the caller's.
+
+    Attributes:
+        key: what it is for, as text.
+        how: what it puts there, as text.
+        ops: names of nodes, or classes of Functions; none where it is for modules as a whole.
+        read: emits the maps of a node; None leaves it to its rule.
+        zero: whether it is the derivative zero.
+        calls: of the modules that it is limited to, if it is.
+    """
+
+    __slots__ = ("calls", "how", "key", "ops", "read", "zero")
+
+    def __init__(
+        self, key: str, how: str, ops: frozenset, read: Callable[[Reader], Ids], zero: bool, calls: Calls | None,
+    ):  # fmt: skip
+        self.key, self.how, self.ops, self.read, self.zero, self.calls = (
+            key, how, ops, read, zero, calls,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.how}"
+
+    def takes(self, node) -> bool:
+        """Whether it is for a node."""
+        mine = node.name() in self.ops or getattr(node, "_forward_cls", None) in self.ops
+        return mine and self.here(node)
+
+    def here(self, node) -> bool:
+        return self.calls is None or self.calls.made(node)
+
+    def hidden(self, node) -> bool:
+        """Whether a node may compute what it is for, out of sight."""
+        name = node.name()
+        if not self.ops or not self.here(node):
+            return False
+        return _WHOLE.search(name) is not None or any(
+            not ops.isdisjoint(self.ops) and within.search(name) for ops, within in _INSIDE
+        )
+
+
+class Reading:
+    """What overrides did while a graph was read."""
+
+    fixed = 0
+    """Whether the deviation by which a norm divides is held constant: 1, and 2 once a rule has done so."""
+
+    def __init__(self, overrides: Sequence[Override]):
+        self.overrides = overrides
+        self.met = dict.fromkeys(overrides, 0)
+        self._ops: Counter[str] = Counter()
+
+    def read(self, g: Reader) -> Ids | None:
+        """The values of the current node's outputs, or None where it has its own derivative."""
+        node = g.node
+        self._ops[g.name] += 1
+        applied = getattr(node, "applied", None)
+        if isinstance(applied, Applied):
+            self.met[applied.override] += 1
+            return applied.read(g)
+        for override in reversed(self.overrides):  # the innermost block first
+            if override.takes(node):
+                self.met[override] += 1
+                return override.read(g)
+            if override.hidden(node):
+                if not (override.zero and g.name.startswith("ScaledDotProduct")):
+                    raise RuntimeError(_hides(override, g.name))
+                self.met[override] += 1  # constant weights: the values alone are left
+                g.src = [s if edge == 2 else None for edge, s in enumerate(g.src)]
+                return g.understand() if g.src[2] is not None else (None,) * len(g.meta)
+        return None
+
+    def check(self, nodes, inputs: Sequence[Tensor]) -> None:
+        """Raise ValueError for an override that no node was for; empty inputs have none.
+
+        ``nodes``: all, those that do not depend on ``inputs``, too.
+        """
+        last.set(self.met)
+        if not all(x.numel() for x in inputs):
+            return
+        for override, count in self.met.items():
+            if count or any(override.takes(node) for node in nodes):
+                continue
+            ran = ", ".join(f"{op} ({n})" for op, n in self._ops.most_common(40)) or "none"
+            what = "op" if override.ops else "module"
+            raise ValueError(
+                f"jactri.overrides: {override.key} is no {what} of this call. "
+                + (_MODULES if not override.ops else "")
+                + f"The ops between inputs and outputs: {ran}"
+            )
+
+
+_MODULES = (
+    "A module counts when it is called (not by its forward) within the function that jactri runs, and its output lies "
+    "between inputs and outputs; for a computation of your own, as jacobian_of takes it, name an op. "
+)
+
+
+class Applied:
+    """The derivative that a call of a module got, at the node behind its output, whose edge 1 is the module's input.
+
+    ``slope``: a tensor or number for each entry, or None for zero.
+    """
+
+    __slots__ = ("override", "slope")
+
+    def __init__(self, override: Override, slope):
+        self.override, self.slope = override, slope
+
+    def read(self, g: Reader) -> Ids:
+        s, slope = g.src[1], self.slope
+        if s is None or slope is None:
+            return (None,)
+        s = g.match(s)
+        if slope.__class__ is float:
+            return (g.scale(s, slope),)
+        return (g.diagonal(s, slope),)
+
+
+def _hides(override: Override, name: str) -> str:
+    if "Attention" in name:
+        remedy = 'load the model with attn_implementation="eager", or call it within sdpa_kernel(SDPBackend.MATH)'
+    elif name.startswith("Checkpoint"):
+        remedy = "call torch.utils.checkpoint with use_reentrant=False"
+    elif name.startswith("Compiled"):
+        remedy = "call it as it was before it was compiled"
+    else:
+        remedy = "write it in ops of torch"
+    return (
+        f"jactri.overrides: {override.key} may be inside of {name}, one node, where nothing can be put in its place: "
+        f"{remedy}, or override {name} itself"
+    )
+
+
+now: ContextVar[tuple[Override, ...]] = ContextVar("overrides", default=())
+"""What is in force, of the innermost block last."""
+
+last: ContextVar[dict[Override, int] | None] = ContextVar("overrides met", default=None)
+"""How many nodes each was for, in the graph that this context read last."""
+
+
+def reading() -> Reading | None:
+    """For a graph that is about to be read."""
+    overrides = now.get()
+    return Reading(overrides) if overrides else None
+
+
+@contextmanager
+def using(overrides: tuple[Override, ...]) -> Iterator[None]:
+    """Within, these are in force."""
+    token = now.set(overrides)
+    try:
+        yield
+    finally:
+        now.reset(token)
+
+
+def refuse(what: str, instead: str = "") -> None:
+    """Raise RuntimeError for what overrides do not reach, while some are in force."""
+    if overrides := now.get():
+        raise RuntimeError(
+            f"{what} is not available under jactri.overrides ({', '.join(o.key for o in overrides)}): overrides are of "
+            f"first derivatives that jactri reads from the graph; {instead or 'call it outside of the block'}"
+        )
+
+
+def told() -> tuple[str, ...]:
+    """What is in force, and for how many nodes of the graph that was read last, as texts."""
+    met: Any = last.get() or {}
+    return (
+        tuple(f"{o} ({n} node{'s' if n != 1 else ''})" for o, n in met.items()) if now.get() else ()
+    )
