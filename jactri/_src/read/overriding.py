@@ -6,6 +6,7 @@ does not read the graph does not know of overrides, and has to `refuse`.
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from bisect import bisect_right
@@ -13,9 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from ..rules import record_of
+from .writes import NAME as WRITE
 
 if TYPE_CHECKING:
     from .graph import Reader
@@ -101,9 +107,49 @@ class Override:
         name = node.name()
         if not self.ops or not self.here(node):
             return False
+        if name == WRITE:
+            return _written(self.ops, node)
         return _WHOLE.search(name) is not None or any(
             not ops.isdisjoint(self.ops) and within.search(name) for ops, within in _INSIDE
         )
+
+
+def _written(ops: frozenset, node) -> bool:
+    """Whether a write into a part of a tensor may be by one of these ops, in place, and no assignment.
+
+    The numbers 1, 2, 3, ... tell: an assignment takes those of the places that it replaces to what it puts there.
+    """
+    known = [op for op in ops if isinstance(op, str) and _op(op) in _in_place()]
+    if (
+        known and len(node.next_functions) > 1
+    ):  # of two operands, which ops with a form of their own have not
+        known = [op for op in known if record_of(op).form is None]
+    if not known or len(node.next_functions) == 1:
+        return bool(known)
+    meta = node._input_metadata[0]
+    c = torch.arange(1, prod(meta.shape) + 1, device=meta.device).to(meta.dtype)
+    c = c.reshape(tuple(meta.shape))
+    with torch.no_grad():
+        base, *rest = node(c)
+    taken = [t.double().sum() for t in rest if t is not None]
+    if base is None or not taken:  # a constant: for what it says, a product with zeros and ones
+        return True
+    gone = base == 0
+    assigned = bool((gone | (base == c)).all()) and bool(sum(taken) == c[gone].double().sum())
+    return not assigned
+
+
+def _op(name: str) -> str:
+    return name.partition("Backward")[0].lower()
+
+
+@functools.cache
+def _in_place() -> frozenset[str]:
+    """The ops that can write to what they are given."""
+    names = {n for where in (torch.Tensor, torch, torch._C._nn) for n in dir(where)}
+    return frozenset(
+        n.replace("_", "").lower() for n in names if n.endswith("_") and not n.startswith("_")
+    )
 
 
 class Reading:
@@ -175,8 +221,8 @@ class Applied:
         self.override, self.slope = override, slope
 
     def read(self, g: Reader) -> Ids:
-        s, slope = g.src[1], self.slope
-        if s is None or slope is None:
+        slope = self.slope
+        if slope is None or (s := g.src[1]) is None:
             return (None,)
         s = g.match(s)
         if slope.__class__ is float:
@@ -189,6 +235,8 @@ def _hides(override: Override, name: str) -> str:
         remedy = 'load the model with attn_implementation="eager", or call it within sdpa_kernel(SDPBackend.MATH)'
     elif name.startswith("Checkpoint"):
         remedy = "call torch.utils.checkpoint with use_reentrant=False"
+    elif name == WRITE:
+        remedy = "write into parts of a tensor by torch.cat or torch.where"
     elif name.startswith("Compiled"):
         remedy = "call it as it was before it was compiled"
     else:

@@ -96,9 +96,13 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
         )
         if watched:  # the hooks see only what runs in here
             hooks = (
-                modules.register_module_forward_pre_hook(functools.partial(_begin, watched)),
+                modules.register_module_forward_pre_hook(functools.partial(_enter, watched)),
                 modules.register_module_forward_hook(
-                    functools.partial(_end, watched), with_kwargs=True, always_call=True
+                    functools.partial(_replace, watched), with_kwargs=True
+                ),
+                # also where a module raises: the function may go on without it
+                modules.register_module_forward_hook(
+                    functools.partial(_leave, watched), always_call=True
                 ),
             )
             for hook in hooks:
@@ -273,20 +277,25 @@ def _mine(watched: list[_Watched], module: Module) -> list[_Watched]:
     return [w for w in watched if w.override in now and w.own(module)] if now else []
 
 
-def _begin(watched: list[_Watched], module: Module, args) -> None:
+def _enter(watched: list[_Watched], module: Module, args) -> None:
     for w in _mine(watched, module):
         if w.calls is not None:
             w.calls.enter(_get_sequence_nr())
 
 
-def _end(watched: list[_Watched], module: Module, args, kwargs, output):
-    """The module's output, where something is put in place of its derivative; None leaves it."""
-    changed = None
-    for w in reversed(_mine(watched, module)):  # the first of a mapping decides
+def _leave(watched: list[_Watched], module: Module, args, output) -> None:
+    for w in _mine(watched, module):
         if w.calls is not None:
             w.calls.leave(_get_sequence_nr())
-        elif recording() and output is not None and torch.is_grad_enabled():
-            output = changed = _replaced(w, module, args, kwargs, output)
+
+
+def _replace(watched: list[_Watched], module: Module, args, kwargs, output):
+    """The module's output, where something is put in place of its derivative; None leaves it."""
+    changed = None
+    if recording() and torch.is_grad_enabled():
+        for w in reversed(_mine(watched, module)):  # the first of a mapping decides
+            if w.calls is None:
+                output = changed = _replaced(w, module, args, kwargs, output)
     return changed
 
 
