@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import assert_rows, client
 
+import jactri
+
 transformers = client("transformers", "pip install transformers")
 
 pytestmark = [
@@ -81,3 +83,29 @@ def test_vision_transformer(attention):
     assert not assert_rows(
         lambda v: model(pixel_values=v).last_hidden_state, x, inner=inner
     ).fallbacks
+
+
+def test_relevances_of_a_language_model_add_up():
+    """Without biases, by the rules of AttnLRP with frozen patterns (`jactri.overrides`)."""
+    model = build("LlamaModel", "LlamaConfig", "eager", F64, **LLAMA)
+
+    def func(embeddings):
+        return model(inputs_embeds=embeddings).last_hidden_state
+
+    x = torch.randn(1, 5, 16, dtype=F64)
+    rules = {
+        "softmax": jactri.zero, "rsqrt": jactri.zero, "silu": jactri.ratio, "mul": jactri.uniform, "bmm": jactri.uniform,
+    }  # fmt: skip
+    with jactri.overrides(rules):
+        J = jactri.jacobian(func, x)
+    torch.testing.assert_close((J * x).sum((-3, -2, -1)), func(x).detach(), rtol=0, atol=1e-5)
+    with jactri.overrides({"layers.*.mlp": jactri.zero}, model=model):
+        J = jactri.jacobian(func, x)
+    handles = [
+        m.mlp.register_forward_hook(lambda module, given, output: output.detach())
+        for m in model.layers
+    ]
+    want = torch.autograd.functional.jacobian(func, x)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(J, want, rtol=0, atol=1e-5)  # norms are in float32

@@ -96,6 +96,8 @@ class Override:
 
     def takes(self, node) -> bool:
         """Whether it is for a node."""
+        if (applied := _applied(node)) is not None:
+            return applied.override is self
         mine = node.name() in self.ops or getattr(node, "_forward_cls", None) in self.ops
         return mine and self.here(node)
 
@@ -161,20 +163,18 @@ class Reading:
     def __init__(self, overrides: Sequence[Override]):
         self.overrides = overrides
         self.met = dict.fromkeys(overrides, 0)
-        self._ops: Counter[str] = Counter()
+        self._ran: Counter[str] = Counter()
 
     def read(self, g: Reader) -> Ids | None:
         """The values of the current node's outputs, or None where it has its own derivative."""
         node = g.node
-        self._ops[g.name] += 1
-        applied = getattr(node, "applied", None)
-        if isinstance(applied, Applied):
-            self.met[applied.override] += 1
-            return applied.read(g)
+        applied = _applied(node)
+        if applied is None:
+            self._ran[g.name] += 1
         for override in reversed(self.overrides):  # the innermost block first
             if override.takes(node):
                 self.met[override] += 1
-                return override.read(g)
+                return override.read(g) if applied is None else applied.read(g)
             if override.hidden(node):
                 if not (override.zero and g.name.startswith("ScaledDotProduct")):
                     raise RuntimeError(_hides(override, g.name))
@@ -194,7 +194,7 @@ class Reading:
         for override, count in self.met.items():
             if count or any(override.takes(node) for node in nodes):
                 continue
-            ran = ", ".join(f"{op} ({n})" for op, n in self._ops.most_common(40)) or "none"
+            ran = ", ".join(f"{op} ({n})" for op, n in self._ran.most_common(40)) or "none"
             what = "op" if override.ops else "module"
             raise ValueError(
                 f"jactri.overrides: {override.key} is no {what} of this call. "
@@ -228,6 +228,11 @@ class Applied:
         if slope.__class__ is float:
             return (g.scale(s, slope),)
         return (g.diagonal(s, slope),)
+
+
+def _applied(node) -> Applied | None:
+    found = getattr(node, "applied", None)
+    return found if isinstance(found, Applied) else None
 
 
 def _hides(override: Override, name: str) -> str:

@@ -59,9 +59,10 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
         TypeError: a key or value that is none of these; (in a call) a module without one tensor in and out.
         ValueError: a name that no op or module has; (in a call) an override that was for nothing in it: the ops that
             ran are named.
-        RuntimeError: (in a call) what cannot honour them: ``create_graph``, ``strict``, second derivatives, transforms
-            of torch.func around the call, compiled calls, `check`, functions that autograd computes as a whole, and
-            nodes that hide an op (fused attention hides its softmax: only `zero` is known there).
+        RuntimeError: it is inside of a function that jactri differentiates; (in a call) what cannot honour them:
+            ``create_graph``, ``strict``, second derivatives, transforms of torch.func around the call, compiled calls,
+            `check`, functions that autograd computes as a whole, and nodes that hide an op (fused attention hides its
+            softmax: only `zero` is known there).
 
     Cost:
         That of the call; `jvp` with ``differentiate=None`` holds the graph until it ends.
@@ -88,6 +89,11 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
         )
     if model is not None and not isinstance(model, Module):
         raise TypeError(f"model must be a Module, got {type(model)}")
+    if recording():
+        raise RuntimeError(
+            "jactri.overrides inside of a function that jactri differentiates comes too late: the graph is read when "
+            "the function has run; open the block around the call of jactri"
+        )
     made = [_entry(key, value, model) for key, value in mapping.items()]
     watched = [w for _, w in made if w is not None]
     with ExitStack() as stack:

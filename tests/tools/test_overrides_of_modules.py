@@ -1,0 +1,274 @@
+"""`jactri.overrides` of modules, and what they leave alone: threads, other calls, the model by itself."""
+
+import asyncio
+
+import pytest
+import torch
+from common import F64, in_threads, make
+from overridden import Attention, Block, Gelu, Rms, close, draw, f_soft, over, sloped
+from torch import nn
+from torch.autograd.functional import jacobian as truth
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import jactri
+
+
+@pytest.fixture
+def block():
+    return make(Block)
+
+
+# -- modules ----------------------------------------------------------------------------------------
+
+
+def keys_of(net):
+    return {"name": "act", "pattern": "a?t", "class": Gelu, "module": net.act}
+
+
+@pytest.mark.parametrize("kind", ["name", "pattern", "class", "module"])
+def test_a_module_as_a_whole(block, kind):
+    x, key = draw(2, 3, 4), keys_of(block)[kind]
+    act = block.act
+    twins = {
+        jactri.zero: lambda x: F.gelu(x).detach(),
+        jactri.identity: lambda x: sloped(x, F.gelu(x), 1.0),
+        jactri.ratio: lambda x: sloped(x, F.gelu(x), over(x, F.gelu(x))),
+        -0.5: lambda x: sloped(x, F.gelu(x), -0.5),
+        (lambda call: call.input.cos() * call.output): lambda x: sloped(
+            x, F.gelu(x), x.cos() * F.gelu(x)
+        ),
+    }
+    for value, twin in twins.items():
+        with jactri.overrides({key: value}, model=block):
+            got = jactri.jacobian(block, x)
+            told = jactri.explain(block, x).overrides
+        assert len(told) == 1 and told[0].endswith("(1 node)")
+        act.forward = twin
+        close(got, truth(block, x))
+        del act.forward
+
+
+def test_ops_within_modules(block):
+    x = draw(2, 3, 4)
+    with jactri.overrides(
+        {("norm", "rsqrt"): jactri.zero, (Attention, "softmax"): jactri.zero}, model=block
+    ):
+        assert jactri.explain(block, x).overrides == (
+            "'softmax' in Attention: zero (1 node)", "'rsqrt' in 'norm': zero (2 nodes)",
+        )  # fmt: skip
+        got = jactri.jacobian(block, x)
+        h = x.clone().requires_grad_()  # a computation of the caller's
+        close(jactri.jacobian_of(block(h), h), got)
+    block.norm.frozen = block.attn.frozen = True
+    close(got, truth(block, x))
+    with (
+        jactri.overrides({(Rms, "softmax"): jactri.zero}),
+        pytest.raises(ValueError, match="'softmax' in Rms is no op of"),
+    ):
+        jactri.jacobian(block, x)
+
+
+class Nested(nn.Module):
+    """Gives more than a tensor, takes it by name; may fail and go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Tanh()
+
+    def forward(self, scale, *, hidden):
+        if scale is None:
+            raise ValueError("no scale")
+        return {"out": self.inner(hidden) * scale, "also": (hidden.exp(), 3)}
+
+
+def test_modules_that_return_more_take_names_or_raise():
+    net, x = Nested(), draw(2, 3)
+
+    def f(x):
+        try:
+            net(None, hidden=x)
+        except ValueError:
+            x = x.sigmoid()
+        out = net(2.0, hidden=x)
+        return out["out"] + out["also"][0] + x.tanh()
+
+    with jactri.overrides({net: jactri.zero}):
+        close(jactri.jacobian(f, x), truth(lambda x: x.sigmoid().tanh(), x))
+    with jactri.overrides({(Nested, "tanh"): jactri.zero}):
+        close(jactri.jacobian(f, x), truth(lambda x: x.sigmoid().exp() + x.sigmoid().tanh(), x))
+    with jactri.overrides({net: jactri.identity}), pytest.raises(TypeError, match="returns dict"):
+        jactri.jacobian(f, x)
+
+
+def test_a_quantiser_without_a_derivative():
+    class Quantise(nn.Module):
+        def forward(self, x):
+            return (x * 4).int().to(x.dtype) / 4
+
+    net, x = nn.Sequential(nn.Linear(3, 3), Quantise(), nn.Linear(3, 2)).double(), draw(4, 3)
+    with jactri.overrides({Quantise: jactri.identity}):
+        close(
+            jactri.jacobian(net, x, per_sample=True),
+            (net[2].weight @ net[0].weight).expand(4, 2, 3),
+        )
+
+
+# -- what is left alone -----------------------------------------------------------------------------
+
+
+def test_blocks_nest_and_end():
+    x = draw(3)
+    plain, eye = truth(f_soft, x), torch.eye(3, dtype=F64)
+    with jactri.overrides({"softmax": jactri.zero}):
+        with jactri.overrides({"softmax": jactri.identity, "mul": jactri.zero}):
+            close(jactri.jacobian(f_soft, x), 0 * eye)
+        with jactri.overrides({"softmax": jactri.identity}):
+            close(jactri.jacobian(f_soft, x), (x.softmax(-1) + x).diag())
+        with pytest.raises(KeyError), jactri.overrides({nn.Tanh: jactri.zero}):
+            raise KeyError
+        close(jactri.jacobian(f_soft, x), x.softmax(-1).diag())
+        close(truth(f_soft, x), plain)  # torch's own
+    close(jactri.jacobian(f_soft, x), plain)
+    hooks = nn.modules.module
+    assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+
+
+def test_threads_and_tasks_have_their_own():
+    x, found = draw(3), {}
+    inside = x.softmax(-1).diag()
+
+    def work(k):
+        found[k] = jactri.jacobian(f_soft, x)
+
+    with jactri.overrides({"softmax": jactri.zero}):
+        in_threads(2, work)
+        close(jactri.jacobian(f_soft, x), inside)
+    close(found[0], truth(f_soft, x))
+
+    async def task(value):
+        with jactri.overrides({"softmax": value}):
+            await asyncio.sleep(0)
+            return jactri.jacobian(f_soft, x)
+
+    async def both():
+        return await asyncio.gather(task(jactri.zero), task(jactri.identity))
+
+    one, two = asyncio.run(both())
+    close(one, inside)
+    close(two, (x.softmax(-1) + x).diag())
+
+
+def test_the_model_by_itself_is_untouched(block):
+    x = draw(1, 3, 4).requires_grad_()
+    want = torch.autograd.grad(block(x).square().sum(), x)[0]
+    with jactri.overrides({Gelu: jactri.zero, "softmax": jactri.zero}):
+        close(torch.autograd.grad(block(x).square().sum(), x)[0], want)
+
+
+@pytest.mark.parametrize("key", ["gelu", Gelu])
+def test_checkpoints(block, key):
+    x, act = draw(2, 3, 4), block.act
+
+    def f(x, reentrant=False):
+        return checkpoint(block, x * 2, use_reentrant=reentrant)
+
+    with jactri.overrides({key: jactri.ratio}):
+        got = jactri.jacobian(f, x)
+        if key == "gelu":
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                jactri.jacobian(lambda x: F.gelu(f(x, True)), x)
+    act.frozen = True
+    close(got, truth(lambda x: block(x * 2), x))
+
+
+def test_writes_in_place():
+    x = draw(3, 4)
+
+    def assigned(x, relu=torch.relu):
+        h = x * 2
+        h[:, :2] = h[:, :2].exp()
+        h[:, 3:] += x[:, 1:2]
+        return relu(h)
+
+    with jactri.overrides({"relu": jactri.identity}):
+        close(jactri.jacobian(assigned, x), truth(lambda x: assigned(x, lambda h: h), x))
+
+    def hidden(x):
+        h = x * 2
+        h[:, :2].relu_()
+        return h.relu()
+
+    def added(x):
+        h = x * 2
+        h[:, :2] += x[:, 2:]
+        return h + x
+
+    def constant(x):
+        h = x * 2
+        h[:, 0] = 0.0
+        return h.rsqrt()
+
+    with jactri.overrides({"rsqrt": jactri.identity}):
+        close(
+            jactri.jacobian(constant, x),
+            2 * torch.eye(12, dtype=F64).view(3, 4, 3, 4) * (torch.arange(4) > 0),
+        )
+
+    for f, key in ((hidden, "relu"), (added, "add"), (constant, "mul")):
+        with (
+            jactri.overrides({key: 1.0}),
+            pytest.raises(RuntimeError, match=f"'{key}' may be inside"),
+        ):
+            jactri.jacobian(f, x)
+
+
+def test_a_scaled_distance_is_squared_as_it_is_overridden():
+    """The square of a distance is read at once, behind the ops between, but not behind overrides."""
+    a, b = draw(3, 2), draw(3, 2)
+
+    def f(a):
+        return (torch.cdist(a, b) * 3.0).square()
+
+    def twin(a):
+        d = torch.cdist(a, b)
+        return (sloped(d, d * 3.0, 0.25)).square()
+
+    with jactri.overrides({"mul": 0.25}):
+        close(jactri.jacobian(f, a), truth(twin, a))
+
+
+def test_hooks_that_only_look_are_let_be():
+    x = draw(3)
+
+    def f(x, factor=None):
+        y = x.softmax(-1)
+        y.register_hook(lambda g: None if factor is None else factor * g)
+        return y * x
+
+    with jactri.overrides({"softmax": jactri.identity}):
+        close(jactri.jacobian(f, x), (x.softmax(-1) + x).diag())
+        with (
+            pytest.raises(RuntimeError, match="a hook that changes"),
+            pytest.warns(UserWarning, match="hook"),
+        ):
+            jactri.jacobian(lambda x: f(x, 2.0), x)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_a_function_of_the_callers_by_its_class():
+    x = draw(4)
+    with jactri.rule(Square)(lambda node: node.elementwise(2 * node.saved_tensors[0])):
+        with jactri.overrides({Square: lambda node: node.saved_tensors[0]}):
+            close(jactri.diagonal(Square.apply, x), x)
+        close(jactri.diagonal(Square.apply, x), 2 * x)
