@@ -215,6 +215,17 @@ def test_another_computation_is_refused(left, what):
     assert not path_of(kw["out"]).exists()
 
 
+def test_what_was_begun_with_overrides_is_another_function(left, monkeypatch):
+    net, x, kw = left
+    with jactri.overrides({"tanh": jactri.identity}):
+        truth = jactri.jacobian(net, x, per_sample=True)
+        jactri.jacobian(net, x, **kw)  # anew
+        assert_close(torch.from_numpy(kw["out"]), truth, F64, length=60)
+        interrupted(monkeypatch, 1, net, x, **kw)
+    with pytest.raises(RuntimeError, match=r"its function differs.*resume=False"):
+        jactri.jacobian(net, x, **kw)
+
+
 @pytest.mark.parametrize("left", ["frozen"], indirect=True)
 def test_other_constants_are_refused_by_what_they_do(left):
     net, x, kw = left

@@ -94,7 +94,8 @@ def test_relevances_of_a_language_model_add_up():
 
     x = torch.randn(1, 5, 16, dtype=F64)
     rules = {
-        "softmax": jactri.zero, "rsqrt": jactri.zero, "silu": jactri.ratio, "mul": jactri.uniform, "bmm": jactri.uniform,
+        "softmax": jactri.zero, "rsqrt": jactri.zero, "silu": jactri.ratio, "mul": jactri.uniform,
+        "bmm": jactri.uniform,
     }  # fmt: skip
     with jactri.overrides(rules):
         J = jactri.jacobian(func, x)

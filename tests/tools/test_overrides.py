@@ -213,10 +213,15 @@ def test_softmax_inside_of_fused_attention(mode, causal):
 
     with jactri.overrides({"softmax": jactri.zero}):
         close(jactri.jacobian(f, x, strategy=mode), truth(twin, x))
+        t = draw(2, *x.shape)
+        want = torch.autograd.functional.jvp(twin, x, t[0])[1]
+        close(jactri.jvp(f, x, t[0])[1], want)
+        close(jactri.vjp(f, x, t)[1][0], torch.autograd.functional.vjp(twin, x, t[0])[1])
         v = draw(2, 1, 3, 4)  # a constant: nothing is left
         constant = jactri.jacobian(lambda x: F.scaled_dot_product_attention(x, x, v) + x, x)
         close(constant, truth(lambda x: x, x))
-    with jactri.overrides({"softmax": 1.0}), pytest.raises(RuntimeError, match="eager"):
-        jactri.jacobian(f, x)
+    for key, value in (("softmax", 1.0), ("bmm", jactri.zero)):
+        with jactri.overrides({key: value}), pytest.raises(RuntimeError, match="eager"):
+            jactri.jacobian(f, x)
     with jactri.overrides({"scaled_dot_product_attention": jactri.zero}):
         close(jactri.jacobian(f, x), truth(lambda x: x, x))

@@ -39,7 +39,7 @@ from ..prologue.arguments import (
     taken,
 )
 from ..prologue.running import computing, eagerly, prepare, public
-from ..read import handover
+from ..read import handover, overriding
 from ..read.behind import Walk, leaves_behind, reached
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
@@ -330,7 +330,8 @@ def _rows(ys, xs, asked: Options, dests):
     if asked.out is not None and (maps := on_disk(a for row in asked.out for a in row)):
         weights = [p for y in ys for p in leaves_behind(y, xs)]
         what = identity(graph.key, ys, xs, weights, per_sample)
-        journal = Journal(maps, what, asked.resume)
+        # a function of the caller's, as an override may be, has no name that tells it from another
+        journal = Journal(maps, what, asked.resume and not overriding.now.get())
         # under one and the same limit, the chunks are those of the call that is resumed
         limit = Budget(asked.memory_limit or journal.limit, budget.device).total
         budget = Budget(int(limit), budget.device)

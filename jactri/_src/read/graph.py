@@ -444,7 +444,7 @@ def follow(
     ]
     if reader.complex and reader.pairs:
         reader.replace(complexes.in_pairs(reader))
-    key = (tuple(reader._key), tuple(starts), tuple(ends))
+    key = (tuple(reader._key), tuple(starts), tuple(ends), *overriding.names())
     names = reader.layers if isinstance(reader, _NamingReader) else {} if watched else None
     graph = Graph(reader.values, starts, ends, key, names)
     graph.complex = reader.complex and reader.pairs

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 Ids = tuple[int | None, ...]
 
+SOFTMAX = frozenset({"SoftmaxBackward0"})
+
 _INSIDE = (
-    ({"SoftmaxBackward0"}, re.compile("Attention")),
+    (SOFTMAX | {"BmmBackward0"}, re.compile("Attention")),
+    ({"RsqrtBackward0"}, re.compile("FusedRmsNorm")),
     ({"TanhBackward0", "SigmoidBackward0"}, re.compile("Lstm|Gru|Rnn")),
 )
 """Ops that nodes of others' names compute, too."""
@@ -94,26 +97,28 @@ class Override:
     def __str__(self) -> str:
         return f"{self.key}: {self.how}"
 
-    def takes(self, node) -> bool:
+    def takes(self, node, name: str) -> bool:
         """Whether it is for a node."""
         if (applied := _applied(node)) is not None:
             return applied.override is self
-        mine = node.name() in self.ops or getattr(node, "_forward_cls", None) in self.ops
+        mine = name in self.ops or getattr(node, "_forward_cls", None) in self.ops
         return mine and self.here(node)
 
     def here(self, node) -> bool:
         return self.calls is None or self.calls.made(node)
 
-    def hidden(self, node) -> bool:
+    def hidden(self, node, name: str) -> bool:
         """Whether a node may compute what it is for, out of sight."""
-        name = node.name()
-        if not self.ops or not self.here(node):
+        if not self.ops or not _may_hide(self.ops, name) or not self.here(node):
             return False
-        if name == WRITE:
-            return _written(self.ops, node)
-        return _WHOLE.search(name) is not None or any(
-            not ops.isdisjoint(self.ops) and within.search(name) for ops, within in _INSIDE
-        )
+        return name != WRITE or _written(self.ops, node)
+
+
+@functools.lru_cache(1024)
+def _may_hide(ops: frozenset, name: str) -> bool:
+    return bool(name == WRITE or _WHOLE.search(name)) or any(
+        not known.isdisjoint(ops) and within.search(name) for known, within in _INSIDE
+    )
 
 
 def _written(ops: frozenset, node) -> bool:
@@ -122,9 +127,7 @@ def _written(ops: frozenset, node) -> bool:
     The numbers 1, 2, 3, ... tell: an assignment takes those of the places that it replaces to what it puts there.
     """
     known = [op for op in ops if isinstance(op, str) and _op(op) in _in_place()]
-    if (
-        known and len(node.next_functions) > 1
-    ):  # of two operands, which ops with a form of their own have not
+    if known and len(node.next_functions) > 1:  # operands that ops with a form have not
         known = [op for op in known if record_of(op).form is None]
     if not known or len(node.next_functions) == 1:
         return bool(known)
@@ -172,15 +175,17 @@ class Reading:
         if applied is None:
             self._ran[g.name] += 1
         for override in reversed(self.overrides):  # the innermost block first
-            if override.takes(node):
+            if override.takes(node, g.name):
                 self.met[override] += 1
                 return override.read(g) if applied is None else applied.read(g)
-            if override.hidden(node):
-                if not (override.zero and g.name.startswith("ScaledDotProduct")):
-                    raise RuntimeError(_hides(override, g.name))
-                self.met[override] += 1  # constant weights: the values alone are left
-                g.src = [s if edge == 2 else None for edge, s in enumerate(g.src)]
-                return g.understand() if g.src[2] is not None else (None,) * len(g.meta)
+        inside = [o for o in self.overrides if o.hidden(node, g.name)]
+        for override in inside:
+            if not (override.zero and override.ops >= SOFTMAX and g.name.startswith("ScaledDot")):
+                raise RuntimeError(_hides(override, g.name))
+            self.met[override] += 1
+        if inside:  # constant weights: the values alone are left
+            g.src = [s if edge == 2 else None for edge, s in enumerate(g.src)]
+            return g.understand() if g.src[2] is not None else (None,) * len(g.meta)
         return None
 
     def check(self, nodes, inputs: Sequence[Tensor]) -> None:
@@ -192,7 +197,7 @@ class Reading:
         if not all(x.numel() for x in inputs):
             return
         for override, count in self.met.items():
-            if count or any(override.takes(node) for node in nodes):
+            if count or any(override.takes(node, node.name()) for node in nodes):
                 continue
             ran = ", ".join(f"{op} ({n})" for op, n in self._ran.most_common(40)) or "none"
             what = "op" if override.ops else "module"
@@ -238,6 +243,8 @@ def _applied(node) -> Applied | None:
 def _hides(override: Override, name: str) -> str:
     if "Attention" in name:
         remedy = 'load the model with attn_implementation="eager", or call it within sdpa_kernel(SDPBackend.MATH)'
+    elif "RmsNorm" in name:
+        remedy = "put jactri.detached_std in place of 'rms_norm'"
     elif name.startswith("Checkpoint"):
         remedy = "call torch.utils.checkpoint with use_reentrant=False"
     elif name == WRITE:
@@ -257,6 +264,11 @@ now: ContextVar[tuple[Override, ...]] = ContextVar("overrides", default=())
 
 last: ContextVar[dict[Override, int] | None] = ContextVar("overrides met", default=None)
 """How many nodes each was for, in the graph that this context read last."""
+
+
+def names() -> tuple[str, ...]:
+    """What tells a graph that was read under overrides from one that was not."""
+    return tuple(map(str, now.get()))
 
 
 def reading() -> Reading | None:

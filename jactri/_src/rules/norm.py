@@ -153,16 +153,16 @@ def spread_outputs(g, x, stats: Once, axes, inner, count, mean=True) -> list[int
     if x is None:
         return [None] * (len(g.meta) - 1)
     v = g.view(x, inner)
-    ids = []
+    ids: list[int | None] = []
     if mean:
         ids.append(g.scale(g.sum(v, axes, keepdim=True), 1.0 / count))
     if g.overrides is not None and g.overrides.fixed:
-        return [*ids, None]
-    # d rstd / dx = - unit * rstd^2 / n
-    slope = g.diagonal(v, lambda: stats()[0] * stats()[1].square() / -count)
-    ids.append(g.sum(slope, axes, keepdim=True))
+        ids.append(None)
+    else:  # d rstd / dx = - unit * rstd^2 / n
+        slope = g.diagonal(v, lambda: stats()[0] * stats()[1].square() / -count)
+        ids.append(g.sum(slope, axes, keepdim=True))
     shapes = [tuple(m.shape) for m in g.meta[1:]]
-    return [g.view(i, shape) for i, shape in zip(ids, shapes, strict=True)]
+    return [i if i is None else g.view(i, shape) for i, shape in zip(ids, shapes, strict=True)]
 
 
 # node: (name of eps, whether a batch's own statistics are used: a saved flag, or known)

@@ -65,7 +65,8 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
             softmax: only `zero` is known there).
 
     Cost:
-        That of the call; `jvp` with ``differentiate=None`` holds the graph until it ends.
+        That of the call; `jvp` with ``differentiate=None`` holds the graph until it ends, and an interrupted call on a
+        memmap ``out`` starts anew.
 
     Examples:
         >>> x = torch.randn(4)
