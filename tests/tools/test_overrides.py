@@ -102,6 +102,50 @@ def test_values(key, value, twin, mode):
             assert jactri.jacobian(f, x[:n], strategy=mode, per_sample=True).shape == (n, 3, 4)
 
 
+def by_the_engine(f, x, op, change):
+    """The Jacobian by autograd, with hooks on the nodes of an op: ``change(gradients, active)`` is what they give."""
+    leaf = x.clone().requires_grad_()
+    y, active = f(leaf), {}
+
+    def visit(node):
+        if node is None or node in active:
+            return active.get(node, False)
+        if hasattr(node, "variable"):
+            active[node] = node.variable is leaf
+        else:
+            found = [visit(p) for p, _ in node.next_functions]
+            active[node] = any(found)
+            if node.name() == op:
+                node.register_hook(lambda grads, _: change(grads, sum(found)))
+        return active[node]
+
+    visit(y.grad_fn)
+    rows = [torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in y.reshape(-1)]
+    return torch.stack(rows).view(*y.shape, *x.shape)
+
+
+def times(factor):
+    return lambda grads, active: tuple(
+        None if g is None else g * (factor or 1 / max(active, 1)) for g in grads
+    )
+
+
+def test_every_op_of_a_network_against_the_engine(block):
+    x = draw(1, 2, 4)
+    leaf, names = x.clone().requires_grad_(), set()
+    nodes = [block(leaf).grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names |= {node.name()} if "Backward" in node.name() else set()
+        nodes += [p for p, _ in node.next_functions if p is not None]
+    assert len(names) > 10
+    for op in sorted(names):
+        for value, change in ((jactri.zero, times(1e-300)), (jactri.uniform, times(None))):
+            with jactri.overrides({op: value}):
+                got = jactri.jacobian(block, x)
+            close(got, by_the_engine(block, x, op, change))
+
+
 ACTIVATIONS = (
     F.relu,
     F.gelu,
