@@ -71,7 +71,7 @@ WRONG = [
     ({("layers.*", "softmax"): jactri.zero}, None, ValueError, "pass overrides\\(mapping, model=model\\)"),
     ({("softmax",): jactri.zero}, None, TypeError, "a pair is"),
     ({(3, "softmax"): jactri.zero}, None, TypeError, "3 is no module"),
-    ({3: jactri.zero}, None, TypeError, "3"),
+    ({3: jactri.zero}, None, TypeError, "3 is no key"),
     ({"softmax": jactri.zero}, "model", TypeError, "model must be a Module"),
     ({"firts": jactri.zero}, net_of_names(), ValueError, "there are 'first'"),
     ({("firts", "addmm"): jactri.zero}, net_of_names(), ValueError, "there are 'first'"),

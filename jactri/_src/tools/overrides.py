@@ -197,7 +197,13 @@ def _ops(key) -> tuple[frozenset, str]:
                 "of the node that made y. Of a module, pass model"
             )
         return found, repr(key)
-    target = target_of(key)
+    try:
+        target = target_of(key)
+    except TypeError as error:
+        raise TypeError(
+            f"{key!r} is no key of jactri.overrides: pass the name of an op or of its node, a class of "
+            "autograd.Function, an op of torch.library, a module, a class of modules, or a pair (module, op)"
+        ) from error
     return frozenset((target,)), named(target)
 
 
