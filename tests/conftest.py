@@ -5,6 +5,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import random
 
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     gc.freeze()  # tests are there until the end: no collection needs to look at all of them again
+    for name, logger in logging.root.manager.loggerDict.items():
+        # pytest adds its handlers to every logger that does not propagate, six times a test: torch has 50.
+        # That of its traces writes whatever has a handler.
+        ours = name.startswith("torch") and not name.startswith("torch.__trace")
+        if ours and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 def pytest_unconfigure():

@@ -1,5 +1,7 @@
 """Modules with parameters of every kind, and the truth about their Jacobians: a row of autograd at a time."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from common import unfollowed
@@ -268,6 +270,12 @@ def whole(module, x):
     sizes = {name: p.numel() for name, p in module.named_parameters()}
     flat = [truth[name].reshape(n, -1, size) for name, size in sizes.items()]
     return torch.cat(flat, 2), truth
+
+
+@functools.cache
+def truth_of(name, n=4):
+    """`whole` of a case, which all of its tests share."""
+    return whole(*build(name, n))
 
 
 def flat(v, lead=0):

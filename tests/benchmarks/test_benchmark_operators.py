@@ -73,7 +73,7 @@ def test_truth_on_a_gpu_is_of_the_first_samples(name):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "W8-wide"])
-def test_the_gpu_command_takes_them(name, tmp_path):
+def test_the_gpu_command_takes_them(name, tmp_path, traced_only):
     file = tmp_path / "r.json"
     for kind in ("bench", "accuracy", "capture"):
         words = [f"{kind}:{name}", "--device", "cpu", "--shrink", "4000", "--json", str(file)]

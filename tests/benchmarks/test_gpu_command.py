@@ -244,7 +244,7 @@ def planted(make):
     return lambda w: [Peer("planted", "torch", make), bench.TORCH[4]]
 
 
-def test_a_wrong_result_is_a_failure_and_is_not_timed(found, monkeypatch):
+def test_a_wrong_result_is_a_failure_and_is_not_timed(found, monkeypatch, traced_only):
     def wrong(w, net):
         jacobian = bench.TORCH[4].make(w, net)
         return lambda x: jacobian(x) * 1.001
@@ -258,7 +258,7 @@ def test_a_wrong_result_is_a_failure_and_is_not_timed(found, monkeypatch):
     assert data["results"][0]["best"]["peer"] == "vmap(jacrev)"
 
 
-def test_an_exception_in_a_peer_is_recorded_and_the_run_goes_on(found, monkeypatch):
+def test_an_exception_in_a_peer_is_recorded_and_the_run_goes_on(found, monkeypatch, traced_only):
     def broken(w, net):
         raise MemoryError("too large")
 
@@ -268,7 +268,7 @@ def test_an_exception_in_a_peer_is_recorded_and_the_run_goes_on(found, monkeypat
     assert data["results"][1]["best"]["peer"] == "vmap(jacrev)"
 
 
-def test_a_profiler_that_fails_costs_its_own_figures_only(found, monkeypatch):
+def test_a_profiler_that_fails_costs_its_own_figures_only(found, monkeypatch, traced_only):
     def broken(device, call):
         raise RuntimeError("CUPTI")
 
@@ -287,7 +287,7 @@ def test_what_time_does_not_suffice_for_is_noted(found):
 # ---- accuracy and captures
 
 
-def test_accuracy(found):
+def test_accuracy(found, traced_only):
     code, data = found(check.accuracy, Cpu(), Record, one("W2"))
     assert code == 0
     assert [r["setting"] for r in data["results"]] == ["ieee", "tf32", "bf16"]
@@ -297,7 +297,7 @@ def test_accuracy(found):
     assert "compiled" in data["results"][0] and data["line"].startswith("off by ieee")
 
 
-def test_a_wrong_jacobian_fails_the_check(found, monkeypatch):
+def test_a_wrong_jacobian_fails_the_check(found, monkeypatch, traced_only):
     plain = check.jactri.jacobian
     monkeypatch.setattr(check.jactri, "jacobian", lambda *a, **k: plain(*a, **k) * 1.1)
     code, data = found(check.accuracy, Cpu(), Record, one("W2"))

@@ -14,7 +14,7 @@ from . import (
     reductions,
     views,
 )
-from .case import C, Case, M, graph_nodes
+from .case import C, Case, M, graph_nodes, graph_steps
 
 _every = [
     case
@@ -29,7 +29,7 @@ _version = tuple(int(part) for part in torch.__version__.split(".")[:2])
 ALL = [case for case in _every if case.since <= _version]
 LATER = [case for case in _every if case.since > _version]
 
-__all__ = ["ALL", "LATER", "C", "Case", "M", "graph_nodes"]
+__all__ = ["ALL", "LATER", "C", "Case", "M", "graph_nodes", "graph_steps"]
 
 _names = [case.name for case in _every]
 assert len(set(_names)) == len(_names), sorted({n for n in _names if _names.count(n) > 1})

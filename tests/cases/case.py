@@ -187,6 +187,17 @@ def op_of(node_name):
 
 def graph_nodes(outputs, inputs):
     """The names of the autograd nodes that lie on a way from `inputs`, which are leaves, to `outputs`."""
+    return {node.name() for node in _on_the_way(outputs, inputs)}
+
+
+def graph_steps(outputs, inputs):
+    """The same names, and with each the pairs that it makes with the nodes whose values it was given."""
+    nodes = _on_the_way(outputs, inputs)
+    pairs = ((node, below) for node in nodes for below, _ in node.next_functions if below in nodes)
+    return {(node.name(),) for node in nodes} | {(a.name(), b.name()) for a, b in pairs}
+
+
+def _on_the_way(outputs, inputs):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     leaves = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs}
     active = {}  # node -> whether it leads to a leaf
@@ -199,4 +210,4 @@ def graph_nodes(outputs, inputs):
             stack += waiting
             continue
         active[stack.pop()] = node in leaves or any(active[n] for n in below)
-    return {node.name() for node, leads in active.items() if leads and node not in leaves}
+    return {node for node, leads in active.items() if leads and node not in leaves}

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from cases import ALL, graph_nodes
+from cases import ALL, graph_steps
 from common import F64, Cube, in_threads, seeded, torch_before
 from tolerances import assert_same_tree
 from torch import nn
@@ -39,22 +39,28 @@ EAGERLY = {
 """Which cases of the table run eagerly, by words of the reason."""
 
 
-def one_for_each_graph():
-    """Cases whose nodes no case before has, and all that run eagerly: a graph of the same nodes has the same rules."""
+def one_for_each_step():
+    """All cases that run eagerly, and those, the largest first, that hold a node, or a node after another, that none
+    before has: a graph of the same steps asks the same rules for blocks of the same makes."""
     named = {name for names in EAGERLY.values() for name in names.split()}
-    main = sorted((c for c in ALL if not c.variant), key=lambda c: repr(c) not in named)
-    found = {}
-    for case in main:
+    steps = {}
+    for case in ALL:
+        if case.variant:
+            continue
         func, inputs = case.build(frozen=True)
         leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            nodes = graph_nodes(func(*leaves), leaves)
-        found.setdefault(repr(case) if repr(case) in named else tuple(sorted(nodes)), case)
-    return list(found.values())
+            steps[case] = graph_steps(func(*leaves), leaves)
+    found, seen = [], set()
+    for case in sorted(steps, key=lambda c: (repr(c) not in named, -len(steps[c]))):
+        if repr(case) in named or steps[case] - seen or not steps[case]:
+            found.append(case)
+        seen |= steps[case]
+    return found
 
 
-MAIN = one_for_each_graph()
+MAIN = one_for_each_step()
 
 
 def agree(compiled, func, *xs, **options):

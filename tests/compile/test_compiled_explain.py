@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -184,33 +185,34 @@ def test_a_signature_is_compiled_once(options, graphs):
     assert compilations() - before == 2 * graphs
 
 
-SECOND = """
-import json, torch, jactri
-from torch._dynamo.utils import counters
-from torch._inductor.exc import InductorError
-torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-x = torch.randn(5, 3)
-step = jactri.compile(net, x, per_sample=True)
-off = (step(x) - jactri.jacobian(net, x, per_sample=True)).abs().max().item()
-kernels = [[k.name, k.ops] for p in step.explain().parts for k in p.kernels]
-found = counters["inductor"]
-print(json.dumps([found["fxgraph_cache_hit"], found["fxgraph_cache_miss"], kernels, off]))
-"""
+def hits_and_misses():
+    return [counters["inductor"][f"fxgraph_cache_{k}"] for k in ("hit", "miss")]
+
+
+def looked_for(scale):
+    """How often a call that no other number was compiled with is found on disk, and how often not; what it became."""
+    torch.manual_seed(0)
+    func, x = seeded(3, 4, 2, dtype=torch.float32), torch.randn(5, 3)
+    before = hits_and_misses()
+    step = jactri.compile(lambda x: func(x) * scale, x, per_sample=True)
+    found = [n - b for n, b in zip(hits_and_misses(), before, strict=True)]
+    off = (step(x) - jactri.jacobian(step.func, x, per_sample=True)).abs().max().item()
+    return [*found, [[k.name, list(k.ops)] for p in step.explain().parts for k in p.kernels], off]
 
 
 @needs_compiler
-def test_a_second_process_finds_it_on_disk(tmp_path):
-    paths = os.pathsep.join(sys.path)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    found = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SECOND],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    assert found[0][:2] == [0, 1] and found[1][:2] == [1, 0]
-    assert found[0][2] == found[1][2] and found[0][2]
-    assert all(off < 1e-6 for *_, off in found)
+@pytest.mark.clean_memory  # nor has the other process memory filled: that is a part of what is looked for
+def test_a_second_process_finds_it_on_disk():
+    scale = 1 + time.time_ns() % 10**9 / 10**9
+    first = looked_for(scale)
+    code = f"import json, test_compiled_explain as t; print(json.dumps(t.looked_for({scale})))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    second = json.loads(done.stdout.splitlines()[-1])
+    assert first[:2] == [0, 1] and second[:2] == [1, 0]
+    assert first[2] == second[2] and first[2]
+    assert all(off < 1e-6 for *_, off in (first, second))

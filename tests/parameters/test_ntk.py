@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parameter_cases import CASES, F64, build, whole
+from parameter_cases import CASES, F64, build, truth_of, whole
 from tolerances import assert_close, assert_gradients_close
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +31,7 @@ def shaped(form, n1, n2, out):
 @pytest.mark.parametrize("name", CASES)
 def test_against_itself_and_another(name, form, chunk_size):
     module, x = build(name)
-    truth, _ = whole(module, x)
+    truth, _ = truth_of(name)
     out, p = tuple(module(x).shape[1:]), truth.shape[2]
     options = {"compute": form, "chunk_size": chunk_size}
     want = FORMS[form](kernel(truth, truth))
@@ -41,7 +41,7 @@ def test_against_itself_and_another(name, form, chunk_size):
     if name == "a weight a sample":
         return
     for n in (1, 3):
-        few, _ = whole(module, x[:n])
+        few, _ = truth_of(name, n)
         want = FORMS[form](kernel(truth, few)).reshape(shaped(form, 4, n, out))
         assert_close(
             jactri.empirical_ntk(module, x, x[:n], **options), want, F64, length=p, scale=scale

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parameter_cases import CASES, F64, build, flat, like, whole
+from parameter_cases import CASES, F64, build, flat, like, truth_of, whole
 from test_memory import live_peak
 from tolerances import assert_close
 from torch import nn
@@ -32,7 +32,7 @@ def cut(monkeypatch, held=None, at_once=None):
 @pytest.mark.parametrize("name", CASES)
 def test_ranges_of_samples(name, sizes, monkeypatch):
     module, x = build(name)
-    truth, by_name = whole(module, x)
+    truth, by_name = truth_of(name)
     n, m, p = truth.shape
     jac = jactri.parameter_jacobian(module, x)
     if name in ("mlp", "tokens", "cnn", "shared", "odd", "norms"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parameter_cases import CASES, F64, build, flat, like, rows, whole
+from parameter_cases import CASES, F64, build, flat, like, rows, truth_of, whole
 from tolerances import assert_close, assert_gradients_close
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,8 +121,8 @@ def test_gram_with_another_output_and_what_is_refused():
 @pytest.mark.parametrize("n", [4, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_products(name, n):
-    module, x, jac = jacobian(name, n)
-    truth, _ = whole(module, x)
+    module, _, jac = jacobian(name, n)
+    truth, _ = truth_of(name, n)
     length = truth.numel()
     v, u = like(module), torch.randn(2, *jac.output.shape, dtype=F64)
     want = (truth @ flat(v)).reshape(jac.output.shape)
@@ -142,8 +142,8 @@ def test_products(name, n):
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_gram_and_variance(name, chunk_size):
-    module, x, jac = jacobian(name, chunk_size=chunk_size)
-    truth, _ = whole(module, x)
+    module, _, jac = jacobian(name, chunk_size=chunk_size)
+    truth, _ = truth_of(name)
     n, m, p = truth.shape
     shape = tuple(jac.output.shape)
     rows_ = truth.reshape(n * m, p)
@@ -160,7 +160,7 @@ def test_gram_and_variance(name, chunk_size):
 @pytest.mark.parametrize("name", CASES)
 def test_ggn(name, form, chunk_size):
     module, x = build(name)
-    truth, _ = whole(module, x)
+    truth, _ = truth_of(name)
     n, m, p = truth.shape
     shape = tuple(module(x).shape)
     h = torch.randn(n, m, m, dtype=F64)
@@ -195,7 +195,7 @@ def test_ggn(name, form, chunk_size):
 def test_float32(name):
     _, _, jac = jacobian(name, dtype=torch.float32)
     dense, gram = jac.dense(), jac.gram()
-    truth, by_name = whole(*build(name))
+    truth, by_name = truth_of(name)
     n, m, p = truth.shape
     for key, want in by_name.items():
         assert dense[key].dtype == torch.float32
