@@ -49,15 +49,6 @@ def test_kernels_and_calls():
 
 
 @needs_compiler
-def test_a_package_says_the_same():
-    x = torch.randn(5, 6, dtype=F64)
-    calls = (jactri.compile(net(), x, per_sample=True, engine=e) for e in ("inductor", "aot"))
-    jit, aot = (c.explain().parts[0] for c in calls)
-    assert aot.engine == "aot"
-    assert [(k.ops, k.fused) for k in aot.kernels] == [(k.ops, k.fused) for k in jit.kernels]
-
-
-@needs_compiler
 def test_explain_compiles_if_asked():
     x = torch.randn(5, 6, dtype=F64)
     without = jactri.explain(net(), x, per_sample=True)

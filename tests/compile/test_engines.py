@@ -1,6 +1,7 @@
 """What runs a traced call: Inductor's code and AOTInductor packages give the answers of the ordinary call."""
 
 import copy
+import functools
 import shutil
 
 import pytest
@@ -57,14 +58,21 @@ CALLS = {
 }  # fmt: skip
 
 
+@functools.cache
+def made(name, engine):
+    """One of the calls, compiled once for all tests: its network, and what it became."""
+    of, make, shape, options = CALLS[name]
+    net = make().eval()
+    return net, jactri.compile(net, torch.randn(shape), of=of, engine=engine, **options)
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "engine"), [*((name, "inductor") for name in CALLS), ("jacobian", "aot")]
 )
 def test_answers(name, engine):
-    of, make, shape, options = CALLS[name]
-    net = make().eval()
-    compiled = jactri.compile(net, torch.randn(shape), of=of, engine=engine, **options)
+    of, _, shape, options = CALLS[name]
+    net, compiled = made(name, engine)
     assert compiled.graph is not None and compiled.engine == engine
     assert compiled.seconds[1] > 0 and f"{engine} runs" in repr(compiled)
     for _ in range(2):
@@ -104,6 +112,13 @@ def test_graphs_of_others_have_ops_of_torch(monkeypatch):
     graph = make_fx(lambda x: jactri.jacobian(net, x, per_sample=True))(torch.randn(32, 8))
     names = {n.target.name() for n in graph.graph.nodes if n.op == "call_function"}
     assert all(name.startswith("aten::") for name in names) and "aten::mm" in names
+
+
+@needs_compiler
+def test_a_package_says_of_itself_what_compiled_code_does():
+    jit, aot = (made("jacobian", e)[1].explain().parts[0] for e in ("inductor", "aot"))
+    assert jit.engine == "inductor" and aot.engine == "aot" and jit.kernels
+    assert [(k.ops, k.fused) for k in aot.kernels] == [(k.ops, k.fused) for k in jit.kernels]
 
 
 @needs_compiler
@@ -190,14 +205,13 @@ def test_into_memory_of_the_caller():
 
 @needs_compiler
 def test_threads_share_a_package():
-    net = seeded(6, 9, 4, dtype=torch.float32)
-    compiled = jactri.compile(net, torch.randn(5, 6), per_sample=True, engine="aot")
+    net, compiled = made("jacobian", "aot")
     wrong = []
 
     def work(seed):
         gen = torch.Generator().manual_seed(seed)
         for _ in range(20):
-            x = torch.randn(5, 6, generator=gen)
+            x = torch.randn(3, 1, 4, generator=gen)
             if not torch.allclose(compiled(x), jactri.jacobian(net, x, per_sample=True), atol=1e-5):
                 wrong.append(seed)
 

@@ -51,7 +51,7 @@ CALLS = {
     "jjt": lambda f, x: jactri.jjt(f, x),
     "finite_difference": lambda f, x: jactri.finite_difference(f, x),
     "sparsity": lambda f, x: jactri.sparsity(f, x),
-    "compile": lambda f, x: jactri.compile(f, x)(x),
+    "compile": lambda f, x: jactri.compile(f, x, engine="fx")(x),
     "vmap": lambda f, x: torch.func.vmap(lambda v: jactri.jacobian(f, v))(x),
 }
 
