@@ -15,17 +15,18 @@ from pathlib import Path
 from benchmarks.gpu import suite
 from benchmarks.record import Record
 record = Record(Path(sys.argv[1]), float(sys.argv[2]), line="")
-for _ in range(int(sys.argv[6])):
-    suite.run(record, [sys.argv[5]], int(sys.argv[3]), int(sys.argv[4]))
+for shard in map(int, sys.argv[3].split(",")):
+    suite.run(record, [sys.argv[5]], shard, int(sys.argv[4]))
 sys.exit(record.close())
 """
 
 
-def in_an_item(tmp_path, text, shard=1, of=1, seconds=60.0, runs=1):
-    """(exit code, data) of pytest in an item, on a file with this text."""
+def in_an_item(tmp_path, text, shards=(1,), of=1, seconds=60.0):
+    """(exit code, data) of pytest in an item, on these shards of a file with this text, one after another."""
     (tmp_path / "test_planted.py").write_text(text)
     file = tmp_path / "item.json"
-    words = [str(w) for w in (file, seconds, shard, of, tmp_path / "test_planted.py", runs)]
+    shards = ",".join(map(str, shards))
+    words = [str(w) for w in (file, seconds, shards, of, tmp_path / "test_planted.py")]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -59,12 +60,12 @@ def test_tests_that_fail_are_listed(tmp_path):
 def test_shards_are_all_tests_and_those_that_need_memory_are_in_the_first(tmp_path):
     text = "import pytest\n@pytest.mark.parametrize('k', range(7))\ndef test_many(k): pass\n"
     text += "\n".join(f"@pytest.mark.clean_memory\ndef test_large{k}(): pass" for k in range(3))
-    counts = [in_an_item(tmp_path, text, k, 3)[1]["results"][0]["passed"] for k in (1, 2, 3)]
-    assert counts == [3 + 3, 2, 2]
+    _, data = in_an_item(tmp_path, text, shards=(1, 2, 3), of=3)
+    assert [r["passed"] for r in data["results"]] == [3 + 3, 2, 2]
 
 
 def test_several_runs_in_an_item_add_up(tmp_path):
-    code, data = in_an_item(tmp_path, "def test_good(): pass\n", runs=2)
+    code, data = in_an_item(tmp_path, "def test_good(): pass\n", shards=(1, 1))
     assert code == 0 and [r["passed"] for r in data["results"]] == [1, 1]
     assert data["line"] == "2 passed, 0 failed, 0 skipped"
 
