@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _get_sequence_nr, _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..base.tracing import may_write
 from ..plan.poles import suspects
@@ -45,8 +46,6 @@ ROWS = 4
 """For how many tangents an elementwise op's node is called: for more, its derivative is formed once."""
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
-
-_NOTHING = (None, None)
 
 _REFUSED = {
     torch.autograd.grad: "calls torch.autograd.grad",
@@ -83,6 +82,36 @@ def cut(g):
     return g.src[0]
 
 
+class _Apart:
+    """The nodes that no tangents lead to, by which a walk ends.
+
+    Of what the function itself records, a node carries that note: to hold the node here would hold what it saved. What
+    is older is the caller's, and is held till the call ends.
+    """
+
+    def __init__(self):
+        self._start, self._older, self._mark = _get_sequence_nr(), set[object](), object()
+
+    def __contains__(self, node) -> bool:
+        if node._sequence_nr() < self._start:
+            return node in self._older
+        return self._mark in node.metadata
+
+    def note(self, walk: Walk, leaves: Sequence[Tensor]) -> None:
+        """All of a walk that these leaves, the only ones with tangents, do not lead to."""
+        alive, reached = {id(x) for x in leaves}, set[object]()
+        for node in walk.order:
+            if node.__class__ is _ACCUMULATE:
+                if id(node.variable) in alive:
+                    reached.add(node)
+            elif not reached.isdisjoint(p for p, _ in walk.edges[node]):
+                reached.add(node)
+            elif node._sequence_nr() < self._start:
+                self._older.add(node)
+            else:
+                node.metadata[self._mark] = None
+
+
 class Streamed(TorchFunctionMode):
     """Runs a function with tangents of its inputs: blocks ``(K, *input)`` in, those of any of its tensors out."""
 
@@ -91,7 +120,9 @@ class Streamed(TorchFunctionMode):
         self._blocks, self._whole, self._backend = blocks, whole, backend
         self._pauses = self._first = 0
         self._packed = self._reads = False
-        self._mark = object()  # a leaf of an earlier call may still be behind a buffer
+        # kept here, not with the tensors: a buffer, and leaves behind it, may outlive the call
+        self._held, self._writes = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._apart = _Apart()
 
     def begin(self, leaves: Sequence[Tensor]) -> None:
         """Give the inputs, leaves of nobody else, their tangents."""
@@ -138,11 +169,12 @@ class Streamed(TorchFunctionMode):
             self._reads = False
 
     def _tangents(self, ys: Sequence[Tensor]) -> list[Tensor | None]:
-        walk = Walk(ys, ())
+        walk = Walk(ys, (), self._apart)
         leaves = self._leaves(ys, walk)
+        self._apart.note(walk, leaves)
         if not leaves:
             return [None] * len(ys)
-        blocks = [x._jactri_tangents[1] for x in leaves]  # type: ignore[attr-defined]
+        blocks = [self._held[x] for x in leaves]
         hooks = RemovableHandle.next_id - self._first
         with computing(False, self._backend):
             if len(ys) == len(leaves) == 1 and not hooks:
@@ -224,7 +256,7 @@ class Streamed(TorchFunctionMode):
         if not _live(root):
             return
         if not whole or root is not y:
-            root._jactri_writes = count = getattr(root, "_jactri_writes", 0) + 1  # type: ignore[attr-defined]
+            self._writes[root] = count = self._writes.get(root, 0) + 1
             if count < WRITES:
                 return
         (block,) = self.tangents([root])
@@ -232,28 +264,25 @@ class Streamed(TorchFunctionMode):
             leaf = self._give(root.detach().requires_grad_(), block)
             root.detach_()
             Cut.apply(leaf, root)
-            root._jactri_writes = 0  # type: ignore[attr-defined]
+            self._writes[root] = 0
 
     def _check(self, func, args, kwargs) -> None:
         """Raise for what would need the graph behind a tensor that has tangents."""
         for y in _tensors(args, kwargs):
-            if self._leaves([y], Walk([y], ())):
+            if self._leaves([y], Walk([y], (), self._apart)):
                 _refuse(_REFUSED[func])
 
     # -- tangents -----------------------------------------------------------------------------------
 
     def _give(self, leaf: Tensor, block: Tensor) -> Tensor:
-        leaf._jactri_tangents = self._mark, block  # type: ignore[attr-defined]
+        self._held[leaf] = block
         return leaf
 
     def _leaves(self, ys: Sequence[Tensor], walk: Walk) -> list[Tensor]:
         """The leaves behind some tensors that hold tangents."""
         found = [node.variable for node in walk.order if node.__class__ is _ACCUMULATE]
         found += [y for y in ys if y.grad_fn is None]
-        kept = {
-            id(x): x for x in found if getattr(x, "_jactri_tangents", _NOTHING)[0] is self._mark
-        }
-        return list(kept.values())
+        return list({id(x): x for x in found if x in self._held}.values())
 
 
 def _refuse(what: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -58,15 +58,18 @@ class Work(NamedTuple):
 class Walk:
     """The nodes behind some tensors, producers first, with leaves where they are met; nothing of them is read.
 
-    ``edges``: of every node but the leaves, its ``next_functions``; none where an input of a call ends the search.
+    ``edges``: of every node but the leaves, its ``next_functions``; none where an input of a call ends the search, or
+    one of ``stops``.
     """
 
     __slots__ = ("edges", "order")
 
-    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]):
+    def __init__(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], stops: Container[object] = ()
+    ):
         ends = {x.grad_fn for x in inputs if x.requires_grad}  # None: a leaf
         # an interior input ends the search behind it, unless another input may lie there
-        stops = ends if len(ends) == 1 else ()
+        stops = ends if len(ends) == 1 else stops
         self.order: list = []
         self.edges: dict[Any, tuple] = {}
         met: set[object] = set()  # leaves, and nodes that are in order
