@@ -205,6 +205,51 @@ def test_each_write_is_asked_twice(entries):
     assert found[written] - _ops(lambda: written(leaf)) <= found[stacked] + 2 * passed + 40
 
 
+def products(columns, n, rows, over, dtype=F64):
+    """What adds to a part of zeros, by a matrix with columns at the ``rows``, one an input; then other writes.
+
+    ``over``: the part is a function of the inputs already, and was scaled.
+    """
+    M = torch.zeros(n, len(rows), dtype=dtype)
+    for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        for at, weight in column.items():
+            M[row + at, k] = weight
+
+    def func(x):
+        y = x.sum().expand(n).clone() if over else x.new_zeros(n)
+        if over:
+            y[0].mul_(2)
+        y[:].addmv_(M, x)
+        y[1] = x[0]
+        return y
+
+    return func
+
+
+CUBIC = {0: 2.0, 1: -3, 2: 3, 3: -1}  # a number, and its third difference
+SMOOTH = {-2: -3 / 35, -1: 12 / 35, 0: 17 / 35, 1: 12 / 35, 2: -3 / 35}  # Savitzky and Golay
+UP, DOWN = {0: 1 + 2**-23, 1: 0.5, -1: -0.5}, {0: 2.0}
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "n", "rows"),
+    [
+        ((CUBIC, CUBIC, CUBIC), 12, (2, 5, 8)),
+        ((SMOOTH, SMOOTH, SMOOTH), 40, (4, 12, 30)),
+        (({0: 1.0, 2046: 1.0}, {0: 1.0}, {0: 1.0}), 2050, (0, 5, 7)),
+        ((UP, DOWN, {0: -1.0, 1: 2.0}), 9, (3, 5, 7)),
+    ],
+    ids=["difference", "filter", "sum", "scaled"],
+)
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_products_that_look_like_copies(columns, n, rows, over, dtype):
+    """Of numbers in order, and of their squares, a product may give what a copy would."""
+    func = products(columns, n, rows, over, dtype)
+    x = torch.randn(3, dtype=dtype)
+    assert_close(jactri.jacobian(func, x), torch.autograd.functional.jacobian(func, x), dtype)
+
+
 def test_writes_share_steps():
     plan = jactri.explain(in_order, torch.randn(4, 3, dtype=F64), strategy="reverse-mode")
     assert sum("CopySlices" in step.op for step in plan.steps) <= 2 * 5 + 1, str(plan)

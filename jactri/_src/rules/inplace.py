@@ -7,7 +7,7 @@ confirm it, exactly. A view by strides is asked in the same way where each of it
 
 A matrix that is written entry by entry is a chain of such nodes, and what one returns for what was there before is what
 the one before it is asked with: so the numbers go through all of them once, and sources of one shape are put where they
-went as one stack.
+went as one stack. These numbers begin far from 0, where neither a multiple nor a sum of them is one of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .shape import piece, place, stacked
 
 _EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 """Integers below these bounds are exact."""
+
+_FACTORS, _SCRAMBLED = (0x9E3779B1, 0x2C1B3C6D), 1 << 22
+"""Of a hash, odd, by which no product overflows, and what its numbers are below."""
 
 
 @rule("torch::autograd::CopySlices")
@@ -58,9 +61,12 @@ def _together(g, writes) -> int | None:
     kinds = {(g.values[s].dtype, g.values[s].device) for s in sources}
     if kinds != {(meta.dtype, meta.device)}:
         return None
-    numbers = _numbers(shape, torch.empty((), dtype=meta.dtype.to_real(), device=meta.device))
+    real = meta.dtype.to_real()
+    number, scramble = _numbers(shape, torch.empty((), dtype=real, device=meta.device))
+    first = _EXACT[real] - prod(shape)
+    number += first - 1
     # the two parts of complex numbers ask at once
-    asked = [torch.complex(*numbers)] if meta.dtype.is_complex else [*numbers]
+    asked = [torch.complex(number, scramble)] if meta.dtype.is_complex else [number, scramble]
     told = [_through(g, writes, asked[0])]
     left, places = told[0]
     if any(t is None or t.requires_grad or t.numel() == 0 for t in places):
@@ -72,7 +78,7 @@ def _together(g, writes) -> int | None:
         told += [_through(g, writes, c) for c in asked[1:]]
         if base is not None:  # selected, not multiplied by 0
             keep = _through(g, writes, torch.full_like(asked[0], nan))[0].isnan()
-        index = torch.cat([t.reshape(-1) for t in places]).real.long() - 1
+        index = (torch.cat([t.reshape(-1) for t in places]).real - first).long()
         index.clamp_(0, prod(shape) - 1)
         for c, (rest, taken) in zip(asked, told, strict=True):
             fits = fits & (c.reshape(-1)[index] == torch.cat([t.reshape(-1) for t in taken])).all()
@@ -80,7 +86,7 @@ def _together(g, writes) -> int | None:
                 fits = fits & (torch.where(keep, c, 0) == rest).all()
         if not bool(fits):
             return None
-        terms = [] if keep is None else [g.mask(base, keep.to(numbers[0].dtype))]
+        terms = [] if keep is None else [g.mask(base, keep.to(real))]
         alike: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for s, t, at in zip(sources, places, index.split([t.numel() for t in places]), strict=True):
             alike.setdefault(tuple(t.shape), []).append((s, at))
@@ -175,10 +181,14 @@ def _of_parts(g) -> bool:
 def _numbers(shape, meta) -> tuple[Tensor, Tensor]:
     """1, 2, 3, ..., and a fixed scramble of them: what is confirmed must not depend on the caller's random state.
 
-    The second is of squares: a mean of neighbours has the number of the one in the middle.
+    The second is a hash: there are filters that return every polynomial as it is, that of a third difference, say.
     """
-    number = torch.arange(1, prod(shape) + 1, dtype=meta.dtype, device=meta.device).reshape(shape)
-    return number, number.remainder(4093).square().remainder(4093) + 1
+    number = torch.arange(1, prod(shape) + 1, device=meta.device).reshape(shape)
+    mixed = number
+    for factor in _FACTORS:
+        mixed = (mixed * factor).bitwise_and_((1 << 32) - 1)
+        mixed = mixed ^ (mixed >> 15)
+    return number.to(meta.dtype), (mixed % _SCRAMBLED + 1).to(meta.dtype)
 
 
 @rule("AsStrided")
@@ -228,6 +238,7 @@ def _read(g, old: tuple[int, ...]):
         if bool((index < 0).any()):  # outside of the value, in its memory
             return None
         _, cotangent = _numbers(shape, like)
+        cotangent = cotangent.remainder(4093)  # of which sums are exact, too
         spread = torch.zeros_like(scramble).reshape(-1)
         spread.index_add_(0, index.reshape(-1), cotangent.reshape(-1))
         if not (
