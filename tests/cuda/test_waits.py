@@ -84,6 +84,31 @@ def test_a_plan_that_is_far_faster_is_worth_a_wait(device):
     assert waits(device, call) == {"poles.met": 1}
 
 
+class Roots(torch.nn.Module):
+    """What acts on each token, behind attention in reverse: one matrix a token, made first, saves most of it."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(d, 4 * d), torch.nn.Linear(4 * d, d)
+        self.attention = torch.nn.MultiheadAttention(d, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.down(self.up(x).relu().sqrt())
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("tokens, found", [(64, {"poles.met": 1}), (8, {})])
+def test_reverse_mode_in_another_order_may_be_worth_a_wait(tokens, found, device):
+    net, x = device.net(Roots(64)), torch.empty(4, tokens, 64, device="cuda")
+
+    def call(f=jactri.jacobian, **options):
+        return f(net, x, per_sample=True, strategy="reverse-mode", **options)
+
+    assert waits(device, call) == found
+    made_first = [s for s in call(jactri.explain).steps if s.structure == "matrices"]
+    assert bool(made_first) == bool(found)
+
+
 CAPTURED = [
     (net, call)
     for net in ("root behind relu", "written", "padded", "gathered", "indexed")

@@ -1,5 +1,7 @@
 """Products that are left unformed: right, and with fewer flops where a batched product meets a matrix."""
 
+from math import inf
+
 import pytest
 import torch
 from common import F64
@@ -10,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import jactri
 from jactri._src.plan import condensing
+from jactri._src.plan.needs import Asked
+from jactri._src.plan.planner import make_plan
+from jactri._src.read.reading import read
 
 
 def net(seed=0, **weights):
@@ -243,6 +248,28 @@ def test_float32():
     got = jactri.jacobian(func, x, per_sample=True)
     want = blocks(truth_of(lambda x: written(x) - x, x.double()))
     assert_close(got, want.float(), torch.float32, length=100)
+
+
+def test_kernels_run_the_steps_that_parts_left():
+    """Where kernels run several steps as one, these are found in the sweep that multiplies with the parts."""
+    wide = {n: w.float().repeat(8, 8) for n, w in (W | M).items() if w.dim() == 2}
+
+    def func(x):
+        x = x @ wide["up0"]
+        x = x.relu().sqrt() @ wide["down0"]
+        q, k, v = ((x @ wide[n]).unflatten(-1, (2, -1)).transpose(1, 2) for n in "qkv")
+        return together(scores(q, k) @ v) @ wide["o"]
+
+    x = draw(4, 64, 8 * D, dtype=torch.float32).requires_grad_()
+    graph = read([func(x)], [x])
+    asked = Asked(True, False, kernels="auto", fused=True)
+    plan = make_plan(graph, "reverse-mode", device="cuda", answer=asked)
+    (sweep,) = plan.sweeps
+    assert "matrices" in {t.map_in(graph).structure for s in sweep.steps for t in s.terms}
+    for stage in (*plan.parts, sweep):
+        ran = [s for item in stage.items for s in getattr(item, "steps", [item])]
+        assert sorted(s.value for s in ran) == sorted(stage.values)
+    assert plan.seconds["reverse-mode"] < plan.rows < inf
 
 
 def test_weights_meet_tokens_not_pairs():

@@ -42,7 +42,9 @@ class Plan:
     """Predicted bytes of the stage that takes the most."""
     parts: list[Sweep] = field(default_factory=list)
     suspects: tuple[tuple[int, int], ...] = ()
-    """The edges that must be finite for any other order than reverse (see `poles`)."""
+    """The edges that must be finite for any other order than autograd's (see `poles`)."""
+    rows: float = inf
+    """Predicted time of autograd's own order, where it was looked at."""
 
     @property
     def signature(self) -> list:
@@ -155,6 +157,13 @@ def _direction(
     return [terms.fused(graph, s) for s in sweeps]
 
 
+def _condensed(graph: Graph, sweep: Sweep, terms: _Terms) -> Sweep:
+    """The sweep with parts made first; where kernels run several steps as one, if that is predicted to be faster."""
+    seconds = terms.seconds(graph, sweep)
+    found = terms.fused(graph, condensed(graph, sweep, seconds))
+    return found if found.items is None or terms.seconds(graph, found) < seconds else sweep
+
+
 def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
     """The sweep with its seeds coloured where ``traces`` show that fewer will do, by patches where that costs less."""
     answer = terms.answer
@@ -236,8 +245,7 @@ def make_plan(
     plain = ways
     if not rows:
         ways = {
-            name: [condensed(graph, s, terms.seconds(graph, s)) for s in sweeps]
-            for name, sweeps in ways.items()
+            name: [_condensed(graph, s, terms) for s in sweeps] for name, sweeps in ways.items()
         }
     cost = {name: terms.seconds(graph, *sweeps) for name, sweeps in ways.items()}
     table = None
@@ -265,10 +273,12 @@ def make_plan(
     if chosen == "mixed":
         reason += f", {table.name}"
     tied = not _untied(graph, sweeps)
-    rows = chosen == "reverse-mode" and not parts
-    suspects = () if rows else poles.suspects(graph, seeds=True)
     peak = max((s.peak for s in (*parts, *sweeps)), default=0.0)
-    return Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, peak, parts, suspects)
+    plan = Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, peak, parts)
+    if chosen == "reverse-mode" and not parts:
+        return plan
+    back = terms.seconds(graph, *plain["reverse-mode"]) if "reverse-mode" in plain else inf
+    return replace(plan, suspects=poles.suspects(graph, seeds=True), rows=back)
 
 
 def plan_given(

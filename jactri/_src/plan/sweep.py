@@ -198,7 +198,7 @@ def with_steps(sweep: Sweep, new: dict[int, Step], gone: set[int]) -> Sweep:
         layouts={v: layout for v, layout in sweep.layouts.items() if v not in hidden},
         inside=sweep.inside | {v: sweep.layouts[v] for v in hidden},
         flops=sum(s.flops for s in steps), bytes=sum(s.bytes for s in steps),
-        alike=sweep.alike - hidden,
+        alike=sweep.alike - hidden, items=None,
     )  # fmt: skip
 
 
