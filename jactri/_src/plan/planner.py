@@ -277,8 +277,8 @@ def make_plan(
     plan = Plan(chosen, chosen != "forward-mode", sweeps, reason, cost, tied, peak, parts)
     if chosen == "reverse-mode" and not parts:
         return plan
-    back = terms.seconds(graph, *plain["reverse-mode"]) if "reverse-mode" in plain else inf
-    return replace(plan, suspects=poles.suspects(graph, seeds=True), rows=back)
+    rows_take = terms.seconds(graph, *plain["reverse-mode"]) if "reverse-mode" in plain else inf
+    return replace(plan, suspects=poles.suspects(graph, seeds=True), rows=rows_take)
 
 
 def plan_given(

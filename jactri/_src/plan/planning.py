@@ -246,7 +246,7 @@ ONE_SEED = "one seed at a time"
 
 
 def _at_once(plan: Plan, device) -> bool:
-    """Whether autograd's own order, which is right in any case, takes less than to wait for what another has to know."""
+    """Whether autograd's own order, which is right in any case, takes less than to wait for what others need."""
     return device.type == "cuda" and plan.rows - plan.seconds[plan.strategy] < _WAIT
 
 
