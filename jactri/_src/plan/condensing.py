@@ -2,7 +2,8 @@
 
 Between two values through which everything goes (see `mixed.cuts`), a block may keep more ties than the sweep that
 comes to it: behind attention every seed is of all tokens, and a feed-forward network has a small matrix for each. The
-product with these, in place of one with each of its weights, is one step. Sizes alone decide. Pure: no tensor is held.
+product with these, in place of one with each of its weights, is one step. Sizes alone decide, and memory: what scaled a
+block in place may have become a product, which needs another. Pure: no tensor is held.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from ..maps.layout import FREE
 from ..maps.linear_map import Route
 from ..read.graph import Graph
 from .mixed import Partial, cuts, product
+from .needs import peak_bytes
 from .sweep import Meeting, Step, Sweep, Term, cost, follow, part_block, with_steps
 
 MANY = 2
 """How many times the seeds of a part the sweep must have, at least."""
 
+MORE = 1 / 16
+"""How much more memory the sweep may take with its parts, of what it took."""
 
 LOOK = 6e-6
 """About how many seconds it takes to follow one step."""
@@ -38,9 +42,7 @@ def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
     at = [v for v in on if v in through]
     if seconds < LOOK * len(at) * len(on):
         return sweep
-    parts: list[tuple[Sweep, int]] = []
-    new: dict[int, Step] = {}
-    gone: set[int] = set()
+    best, most = sweep, (1 + MORE) * peak_bytes(graph, sweep, {})
     for near, far in _apart(graph, sweep, at):
         inner = on[on.index(near) + 1 : on.index(far) + 1]
         steps = [s for s in sweep.steps if s.value in set(inner)]
@@ -49,12 +51,14 @@ def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
             follow(graph, near, sweep.reverse, [far]),
             key=lambda s: cost(s.steps),
         )
-        found = _step(graph, sweep, made, near, far, len(parts))
-        if found is not None and cost([found]) + cost(made.steps) < cost(steps):
-            parts.append((made, far if made.reverse == sweep.reverse else near))
-            new[far] = found
-            gone |= set(inner)
-    return replace(with_steps(sweep, new, gone), parts=tuple(parts)) if parts else sweep
+        found = _step(graph, sweep, made, near, far, len(best.parts))
+        if found is None or cost([found]) + cost(made.steps) >= cost(steps):
+            continue
+        parts = *best.parts, (made, far if made.reverse == sweep.reverse else near)
+        more = replace(with_steps(best, {far: found}, set(inner)), parts=parts)
+        if peak_bytes(graph, more, {}) + sum(p.ends(graph) for p, _ in parts) <= most:
+            best = more
+    return best
 
 
 def _apart(graph: Graph, sweep: Sweep, at: list[int]) -> Iterator[tuple[int, int]]:
@@ -92,5 +96,5 @@ def _step(graph: Graph, sweep: Sweep, made: Sweep, near: int, far: int, number: 
     route = Route(sweep.layouts[near], layout, None, flops / layout.numel)
     owner = near if sweep.reverse else far
     term = Term(near, owner, 0, route, meeting=Meeting(part_block(number), how))
-    size = graph.values[far].dtype.itemsize
-    return Step(far, (term,), layout, (), flops, float(layout.numel * size))
+    written = (layout.numel + how.copies({})) * graph.values[far].dtype.itemsize
+    return Step(far, (term,), layout, (), flops, float(written))

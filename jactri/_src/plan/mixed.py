@@ -60,12 +60,19 @@ class Product:
         """The letters by their part in a batched product; rows are those of ``second``, columns of ``first``."""
         return groups(self.second, self.first, self.out)
 
-    def copies(self, sel: dict[Letter, int]) -> int:
+    def scales(self, block: Letters) -> bool:
+        """Whether entries of a block with these letters are multiplied one by one, and so may be overwritten."""
+        return block == self.out and {*self.first, *self.second} == {*block}
+
+    def copies(self, chunks: dict[int, int]) -> int:
         """Elements that are copied to bring operands and result into the order of a batched product, or out of it.
 
-        ``sel``: by letter, how much of it a chunk takes. Blocks are taken to be contiguous.
+        ``chunks``: by seed factor of the result, how much of it a chunk takes. Blocks are taken to be contiguous.
         """
         batch, rows, inner, columns = self.groups
+        if not inner:
+            return 0
+        sel = {self.seeds[f]: size for f, size in chunks.items()}
         total = 0
         for dims, parts in (
             (self.first, (batch, inner, columns)),
@@ -120,8 +127,7 @@ class Join(Sweep):
         total, last = 0.0, 0.0
         for v, p in self.products.items():
             total += self.layouts[v].numel_of(sel) * self.itemsizes[v]
-            taken = {p.seeds[f]: c for f, c in chunks.items()}
-            last = max(last, p.copies(taken) * self.itemsizes[v])
+            last = max(last, p.copies(chunks) * self.itemsizes[v])
         return total + last
 
 

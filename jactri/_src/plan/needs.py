@@ -156,7 +156,8 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         scaling = scales(step)
         stored = sweep.stored(graph, step.value, sel)
         # a block that is used for the last time, and by nobody else, is scaled in place, if it is not expanded
-        last = scaling and first.other in step.frees and users.get(behind) == 1
+        meets = first.meeting is not None and first.meeting.scales(sweep.reverse)
+        last = (scaling or meets) and first.other in step.frees and users.get(behind) == 1
         reused = last and size[behind] >= stored
         extra = 0.0
         if step.shares or reused:
@@ -171,6 +172,9 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
             read = first.route.mid.numel_of(sel) * graph.values[first.other].dtype.itemsize
             extra += 3 * max(stored, read)
         extra += between(step)
+        if first.meeting is not None:
+            copied = first.meeting.product.copies(chunks)
+            extra += copied * graph.values[step.value].dtype.itemsize
         if edge.structure == "convolution" and graph.values[step.value].device.type == "cpu":
             if first.other not in turned:
                 read = graph.values[first.other].dtype.itemsize

@@ -41,6 +41,10 @@ class Meeting:
     """Where the part's block is, among the blocks of the sweep."""
     product: Product
 
+    def scales(self, reverse: bool) -> bool:
+        """Whether the block is multiplied entry by entry, in a sweep in this direction."""
+        return self.product.scales(self.product.second if reverse else self.product.first)
+
 
 def part_block(number: int) -> int:
     """Where the block of a part is, among the blocks of a sweep: where no value is."""

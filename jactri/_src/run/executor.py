@@ -230,14 +230,15 @@ def _parts_of(sweep: Sweep, made: Made | None) -> Blocks:
 
 
 def _met(
-    term: Term, data: Tensor | None, reverse: bool, blocks: Blocks, sel
+    term: Term, data: Tensor, own: bool, reverse: bool, blocks: Blocks, sel
 ) -> tuple[Tensor, bool]:
-    """The product of a block with that of a part."""
+    """The product of a block, which may be overwritten if it is ``own``, with that of a part."""
     part, _ = blocks[term.meeting.block]
     pair = (part, data) if reverse else (data, part)
     mine = _own(term.route.out, sel) if sel else {}
     here = _own(term.route.mid, mine)
-    new = multiply(term.meeting.product, term.route.out, *pair, mine, here=here)
+    owned = (False, own) if reverse else (own, False)
+    new = multiply(term.meeting.product, term.route.out, *pair, mine, here=here, own=owned)
     return new, has_own_memory(new)
 
 
@@ -292,7 +293,8 @@ def _steps(
             data, own = blocks[other]
             dying = other in frees and other not in pinned
             if term.meeting is not None:
-                blocks[step.value] = _met(term, data, sweep.reverse, blocks, sel)
+                free = own and dying and writable
+                blocks[step.value] = _met(term, data, free, sweep.reverse, blocks, sel)
             else:
                 edge = term.map_in(graph)
                 blocks[step.value] = edge.apply(

@@ -20,13 +20,15 @@ def multiply(
     sel: Selection,
     out: Tensor | None = None,
     here: Selection | None = None,
+    own: tuple[bool, bool] = (False, False),
 ) -> Tensor:
     """The block ``(K, *value)`` of the result: ``second`` times ``first``, both as blocks ``(K, *value)``.
 
     Blocks of two dtypes are multiplied in the wider one, those of two devices on that of ``second``.
 
     ``sel`` restricts the result's seed factors; one of the blocks may be of the chunk ``here`` already. ``out``: where
-    to write it if autograd does not watch; returned if it was written. Costs ``2 * prod(sizes)`` flops.
+    to write it if autograd does not watch; returned if it was written. ``own``: whether ``first`` and ``second`` may be
+    overwritten. Costs ``2 * prod(sizes)`` flops.
     """
     spans = {how.seeds[factor]: span for factor, span in sel.items()}
     cuts = {how.seeds[factor]: span for factor, span in (here or {}).items()}
@@ -43,9 +45,8 @@ def multiply(
     if out is not None and not torch.is_grad_enabled() and _fits(out, first, second):
         contract(*one, *other, how.out, out.view(shape))
         return out
-    return (
-        contract(*one, *other, how.out).expand(shape).reshape(layout.columns_of(sel), *layout.shape)
-    )
+    made = contract(*one, *other, how.out, own=own[::-1])
+    return made.expand(shape).reshape(layout.columns_of(sel), *layout.shape)
 
 
 def _fits(out: Tensor, first: Tensor, second: Tensor) -> bool:
