@@ -5,6 +5,7 @@ from math import inf
 import pytest
 import torch
 from common import F64
+from test_memory import live_peak
 from tolerances import assert_close
 from torch import nn
 from torch.autograd.functional import jacobian as truth_of
@@ -248,6 +249,44 @@ def test_float32():
     got = jactri.jacobian(func, x, per_sample=True)
     want = blocks(truth_of(lambda x: written(x) - x, x.double()))
     assert_close(got, want.float(), torch.float32, length=100)
+
+
+TOKENS = torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(3)) / 5
+
+
+def all_mixed(x):
+    return TOKENS @ (x @ W["q"].repeat(3, 3) / 2)
+
+
+SCALED = {
+    "behind": lambda x: all_mixed(x).tanh().sin().exp(),
+    "before": lambda x: all_mixed(x.tanh().sin().exp()),
+    "between": lambda x: all_mixed(all_mixed(x).tanh().sin().exp()),
+}
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+@pytest.mark.parametrize("name", [*SCALED, "scaled", "encoder", "rotary"])
+def test_parts_take_little_memory(name, strategy, monkeypatch):
+    """What was scaled in place still is, by the product of all derivatives; copies for a batched product count."""
+    monkeypatch.setattr(condensing, "LOOK", 0.0)
+    func = SCALED[name] if name in SCALED else FUNCTIONS[name]
+    x = draw(2, 24, 3 * D if name in SCALED else D).requires_grad_()
+    y = func(x)
+    graph = read([y], [x])
+    answer = Asked(True, False)
+    whole = {"chunk_size": 10**6, "answer": answer}
+    plan = make_plan(graph, strategy, **whole)
+    plain = make_plan(graph, strategy, rows=True, **whole)
+    assert plan.peak <= (1 + condensing.MORE) * plain.peak
+    if name in SCALED:
+        options = {"per_sample": True, "strategy": strategy, "chunk_size": 10**6}
+        found = max(live_peak(lambda: jactri.jacobian_of(y, x, **options)) for _ in range(2))
+        assert 0.8 <= plan.peak / found <= 1.2
+        want = blocks(truth_of(func, x))
+        assert_close(jactri.jacobian_of(y, x, **options), want, F64, length=100)
+    if (name, strategy) in (("behind", "forward-mode"), ("before", "reverse-mode")):
+        assert plan.parts
 
 
 def test_kernels_run_the_steps_that_parts_left():
