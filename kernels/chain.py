@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .activations import SOURCE
 from .launches import launch
-from .linear import Config, added, scaled
+from .linear import Config, added, scaled, strides_of
 from .operands import multiply, prepare
 from .support import Factor, Ready, factor, power_of_two, wide
 
@@ -94,7 +94,8 @@ def _chain(
         o = o.to(tl.int64)
     to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     mask = inside[:, None] & (o < WIDTHS[len(MS)])[None, :]
-    t = added(t, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
+    if PLUS is not None:
+        t = added(t, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     tl.store(to, t.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -146,7 +147,8 @@ def _pair(
         out = multiply(acc, at, m2_p, within, out, PRECISION, WHOLE)
     mask = inside[:, None] & outside[None, :]
     out = scaled(out, Z2, D2, P2, r[:, None] * z2_r + o[None, :] * z2_i, mask)
-    out = added(out, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
+    if PLUS is not None:
+        out = added(out, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     to = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(to, out.to(OUT.dtype.element_ty), mask=mask)
 
@@ -210,7 +212,7 @@ def chain(
     launch(
         _chain, (triton.cdiv(K * R, c.rows),), out,
         t, tuple(m.values for m in operands), values, plus, out, K, R, *t.stride(),
-        *(out if plus is None else plus).stride(), *out.stride(),
+        *strides_of(plus), *out.stride(),
         tuple(m.strides for m in operands), tuple(tuple(p[1]) for p in parts), tuple(m.padded for m in operands),
         widths, tuple(power_of_two(w, 16) for w in widths), tuple(p[2] for p in parts), tuple(p[3] for p in parts),
         SOURCE, precision, c.rows, far,
@@ -246,7 +248,7 @@ def pair(
         _pair, (triton.cdiv(K * R, c.rows),), out,
         t, a.values, b.values, z0, z1, z2, plus, out, K, R, I, H, O, a.padded, b.padded, *t.stride(),
         *a.strides, *b.strides,
-        *s0, *s1, *s2, *(out if plus is None else plus).stride(), *out.stride(),
+        *s0, *s1, *s2, *strides_of(plus), *out.stride(),
         d0, p0, d1, p1, d2, p2, precision, c.rows,
         min(c.out, power_of_two(H, 16)), min(c.inner or features, features), power_of_two(O, 16), not c.inner, far,
         num_warps=c.warps, num_stages=c.stages,

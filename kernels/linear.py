@@ -57,11 +57,13 @@ def scaled(value, Z, D: tl.constexpr, P: tl.constexpr, offsets, mask):
 
 @triton.jit
 def added(value, PLUS, offsets, mask):
-    """``value`` plus a block; as it is where there is none."""
-    if PLUS is None:
-        return value
-    else:
-        return value + tl.load(PLUS + offsets, mask=mask, other=0.0).to(tl.float32)
+    """``value`` plus a block."""
+    return value + tl.load(PLUS + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+def strides_of(plus: Tensor | None) -> tuple[int | None, ...]:
+    """For a kernel that adds a block (K, R, features): arguments that are not used would cost it registers."""
+    return (None, None, None) if plus is None else plus.stride()
 
 
 @triton.jit
@@ -93,7 +95,8 @@ def _step(
         acc = multiply(t, m_at, m_p, within, acc, PRECISION, BEFORE is not None)
     mask = inside[:, None] & outside[None, :]
     acc = scaled(acc, ZA, AFTER, PA, r[:, None] * a_r + o[None, :] * a_o, mask)
-    acc = added(acc, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
+    if PLUS is not None:
+        acc = added(acc, PLUS, k[:, None] * q_k + r[:, None] * q_r + o[None, :] * q_o, mask)
     at = OUT + k[:, None] * o_k + r[:, None] * o_r + o[None, :] * o_o
     tl.store(at, acc.to(OUT.dtype.element_ty), mask=mask)
 
@@ -133,7 +136,7 @@ def step(
     launch(
         _step, grid, out,
         t, zb, m.values, za, plus, out, K, R, I, O, m.padded, *t.stride(), *sb, *m.strides, *sa,
-        *(out if plus is None else plus).stride(), *out.stride(),
+        *strides_of(plus), *out.stride(),
         db, pb, da, pa, precision, c.rows, min(c.out, power_of_two(O, 16)),
         min(c.inner, power_of_two(I, 16)), far,
         num_warps=c.warps, num_stages=c.stages,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import launch
-from .linear import added, scaled
+from .linear import added, scaled, strides_of
 from .support import Factor, factor, power_of_two, wide
 
 MAPS = ("softmax", "log_push", "log_pull", "centred", "uncentred")
@@ -79,7 +79,6 @@ def _rows(
     inside = r < R
     t_at, p_at = T + k[:, None] * t_k + r[:, None] * t_r, P + r[:, None] * p_r
     o_at = OUT + k[:, None] * o_k + r[:, None] * o_r
-    q = k[:, None] * q_k + r[:, None] * q_r
     s1, s2 = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     if LOOP:
         for start in range(0, n, BN):
@@ -91,14 +90,16 @@ def _rows(
             t, p, mask = _tile(t_at, p_at, ZB, r, i, inside, n, t_n, p_n, b_r, b_n, DB, PB)
             out = _mapped(t, p, s1, s2, n, MAP)
             out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i[None, :] * a_n, mask)
-            out = added(out, PLUS, q + i[None, :] * q_n, mask)
+            if PLUS is not None:
+                out = added(out, PLUS, k[:, None] * q_k + r[:, None] * q_r + i[None, :] * q_n, mask)
             tl.store(o_at + i[None, :] * o_n, out.to(OUT.dtype.element_ty), mask=mask)
     else:
         t, p, mask = _tile(t_at, p_at, ZB, r, i0, inside, n, t_n, p_n, b_r, b_n, DB, PB)
         s1, s2 = _sums(t, p, s1, s2, MAP)
         out = _mapped(t, p, s1, s2, n, MAP)
         out = scaled(out, ZA, DA, PA, r[:, None] * a_r + i0[None, :] * a_n, mask)
-        out = added(out, PLUS, q + i0[None, :] * q_n, mask)
+        if PLUS is not None:
+            out = added(out, PLUS, k[:, None] * q_k + r[:, None] * q_r + i0[None, :] * q_n, mask)
         tl.store(o_at + i0[None, :] * o_n, out.to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -131,7 +132,7 @@ def rows(
     launch(
         _rows, (triton.cdiv(K * R, tile),), out,
         t, saved, zb, za, plus, out, K, R, n, *t.stride(), *saved.stride(), *sb, *sa,
-        *(out if plus is None else plus).stride(), *out.stride(),
+        *strides_of(plus), *out.stride(),
         map, db, pb, da, pa, tile, columns, n > columns, far,
         num_warps=8 if columns > 1024 else 4,
     )  # fmt: skip

@@ -317,9 +317,8 @@ for _n in (16, 784, 2 * rows.WHOLE):
     CASES[f"rows/softmax/{_n}"] = Case(
         "rows", _rows("softmax", _n), ("fp32",), ("sm_90", "gfx942"), False
     )
-CASES["rows/centred/64"] = Case(
-    "rows", _rows("centred", 64, True), ("fp32", "half"), products=False
-)
+for _name, _around in (("rows/centred/64", False), ("rows/centred/64, around", True)):
+    CASES[_name] = Case("rows", _rows("centred", 64, _around), ("fp32", "half"), products=False)
 CASES["rows/log_pull/784"] = Case("rows", _rows("log_pull", 784), ("fp32",), products=False)
 for _n in (1, 2):
     CASES[f"scaled_sum/{_n}"] = Case("scaled_sum", _sum(_n), ("fp32", "half"), products=False)
