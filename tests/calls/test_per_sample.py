@@ -369,6 +369,27 @@ def test_create_graph():
             assert_close(a, b, F64, length=64)
 
 
+@pytest.mark.parametrize("power", [2, 3])
+def test_a_probe_holds_for_what_it_looks_at(power):
+    """Of what vanishes at a point with its second derivatives: the Jacobian and its gradients, as documented."""
+    x = torch.tensor([[1.0, 2], [-3, 0.5], [2, -2.5]], dtype=F64, requires_grad=True)
+
+    def func(x):
+        return x.sin() + x.mean(0) ** power
+
+    whole = torch.autograd.functional.jacobian(func, x, create_graph=True)
+    theirs = whole.diagonal(0, 0, 2).movedim(-1, 0)
+    assert_close(jactri.jacobian(func, x, per_sample=True), theirs.detach(), F64)
+    if power == 2:
+        with pytest.raises(RuntimeError, match="a probe found derivatives across samples"):
+            jactri.jacobian(func, x, per_sample=True, create_graph=True)
+        return
+    ours = jactri.jacobian(func, x, per_sample=True, create_graph=True)
+    weights = torch.linspace(1, 2, ours.numel(), dtype=F64).view_as(ours)
+    found, want = (torch.autograd.grad((j * weights).sum(), x)[0] for j in (ours, theirs))
+    assert_close(found, want, F64)
+
+
 def test_jacobian_of_per_sample():
     net = make(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     (x,) = inputs_of([(N, 3)])

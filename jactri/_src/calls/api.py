@@ -89,11 +89,14 @@ def jacobian(
             cheap for few outputs), ``"mixed"`` (both meet at a cut) or ``"auto"``, which predicts the cost of all.
         per_sample: the first axis of all inputs and outputs is a batch of ``N`` samples which do not influence
             one another; return their Jacobians only, ``(N, *out, *in)``. This is proven op by op, or where
-            that cannot tell by a probe: some ``log2(N)`` backward passes, which must leave exact zeros. ``"assume"``:
-            take it for granted where the algebra of axes does not show it, as where samples share rounding or the step
-            size of a solver. What is returned is then ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of
-            outputs summed over the batch (with ``strategy="forward-mode"``, the derivative of output n where all
-            samples move alike), which is the Jacobian of each sample as far as they do not mix.
+            that cannot tell by a probe: some ``log2(N)`` backward passes, which must leave exact zeros. A probe speaks
+            of this point, and under ``create_graph`` of one derivative more: where samples mix by what vanishes there
+            with its second derivatives, as ``x.mean(0)**3`` at a mean of 0, the Jacobian and its gradients are right,
+            and second derivatives of the Jacobian are not. ``"assume"``: take it for granted where the algebra of axes
+            does not show it, as where samples share rounding or the step size of a solver. What is returned is then
+            ``d outputs.sum(0) / d inputs[n]`` for sample n, the gradients of outputs summed over the batch (with
+            ``strategy="forward-mode"``, the derivative of output n where all samples move alike), which is the
+            Jacobian of each sample as far as they do not mix.
         return_output: return ``(output, jacobian)`` from the one evaluation; the output is detached unless
             ``create_graph``.
         chunk_size: how many seeds (rows in reverse, columns in forward mode) run at once.

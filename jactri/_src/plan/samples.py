@@ -50,8 +50,9 @@ def probe_mixing(
 
     A random cotangent on some of the samples must leave exactly zero gradient on the others. The masks of `halves`
     separate any two samples: about ``log2(N)`` backward passes an output. In grad mode, where the result will be
-    differentiated, the gradient of what was left must be zero too: twice as many. A NaN counts as mixing. The caller's
-    random state is not used.
+    differentiated, the gradient of what was left must be zero too: twice as many. What vanishes at this point with its
+    second derivatives is not seen, and adds to the third. A NaN counts as mixing. The caller's random state is not
+    used.
 
     ``through``: pull through this graph, whose last inputs are ``inputs``, several masks at once: autograd would run
     the caller's hooks on gradients, which are not to see what means nothing, nor to hide what is there.
