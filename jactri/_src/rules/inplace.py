@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..base.backends import captured
+from ..base.constants import fixed
 from ..base.tracing import aside, tracing, valued
 from . import rule
 from .index import pick, put
@@ -64,7 +65,7 @@ def _together(g, writes) -> int | None:
     real = meta.dtype.to_real()
     number, scramble = _numbers(shape, torch.empty((), dtype=real, device=meta.device))
     first = _EXACT[real] - prod(shape)
-    number += first - 1
+    number = number + (first - 1)
     # the two parts of complex numbers ask at once
     asked = [torch.complex(number, scramble)] if meta.dtype.is_complex else [number, scramble]
     told = [_through(g, writes, asked[0])]
@@ -183,12 +184,17 @@ def _numbers(shape, meta) -> tuple[Tensor, Tensor]:
 
     The second is a hash: there are filters that return every polynomial as it is, that of a third difference, say.
     """
-    number = torch.arange(1, prod(shape) + 1, device=meta.device).reshape(shape)
-    mixed = number
-    for factor in _FACTORS:
-        mixed = (mixed * factor).bitwise_and_((1 << 32) - 1)
-        mixed = mixed ^ (mixed >> 15)
-    return number.to(meta.dtype), (mixed % _SCRAMBLED + 1).to(meta.dtype)
+
+    def make() -> tuple[Tensor, ...]:
+        number = torch.arange(1, prod(shape) + 1, device=meta.device)
+        mixed = number
+        for factor in _FACTORS:
+            mixed = (mixed * factor).bitwise_and_((1 << 32) - 1)
+            mixed = mixed ^ (mixed >> 15)
+        return number.to(meta.dtype), (mixed % _SCRAMBLED + 1).to(meta.dtype)
+
+    number, mixed = fixed(("numbers", prod(shape), meta.dtype, str(meta.device)), make)
+    return number.view(shape), mixed.view(shape)
 
 
 @rule("AsStrided")
