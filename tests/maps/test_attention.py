@@ -1,4 +1,4 @@
-"""Attention tile by tile: its output, tangents and cotangents against the formula written out in float64."""
+"""Attention tile by tile: its tangents and cotangents against the formula written out in float64."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ def tangents_of(of, K, which):
 
 
 def pushed(of, blocks):
-    """The truth of `forward`'s tangents."""
+    """The truth of `attention.push`."""
     ends = double(of)
     full = [None if b is None else b.double() for b in blocks]
     K = next(len(b) for b in full if b is not None)
@@ -110,17 +110,12 @@ def tiles(request, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_push_and_pull(shape, name, tiles):
     of = problem(shape, name)
-    o, sums, none = attention.forward(of)
-    truth = written_out(of, *double(of))
-    assert_close(o, truth, F64, length=shape[4])
-    assert none.shape == (0, *o.shape)
     blocks = tangents_of(of, 3, "qkv")
-    made = attention.forward(of, *blocks)
-    assert_close(made[0], truth, F64, length=shape[4])
-    assert_close(made[2], pushed(of, blocks), F64, length=shape[4], scale=1.0)
-    c = torch.randn(3, *o.shape, dtype=F64)
+    made = attention.push(of, blocks)
+    assert_close(made, pushed(of, blocks), F64, length=shape[4], scale=1.0)
+    c = torch.randn(made.shape, dtype=F64)
     into = [torch.full_like(b, torch.nan) for b in blocks]
-    attention.backward(of, o, sums, c, tuple(into))
+    attention.pull(of, c, into)
     ends = [t.requires_grad_() for t in double(of)]
     y = written_out(of, *ends)
     for i, row in enumerate(c):
@@ -133,15 +128,15 @@ def test_push_and_pull(shape, name, tiles):
 def test_some_of_the_three(which, tiles):
     of = problem(SHAPES[0], "causal")
     blocks = tangents_of(of, 2, which)
-    assert_close(attention.forward(of, *blocks)[2], pushed(of, blocks), F64, length=53)
-    o, sums, _ = attention.forward(of)
-    c = torch.randn(2, *o.shape, dtype=F64)
+    made = attention.push(of, blocks)
+    assert_close(made, pushed(of, blocks), F64, length=53)
+    c = torch.randn(made.shape, dtype=F64)
     some, whole = (
         tuple(None if b is None else torch.empty_like(b) for b in given)
         for given in (blocks, tangents_of(of, 2, "qkv"))
     )
-    attention.backward(of, o, sums, c, some)
-    attention.backward(of, o, sums, c, whole)
+    attention.pull(of, c, some)
+    attention.pull(of, c, whole)
     for got, want in zip(some, whole, strict=True):
         assert got is None or torch.equal(got, want)
 
@@ -150,19 +145,19 @@ def test_some_of_the_three(which, tiles):
 def test_any_number_of_columns(K):
     of = problem(SHAPES[0], "bool")
     blocks = tangents_of(of, K, "qkv")
-    assert_close(attention.forward(of, *blocks)[2], pushed(of, blocks), F64, length=53)
+    assert_close(attention.push(of, blocks), pushed(of, blocks), F64, length=53)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_precisions(dtype):
     of = problem(SHAPES[0], "additive", dtype)
     blocks = tangents_of(of, 2, "qkv")
-    o, sums, do = attention.forward(of, *blocks)
-    assert (o.dtype, do.dtype, sums.dtype) == (dtype, dtype, torch.float32)
+    do = attention.push(of, blocks)
+    assert do.dtype == dtype
     assert_close(do, pushed(of, blocks), dtype, length=53)
-    c = torch.randn(2, *o.shape).to(dtype)
+    c = torch.randn(do.shape).to(dtype)
     into = tuple(torch.empty_like(b) for b in blocks)
-    attention.backward(of, o, sums, c, into)
+    attention.pull(of, c, into)
     ends = [t.requires_grad_() for t in double(of)]
     wanted = torch.autograd.grad(written_out(of, *ends), ends, c[0].double())
     for got, want in zip(into, wanted, strict=True):
@@ -172,20 +167,21 @@ def test_other_precisions(dtype):
 @pytest.mark.parametrize("K", [1, 3])
 def test_a_long_sequence_takes_the_memory_of_its_ends(K, monkeypatch):
     monkeypatch.setattr(attention, "TILE_BYTES", attention.TILE_BYTES // 4)  # as for 4096
-    of = problem((1, 8, 8, 1024, 1024, 64, 64), "causal", torch.float32)
-    ends = 4 * of.q.nbytes
-    with Taken() as taken:
-        blocks = tangents_of(of, K, "qkv")
-        taken.peak = taken.now
-        do = attention.forward(of, *blocks)[2]
-    allowed = 1.2 * ends * (1 + K)
-    assert taken.peak + 3 * of.q.nbytes < allowed
-    del do
-    o, sums, _ = attention.forward(of)
-    with Taken() as taken:
-        into = tuple(torch.empty_like(b) for b in blocks)
-        attention.backward(of, o, sums, torch.ones(K, *o.shape), into)
-    assert taken.peak + ends < allowed
+    monkeypatch.setattr(joining, "CACHE_BYTES", 0)
+    torch.manual_seed(0)
+    x = tuple([torch.randn(1, 4, 1024, 64) for _ in range(3)])
+    t = tuple([torch.randn(K, *of.shape) for of in x])
+    func = partial(F.scaled_dot_product_attention, is_causal=True)
+    allowed = 1.2 * 4 * x[0].nbytes * (1 + K)
+    for product, given, count in (
+        (jactri.jvp, t, 3),
+        (partial(jactri.jvp, differentiate=None), t, 3),
+        (jactri.vjp, t[0], 1),
+    ):
+        with Taken() as taken:
+            made = product(func, x, given)
+        assert taken.peak + (3 + count * K) * x[0].nbytes < allowed
+        del made
 
 
 MASK = torch.arange(12).view(12, 1) % 5 > torch.arange(12) % 4  # some rows are masked as a whole
@@ -266,23 +262,9 @@ def test_jacobians_whose_parts_no_memory_holds(name, strategy, apart, monkeypatc
     assert_close(blocks, torch.stack([J[i, ..., i, :, :, :] for i in range(2)]), F64, length=96)
 
 
-def test_a_product_that_is_differentiated_has_the_parts(monkeypatch):
-    monkeypatch.setattr(joining, "CACHE_BYTES", 0)
-    monkeypatch.setattr(joining, "HELD", 1 << 40)
-    x, y = ends_of(4)
-    func = partial(CALLS["all"], y=y)
-    x.requires_grad_()
-    t = torch.randn(x.shape, dtype=F64)
-    got = jactri.jvp(func, x, t, create_graph=True)[1].square().sum()
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        want = torch.autograd.functional.jvp(func, x, t, create_graph=True)[1].square().sum()
-        truth = torch.autograd.grad(want, x)[0]
-    assert_close(torch.autograd.grad(got, x)[0], truth, F64, length=32)
-
-
 def test_short_sequences_keep_their_parts(monkeypatch):
     called = []
-    monkeypatch.setattr(attending, "forward", lambda *given: called.append(given))
+    monkeypatch.setattr(attending, "push", lambda *given: called.append(given))
     x, y = ends_of()
     jactri.jvp(lambda x: CALLS["all"](x, y), x, torch.ones_like(x))
     assert not called
@@ -291,8 +273,8 @@ def test_short_sequences_keep_their_parts(monkeypatch):
 def test_tangents_share_the_probabilities(monkeypatch):
     """Blocks beyond the cache are not cut: each chunk would form them anew."""
     called = []
-    real = attending.forward
-    monkeypatch.setattr(attending, "forward", lambda *given: called.append(0) or real(*given))
+    real = attending.push
+    monkeypatch.setattr(attending, "push", lambda *given: called.append(0) or real(*given))
     x = torch.randn(1, 2, 1100, 32)
     tangents = torch.randn(24, *x.shape)
     jactri.jvp(partial(CALLS["all"], y=None), x, tangents)

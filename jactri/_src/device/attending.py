@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,12 +83,12 @@ class AttentionKind:
 
 @dataclass
 class Product:
-    """One to run. ``steps(n, dtype)`` and ``kernels(n, way)`` give the result for the first n of the samples."""
+    """One to run. ``steps(n, dtype)`` and ``kernels(n, way, out)`` give the result for the first n of the samples."""
 
     what: AttentionKind
     samples: int
     steps: Callable[[int, torch.dtype | None], Tensor]
-    kernels: Callable[[int, Way], Tensor]
+    kernels: Callable[[int, Way, Any], Tensor]
 
     def kind(self) -> AttentionKind:
         return self.what
@@ -103,5 +104,5 @@ class Product:
     def torch(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.steps(self.samples, dtype)
 
-    def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
-        return self.kernels(self.samples, way)
+    def launch(self, way: Way, out: Any = None) -> Tensor:
+        return self.kernels(self.samples, way, out)

@@ -87,8 +87,8 @@ class Problem(Protocol):
     def torch(self, dtype: torch.dtype | None = None) -> Tensor:
         """The result as a sweep without kernels computes it."""
 
-    def launch(self, way: Way, out: Tensor | None = None) -> Tensor:
-        """The result by kernels, in ``out`` if given."""
+    def launch(self, way: Way, out: Any = None) -> Tensor:
+        """The result by kernels, in ``out`` if given: a tensor, or what the problem takes for one."""
 
 
 @dataclass
@@ -308,7 +308,7 @@ def dots(precision: str) -> tuple[str, ...]:
     return ("bf16x6",) if torch.version.hip else ("bf16x6", "tf32x3")
 
 
-def run(problem: Problem, out: Tensor | None = None) -> Tensor | None:
+def run(problem: Problem, out: Any = None) -> Tensor | None:
     """The result, in ``out`` if given, by the kernels that were chosen for its kind of problem; None: by torch."""
     choice = _choice(problem)
     while (way := choice.asked()) is not TORCH:

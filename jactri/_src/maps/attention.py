@@ -9,16 +9,25 @@ and a cotangent c of o is pulled, with ``delta_i = c_i . o_i``, by
 
     dS_ij = P_ij (c_i . v_j - delta_i),  dq = scale * dS k,  dk = scale * dS^T q,  dv = P^T c
 
+Both are linear in one thing each, and what remains is one form, ``f = sum_k c_k . J t_k``. Its gradients in q, k and v
+(`bend`) are, with ``a_ij = c_i . v_j``, ``b_ij = c_i . dv_j`` and E_i the mean over keys under P_i, sums over k of
+
+    f_i = E_i[(dS - E_i dS) (a - delta)] + E_i[b]
+    G_ij = P_ij ((dS_ij - E_i dS) (a_ij - delta_i) + b_ij - f_i),  W_ij = P_ij (a_ij - delta_i)
+    scale * (G k + W dk),  scale * (G^T q + W^T dq),  sum_i P_ij (dS_ij - E_i dS) c_i
+
+(the derivative of a softmax's means: ``dE_i[g] / dS_ij = P_ij (g_ij - E_i[g])``).
+
 Sums over keys are kept relative to the largest score so far, and shrink where a larger one comes (Milakov, Gimelshein
-2018, arXiv:1805.02867); the pull has P from what a row ended with (as Dao 2023, arXiv:2307.08691, section 3.1, but not
-from one logarithm, which scores of 1e38, a mask's, absorb). K tangents or cotangents share the P of a tile. A query
-that may attend to nothing gives 0.
+2018, arXiv:1805.02867); what needs P itself has it from what a row ended with (as Dao 2023, arXiv:2307.08691, section
+3.1, but not from one logarithm, which scores of 1e38, a mask's, absorb). K tangents or cotangents share the P of a
+tile. A query that may attend to nothing gives 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +37,10 @@ from ..base.rates import block_bytes
 from .linear_map import Cut
 from .maps import wide
 
-TILE_BYTES = 1 << 22
+Blocks = Sequence[Tensor | None]
+"""Of q, k and v: tangents or cotangents (K, *of its tensor), None for zero or for what is not wanted."""
+
+TILE_BYTES = 1 << 21
 """Of all tiles of scores that are there at once, on a CPU: they stay in a core's cache."""
 
 SIDE = 64
@@ -148,65 +160,201 @@ def _of_keys(t: Tensor, rows: Rows, s: slice) -> Tensor:
     return wide(t[..., rows[0], rows[1], s, :])
 
 
-def forward(
-    of: Attention,
-    dq: Tensor | None = None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, H, T, e), the rows' sums (2, B, H, T, 1), and the output's tangents (K, B, H, T, e).
+def _columns(t: Tensor, rows: Rows, s: slice) -> Tensor:
+    """Keys of a block (K, B, G, S, w) as (b, g, K, keys, w)."""
+    return _of_keys(t, rows, s).movedim(0, 2)
 
-    dq, dk, dv: blocks of tangents (K, *of its tensor), None for zero; without any, K is 0. Of a row's sum: its largest
-    score, and one over the sum relative to that; both are 0 where it sees no key. Costs ``2 B H T S (d + e)`` flops,
-    and a tangent as many for q or k each, and the half for v; half of it where causal. Allocates its results and
-    `TILE_BYTES`, about.
+
+class _Running:
+    """Softmax over keys that come a tile at a time: sums are relative to the largest score so far."""
+
+    def __init__(self, q: Tensor):
+        self.top = q.new_full((*q.shape[:3], 1), -math.inf)
+        self.total = torch.zeros_like(self.top)
+
+    def take(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of more keys, in the memory of their scores, and by what all sums so far shrink."""
+        largest = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        finite = largest.masked_fill(largest == -math.inf, 0.0)
+        p = scores.sub_(finite).exp_()
+        shrink = self.top.sub_(finite).exp_()
+        self.top = largest
+        self.total.mul_(shrink).add_(p.sum(-1, keepdim=True))
+        return p, shrink
+
+    def ended(self) -> tuple[Tensor, Tensor]:
+        """The largest score, and one over the sum relative to that; both are 0 where a query sees no key."""
+        none = self.total == 0
+        return self.top.masked_fill(none, 0.0), self.total.reciprocal().masked_fill_(none, 0.0)
+
+
+class _Tangents:
+    """Those of the scores, for blocks of q and k; of no scores where both are zero."""
+
+    def __init__(self, tiles: _Tiles, rows: Rows, q: Tensor, dq: Tensor | None, dk: Tensor | None):
+        """q: the rows' queries, scaled."""
+        self.some = dq is not None or dk is not None
+        self.dq = None if dq is None else tiles.block(dq, rows) * tiles.of.scale
+        self._q, self._dk, self._rows = q, dk, rows
+
+    def at(self, k: Tensor, s: slice) -> Tensor:
+        """(b, g, K, rows, keys)."""
+        made = None
+        if self.dq is not None:
+            made = _times(self.dq, k.mT)
+        if self._dk is not None:
+            by_keys = self._q.unsqueeze(2) @ _columns(self._dk, self._rows, s).mT
+            made = by_keys if made is None else made.add_(by_keys)
+        return made
+
+
+def push(of: Attention, tangents: Blocks) -> Tensor:
+    """The output's tangents (K, B, H, T, e), for those of q, k and v, of which some are given.
+
+    Costs ``2 B H T S (d + e)`` flops, and a tangent as many for q or k each, and the half for v; half of it where
+    causal. Allocates its result and `TILE_BYTES`, about.
     """
+    dq, dk, dv = tangents
+    K = columns_of(tangents)
     B, H, _, T, _, _, e = of.sizes
-    given = [t for t in (dq, dk, dv) if t is not None]
-    K = given[0].shape[0] if given else 0
     tiles = _Tiles(of, K)
-    o = of.q.new_empty(B, H, T, e)
-    sums = wide(of.q[:0]).new_empty(2, B, H, T, 1)
     do = of.q.new_empty(K, B, H, T, e)
     for rows in tiles.rows():
         q = tiles.read(of.q, rows) * of.scale
-        pushed = None if dq is None else (tiles.block(dq, rows) * of.scale).flatten(2, 3)
-        top = q.new_full((*q.shape[:3], 1), -math.inf)
-        total, out = torch.zeros_like(top), q.new_zeros(*q.shape[:3], e)
+        scored, run = _Tangents(tiles, rows, q, dq, dk), _Running(q)
+        out = q.new_zeros(*q.shape[:3], e)
         along = q.new_zeros(*q.shape[:2], K, q.shape[2], 1)
         made = q.new_zeros(*q.shape[:2], K, q.shape[2], e)
         for s in tiles.seen(rows):
             k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
-            p = tiles.scores(q, k, rows, s)
-            largest = torch.maximum(top, p.amax(-1, keepdim=True))
-            finite = largest.masked_fill(largest == -math.inf, 0.0)
-            p.sub_(finite).exp_()
-            shrink = top.sub_(finite).exp_()
-            top = largest
-            total.mul_(shrink).add_(p.sum(-1, keepdim=True))
-            out.mul_(shrink).add_(p @ v)
-            if not K:
-                continue
+            p, shrink = run.take(tiles.scores(q, k, rows, s))
             made.mul_(shrink.unsqueeze(2))
-            d = None if pushed is None else (pushed @ k.mT).unflatten(2, (K, -1))
-            if dk is not None:
-                by_keys = q.unsqueeze(2) @ _of_keys(dk, rows, s).movedim(0, 2).mT
-                d = by_keys if d is None else d.add_(by_keys)
-            if d is not None:
-                d.mul_(p.unsqueeze(2))
+            if scored.some:
+                out.mul_(shrink).add_(p @ v)
+                d = scored.at(k, s).mul_(p.unsqueeze(2))
                 along.mul_(shrink.unsqueeze(2)).add_(d.sum(-1, keepdim=True))
-                made.add_((d.flatten(2, 3) @ v).unflatten(2, (K, -1)))
+                made.add_(_times(d, v))
             if dv is not None:
                 made.add_(_side_by_side(p, _of_keys(dv, rows, s)))
-        over = total.reciprocal().masked_fill_(total == 0, 0.0)
-        out.mul_(over)
-        tiles.write(o, rows, out)
-        tiles.write(sums[0], rows, top.masked_fill_(total == 0, 0.0))
-        tiles.write(sums[1], rows, over)
-        if K:
-            made.sub_(along * out.unsqueeze(2)).mul_(over.unsqueeze(2))
-            tiles.write(do, rows, made.movedim(2, 0))
-    return o, sums, do
+        over = run.ended()[1]
+        made.addcmul_(along, out.mul_(over).unsqueeze(2), value=-1).mul_(over.unsqueeze(2))
+        tiles.write(do, rows, made.movedim(2, 0))
+    return do
+
+
+def pull(of: Attention, c: Tensor, into: Blocks) -> None:
+    """Write the cotangents of q, k and v, for those of the output (K, B, H, T, e), to ``into``.
+
+    Costs ``2 B H T S (2 d + e)`` flops, and for a cotangent at most ``4 B H T S (d + e)``; half of it where causal.
+    Allocates `TILE_BYTES`, about; in half precision the sums for keys are in float32, beside what they are written to.
+    """
+    K, e = c.shape[0], c.shape[-1]
+    tiles = _Tiles(of, K)
+    dk, dv = totals = [None if t is None else wide(t) for t in into[1:]]
+    for t in totals:
+        if t is not None:
+            t.zero_()
+    for rows in tiles.rows():
+        q = tiles.read(of.q, rows) * of.scale
+        run, out = _Running(q), q.new_zeros(*q.shape[:3], e)
+        for s in tiles.seen(rows):
+            k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
+            p, shrink = run.take(tiles.scores(q, k, rows, s))
+            out.mul_(shrink).add_(p @ v)
+        top, over = run.ended()
+        pulled = tiles.block(c, rows) * over.unsqueeze(2)  # instead of P
+        delta = (pulled * out.mul_(over).unsqueeze(2)).sum(-1, keepdim=True)
+        dq = None if into[0] is None else q.new_zeros(*pulled.shape[:4], q.shape[-1])
+        for s in tiles.seen(rows):
+            k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
+            p = tiles.scores(q, k, rows, s).sub_(top).exp_()
+            if dv is not None:
+                at = dv[:, rows[0], rows[1], s]
+                at.add_(_side_by_side(p.mT, pulled.movedim(2, 0)).movedim(2, 0))
+            if dq is None and dk is None:
+                continue
+            d = _times(pulled, v.mT).sub_(delta).mul_(p.unsqueeze(2))
+            if dq is not None:
+                dq.add_(_times(d, k))
+            if dk is not None:
+                dk[:, rows[0], rows[1], s].add_((d.mT @ q.unsqueeze(2)).movedim(2, 0))
+        if dq is not None:
+            tiles.write(into[0], rows, dq.mul_(of.scale).movedim(2, 0))
+    for t, total in zip(into[1:], totals, strict=True):
+        if t is not None and total is not t:
+            t.copy_(total)
+
+
+def bend(of: Attention, tangents: Blocks, c: Tensor, into: Blocks) -> None:
+    """Write the gradients of ``sum_k c_k . J t_k`` in q, k and v, each of its tensor's shape, to ``into``.
+
+    ``tangents``: of q, k and v, of which some are given; c: (K, B, H, T, e). Costs ``4 B H T S d`` flops, and for each
+    of the K at most ``12 B H T S (d + e)``; half of it where causal. Allocates as `pull`.
+    """
+    dq, dk, dv = tangents
+    K = c.shape[0]
+    tiles = _Tiles(of, 2 * K)
+    to_k, to_v = totals = [None if t is None else wide(t) for t in into[1:]]
+    for t in totals:
+        if t is not None:
+            t.zero_()
+    for rows in tiles.rows():
+        q, given = tiles.read(of.q, rows) * of.scale, tiles.block(c, rows)
+        scored, run = _Tangents(tiles, rows, q, dq, dk), _Running(q)
+        sums = q.new_zeros(4, *given.shape[:4], 1)  # of dS, a, dS a and b
+        for s in tiles.seen(rows):
+            k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
+            p, shrink = run.take(tiles.scores(q, k, rows, s))
+            sums.mul_(shrink.unsqueeze(2))
+            p = p.unsqueeze(2)
+            if scored.some:
+                d, a = scored.at(k, s).mul_(p), _times(given, v.mT)
+                sums[0].add_(d.sum(-1, keepdim=True))
+                sums[2].add_(d.mul_(a).sum(-1, keepdim=True))
+                sums[1].add_(a.mul_(p).sum(-1, keepdim=True))
+            if dv is not None:
+                b = given @ _columns(dv, rows, s).mT
+                sums[3].add_(b.mul_(p).sum(-1, keepdim=True))
+        top, over = run.ended()
+        mean, delta, both, beside = sums.mul_(over.unsqueeze(2))
+        both = both - mean * delta + beside  # f
+        made = q.new_zeros(q.shape)
+        for s in tiles.seen(rows):
+            k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
+            p = tiles.scores(q, k, rows, s).sub_(top).exp_().mul_(over).unsqueeze(2)
+            g = -both if dv is None else (given @ _columns(dv, rows, s).mT).sub_(both)
+            if scored.some:
+                d, a = scored.at(k, s).sub_(mean), _times(given, v.mT).sub_(delta)
+                g = torch.addcmul(g, d, a)
+                if to_v is not None:
+                    at = to_v[rows[0], rows[1], s]
+                    at.add_(d.mul_(p).flatten(2, 3).mT @ given.flatten(2, 3))
+                a.mul_(p)
+                if dk is not None and into[0] is not None:
+                    made.add_((a @ _columns(dk, rows, s)).sum(2))
+                if dq is not None and to_k is not None:
+                    at = to_k[rows[0], rows[1], s]
+                    at.add_(a.flatten(2, 3).mT @ scored.dq.flatten(2, 3))
+            g = g.mul_(p).sum(2)
+            if into[0] is not None:
+                made.add_(g @ k)
+            if to_k is not None:
+                to_k[rows[0], rows[1], s].add_(g.mT @ q)
+        if into[0] is not None:
+            tiles.write(into[0], rows, made.mul_(of.scale))
+    for t, total in zip(into[1:], totals, strict=True):
+        if t is not None and total is not t:
+            t.copy_(total)
+
+
+def columns_of(blocks: Blocks) -> int:
+    """K, of blocks of which some are given."""
+    return next(t.shape[0] for t in blocks if t is not None)
+
+
+def _times(blocks: Tensor, right: Tensor) -> Tensor:
+    """``blocks[k] @ right`` for all k, (b, g, K, m, n) by (b, g, n, w), in one product."""
+    return (blocks.flatten(2, 3) @ right).unflatten(2, blocks.shape[2:4])
 
 
 def _side_by_side(left: Tensor, blocks: Tensor) -> Tensor:
@@ -216,48 +364,41 @@ def _side_by_side(left: Tensor, blocks: Tensor) -> Tensor:
     return (left @ columns).unflatten(-1, (K, w)).movedim(-2, 2)
 
 
-def backward(
-    of: Attention,
-    o: Tensor,
-    sums: Tensor,
-    c: Tensor,
-    into: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
-    """Write the cotangents of q, k and v, blocks (K, *of its tensor), to ``into``, whose None are not wanted.
+# -- as a whole, in ops that autograd records -------------------------------------------------------
 
-    o, sums: as `forward` has them; c: (K, B, H, T, e). Costs ``2 B H T S d`` flops, and for a cotangent at most
-    ``4 B H T S (d + e)``; half of it where causal. Allocates `TILE_BYTES`, about; in half precision the sums for keys
-    are in float32, beside what they are written to.
-    """
-    K = c.shape[0]
-    tiles = _Tiles(of, K)
-    dk, dv = totals = [None if t is None else wide(t) for t in into[1:]]
-    for t in totals:
-        if t is not None:
-            t.zero_()
-    for rows in tiles.rows():
-        q = tiles.read(of.q, rows) * of.scale
-        top, over = (tiles.read(t, rows) for t in sums)
-        pulled = tiles.block(c, rows) * over.unsqueeze(2)  # instead of P
-        delta = (pulled * tiles.read(o, rows).unsqueeze(2)).sum(-1, keepdim=True)
-        flat = pulled.flatten(2, 3)
-        dq = None if into[0] is None else q.new_zeros(*flat.shape[:3], q.shape[-1])
-        for s in tiles.seen(rows):
-            k, v = (_of_keys(t, rows, s) for t in (of.k, of.v))
-            p = tiles.scores(q, k, rows, s).sub_(top).exp_()
-            if dv is not None:
-                at = dv[:, rows[0], rows[1], s]
-                at.add_(_side_by_side(p.mT, pulled.movedim(2, 0)).movedim(2, 0))
-            if dq is None and dk is None:
-                continue
-            d = (flat @ v.mT).unflatten(2, (K, -1)).sub_(delta).mul_(p.unsqueeze(2))
-            if dq is not None:
-                dq.add_(d.flatten(2, 3) @ k)
-            if dk is not None:
-                dk[:, rows[0], rows[1], s].add_((d.mT @ q.unsqueeze(2)).movedim(2, 0))
-        if dq is not None:
-            made = dq.mul_(of.scale).unflatten(2, (K, -1))
-            tiles.write(into[0], rows, made.movedim(2, 0))
-    for t, total in zip(into[1:], totals, strict=True):
-        if t is not None and total is not t:
-            t.copy_(total)
+
+def probabilities(of: Attention) -> Tensor:
+    """``softmax(scale * q k^T + mask)`` of shape (B, H, T, S), in at least float32."""
+    B, H, G, T, S, _, _ = of.sizes
+    left = wide(of.q).reshape(B, G, -1, of.q.shape[-1]) * of.scale
+    scores = (left @ wide(of.k).transpose(-1, -2)).reshape(B, H, T, S)
+    if of.causal:
+        above = torch.ones(T, S, dtype=torch.bool, device=of.q.device).triu(1)
+        scores = scores.masked_fill(above, -math.inf)
+    if of.mask is not None:
+        if of.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~of.mask, -math.inf)
+        else:
+            scores = scores + wide(of.mask)
+    # rows that are masked as a whole attend to nothing (0, not NaN)
+    return torch.ops.aten._safe_softmax(scores, -1)
+
+
+def pushed_as_a_whole(of: Attention, tangents: Blocks) -> Tensor:
+    """`push` with scores and probabilities of all queries and keys in memory, at least in float32."""
+    B, _, G, T, S, _, _ = of.sizes
+    p = probabilities(of).reshape(B, G, -1, S)
+
+    def rows(t: Tensor) -> Tensor:
+        return wide(t).reshape(*t.shape[:-3], G, -1, t.shape[-1])
+
+    dq, dk, dv = tangents
+    q, k, v = rows(of.q), wide(of.k), wide(of.v)
+    scored = [rows(dq) @ k.mT] if dq is not None else []
+    scored += [q @ wide(dk).mT] if dk is not None else []
+    made = [p @ wide(dv)] if dv is not None else []
+    if scored:
+        d = of.scale * sum(scored)
+        made.append((p * (d - (p * d).sum(-1, keepdim=True))) @ v)
+    whole = sum(made)
+    return whole.reshape(-1, B, of.q.shape[1], T, v.shape[-1])

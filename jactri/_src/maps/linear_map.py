@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -83,6 +83,10 @@ class LinearMap:
     structure = "dense"
     uniform = False
     """Whether a block that all samples share (expanded over them) is multiplied once, and shared again."""
+    whole: Joint | None = None
+    """What takes the blocks of several maps to one value at once, where that is cheaper ."""
+    twice = True
+    """Whether autograd can follow it."""
 
     @property
     def key(self) -> Any:
@@ -173,11 +177,7 @@ class LinearMap:
         like: Tensor,
     ) -> tuple[Tensor | None, bool]:
         """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
-        if route.mid is not layout:
-            block, fresh = unfolded(data, layout, route.mid, sel, like)
-            data, own = block, fresh or (own and block is data)
-        elif data is None:
-            data, own = one(like).expand(1, *route.mid.shape), False
+        data, own = given(data, own, layout, route, sel, like)
         return self.pull(data, own) if reverse else self.push(data, own)
 
     def as_matrix(self, in_shape: Shape, out_shape: Shape, like: Tensor) -> Tensor:
@@ -186,6 +186,30 @@ class LinearMap:
         eye = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *in_shape)
         dense, _ = self.push(eye, False)
         return dense.reshape(n, -1).t().reshape((*out_shape, *in_shape))
+
+
+class Joint(Protocol):
+    """Several maps to one value, each at a ``place`` of its own."""
+
+    def join(self, blocks: dict[int, Tensor]) -> Tensor:
+        """The sum of what the maps give for blocks, by their places. Nobody else holds it."""
+
+
+def given(
+    data: Tensor | None,
+    own: bool,
+    layout: Layout,
+    route: Route,
+    sel: Selection | None,
+    like: Tensor,
+) -> tuple[Tensor, bool]:
+    """The block that a map gets by its route, and whether it may be overwritten."""
+    if route.mid is not layout:
+        block, fresh = unfolded(data, layout, route.mid, sel, like)
+        return block, fresh or (own and block is data)
+    if data is None:
+        return one(like).expand(1, *route.mid.shape), False
+    return data, own
 
 
 class Elementwise(LinearMap):

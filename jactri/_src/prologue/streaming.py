@@ -311,6 +311,7 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
             made[v] = block, False
     for v, value in enumerate(values):
         total, own = None, False
+        together: dict[int, Tensor] = {}
         for s, edge in value.sources if left[v] else ():
             found = made[s]
             left[s] -= 1
@@ -320,6 +321,9 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
             made[s] = None if last else (found[0], False)  # what is made of it may share its memory
             block, mine = found
             del found
+            if edge.whole is not None:
+                together[edge.place] = block
+                continue
             new, fresh = edge.push(block, mine and last and writable)
             del block
             if total is None:
@@ -331,6 +335,8 @@ def along(graph: Graph, blocks: Sequence[Tensor | None]) -> list[Tensor | None]:
             else:
                 total, own = total + new, True
             del new
+        if together:
+            total, own = value.sources[0][1].whole.join(together), True
         value.sources = ()  # derivatives go with their maps
         if total is not None:
             made[v] = total, own

@@ -38,7 +38,7 @@ _IDENTITY = Identity()
 _NUMBERS = frozenset((int, float, bool, str, type(None)))
 
 Source = tuple[int, LinearMap]
-Others = dict[int, tuple[tuple[int, ...], LinearMap, int]]
+Others = dict[int, tuple[tuple[int, ...], tuple[LinearMap, ...], int]]
 
 
 class UnsupportedGraph(Exception):
@@ -71,7 +71,7 @@ class Graph:
     output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
     names the layers of values while somebody looks (see ranges.py), and is None else. ``recorded`` is the graph as it
     was read, where this one was made of it (see folding.py), and None else. ``complex``: whether pairs of reals stand
-    for complex numbers in it. ``others``: another way to a value (see joining.py): sources, their map, entries saved.
+    for complex numbers in it. ``others``: another way to a value (see joining.py): sources, their maps, entries saved.
     """
 
     __slots__ = ("complex", "inputs", "key", "layers", "looked", "others", "outputs", "recorded", "values")  # fmt: skip

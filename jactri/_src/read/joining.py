@@ -1,22 +1,19 @@
 """Values that are read as their parts, and can be had as one map: where the blocks between would be too large.
 
-A rule that knows of such a map notes it in ``others``, by the value at the end (see `graph.Graph`). The map is from the
-entries of all its sources, sample by sample one after another.
+A rule that knows of such a map notes it in ``others``, by the value at the end (see `graph.Graph`): one of each source,
+which together are a `linear_map.Joint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 
 import torch
 
 from ..base.memory import Budget
 from ..base.rates import block_bytes
 from ..base.tracing import tracing
-from ..maps.linear_map import Shape, View
-from ..maps.selection import Place
-from .graph import Graph, Source, Value
+from .graph import Graph, Value
 
 CACHE_BYTES = 1 << 24
 """Bytes from which blocks are too large, on a CPU: below, the parts take as long or less."""
@@ -45,10 +42,15 @@ def that_fits(graph: Graph) -> Graph:
 
 
 def _joined(graph: Graph, large: Callable[[Value, int], bool]) -> Graph:
-    """The graph with the other maps of values whose parts are large. None can be differentiated, or traced."""
-    if not graph.others or torch.is_grad_enabled() or tracing():
+    """The graph with the other maps of values whose parts are large. None can be traced."""
+    if not graph.others or tracing():
         return graph
-    chosen = [v for v, (_, _, entries) in graph.others.items() if large(graph.values[v], entries)]
+    recorded = torch.is_grad_enabled()
+    chosen = [
+        v
+        for v, (_, maps, entries) in graph.others.items()
+        if large(graph.values[v], entries) and not (recorded and not all(m.twice for m in maps))
+    ]
     if not chosen:
         return graph
     used = {v for v in (*graph.inputs, *graph.outputs) if v is not None}
@@ -61,31 +63,18 @@ def _joined(graph: Graph, large: Callable[[Value, int], bool]) -> Graph:
     place: dict[int, int] = {}
     layers: dict[int, str] = {}
 
-    def append(like: Value, shape: Shape, sources: tuple[Source, ...]) -> int:
-        values.append(Value(like.op, shape, like.dtype, like.device, sources))
-        return len(values) - 1
-
     for v, value in enumerate(graph.values):
         if v not in used:
             continue
-        begun = len(values)
+        sources = value.sources
         if v in chosen:
-            ends, edge, _ = graph.others[v]
-            shapes = [graph.values[s].shape for s in ends]
-            total = sum(prod(shape[1:]) for shape in shapes)
-            start, pieces = 0, []
-            for s, shape in zip(ends, shapes, strict=True):
-                flat = shape[0], prod(shape[1:])
-                piece = append(value, flat, ((place[s], View(shape, flat)),))
-                pieces.append((piece, Place(1, start, flat[1], 1, total)))
-                start += flat[1]
-            whole = append(value, (value.shape[0], total), tuple(pieces))
-            sources: tuple[Source, ...] = ((whole, edge),)
-        else:
-            sources = tuple([(place[s], m) for s, m in value.sources])
-        place[v] = append(value, value.shape, sources)
+            ends, maps, _ = graph.others[v]
+            sources = tuple(zip(ends, maps, strict=True))
+        moved_to = tuple([(place[s], m) for s, m in sources])
+        place[v] = len(values)
+        values.append(Value(value.op, value.shape, value.dtype, value.device, moved_to))
         if graph.layers and v in graph.layers:
-            layers.update(dict.fromkeys(range(begun, len(values)), graph.layers[v]))
+            layers[place[v]] = graph.layers[v]
 
     def moved(ends):
         return [None if v is None else place[v] for v in ends]

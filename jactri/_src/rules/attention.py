@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from ..maps.attending import Attend
-from ..maps.attention import Attention
+from ..maps.attending import Attend, Whole
+from ..maps.attention import Attention, probabilities
 from ..maps.contraction import MatMul
 from ..maps.curvature import Curves, SoftmaxBend
 from ..maps.linear_map import Identity
 from ..maps.low_rank import Softmax
-from ..maps.maps import Batched, Once, wide
+from ..maps.maps import Batched, Once
 from ..maps.unmasked import Unmasked, of_attention
 from . import rule
 from .elementwise import only
 from .linear import met
-
-aten = torch.ops.aten
 
 # node: (name of the saved mask or None, place of the mask among the edges or None, name of the first output)
 KINDS = {
@@ -85,7 +82,8 @@ def attention(g):
     def flat(x: Tensor, length: int) -> Tensor:
         return x.reshape(n, length, x.shape[-1])
 
-    p = Once(lambda: probabilities(q, k, mask, causal, scale, groups).reshape(n, rows, s))
+    of = Attention(q, k, v, mask, causal, scale)
+    p = Once(lambda: probabilities(of).reshape(n, rows, s))
     p_like = Once(lambda: p().to(q.dtype))
     unmasked = None
     if causal or mask is not None:
@@ -117,28 +115,11 @@ def attention(g):
     if mask_edge is None or g.src[mask_edge : mask_edge + 1] in ([], [None]):
         ends = tuple([i for i in g.src[:3] if i is not None])
         wanted = tuple([i is not None for i in g.src[:3]])
-        whole = Attend(Attention(q, k, v, mask, causal, scale), wanted)
-        g.others[out] = ends, whole, b * heads * t * s
+        whole = Whole(of, wanted)
+        maps = tuple([Attend(whole, place) for place in range(3) if wanted[place]])
+        g.others[out] = ends, maps, b * heads * t * s
     # the other outputs (logsumexp, random state) carry no gradient
     return (out,) + (None,) * (len(g.meta) - 1)
-
-
-def probabilities(q, k, mask, causal: bool, scale: float, groups: int) -> Tensor:
-    """``softmax(scale * q k^T + mask)`` of shape (batch, heads, queries, keys), in at least float32."""
-    b, heads, t, d = q.shape
-    s = k.shape[2]
-    left = wide(q).reshape(b, groups, -1, d) * scale
-    scores = (left @ wide(k).transpose(-1, -2)).reshape(b, heads, t, s)
-    if causal:
-        above = torch.ones(t, s, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(above, -math.inf)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        else:
-            scores = scores + wide(mask)
-    # rows that are masked as a whole attend to nothing (0, not NaN)
-    return aten._safe_softmax(scores, -1)
 
 
 def batch_and_heads(g):

@@ -16,7 +16,8 @@ from ..base.tracing import may_write
 from ..maps.complexes import Complex
 from ..maps.layout import Layout, Selection, convert, one, scatter
 from ..maps.lettered import has_own_memory
-from ..maps.linear_map import Diagonal
+from ..maps.linear_map import Diagonal, Joint
+from ..maps.linear_map import given as taken
 from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
@@ -374,6 +375,8 @@ def add_terms(
     ``made``: terms that a kernel has run.
     """
     like = graph.values[step.value]
+    if not sweep.reverse and (joint := _joint(graph, step)) is not None:
+        return joint.join(_by_place(graph, sweep, step, blocks, sel)), True
     total, own = None, False
     sparse: list[tuple[Tensor | None, Layout]] = []
     for i, term in enumerate(step.terms):
@@ -414,3 +417,21 @@ def add_terms(
             scatter(total, step.layout, data, layout, sel, add=True)
         own = True
     return total, own
+
+
+def _joint(graph: Graph, step: Step) -> Joint | None:
+    """What takes all blocks of a step at once, if they have the same ties."""
+    joint = step.terms[0].map_in(graph).whole
+    if joint is None or any(t.route.out != step.layout for t in step.terms):
+        return None
+    return joint
+
+
+def _by_place(graph: Graph, sweep: Sweep, step: Step, blocks: Blocks, sel) -> dict[int, Tensor]:
+    """Blocks for a `Joint`."""
+    found: dict[int, Tensor] = {}
+    for term in step.terms:
+        at, like = sweep.layouts[term.other], graph.values[term.other]
+        block, _ = taken(blocks[term.other][0], False, at, term.route, sel, like)
+        found[term.map_in(graph).place] = block
+    return found
