@@ -1,7 +1,7 @@
 """Custom Functions that write to memory of their own, for batches of cotangents: one row after another.
 
 ``torch.autograd.grad(..., is_grads_batched=True)`` and `torch.vmap` run a backward once, on tensors that stand for a
-batch of them. These cannot be written to what is no such batch.
+batch of them, and that cannot be written to what is no such batch. Of those of the first, Functions are not told.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 
 class Rowwise(torch.autograd.Function):
@@ -34,19 +35,14 @@ def rowwise(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def called(ctx, *cotangents):
-        level = _level()
-        if not level or not any(c is not None and _batched(c) for c in cotangents):
+        batched = [c is not None and is_legacy_batchedtensor(c) for c in cotangents]
+        if not any(batched):
             return backward(ctx, *cotangents)
-        # what is no batch is expanded to one, of as many rows as the others
-        size = next(
-            torch._remove_batch_dim(c, level, 0, 0).shape[0]
-            for c in cotangents
-            if c is not None and _batched(c)
-        )
-        given = [
-            None if c is None else torch._remove_batch_dim(c, level, size, 0) for c in cotangents
-        ]
-        rows = [backward(ctx, *[None if c is None else c[i] for c in given]) for i in range(size)]
+        level = _level()
+        size = len(torch._remove_batch_dim(cotangents[batched.index(True)], level, 0, 0))
+        # what is no batch is expanded to one
+        given = [c if c is None else torch._remove_batch_dim(c, level, size, 0) for c in cotangents]
+        rows = [backward(ctx, *[c if c is None else c[i] for c in given]) for i in range(size)]
         return tuple([
             None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
             for column in zip(*rows, strict=True)
@@ -56,11 +52,7 @@ def rowwise(backward: Callable) -> Callable:
 
 
 def _level() -> int:
-    """How many of autograd's own batches are around: those of ``is_grads_batched``."""
-    inner = torch._C._vmapmode_increment_nesting()
+    """Which of the batches that are around is the inner one."""
+    level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    return inner - 1
-
-
-def _batched(t: Tensor) -> bool:
-    return torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Batched)
+    return level

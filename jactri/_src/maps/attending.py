@@ -291,31 +291,29 @@ class _Bend(Rowwise):
     def setup_context(ctx, inputs, output):
         ctx.how, ctx.wanted = inputs[:2]
         ctx.save_for_backward(*inputs[2:])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @rowwise
     def backward(ctx, *cotangents):
-        """By autograd, of all of it written out: with the probabilities in memory."""
-        recorded = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # others than those of the graph, in which one may depend on another
-            copies = [_copy(x, recorded) for x in ctx.saved_tensors]
-            q, k, v, mask, c, *tangents = copies
-            pushed = pushed_as_a_whole(Attention(q, k, v, mask, *ctx.how), tangents)
-            ends = [x for x, w in zip((q, k, v), ctx.wanted, strict=True) if w]
-            bent = torch.autograd.grad(
-                (wide(c) * pushed).sum(), ends, create_graph=True, materialize_grads=True
-            )
-            pairs = [(b, g) for b, g in zip(bent, cotangents, strict=True) if g is not None]
-            needed = [x for x, n in zip(copies, ctx.needs_input_grad[2:], strict=True) if n]
-            total = sum([(wide(b) * g).sum() for b, g in pairs], c.new_zeros(()))
-            made = (
-                torch.autograd.grad(total, needed, create_graph=recorded, allow_unused=True)
-                if total.requires_grad
-                else (None,) * len(needed)
-            )
-        return None, None, *_apart(made, ctx.needs_input_grad[2:])
+        """By torch.func, of all of it written out: with the probabilities in memory."""
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        at = [n for n, need in enumerate(needed) if need]
+        wanted = [n for n, want in enumerate(ctx.wanted) if want]
+
+        def bent(*varied):
+            inputs = dict(enumerate(saved)) | dict(zip(at, varied, strict=True))
+
+            def form(*ends):
+                q, k, v, mask, c, *tangents = (
+                    inputs | dict(zip(wanted, ends, strict=True))
+                ).values()
+                pushed = pushed_as_a_whole(Attention(q, k, v, mask, *ctx.how), tangents)
+                return (wide(c) * pushed).sum()
+
+            return torch.func.grad(form, tuple(range(len(wanted))))(*[inputs[n] for n in wanted])
+
+        made = torch.func.vjp(bent, *[saved[n] for n in at])[1](cotangents)
+        return None, None, *_apart(made, needed)
 
 
 ALL = True, True, True
@@ -329,10 +327,3 @@ def _apart(some: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor
     """What was left out as None."""
     found = iter(some)
     return [next(found) if w else None for w in wanted]
-
-
-def _copy(x: Tensor | None, recorded: bool) -> Tensor | None:
-    """A tensor of the same memory, to be differentiated by; ``recorded``: with the graph behind it."""
-    if x is None or not x.is_floating_point():
-        return x
-    return x.view_as(x) if recorded else x.detach().requires_grad_()
