@@ -32,6 +32,11 @@ KINDS = {
     "ScaledDotProductFusedAttentionOverrideableBackward0": ("attn_bias", 3),
 }
 
+MISFIT = (
+    "scaled_dot_product_attention was called with a value of shape {} for a key of shape {}: axis 2 differs. Torch's "
+    "kernel does not look, and its backward writes to other memory; pass a value for each key"
+)
+
 
 def parts(r) -> Curves | None:
     """Scores, softmax and the weighted sum are values of their own."""
@@ -64,6 +69,8 @@ def attention(g):
         return batch_and_heads(g)
     b, heads, t, d = q.shape
     groups, s, width = k.shape[1], k.shape[2], v.shape[3]
+    if v.shape[2] != s:
+        raise RuntimeError(MISFIT.format(tuple(v.shape), tuple(k.shape)))
     if (
         v.shape[1] != groups
         or heads % groups
