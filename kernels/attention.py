@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .launches import launch
 from .operands import product
-from .scores import dots, ended, masked, of_queries, place, span, zeros
+from .scores import dots, ended, heads, masked, of_queries, place, put, seen_by, span, zeros
 from .support import power_of_two, wide
 
 WIDEST = 256
@@ -61,17 +61,12 @@ def _attention_forward(
 ):  # fmt: skip
     tile, _, b, h = place(tl.program_id(0), tl.cdiv(T, BM), 1, H, WIDE)
     i, e = span(tile * BM, BM, WIDE), span(0, BE, WIDE)
-    q_at = Q + b * q_s[0] + h * q_s[1] + i[:, None] * q_s[2]
-    k_at = K + b * k_s[0] + h // SHARED * k_s[1]
-    v_at = V + b * v_s[0] + h // SHARED * v_s[1]
-    m_at = b * m_s[0] + h * m_s[1]
+    q_at, k_at, v_at, m_at = heads(Q, K, V, b, h, h // SHARED, q_s, k_s, v_s, m_s)
+    q_at += i[:, None] * q_s[2]
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, BE), tl.float32)
-    end = S
-    if CAUSAL:
-        end = tl.minimum(S, (tile + 1) * BM)
-    for start in range(0, end, BN):
+    for start in range(0, seen_by(tile, S, BM, CAUSAL), BN):
         j = span(start, BN, WIDE)
         x = of_queries(
             q_at, q_s[3], i, k_at, k_s, j, MASK, m_at, m_s, T, S, scale, D, CAUSAL, BOOL, PRECISION,
@@ -107,18 +102,13 @@ def _attention_push(
     i, e = span(tile * BM, BM, WIDE), span(0, BE, WIDE)
     inside = (i < T)[:, None]
     g = h // SHARED
-    q_at = Q + b * q_s[0] + h * q_s[1] + i[:, None] * q_s[2]
-    k_at = K + b * k_s[0] + g * k_s[1]
-    v_at = V + b * v_s[0] + g * v_s[1]
-    m_at = b * m_s[0] + h * m_s[1]
+    q_at, k_at, v_at, m_at = heads(Q, K, V, b, h, g, q_s, k_s, v_s, m_s)
+    q_at += i[:, None] * q_s[2]
     row = (b * H + h) * T + i
     top, over = ended(O + sums, row, i < T)
     made = zeros(BK, BM, BE)
     along = zeros(BK, BM, 1)
-    end = S
-    if CAUSAL:
-        end = tl.minimum(S, (tile + 1) * BM)
-    for start in range(0, end, BN):
+    for start in range(0, seen_by(tile, S, BM, CAUSAL), BN):
         j = span(start, BN, WIDE)
         keys, known = k_at + j[None, :] * k_s[2], (j < S)[None, :]
         x = of_queries(
@@ -157,18 +147,8 @@ def _attention_push(
     there = inside & (e < E)[None, :]
     o = tl.load(O + row[:, None] * E + e[None, :], mask=there, other=0.0)
     for c in tl.static_range(BK):
-        column = chunk * BK + c
-        to = (
-            OUT
-            + column * o_s[0]
-            + b * o_s[1]
-            + h * o_s[2]
-            + i[:, None] * o_s[3]
-            + e[None, :] * o_s[4]
-        )
         d = made[c] - along[c] * o
-        if column < COLUMNS:
-            tl.store(to, d.to(OUT.dtype.element_ty), mask=there)
+        put(OUT, d, chunk * BK + c, COLUMNS, b, h, i, e, there, o_s)
 
 
 @triton.jit
@@ -182,17 +162,12 @@ def _attention_pull_queries(
     tile, chunk, b, h = place(tl.program_id(0), tl.cdiv(T, BM), chunks, H, WIDE)
     i, w = span(tile * BM, BM, WIDE), span(0, BD, WIDE)
     inside = (i < T)[:, None]
-    q_at = Q + b * q_s[0] + h * q_s[1] + i[:, None] * q_s[2]
-    k_at = K + b * k_s[0] + h // SHARED * k_s[1]
-    v_at = V + b * v_s[0] + h // SHARED * v_s[1]
-    m_at = b * m_s[0] + h * m_s[1]
+    q_at, k_at, v_at, m_at = heads(Q, K, V, b, h, h // SHARED, q_s, k_s, v_s, m_s)
+    q_at += i[:, None] * q_s[2]
     row = (b * H + h) * T + i
     top, over = ended(O + sums, row, i < T)
     made = zeros(BK, BM, BD)
-    end = S
-    if CAUSAL:
-        end = tl.minimum(S, (tile + 1) * BM)
-    for start in range(0, end, BN):
+    for start in range(0, seen_by(tile, S, BM, CAUSAL), BN):
         j = span(start, BN, WIDE)
         known = (j < S)[None, :]
         x = of_queries(
@@ -216,18 +191,7 @@ def _attention_pull_queries(
         made = later
     there = inside & (w < D)[None, :]
     for c in tl.static_range(BK):
-        column = chunk * BK + c
-        to = (
-            OUT
-            + column * o_s[0]
-            + b * o_s[1]
-            + h * o_s[2]
-            + i[:, None] * o_s[3]
-            + w[None, :] * o_s[4]
-        )
-        d = made[c] * scale
-        if column < COLUMNS:
-            tl.store(to, d.to(OUT.dtype.element_ty), mask=there)
+        put(OUT, made[c] * scale, chunk * BK + c, COLUMNS, b, h, i, w, there, o_s)
 
 
 @triton.jit
@@ -287,23 +251,13 @@ def _attention_pull_keys(
                 later = later + (product(d, m, made[c], PRECISION, True),)
             made = later
     for c in tl.static_range(BK):
-        column = chunk * BK + c
-        to = (
-            OUT
-            + column * o_s[0]
-            + b * o_s[1]
-            + g * o_s[2]
-            + j[:, None] * o_s[3]
-            + w[None, :] * o_s[4]
-        )
         d = made[c]
         if OF_KEYS:
             d = d * scale
             there = inside & (w < D)[None, :]
         else:
             there = inside & (w < E)[None, :]
-        if column < COLUMNS:
-            tl.store(to, d.to(OUT.dtype.element_ty), mask=there)
+        put(OUT, d, chunk * BK + c, COLUMNS, b, g, j, w, there, o_s)
 
 
 def configs(d: int, e: int, columns: int) -> tuple[Tiles, ...]:
@@ -337,20 +291,33 @@ class Forward:
         return self.values[: self.sums].view(self.shape)
 
 
-def _given(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple:
-    """Arguments that all kernels have in common: tensors, and strides."""
-    B, H, T, _ = q.shape
-    mask = seen.mask
-    if mask is not None:
-        mask = mask.expand(B, H, T, k.shape[2])
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    strides = q.stride(), k.stride(), v.stride(), (0,) * 4 if mask is None else mask.stride()
-    return (q, k, v, mask), strides
+class _Given:
+    """What all kernels take of one attention."""
 
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, scale: float, precision: str):
+        (B, H, T, d), (_, G, S, e) = q.shape, v.shape
+        self.sizes, self._numbers = (B, H, G, T, S, d, e), (H // G, T, S, scale)
+        mask = seen.mask
+        known = mask is not None and mask.dtype == torch.bool
+        if mask is not None:
+            mask = mask.expand(B, H, T, S)
+            mask = mask.view(torch.uint8) if known else mask
+        strides = (0,) * 4 if mask is None else mask.stride()
+        self._tensors, self._strides = (
+            (q, k, v, mask),
+            (q.stride(), k.stride(), v.stride(), strides),
+        )
+        self._how = d, e, seen.causal, known, precision
 
-def _how(seen: Seen, d: int, e: int, precision: str) -> tuple:
-    known = seen.mask is not None and seen.mask.dtype == torch.bool
-    return d, e, seen.causal, known, precision
+    def launch(
+        self, kernel, programs: int, out: Tensor, before: tuple, after: tuple, c: Tiles, *tile: int
+    ) -> None:
+        """``before``: tensors, and numbers, ahead of the sizes; ``after``: what comes behind the strides."""
+        tensors = [t for t in before if t is None or isinstance(t, Tensor)]
+        launch(
+            kernel, (programs,), out, *self._tensors, *before, *self._numbers, *self._strides, *after, *self._how,
+            *tile, wide(*self._tensors, *tensors), num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
 
 
 def forward(
@@ -369,18 +336,15 @@ def forward(
     ``precision``: as in `batched.batched`. Raises Unfit where the device cannot run it. Costs ``2 B H T S (d + e)``
     flops, half of them where causal.
     """
-    (B, H, T, d), (_, G, S, e) = q.shape, v.shape
+    given = _Given(q, k, v, seen, scale, precision)
+    B, H, _, T, _, d, e = given.sizes
     c = config or configs(d, e, 1)[0]
     made = Forward(q.new_empty(B * H * T * (e + 2), dtype=torch.float32), (B, H, T, e))
-    if not B * H * T:
-        return made
-    tensors, strides = _given(q, k, v, seen)
-    launch(
-        _attention_forward, (B * H * triton.cdiv(T, c.rows),), made.values,
-        *tensors, made.values, H, H // G, T, S, scale, *strides, made.sums, *_how(seen, d, e, precision),
-        c.rows, c.out, min(c.inner, power_of_two(d, 16)), power_of_two(e, 16), wide(*tensors, made.values),
-        num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
+    if B * H * T:
+        given.launch(
+            _attention_forward, B * H * triton.cdiv(T, c.rows), made.values, (made.values, H), (made.sums,),
+            c, c.rows, c.out, min(c.inner, power_of_two(d, 16)), power_of_two(e, 16),
+        )  # fmt: skip
     return made
 
 
@@ -403,23 +367,20 @@ def push(
     ``config.columns`` tangents, and for each ``2 B H T S (d + e)`` for q or k, ``2 B H T S d`` more for both, and
     ``2 B H T S e`` for v; reads k, v and their tangents once for each ``config.rows`` queries.
     """
-    (B, H, T, d), (_, G, S, e) = q.shape, v.shape
+    given = _Given(q, k, v, seen, scale, precision)
+    B, H, _, T, _, d, e = given.sizes
     K = next(t.shape[0] for t in tangents if t is not None)
     c = config or configs(d, e, K)[0]
     if out is None:
         out = q.new_empty(K, B, H, T, e)
-    if out.numel() == 0:
-        return out
-    tensors, strides = _given(q, k, v, seen)
-    pushed = [(0,) * 5 if t is None else t.stride() for t in tangents]
-    far = wide(*tensors, *tangents, found.values, out)
-    launch(
-        _attention_push, (B * H * triton.cdiv(K, c.columns) * triton.cdiv(T, c.rows),), out,
-        *tensors, *tangents, found.values, out, K, H, H // G, T, S, scale, *strides, *pushed, out.stride(), found.sums,
-        any(t is not None for t in tangents[:2]), *_how(seen, d, e, precision), c.columns, c.rows, c.out,
-        min(c.inner, power_of_two(d, 16)), power_of_two(e, 16), far,
-        num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
+    if out.numel():
+        strides = [(0,) * 5 if t is None else t.stride() for t in tangents]
+        scored = any(t is not None for t in tangents[:2])
+        given.launch(
+            _attention_push, B * H * triton.cdiv(K, c.columns) * triton.cdiv(T, c.rows), out,
+            (*tangents, found.values, out, K, H), (*strides, out.stride(), found.sums, scored),
+            c, c.columns, c.rows, c.out, min(c.inner, power_of_two(d, 16)), power_of_two(e, 16),
+        )  # fmt: skip
     return out
 
 
@@ -442,7 +403,8 @@ def pull(
     in each, once for every ``config.columns`` cotangents: ``2 B H T S d`` flops, and for a cotangent
     ``2 B H T S (d + e)`` for q and for k, ``2 B H T S e`` for v.
     """
-    (B, H, T, d), (_, G, S, e) = q.shape, v.shape
+    given = _Given(q, k, v, seen, scale, precision)
+    B, H, G, T, S, d, e = given.sizes
     K = cotangents.shape[0]
     c = config or configs(d, e, K)[0]
     if not K * B * H * T:
@@ -450,24 +412,16 @@ def pull(
             if t is not None:
                 t.zero_()
         return
-    tensors, strides = _given(q, k, v, seen)
     delta = (cotangents.float() * found.output).sum(-1)
-    how = _how(seen, d, e, precision)
     inner = min(c.inner, power_of_two(max(d, e), 16))
-    chunks = triton.cdiv(K, c.columns)
-    for n, out in enumerate(into):
-        if out is None or out.numel() == 0:
-            continue
-        heads, width = (H, d) if n == 0 else (G, d if n == 1 else e)
-        if n == 0:
-            kernel, tiles, sides = _attention_pull_queries, triton.cdiv(T, c.rows), (c.rows, c.out)
-        else:
-            kernel, tiles, sides = _attention_pull_keys, triton.cdiv(S, c.rows), (c.out, c.rows)
-        far = wide(*tensors, cotangents, found.values, out)
-        launch(
-            kernel, (B * heads * chunks * tiles,), out,
-            *tensors, cotangents, delta, found.values, out, K, B, heads, H // G, T, S, scale, *strides,
-            cotangents.stride(), out.stride(), found.sums, *((n == 1,) if n else ()), *how, c.columns,
-            *sides, inner, power_of_two(width, 16), far,
-            num_warps=c.warps, num_stages=c.stages,
-        )  # fmt: skip
+    by_queries = _attention_pull_queries, H, T, (c.rows, c.out), ()
+    by_keys = _attention_pull_keys, G, S, (c.out, c.rows)
+    three = (*by_queries, d), (*by_keys, (True,), d), (*by_keys, (False,), e)
+    for out, (kernel, shared, length, sides, which, width) in zip(into, three, strict=True):
+        if out is not None and out.numel():
+            given.launch(
+                kernel, B * shared * triton.cdiv(K, c.columns) * triton.cdiv(length, c.rows), out,
+                (cotangents, delta, found.values, out, K, B, shared),
+                (cotangents.stride(), out.stride(), found.sums, *which),
+                c, c.columns, *sides, inner, power_of_two(width, 16),
+            )  # fmt: skip

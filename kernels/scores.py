@@ -76,6 +76,30 @@ def place(pid, tiles, chunks, H, WIDE: tl.constexpr):
 
 
 @triton.jit
+def heads(Q, K, V, b, h, g, q_s, k_s, v_s, m_s):
+    """Where a head of queries, and the one of keys and values that it has, begin; and its scores in a mask."""
+    q = Q + b * q_s[0] + h * q_s[1]
+    return q, K + b * k_s[0] + g * k_s[1], V + b * v_s[0] + g * v_s[1], b * m_s[0] + h * m_s[1]
+
+
+@triton.jit
+def seen_by(tile, S, BM: tl.constexpr, CAUSAL: tl.constexpr):
+    """Where the keys end that a tile of queries may see."""
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, (tile + 1) * BM)
+    return end
+
+
+@triton.jit
+def put(OUT, made, column, COLUMNS, b, h, i, w, there, o_s):
+    """Store rows i, features w, of a tangent or cotangent; what is none is left out."""
+    to = OUT + column * o_s[0] + b * o_s[1] + h * o_s[2] + i[:, None] * o_s[3] + w[None, :] * o_s[4]
+    if column < COLUMNS:
+        tl.store(to, made.to(OUT.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def zeros(COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Sums of so many tangents or cotangents, empty yet."""
     made = ()
