@@ -168,6 +168,43 @@ def test_the_peak_stays_under_memory_limit(strategy):
     assert answer < extra <= 1.1 * limit
 
 
+@linux
+def test_products_with_attention_take_the_memory_of_its_ends():
+    """And of their tangents or cotangents; and their derivatives that of their own."""
+    found = measured(
+        """
+        from torch.nn.functional import scaled_dot_product_attention
+        from jactri._src.maps import attention
+        from jactri._src.read import joining
+
+        def func(q, k, v):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        torch.set_num_threads(1)
+        attention.TILE_BYTES //= 4  # as for 2048
+        joining.CACHE_BYTES = 0
+        x = tuple([torch.randn(1, 8, 1024, 64, requires_grad=True) for _ in range(3)])
+        unit = x[0].numel() * 4
+        t, c = [torch.randn_like(of) for of in x], torch.randn_like(x[0])
+
+        def pushed():
+            made = jactri.jvp(func, x, tuple(t), differentiate="both")[1]
+            return made, torch.autograd.grad(made, x, c)
+
+        def pulled():
+            made = jactri.vjp(func, x, c, create_graph=True)[1]
+            return made, torch.autograd.grad(made, x, t)
+
+        # in sizes of q: what is given, and the peak beside it, to what is given and returned
+        print((6 + peak(lambda: jactri.jvp(func, x, tuple(t)))[0] / unit) / 8)
+        print((4 + peak(lambda: jactri.vjp(func, x, c))[0] / unit) / 8)
+        print((7 + peak(pushed)[0] / unit) / 12)
+        print((7 + peak(pulled)[0] / unit) / 14)
+        """
+    )
+    assert len(found) == 4 and all(0.9 < ratio <= 1.2 for ratio in found), found
+
+
 @pytest.mark.parametrize("call", [jactri.jacobian, jactri.laplacian])
 def test_only_calls_without_a_limit_have_freed_memory_held(call, monkeypatch):
     # what glibc holds on to falls into pieces, and would take a limited call above its limit

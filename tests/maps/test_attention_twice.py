@@ -299,6 +299,18 @@ def test_batches_of_cotangents(product, way):
                 assert_close(ours[k], truth, F64, length=40)
 
 
+@pytest.mark.parametrize("product", [jactri.jvp, jactri.vjp])
+def test_autocast_around_a_backward(product):
+    ends = [x.detach().float().requires_grad_() for x in ends_of("plain")]
+    given = tuple(ends) if product is jactri.jvp else torch.ones(ends[0].shape)
+    made = product(called("plain"), tuple(ends), given, create_graph=True)[1]
+    c = [torch.ones_like(m) for m in made] if isinstance(made, tuple) else torch.ones_like(made)
+    truths = torch.autograd.grad(made, ends, c, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(made, ends, c)
+    assert all(torch.equal(g, t) for g, t in zip(got, truths, strict=True))
+
+
 def test_some_cotangents_of_a_batch_are_missing():
     """What is differentiated is a part of the products."""
     ends = ends_of("plain")

@@ -31,18 +31,19 @@ class Rowwise(torch.autograd.Function):
 
 
 def rowwise(backward: Callable) -> Callable:
-    """A backward of a Function that ``is_grads_batched`` may run: once a row."""
+    """A backward of a Function that ``is_grads_batched`` may run: once a row. Its products are not autocast's."""
 
     @functools.wraps(backward)
     def called(ctx, *cotangents):
         batched = [c is not None and is_legacy_batchedtensor(c) for c in cotangents]
         if not any(batched):
-            return backward(ctx, *cotangents)
+            with torch._C._DisableAutocast():
+                return backward(ctx, *cotangents)
         level = _level()
         size = len(torch._remove_batch_dim(cotangents[batched.index(True)], level, 0, 0))
         # what is no batch is expanded to one
         given = [c if c is None else torch._remove_batch_dim(c, level, size, 0) for c in cotangents]
-        rows = [backward(ctx, *[c if c is None else c[i] for c in given]) for i in range(size)]
+        rows = [called(ctx, *[c if c is None else c[i] for c in given]) for i in range(size)]
         return tuple([
             None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
             for column in zip(*rows, strict=True)
