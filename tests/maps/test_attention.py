@@ -1,5 +1,6 @@
 """Attention tile by tile: its tangents and cotangents against the formula written out in float64."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ import jactri
 from jactri._src.base.memory import Taken
 from jactri._src.maps import attending, attention
 from jactri._src.maps.attention import Attention
+from jactri._src.maps.layout import FREE, Layout
 from jactri._src.read import joining
 from jactri._src.rules import attention as rule
 
@@ -182,6 +184,41 @@ def test_a_long_sequence_takes_the_memory_of_its_ends(K, monkeypatch):
             made = product(func, x, given)
         assert taken.peak + (3 + count * K) * x[0].nbytes < allowed
         del made
+
+
+def test_what_is_pulled_at_once_is_of_one_block(monkeypatch):
+    """Results wait for the maps that they are of, not for other blocks; and nothing is kept behind the last."""
+    of = problem(SHAPES[0], "causal")
+    whole = attending.Whole(of, attending.ALL)
+    maps = [attending.Attend(whole, n) for n in range(3)]
+    shapes = [tuple(t.shape) for t in (of.q, of.k, of.v)]
+    out = (*of.q.shape[:3], of.v.shape[-1])
+    layout = Layout(tuple([((n, FREE),) for n in out]), (2,))
+    ran = []
+    real = attending.pull
+    monkeypatch.setattr(attending, "pull", lambda *given: ran.append(0) or real(*given))
+
+    def pulled(n, c):
+        route = maps[n].route(layout, shapes[n], out, True)
+        with torch.no_grad():
+            return maps[n].apply(c, False, layout, route, True, None, of.q)[0]
+
+    def truths(c):
+        into = [of.q.new_empty(2, *shape) for shape in shapes]
+        attention.pull(of, c, into)
+        return into
+
+    first, second = (torch.randn(2, *out, dtype=F64) for _ in range(2))
+    assert torch.equal(pulled(2, first), truths(first)[2])
+    for n in (1, 2, 0):
+        assert torch.equal(pulled(n, second), truths(second)[n])
+    assert len(ran) == 2
+    gone = weakref.ref(second)
+    del second
+    assert gone() is None
+    assert torch.equal(pulled(2, first), truths(first)[2])
+    assert torch.equal(pulled(2, first), truths(first)[2])  # once more
+    assert len(ran) == 4
 
 
 MASK = torch.arange(12).view(12, 1) % 5 > torch.arange(12) % 4  # some rows are masked as a whole

@@ -22,7 +22,8 @@ from ..device import chooser
 from ..device.attending import AttentionKind, Product
 from ..device.chooser import Way
 from .attention import Attention, Blocks, bend, pull, push, pushed_as_a_whole
-from .linear_map import Cut, LinearMap, given
+from .joint import given
+from .linear_map import Cut, LinearMap
 from .maps import wide
 
 Wanted = tuple[bool, ...]
@@ -82,11 +83,11 @@ class Attend(LinearMap):
     def apply(self, data, own, layout, route, reverse, sel, like):
         if not reverse:
             return super().apply(data, own, layout, route, reverse, sel, like)
-        whole = self.whole
-        made = whole.kept(self.place, data, sel)
+        whole, how = self.whole, (layout, route.mid, sel)
+        made = whole.kept(self.place, data, how)
         if made is None:
-            block, _ = given(data, False, layout, route, sel, like)
-            made = whole.keep(self.place, data, sel, whole.pull(block, whole.wanted))
+            block, _ = given(data, False, layout, route.mid, sel, like)
+            made = whole.keep(self.place, data, how, whole.pull(block, whole.wanted))
         return made, True
 
 
@@ -96,7 +97,7 @@ class Whole:
     def __init__(self, of: Attention, wanted: Wanted):
         self.of, self.wanted = of, wanted
         self._found: dict[str, object] = {}
-        self._kept: tuple[Tensor | None, object, list[Tensor | None]] | None = None
+        self._kept: tuple[Tensor | None, tuple, list[Tensor | None]] | None = None
         self._part: tuple[Cut, Whole] | None = None
 
     def narrow(self, cut: Cut) -> Whole:
@@ -170,18 +171,18 @@ class Whole:
             pull(of, c, into)
         return into
 
-    def kept(self, place: int, data: Tensor | None, sel) -> Tensor | None:
+    def kept(self, place: int, data: Tensor | None, how: tuple) -> Tensor | None:
         """What was pulled for one of its maps when another asked, from the same block; it is given once."""
-        if self._kept is None or self._kept[0] is not data or self._kept[1] != sel:
+        if self._kept is None or self._kept[0] is not data or self._kept[1] != how:
             return None
         return self.keep(place, *self._kept)
 
     def keep(
-        self, place: int, data: Tensor | None, sel, made: list[Tensor | None]
+        self, place: int, data: Tensor | None, how: tuple, made: list[Tensor | None]
     ) -> Tensor | None:
         """One of the results, the others being kept."""
         found, made[place] = made[place], None
-        self._kept = (data, sel, made) if any(m is not None for m in made) else None
+        self._kept = (data, how, made) if any(m is not None for m in made) else None
         return found
 
     def kind(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -23,12 +23,8 @@ from torch import Tensor
 from ...kernels.support import Factor, formed_once
 from ..base.intervals import for_good, joined, regrouped
 from .entrywise import aligned, times
-from .layout import (
-    Layout,
-    Selection,
-    one,
-    unfolded,
-)
+from .joint import Joint, given
+from .layout import Layout, Selection
 
 Shape = tuple[int, ...]
 Kept = tuple[tuple[int, int], ...]
@@ -177,7 +173,7 @@ class LinearMap:
         like: Tensor,
     ) -> tuple[Tensor | None, bool]:
         """Run a route. ``like`` gives the dtype and device of the block where ``data`` is None."""
-        data, own = given(data, own, layout, route, sel, like)
+        data, own = given(data, own, layout, route.mid, sel, like)
         return self.pull(data, own) if reverse else self.push(data, own)
 
     def as_matrix(self, in_shape: Shape, out_shape: Shape, like: Tensor) -> Tensor:
@@ -186,30 +182,6 @@ class LinearMap:
         eye = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *in_shape)
         dense, _ = self.push(eye, False)
         return dense.reshape(n, -1).t().reshape((*out_shape, *in_shape))
-
-
-class Joint(Protocol):
-    """Several maps to one value, each at a ``place`` of its own."""
-
-    def join(self, blocks: dict[int, Tensor]) -> Tensor:
-        """The sum of what the maps give for blocks, by their places. Nobody else holds it."""
-
-
-def given(
-    data: Tensor | None,
-    own: bool,
-    layout: Layout,
-    route: Route,
-    sel: Selection | None,
-    like: Tensor,
-) -> tuple[Tensor, bool]:
-    """The block that a map gets by its route, and whether it may be overwritten."""
-    if route.mid is not layout:
-        block, fresh = unfolded(data, layout, route.mid, sel, like)
-        return block, fresh or (own and block is data)
-    if data is None:
-        return one(like).expand(1, *route.mid.shape), False
-    return data, own
 
 
 class Elementwise(LinearMap):

@@ -14,10 +14,11 @@ from ..base import backends
 from ..base.progress import Watch
 from ..base.tracing import may_write
 from ..maps.complexes import Complex
+from ..maps.joint import Joint
+from ..maps.joint import given as taken
 from ..maps.layout import Layout, Selection, convert, one, scatter
 from ..maps.lettered import has_own_memory
-from ..maps.linear_map import Diagonal, Joint
-from ..maps.linear_map import given as taken
+from ..maps.linear_map import Diagonal
 from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
@@ -432,6 +433,6 @@ def _by_place(graph: Graph, sweep: Sweep, step: Step, blocks: Blocks, sel) -> di
     found: dict[int, Tensor] = {}
     for term in step.terms:
         at, like = sweep.layouts[term.other], graph.values[term.other]
-        block, _ = taken(blocks[term.other][0], False, at, term.route, sel, like)
+        block, _ = taken(blocks[term.other][0], False, at, term.route.mid, sel, like)
         found[term.map_in(graph).place] = block
     return found
