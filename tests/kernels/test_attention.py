@@ -7,6 +7,7 @@ from guard import Canvas, guarded
 from precision import distance, limit
 
 import jactri
+from jactri._src.base import backends
 from jactri._src.device import chooser
 from jactri._src.read import joining
 from jactri.kernels import attention, naive
@@ -182,3 +183,31 @@ def test_products_with_jacobians(causal, dtype, device, fresh, monkeypatch):
     assert ran == ["push", "pull"]
     for ours, theirs in zip(got, truth, strict=True):
         assert distance(ours, theirs) < (1e-5 if dtype is torch.float32 else 2.0**-5)
+
+
+def test_products_that_are_differentiated(device, fresh, monkeypatch):
+    """What kernels gave has the derivatives of the formula."""
+    torch.manual_seed(0)
+    ran = []
+    for name in ("push", "pull"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(
+            attention, name, lambda *a, _real=real, _n=name, **k: ran.append(_n) or _real(*a, **k)
+        )
+    monkeypatch.setattr(backends, "kernels_for", lambda t: t.dtype is torch.float32)
+    x = torch.randn(1, 1, 18, 8, device=device)
+    t = torch.randn(2, *x.shape, device=device)
+
+    def func(x):
+        return F.scaled_dot_product_attention(x, x.sin(), x.cos(), is_causal=True)
+
+    def derivatives(x, t):
+        leaf = x.clone().requires_grad_()
+        pushed = jactri.jvp(func, leaf, t, differentiate="both")[1]
+        pulled = jactri.vjp(func, leaf, t, create_graph=True)[1]
+        return [torch.autograd.grad(p, leaf, t.sin())[0] for p in (pushed, pulled)]
+
+    truth = derivatives(x.double(), t.double())
+    for ours, theirs in zip(derivatives(x, t), truth, strict=True):
+        assert distance(ours, theirs) < 1e-5
+    assert ran == ["push", "pull", "pull"]  # the last for the tangents of keys and values
