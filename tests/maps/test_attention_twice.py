@@ -292,6 +292,8 @@ def test_batches_of_cotangents(product, way):
 
         if way == "vmap":
             got = torch.vmap(pulled)(*c)
+            none = torch.vmap(pulled)(*[r[:0] for r in c])
+            assert [n.shape for n in none] == [(0, *g.shape[1:]) for g in got]
         else:
             got = torch.autograd.grad(of, wrt, c, retain_graph=True, is_grads_batched=True)
         for k in range(3):

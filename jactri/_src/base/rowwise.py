@@ -19,14 +19,19 @@ class Rowwise(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info, in_dims, *inputs):
+        size = info.batch_size
+
+        def row(x, d, i: int):
+            if d is None or not isinstance(x, Tensor):
+                return x
+            # without any, one of zeros tells the shapes
+            return x.select(d, i) if size else x.new_zeros(x.movedim(d, 0).shape[1:])
+
         rows = [
-            cls.apply(*[
-                x.select(d, i) if isinstance(x, Tensor) and d is not None else x
-                for x, d in zip(inputs, in_dims, strict=True)
-            ])
-            for i in range(info.batch_size)
-        ]  # fmt: skip
-        made = tuple([torch.stack(column) for column in zip(*rows, strict=True)])
+            cls.apply(*[row(x, d, i) for x, d in zip(inputs, in_dims, strict=True)])
+            for i in range(max(size, 1))
+        ]
+        made = tuple([torch.stack(column)[:size] for column in zip(*rows, strict=True)])
         return made, (0,) * len(made)
 
 
