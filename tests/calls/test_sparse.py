@@ -12,7 +12,9 @@ from torch import nn
 from windows import DENSE_SAMPLES, FUNCTIONS
 
 import jactri
-from jactri._src.plan.pattern import Trace, pattern_of, period
+from jactri._src.base.csr import Csr
+from jactri._src.plan.colours import period
+from jactri._src.plan.supports import Trace, pattern_of
 from jactri._src.read.reading import read
 from jactri._src.run import entries
 
@@ -367,7 +369,7 @@ def test_the_period_is_the_least():
     gen = numpy.random.default_rng(0)
     for _ in range(200):
         support = gen.random(gen.integers(1, 9, 2)) < gen.random()
-        assert period(support) == brute_period(support)
+        assert period(Csr.of_dense(support)) == brute_period(support)
 
 
 def test_a_pattern_with_any_supports():

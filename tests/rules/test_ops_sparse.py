@@ -7,14 +7,15 @@ from test_ops import F64, compare, ids, jacobian_rows, truth
 
 import jactri
 from jactri._src.base.cache import Cache
-from jactri._src.plan import pattern, planning
+from jactri._src.plan import colours, planner, planning
 
 MAIN = [case for case in ALL if not case.variant]
 
 
 @pytest.fixture(autouse=True)
 def _always_coloured(monkeypatch):
-    monkeypatch.setattr(pattern, "WORTH", 1.0)
+    for module in (colours, planner):
+        monkeypatch.setattr(module, "WORTH", 1.0)
     monkeypatch.setattr(planning, "_plans", Cache())
 
 

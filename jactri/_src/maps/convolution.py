@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.csr import Csr
 from ..base.weights import made_of
 from .linear_map import LinearMap
 from .maps import fold, unfold
@@ -217,16 +218,12 @@ class Conv(LinearMap):
         g, i = self.geometry, axis - 2
         if axis == 1:
             own = [numpy.arange(n) // (n // g.groups) for n in (out_shape[1], in_shape[1])]
-            return own[0][:, None] == own[1]
+            return Csr.of_dense(own[0][:, None] == own[1])
         fine, coarse = in_shape[axis], out_shape[axis]
         if g.transposed:
             fine, coarse = coarse, fine
-        seen = numpy.zeros((coarse, fine), bool)
-        first = g.stride[i] * numpy.arange(coarse) - g.padding[i]
-        for k in range(self.shape[axis]):
-            at = first + g.dilation[i] * k
-            rows = numpy.flatnonzero((at >= 0) & (at < fine))
-            seen[rows, at[rows]] = True
+        window = self.shape[axis], g.stride[i], g.padding[i], g.dilation[i]
+        seen = Csr.windows(coarse, fine, *window)
         return seen.T if g.transposed else seen
 
     def work(self, in_shape, out_shape, reverse):

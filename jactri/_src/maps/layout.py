@@ -85,7 +85,7 @@ class Layout:
 
         ``splits`` gives the factors of axes that views will split. ``summed`` names an axis over which the
         seeds are summed (its factor is not a seed at all): the classic trick for unmixed samples. Factors in
-        ``colours`` have that many seeds, each the sum of all with its index modulo their number (see `pattern`).
+        ``colours`` have that many seeds, each the sum of all of its colour (see `colours`).
         """
         axes: list[tuple[tuple[int, int], ...]] = []
         seed: list[int] = []

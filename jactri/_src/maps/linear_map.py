@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from ...kernels.support import Factor, formed_once
+from ..base.csr import Csr
 from ..base.intervals import for_good, joined, regrouped
 from .entrywise import aligned, times
 from .joint import Joint, given
@@ -105,9 +105,22 @@ class LinearMap:
         """
         return ()
 
-    def support(self, axis: int, in_shape: Shape, out_shape: Shape) -> numpy.ndarray:
-        """Which indices of input axis ``axis``, one of its `windows`, an output sees: boolean, (output, input)."""
+    def picks(self, in_shape: Shape, out_shape: Shape) -> Kept:
+        """Further `windows`, whose supports are told by indices that are no part of the key, but of the `digest`."""
+        return ()
+
+    def support(self, axis: int, in_shape: Shape, out_shape: Shape) -> Csr:
+        """Which indices of input axis ``axis``, one of its `windows` or `picks`, an output sees: (output, input)."""
         raise NotImplementedError
+
+    def links(self, in_shape: Shape, out_shape: Shape) -> Csr | None:
+        """Which inputs each output sees, both in flat order, where that is less than the product of its supports."""
+        return None
+
+    @property
+    def digest(self) -> bytes | None:
+        """Of the indices that tell `picks` and `links`: alike for the same. None where the key tells all."""
+        return None
 
     def work(self, in_shape: Shape, out_shape: Shape, reverse: bool) -> float:
         """Flops for one element of the result."""
@@ -428,67 +441,6 @@ class Permute(Structural):
 
     def pull(self, c, own):
         return c.permute(self._pull), own
-
-
-class Functional(LinearMap):
-    """A map given by its push and its pull on blocks ``(K, *shape)``.
-
-    ``anywhere`` says that both take any length of the kept axes, so that a range of samples needs no other map.
-    ``supports`` gives those of the `windows` by axis, which is the same before and after; ``detail`` is what, beside
-    the name and the shapes, they depend on. ``moves``: of push and pull, which add no entries: each of the
-    result's is one that is given, or zero.
-    """
-
-    __slots__ = (
-        "_anywhere", "_detail", "_kept", "_moves", "_pull", "_push", "_supports", "_work", "name",
-    )  # fmt: skip
-    structure = "function"
-
-    def __init__(
-        self,
-        name: str,
-        push: Callable[[Tensor], Tensor],
-        pull: Callable[[Tensor], Tensor],
-        kept: Kept,
-        work: tuple[float, float] = (4.0, 4.0),
-        anywhere: bool = False,
-        supports: dict[int, Callable[[], numpy.ndarray]] | None = None,
-        detail: object = None,
-        moves: tuple[bool, bool] = (False, False),
-    ):
-        self.name, self._push, self._pull, self._kept = name, push, pull, kept
-        self._work, self._anywhere = work, anywhere
-        self._supports, self._detail, self._moves = supports or {}, detail, moves
-
-    @property
-    def key(self):
-        return Functional, self.name, self._kept, self._work, self._detail
-
-    def windows(self, in_shape, out_shape):
-        return tuple((a, a) for a in self._supports)
-
-    def support(self, axis, in_shape, out_shape):
-        return self._supports[axis]()
-
-    def reach(self, t, in_shape, out_shape, reverse, values):
-        if self._moves[reverse]:
-            return (self._pull if reverse else self._push)(t)
-        return super().reach(t, in_shape, out_shape, reverse, values)
-
-    def narrow(self, source, target, in_shape, out_shape):
-        return self if self._anywhere else None
-
-    def kept(self, in_shape, out_shape):
-        return self._kept
-
-    def work(self, in_shape, out_shape, reverse):
-        return self._work[reverse]
-
-    def push(self, t, own):
-        return self._push(t), False
-
-    def pull(self, c, own):
-        return self._pull(c), False
 
 
 def keep_all_but(axes, ndim: int) -> Kept:

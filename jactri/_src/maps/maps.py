@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..base.csr import Csr, stacked
 from .contraction import MatMul
 from .grids import sampled
 from .linear_map import LinearMap
@@ -115,7 +116,7 @@ class Fixed(LinearMap):
         """Found by looking: lines along the axis, alike along the others, on the CPU."""
         size, n = in_shape[-self.tail :], in_shape[axis]
         at = axis - len(in_shape)
-        found = []
+        found = []  # of each line, where it is seen
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             for lines in torch.eye(n).split(LINES):
                 shape = [1] * self.tail
@@ -123,8 +124,9 @@ class Fixed(LinearMap):
                 images = lines.view(len(lines), 1, *shape).expand(-1, 1, *size).contiguous()
                 seen = self._push(images) != 0
                 others = [d for d in range(1, seen.dim()) if d != at % seen.dim()]
-                found.append(seen.any(others) if others else seen)
-        return torch.cat(found).numpy().T
+                seen = seen.any(others) if others else seen
+                found.append(Csr.of_dense(seen.numpy()))
+        return stacked(found).T
 
     def _run(self, t: Tensor, op, transposed):
         flat, batch = fold(t, self.tail + 1)
@@ -181,10 +183,21 @@ class Transpose(LinearMap):
     def windows(self, in_shape, out_shape):
         return tuple((b, a) for a, b in self.base.windows(out_shape, in_shape))
 
+    def picks(self, in_shape, out_shape):
+        return tuple((b, a) for a, b in self.base.picks(out_shape, in_shape))
+
     def support(self, axis, in_shape, out_shape):
-        pairs = self.base.windows(out_shape, in_shape)
-        before = next(a for a, b in pairs if b == axis)
-        return self.base.support(before, out_shape, in_shape).T
+        base, ends = self.base, (out_shape, in_shape)
+        before = next(a for a, b in (*base.windows(*ends), *base.picks(*ends)) if b == axis)
+        return base.support(before, *ends).T
+
+    def links(self, in_shape, out_shape):
+        found = self.base.links(out_shape, in_shape)
+        return None if found is None else found.T
+
+    @property
+    def digest(self):
+        return self.base.digest
 
     def work(self, in_shape, out_shape, reverse):
         return self.base.work(out_shape, in_shape, not reverse)

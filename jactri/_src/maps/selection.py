@@ -6,7 +6,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..base.csr import Csr
 from .linear_map import LinearMap, Shape, keep_all_but
+from .links import digest_of, moved
 
 
 class Slice(LinearMap):
@@ -29,7 +31,7 @@ class Slice(LinearMap):
         return ((self.axis, self.axis),)
 
     def support(self, axis, in_shape, out_shape):
-        return numpy.arange(self.size) == self.selected()[:, None]
+        return Csr.picked(self.selected(), self.size)
 
     def selected(self) -> numpy.ndarray:
         return self.start + self.step * numpy.arange(self.length)
@@ -70,7 +72,7 @@ class Place(Slice):
     name = "place"
 
     def support(self, axis, in_shape, out_shape):
-        return self.selected() == numpy.arange(self.size)[:, None]
+        return Csr.picked(self.selected(), self.size).T
 
     def places(self, reverse):
         return not reverse
@@ -101,8 +103,15 @@ class Take(LinearMap):
     def windows(self, in_shape, out_shape):
         return () if self.fixed is None else ((self.axis, self.axis),)
 
+    def picks(self, in_shape, out_shape):
+        return ((self.axis, self.axis),) if self.fixed is None else ()
+
     def support(self, axis, in_shape, out_shape):
-        return numpy.arange(self.size) == self.index.cpu().numpy()[:, None]
+        return Csr.picked(self.index.cpu().numpy(), self.size)
+
+    @property
+    def digest(self):
+        return digest_of(self.index) if self.fixed is None else None
 
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape)) if a != self.axis)
@@ -126,14 +135,17 @@ class Take(LinearMap):
 
 
 class Gather(LinearMap):
-    """``out[..., j] = in[..., index[..., j]]`` on one axis, with its own index for every other entry."""
+    """``out[..., j] = in[..., index[..., j]]`` on one axis, with its own index for every other entry.
 
-    __slots__ = ("axis", "index", "size")
+    ``given``: whether the index is the caller's, and not what a maximum or a sort found among values.
+    """
+
+    __slots__ = ("axis", "given", "index", "size")
     name, structure = "gather", "gather"
 
-    def __init__(self, index: Tensor, size: int, axis: int | None = None):
+    def __init__(self, index: Tensor, size: int, axis: int | None = None, given: bool = False):
         """``size`` is the input's along ``axis``, by default the last."""
-        self.index, self.size = index, size
+        self.index, self.size, self.given = index, size, given
         self.axis = index.dim() - 1 if axis is None else axis
 
     @property
@@ -143,8 +155,25 @@ class Gather(LinearMap):
     def kept(self, in_shape, out_shape):
         return keep_all_but((self.axis,), len(in_shape))
 
+    def picks(self, in_shape, out_shape):
+        return ((self.axis, self.axis),) if self.given else ()
+
+    def support(self, axis, in_shape, out_shape):
+        grid = self.index.movedim(self.axis, -1).cpu().numpy()
+        row = numpy.broadcast_to(numpy.arange(grid.shape[-1]), grid.shape)
+        return Csr.of(row.reshape(-1), grid.reshape(-1), grid.shape[-1], self.size)
+
+    def links(self, in_shape, out_shape):
+        if not self.given:
+            return None
+        return moved(lambda t: Gather.push(self, t, False)[0], in_shape, self.index.device)
+
+    @property
+    def digest(self):
+        return digest_of(self.index) if self.given else None
+
     def narrow(self, source, target, in_shape, out_shape):
-        return Gather(target.of(self.index, len(out_shape)), self.size, self.axis)
+        return Gather(target.of(self.index, len(out_shape)), self.size, self.axis, self.given)
 
     def reach(self, t, in_shape, out_shape, reverse, values):
         index, dim = self._expanded(self.index, t), self.axis + 1
@@ -195,6 +224,9 @@ class Select(LinearMap):
     def kept(self, in_shape, out_shape):
         return tuple((a, a - (a > self.axis)) for a in range(len(in_shape)) if a != self.axis)
 
+    def links(self, in_shape, out_shape):
+        return moved(self.window, in_shape, torch.device("cpu"))
+
     def narrow(self, source, target, in_shape, out_shape):
         return self
 
@@ -226,8 +258,15 @@ class Scatter(Gather):
     def key(self):
         return Scatter, self.axis
 
+    def support(self, axis, in_shape, out_shape):
+        return super().support(axis, out_shape, in_shape).T
+
+    def links(self, in_shape, out_shape):
+        found = super().links(out_shape, in_shape)
+        return None if found is None else found.T
+
     def narrow(self, source, target, in_shape, out_shape):
-        return Scatter(source.of(self.index, len(in_shape)), self.size, self.axis)
+        return Scatter(source.of(self.index, len(in_shape)), self.size, self.axis, self.given)
 
     def reach(self, t, in_shape, out_shape, reverse, values):
         return super().reach(t, out_shape, in_shape, not reverse, values)
@@ -273,13 +312,15 @@ class Picked(LinearMap):
         fine, coarse = in_shape[axis], out_shape[axis]
         if spread:
             fine, coarse = coarse, fine
-        places, first = numpy.arange(fine), numpy.arange(coarse)[:, None]
         if self.options == ("adaptive",):
-            seen = (places >= first * fine // coarse) & (places < -(-(first + 1) * fine // coarse))
+            at = numpy.arange(coarse)
+            first, end = at * fine // coarse, -(-(at + 1) * fine // coarse)
+            most = int((end - first).max(initial=0))
+            places = first[:, None] + numpy.arange(most)
+            row, k = numpy.nonzero(places < end[:, None])
+            seen = Csr.of(row, places[row, k], coarse, fine)
         else:
-            kernel, stride, padding, dilation = self.options[axis - len(in_shape)]
-            steps = places - (first * stride - padding)
-            seen = (steps >= 0) & (steps <= (kernel - 1) * dilation) & (steps % dilation == 0)
+            seen = Csr.windows(coarse, fine, *self.options[axis - len(in_shape)])
         return seen.T if spread else seen
 
     def pool_map(self, shape: Shape, reverse: bool) -> str | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.csr import Csr
 from .linear_map import LinearMap
+from .links import digest_of
 from .maps import Once
 
 
@@ -40,6 +42,22 @@ class SparseMatMul(LinearMap):
         n = len(in_shape)
         axis = n - 1 if self.side == "right" else n - 2
         return tuple((a, a) for a in range(n) if a != axis)
+
+    def picks(self, in_shape, out_shape):
+        axis = len(in_shape) - (1 if self.side == "right" else 2)
+        return ((axis, axis),)
+
+    def support(self, axis, in_shape, out_shape):
+        p = self._matrix()
+        row, column = p.indices().cpu().numpy()
+        found = Csr.of(row, column, *p.shape)
+        if self.batch is not None:  # any of the batch
+            found = found.blocks(self.batch)
+        return found.T if self.side == "right" else found
+
+    @property
+    def digest(self):
+        return digest_of(self._matrix().indices())
 
     def work(self, in_shape, out_shape, reverse):
         shape = in_shape if reverse else out_shape

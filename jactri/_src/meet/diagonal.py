@@ -21,13 +21,14 @@ from ..base.cache import Cache
 from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.rates import block_bytes, rough
 from ..maps.letters import Network, Operand, Unaligned
+from ..plan.colours import colours_of
 from ..plan.factoring import factored, swept
 from ..plan.fusion import fused
 from ..plan.needs import CACHE_BYTES, cut_seeds, needs
-from ..plan.pattern import Trace, colours_of, has_windows
 from ..plan.planner import predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
+from ..plan.supports import Trace, has_windows
 from ..plan.sweep import Sweep, follow, untied_targets
 from ..read.graph import Graph, Value
 from ..run.entries import factors_of
@@ -174,7 +175,7 @@ def _found(graph: Graph) -> list[DiagonalOrder]:
 
 def _coloured(graph: Graph, trace: Trace, sweep: Sweep) -> DiagonalOrder | None:
     """The sweep with fewer seeds, if every input is seen along the same axis of the output only."""
-    splits, colours = colours_of([trace], sweep, False)
+    splits, colours, _ = colours_of([trace], sweep, False)
     if not colours or splits:
         return None
     fewer = follow(graph, sweep.seed, sweep.reverse, sweep.targets, colours=colours)
@@ -185,7 +186,7 @@ def _coloured(graph: Graph, trace: Trace, sweep: Sweep) -> DiagonalOrder | None:
         ends = fewer.layout.axes[a], value.axes[a], trace.start.axes[a], seen.layout.axes[a]
         if any(len(axis) != 1 for axis in ends) or ends[2] != ends[3]:
             return None
-        masks[a] = trace.support_of(seen, ends[2][0][1]).diagonal().copy()
+        masks[a] = trace.support_of(seen, ends[2][0][1]).diagonal()
     ahead, back = (None, fewer) if sweep.reverse else (fewer, None)
     return DiagonalOrder(ahead, back, masks=masks)
 

@@ -35,7 +35,7 @@ def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
 
     ``seconds``: what it takes; where that is less than to look for parts, there are none.
     """
-    if sweep.summed or sweep.colours or sweep.windows or sweep.columns() < MANY:
+    if sweep.summed or sweep.coloured or sweep.windows or sweep.columns() < MANY:
         return sweep
     on = [sweep.seed, *(s.value for s in sweep.steps)]
     through = set(cuts(graph))

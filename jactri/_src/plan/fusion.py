@@ -246,6 +246,7 @@ def _first(graph: Graph, sweep: Sweep, step: Step) -> bool:
         len(step.terms) != 1
         or term.other != sweep.seed
         or not sweep.colours
+        or sweep.tables
         or edge.name != "convolution"
         or len(sweep.layout.axes) > 4
         or any(len(axis) > 1 for axis in sweep.layout.axes)

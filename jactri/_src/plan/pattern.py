@@ -1,188 +1,20 @@
-"""Which entries of a Jacobian can be non-zero: the support of every tie between an axis of a value and the seed.
+"""The entries of a Jacobian that can be non-zero: a product of supports, one for each tie of an axis to the seed's.
 
-The algebra of `layout` knows two cases: an axis of a value is tied to an axis of the seed (the block vanishes off the
-diagonal), or it is not. Here a tie may also have a *support*, a boolean matrix (value index, seed index): after a 3x3
-convolution, a pixel sees the pixels next to it, whatever came before. The pattern of a block is the product of its
-supports, one for each tie; where nothing is tied, everything can be non-zero. Supports follow every layer exactly
-(stride, dilation, padding, the borders), and a sum has the union of those of its terms.
-
-From a pattern follow the entries of a sparse result, and the *colours* of a sweep (Curtis, Powell and Reid 1974): seeds
-that never meet in one entry of the result run as one.
+A support says which indices of an axis of a value see which of an axis of the seed. Where nothing is tied, everything
+can be non-zero. A pattern that is no such product (a star of neighbours, a list of connections) is one support between
+all entries of the value and all of the seed, in flat order (see `supports`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
 
-from ..maps.layout import FREE, Colours, Layout, SplitSeed
-from ..maps.linear_map import LinearMap
-from ..read.graph import Graph
-from . import masked
-from . import sweep as sweeping
-
-Splits = dict[int, tuple[int, ...]]
-
-WORTH = 0.75
-"""Seeds are coloured where at most this part of them remains."""
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A value's ties to the seed, and for each the number of its support (see `Trace`)."""
-
-    layout: Layout
-    supports: dict[int, int]
-
-
-class Trace:
-    """The patterns of all values between one input and the outputs, found by following ties and windows forward.
-
-    Supports are formed when they are asked for: most ties are gone before the end.
-    """
-
-    def __init__(self, graph: Graph, seed: int):
-        self.graph, self.seed = graph, seed
-        shape = graph.values[seed].shape
-        splits: dict[int, tuple[int, ...]] = {}
-        while True:
-            self.start = Layout.identity(shape, splits)
-            self._nodes: list[tuple] = []
-            self._made: dict[int, np.ndarray] = {}
-            self.values: dict[int, Traced] = {}
-            try:
-                self._follow()
-                break
-            except SplitSeed as split:
-                sweeping.refine(splits, shape, split)
-
-    def _follow(self) -> None:
-        values = self.graph.values
-        ties = {t: self._add("identity", self.start.seed[t]) for t in self.start.tied}
-        self.values[self.seed] = Traced(self.start, ties)
-        for v in range(self.seed + 1, len(values)):
-            found = None
-            for s, edge in values[v].sources:
-                if s in self.values:
-                    term = self._through(edge, self.values[s], values[s].shape, values[v].shape)
-                    found = term if found is None else self._union(found, term)
-            if found is not None:
-                self.values[v] = found
-
-    def _add(self, *node) -> int:
-        self._nodes.append(node)
-        return len(self._nodes) - 1
-
-    def _through(self, edge: LinearMap, at: Traced, in_shape, out_shape) -> Traced:
-        if 0 in out_shape:  # nothing to tie
-            return Traced(Layout(tuple(((n, FREE),) for n in out_shape), self.start.seed), {})
-        layout = at.layout
-        while True:
-            try:
-                out = edge.route(layout, in_shape, out_shape, False).out
-                break
-            except SplitSeed as split:
-                if self._nodes[at.supports[split.factor]][0] == "identity":
-                    raise
-                layout = layout.drop(frozenset([split.factor]))  # a window has no two parts
-        supports = {t: at.supports[t] for t in out.tied}
-        axes = list(out.axes)
-        for a, b in edge.windows(in_shape, out_shape):
-            ties = [(i, t) for i, (_, t) in enumerate(layout.axes[a]) if t != FREE]
-            if len(ties) == 1:
-                i, t = ties[0]
-                sizes = [n for n, _ in layout.axes[a]]
-                whole = self._add("spread", at.supports[t], prod(sizes[:i]), prod(sizes[i + 1 :]))
-                axes[b] = ((out_shape[b], t),)
-                supports[t] = self._add("window", whole, edge, a, in_shape, out_shape)
-        return Traced(Layout(tuple(axes), out.seed), supports)
-
-    def _union(self, one: Traced, other: Traced) -> Traced:
-        layout = one.layout.meet(other.layout)
-        supports = {}
-        for t in layout.tied:
-            pair = one.supports[t], other.supports[t]
-            supports[t] = pair[0] if pair[0] == pair[1] else self._add("union", *pair)
-        return Traced(layout, supports)
-
-    def support_of(self, at: Traced, tie: int) -> np.ndarray:
-        """The support of a tie: boolean, (value index, seed index)."""
-        last = at.supports[tie]
-        wanted, stack = set(), [last]
-        while stack:
-            i = stack.pop()
-            if i not in wanted and i not in self._made:
-                wanted.add(i)
-                stack.extend(self._parents(i))
-        for i in sorted(wanted):
-            kind, *rest = self._nodes[i]
-            if kind == "identity":
-                self._made[i] = np.eye(rest[0], dtype=bool)
-            elif kind == "union":
-                self._made[i] = self._made[rest[0]] | self._made[rest[1]]
-            elif kind == "spread":  # to the axis that the factor is a part of
-                before, outer, inner = rest
-                self._made[i] = np.tile(self._made[before].repeat(inner, 0), (outer, 1))
-            else:
-                before, edge, axis, in_shape, out_shape = rest
-                self._made[i] = _seen(edge.support(axis, in_shape, out_shape), self._made[before])
-        return self._made[last]
-
-    def lost(self, value: int, batch: bool = False) -> int:
-        """The value at whose op, on the way to ``value``, the last ties are lost (but that of a ``batch``)."""
-        graph_values = self.graph.values
-        leads, stack = set(), [value]
-        while stack:
-            v = stack.pop()
-            if v not in leads and v in self.values:
-                leads.add(v)
-                stack.extend(s for s, _ in graph_values[v].sources)
-        spared = {t for _, t in self.start.axes[0]} if batch and self.start.axes else set()
-        for v in sorted(leads):
-            if not self.values[v].layout.tied - spared:
-                return v
-        return value
-
-    def _parents(self, i: int) -> tuple[int, ...]:
-        kind, *rest = self._nodes[i]
-        return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
-
-
-def _seen(step: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """The boolean product: for each row of ``step``, the union of those rows of ``before`` that it holds.
-
-    Rows are bits, and as many passes as the longest row has entries: a window has few.
-    """
-    bits = np.packbits(before, axis=1)
-    made = np.zeros((len(step), bits.shape[1]), np.uint8)
-    at, held = np.divmod(np.flatnonzero(step), step.shape[1])
-    counts = np.bincount(at, minlength=len(step))
-    starts = np.cumsum(counts) - counts
-    for j in range(counts.max(initial=0)):
-        rows = np.flatnonzero(counts > j)
-        made[rows] |= bits[held[starts[rows] + j]]
-    return np.unpackbits(made, axis=1, count=before.shape[1]).view(bool)
-
-
-def has_windows(graph: Graph) -> bool:
-    """Whether any op sees a window of its input."""
-    values = graph.values
-    return any(edge.windows(values[s].shape, v.shape) for v in values for s, edge in v.sources)
-
-
-def period(support: np.ndarray) -> int:
-    """The least p such that seeds whose indices differ by a multiple of p never meet: (entries, seeds)."""
-    seeds = support.shape[1]
-    if not support.size:
-        return 1
-    dense = support.astype(np.float32)
-    for p in range(max(1, int(support.sum(1).max())), seeds):
-        colours = np.eye(p, dtype=np.float32)[np.arange(seeds) % p]
-        if (dense @ colours).max() <= 1:
-            return p
-    return seeds
+from ..base.csr import Csr
+from ..maps.layout import FREE
 
 
 @dataclass(frozen=True)
@@ -195,24 +27,28 @@ class Pattern:
 
     out: tuple[tuple[int, int], ...]
     into: tuple[tuple[int, int], ...]
-    supports: dict[int, np.ndarray]
+    supports: dict[int, Csr]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
         return prod(n for n, _ in self.out), prod(n for n, _ in self.into)
 
-    @property
+    @staticmethod
+    def of(support: Csr) -> Pattern:
+        """A pattern in flat order."""
+        return Pattern(((support.height, 0),), ((support.width, 0),), {0: support})
+
+    @cached_property
     def key(self) -> tuple:
         """Hashable: determines the pattern."""
-        bits = ((t, s.shape, np.packbits(s).tobytes()) for t, s in sorted(self.supports.items()))
-        return self.out, self.into, tuple(bits)
+        return self.out, self.into, tuple((t, s.key) for t, s in sorted(self.supports.items()))
 
     @property
     def nnz(self) -> int:
         """Entries that can be non-zero."""
         free = prod(n for n, t in (*self.out, *self.into) if t == FREE)
-        return free * prod(int(s.sum()) for s in self.supports.values())
+        return free * prod(s.nnz for s in self.supports.values())
 
     @property
     def bands(self) -> tuple[int, ...] | None:
@@ -223,20 +59,57 @@ class Pattern:
             return None
         return ties
 
-    def sample(self, n: int) -> Pattern | None:
-        """The pattern of one sample, if the first axes of both are a batch of ``n`` samples that do not mix."""
+    def sample(self, n: int, joined: bool = False) -> Pattern | None:
+        """The pattern of one sample, if the first axes of both are a batch of ``n`` samples that do not mix.
+
+        All have the same, or ``joined``, it is the union of theirs.
+        """
         if n == 1:
             return self
-        if not self.out or not self.into or self.into[0] != self.out[0]:
+        if not self.out or not self.into or self.into[0][1] != self.out[0][1] or n == 0:
             return None
-        size, tie = self.out[0]
-        if size != n or tie == FREE:
+        (size, tie), (wide, _) = self.out[0], self.into[0]
+        if tie == FREE:
             return None
         support = self.supports[tie]
-        if not np.array_equal(support, np.eye(len(support), dtype=bool)):
+        if size == wide == n:
+            rest = {t: s for t, s in self.supports.items() if t != tie}
+            return Pattern(self.out[1:], self.into[1:], rest) if support.is_identity else None
+        if not self.is_flat or size % n or wide % n:
             return None
-        rest = {t: s for t, s in self.supports.items() if t != tie}
-        return Pattern(self.out[1:], self.into[1:], rest)
+        each = support.blocks(n)
+        if each is None or (not joined and n * each.nnz != support.nnz):
+            return None
+        return Pattern.of(each)
+
+    def within(self, other: Pattern) -> Pattern:
+        """A pattern in flat order without the entries that another, of the same matrix, does not have."""
+        (mine,) = self.supports.values()
+        row, column = mine.row, mine.column
+        places = [
+            {t: (n, s) for (n, t), s in zip(end, _strides([n for n, _ in end]), strict=True)}
+            for end in (other.out, other.into)
+        ]
+        there = np.ones(len(row), bool)
+        for t, support in other.supports.items():
+            (n, s), (m, u) = places[0][t], places[1][t]
+            there &= support.holds(row // s % n, column // u % m)
+        if there.all():
+            return self
+        return Pattern.of(Csr.of(row[there], column[there], *mine.shape))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is one support between all entries."""
+        return len(self.out) == len(self.into) == len(self.supports) == 1
+
+    @cached_property
+    def flat(self) -> Csr:
+        """The same as one support in flat order."""
+        if self.is_flat:
+            return self.supports[self.out[0][1]]
+        entries = self.entries()
+        return Csr(entries.start, entries.column, self.shape[1])
 
     def entries(self) -> Entries:
         """All entries, in the order of rows, and of columns within a row."""
@@ -245,14 +118,8 @@ class Pattern:
         strides = _strides([n for n, _ in self.out])
         # the columns that a factor of `into` has for each index of the factor of `out` that it is tied to
         count = np.ones((), np.int64)
-        lists = {}
-        for _, t in self.into:
-            if t != FREE:
-                support = self.supports[t]
-                most = int(support.sum(1).max(initial=0))
-                lists[t] = np.argsort(~support, axis=1, kind="stable")[:, :most], support.sum(1)
         for i, (n, t) in enumerate(self.out):
-            own = lists[t][1] if t != FREE else np.ones(n, np.int64)
+            own = self.supports[t].counts if t != FREE else np.ones(n, np.int64)
             count = np.multiply.outer(count, own) if i else own.astype(np.int64)
         count = np.ravel(count) * prod(n for n, t in self.into if t == FREE)
         if not self.out:
@@ -270,9 +137,9 @@ class Pattern:
                 left, digit = np.divmod(left, n)
             else:
                 at = of_row[place[t]]
-                table, counts = lists[t]
-                left, digit = np.divmod(left, counts[at])
-                digit = table[at, digit]
+                support = self.supports[t]
+                left, digit = np.divmod(left, support.counts[at])
+                digit = support.column[support.start[at] + digit]
             of_column.append(digit)
         return Entries(start, row, tuple(of_row), tuple(reversed(of_column)), self)
 
@@ -297,59 +164,3 @@ class Entries:
 
 def _strides(sizes: list[int]) -> list[int]:
     return [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-
-
-def pattern_of(trace: Trace, value: int) -> Pattern | None:
-    """The pattern of a value by the input of a trace; None where the value does not depend on it."""
-    at = trace.values.get(value)
-    if at is None:
-        return None
-    layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
-    axes = list(layout.axes)
-    if masked.masks(trace.graph) and masked.fixed(trace.graph):
-        for a, factors in enumerate(trace.start.axes):
-            if len(factors) == 1 < factors[0][0] and factors[0][1] not in supports:
-                found = masked.support(trace.graph, trace.seed, a, value)
-                if found is not None and [t for _, t in axes[found[0]]] == [FREE]:
-                    b, t = found[0], factors[0][1]
-                    axes[b], supports[t] = ((layout.shape[b], t),), found[1]
-    out = tuple(f for axis in axes for f in axis if f[0] != 1 or f[1] != FREE)
-    into = tuple((n, t if t in supports else FREE) for t, n in enumerate(layout.seed))
-    return Pattern(out, into, supports)
-
-
-def colours_of(
-    traces: list[Trace | None], sweep: sweeping.Sweep, per_sample: bool | str
-) -> tuple[Splits, Colours]:
-    """Splits and colours of the seed with which a sweep needs fewer seeds; no colours where none do.
-
-    ``traces`` are those of the inputs. Samples that are asked for one by one (``per_sample``) are never one colour.
-    """
-    ends = [(k, v) for k, v in enumerate(sweep.targets) if v is not None]
-    if sweep.summed or not ends:
-        return {}, {}
-    if sweep.reverse:
-        found = [(traces[k], traces[k].values[sweep.seed]) for k, _ in ends]
-        axes = [at.layout.axes for _, at in found]
-    else:
-        trace = traces[sweep.index]
-        found = [(trace, trace.values[v]) for _, v in ends]
-        axes = [trace.start.axes for _ in ends]
-    sizes = [[tuple(n for n, _ in axis) for axis in a] for a in axes]
-    if any(s != sizes[0] for s in sizes):
-        return {}, {}
-    kept = frozenset.intersection(*(sweep.layouts[v].tied for _, v in ends))
-    colours = {}
-    for a, axis in enumerate(sizes[0]):
-        for i, n in enumerate(axis):
-            own = sweep.layout.axes[a]
-            if n == 1 or (per_sample and a == 0) or (len(own) == len(axis) and own[i][1] in kept):
-                continue  # a tie needs no colours
-            ties = [other[a][i][1] for other in axes]
-            if any(t not in at.layout.tied for t, (_, at) in zip(ties, found, strict=True)):
-                continue
-            supports = [trace.support_of(at, t) for t, (trace, at) in zip(ties, found, strict=True)]
-            least = period(np.concatenate([s.T if sweep.reverse else s for s in supports]))
-            if least <= WORTH * n:
-                colours[a, i] = least
-    return {a: axis for a, axis in enumerate(sizes[0]) if len(axis) > 1}, colours

@@ -15,11 +15,12 @@ from ..base.memory import MemoryLimitTooSmall
 from ..base.rates import Rates, rough
 from ..read.graph import Graph
 from . import mixed, patches, patching, poles
+from .colours import WORTH, Colouring, Table, colours_of, flat_table, tabled
 from .condensing import condensed
 from .factoring import factored
 from .fusion import fuse, fused
 from .needs import INDEX_BYTES, Asked, answer_bytes, choose_chunks, too_small
-from .pattern import Trace, colours_of, has_windows, pattern_of
+from .supports import Trace, has_windows, pattern_of, readable
 from .sweep import Sweep, follow, follow_given, simulate, untied_targets
 
 
@@ -169,43 +170,79 @@ def _fewer(graph: Graph, sweep: Sweep, traces, terms: _Terms) -> Sweep:
     answer = terms.answer
     per_sample = answer is not None and answer.per_sample
     sparse = answer is not None and answer.sparse
-    splits, colours = colours_of(traces, sweep, per_sample)
+    found = colours_of(traces, sweep, per_sample, tables=sparse)
     patterns = {}
-    if sparse or colours:
+    if sparse or found.colours:
         for k, t in enumerate(sweep.targets):
             if t is not None:
                 pair = (traces[k], sweep.seed) if sweep.reverse else (traces[sweep.index], t)
                 patterns[t] = pattern_of(*pair)
-    if colours:
-        fewer = follow(
-            graph, sweep.seed, sweep.reverse, sweep.targets,
-            index=sweep.index, splits=splits, colours=colours,
-        )  # fmt: skip
-        fewer = replace(fewer, patterns=patterns)
-        small = patches.by_patches(graph, fewer)
-        fewer = terms.fused(graph, fewer)
-        whole = None
-        if small is not None and terms.kernels:
-            both = not per_sample and graph.values[small.seed].shape[0] > 1
-            small = replace(small, items=patching.fuse(graph, small, not sparse, both))
-            whole = patching.tail_of(small)
-        if small is not None and terms.kernels == "triton" and whole is None:
-            fewer = replace(fewer, why="by images, as kernels are asked for")
-        elif small is not None:
-            mine, theirs = terms.seconds(graph, small), terms.seconds(graph, fewer)
-            if terms.kernels and not sparse and whole is None:
-                # entries are put in their places one by one, bands written out
-                for t, p in patterns.items():
-                    each = INDEX_BYTES + 2 * graph.values[t].dtype.itemsize
-                    mine += p.nnz * each / terms.rates.bandwidth
-            if mine < theirs and terms.fits(graph, small):
-                why = f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
-                return replace(small, why=why)
-            why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
-            fewer = replace(fewer, why=why)
-        if fewer.columns() < sweep.columns() and (sparse or terms.fits(graph, fewer)):
-            return fewer
-    return replace(sweep, patterns=patterns) if sparse else sweep
+    fewer = None
+    if found.colours:
+        fewer = _by_axes(graph, sweep, found, patterns, terms)
+    if not sparse:
+        return fewer or sweep
+    sweep = replace(sweep, patterns=patterns)
+    table = _table(graph, sweep, fewer, per_sample)
+    if table is not None:
+        flat = terms.fused(graph, replace(tabled(graph, sweep, table), patterns=patterns))
+        best = fewer or sweep
+        needed = per_sample and untied_targets(graph, best)
+        if needed or terms.seconds(graph, flat) < terms.seconds(graph, best):
+            return flat
+    return fewer or sweep
+
+
+def _table(graph: Graph, sweep: Sweep, fewer: Sweep | None, per_sample: bool | str) -> Table | None:
+    """Colours of all entries of the seed, where a pattern is no product, or samples are apart by indices alone."""
+    patterns = list(sweep.patterns.values())
+    needed = bool(per_sample and patterns and untied_targets(graph, fewer or sweep))
+    if not needed and not any(p.is_flat for p in patterns):
+        return None
+    first = [graph.values[v].shape[:1] for v in (sweep.seed, *sweep.patterns)]
+    n = first[0][0] if first[0] and all(f == first[0] for f in first) else 0
+    samples = n if n and all(p.sample(n, bool(per_sample)) is not None for p in patterns) else 0
+    if needed and not samples:
+        return None
+    return flat_table(patterns, sweep.reverse, samples, 1.0 if needed else WORTH)
+
+
+def _by_axes(
+    graph: Graph, sweep: Sweep, found: Colouring, patterns: dict, terms: _Terms
+) -> Sweep | None:
+    """The sweep with colours along axes of the seed, by images or by patches; None where they are not worth it."""
+    answer = terms.answer
+    per_sample = answer is not None and answer.per_sample
+    sparse = answer is not None and answer.sparse
+    fewer = follow(
+        graph, sweep.seed, sweep.reverse, sweep.targets,
+        index=sweep.index, splits=found.splits, colours=found.colours, tables=found.tables,
+    )  # fmt: skip
+    fewer = replace(fewer, patterns=patterns)
+    small = patches.by_patches(graph, fewer)
+    fewer = terms.fused(graph, fewer)
+    whole = None
+    if small is not None and terms.kernels:
+        both = not per_sample and graph.values[small.seed].shape[0] > 1
+        small = replace(small, items=patching.fuse(graph, small, not sparse, both))
+        whole = patching.tail_of(small)
+    if small is not None and terms.kernels == "triton" and whole is None:
+        fewer = replace(fewer, why="by images, as kernels are asked for")
+    elif small is not None:
+        mine, theirs = terms.seconds(graph, small), terms.seconds(graph, fewer)
+        if terms.kernels and not sparse and whole is None:
+            # entries are put in their places one by one, bands written out
+            for t, p in patterns.items():
+                each = INDEX_BYTES + 2 * graph.values[t].dtype.itemsize
+                mine += p.nnz * each / terms.rates.bandwidth
+        if mine < theirs and terms.fits(graph, small):
+            why = f"by patches (predicted {mine * 1e3:.3g} ms, {theirs * 1e3:.3g} by images)"
+            return replace(small, why=why)
+        why = f"by images (predicted {theirs * 1e3:.3g} ms, {mine * 1e3:.3g} by patches)"
+        fewer = replace(fewer, why=why)
+    if fewer.columns() < sweep.columns() and (sparse or terms.fits(graph, fewer)):
+        return fewer
+    return None
 
 
 def make_plan(
@@ -234,7 +271,8 @@ def make_plan(
     sparse = answer is not None and answer.sparse
     traces = None
     if sparse or (answer is not None and not summed and has_windows(graph)):
-        traces = [v if v is None else Trace(graph, v) for v in graph.inputs]
+        told = sparse and readable(graph)
+        traces = [v if v is None else Trace(graph, v, told) for v in graph.inputs]
     terms = _Terms(limit, chunk_size, device, rates, answer)
     if both or strategy == "reverse-mode":
         back = ways["reverse-mode"] = _direction(graph, True, summed, traces, terms, known)

@@ -20,6 +20,7 @@ from .owners import joins
 from .planner import Plan, Simulated, make_plan, plan_given, predict
 from .poles import met
 from .samples import REMEDY, narrow, places, probe_mixing
+from .supports import indices
 from .sweep import mixing_steps, simulate, untied_targets
 
 _plans: Cache[tuple, Plan] = Cache()
@@ -229,7 +230,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
 
     key = (
         graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, rows, kernels, fused,
-        device.type, budget.bound, masked.masks(graph) if sparse else (),
+        device.type, budget.bound, indices(graph) if sparse else (),
     )  # fmt: skip
     try:
         plan = _kept(key, make, budget, chunk_size, steady)

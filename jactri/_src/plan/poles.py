@@ -22,7 +22,8 @@ from ..maps.attending import Attend
 from ..maps.complexes import Complex
 from ..maps.contraction import MatMul, Sum
 from ..maps.convolution import Conv, ConvWeight
-from ..maps.linear_map import Cast, Diagonal, Functional, Identity, Permute, Scale, View
+from ..maps.functional import Functional
+from ..maps.linear_map import Cast, Diagonal, Identity, Permute, Scale, View
 from ..maps.maps import Fixed, Sample, Transpose
 from ..maps.mask import Mask
 from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take

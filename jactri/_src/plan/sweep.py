@@ -18,6 +18,7 @@ from ..maps.spelled import Chain, Spelled
 from ..read.graph import Graph, Value
 
 if TYPE_CHECKING:
+    from .colours import Table
     from .mixed import Product
     from .patches import ReceptiveField
     from .pattern import Pattern
@@ -115,7 +116,11 @@ class Sweep:
     index: int = 0
     summed: bool = False
     colours: Colours = field(default_factory=dict)
-    """Seeds that run as one, in a factor of the seed (see `pattern`)."""
+    """Seeds that run as one, in a factor of the seed (see `colours`):"""
+    tables: dict[tuple[int, int], Table] = field(default_factory=dict)
+    """where they are not those that differ by a multiple of the number of colours, which they are."""
+    table: Table | None = None
+    """The colours of all entries of the seed in flat order, whose number is then its only factor."""
     patterns: dict[int, Pattern] = field(default_factory=dict)
     """By target: the entries that are computed, where that is not the whole block."""
     windows: dict[int, ReceptiveField] = field(default_factory=dict)
@@ -140,6 +145,11 @@ class Sweep:
     def direction(self) -> str:
         """As profilers and tables name it."""
         return "reverse" if self.reverse else "forward"
+
+    @property
+    def coloured(self) -> bool:
+        """Whether several seeds run as one."""
+        return bool(self.colours) or self.table is not None
 
     @property
     def values(self) -> list[int]:
@@ -238,10 +248,11 @@ def follow(
     summed: bool = False,
     splits: dict[int, tuple[int, ...]] | None = None,
     colours: Colours | None = None,
+    tables: dict[tuple[int, int], Table] | None = None,
 ) -> Sweep:
     """The sweep from an identity seed at one value to the values of ``targets``; ``index`` is kept with it.
 
-    ``splits`` and ``colours`` are those of `Layout.identity`.
+    ``splits`` and ``colours`` are those of `Layout.identity`, ``tables`` those of the sweep.
     """
     shape = graph.values[seed].shape
     splits = dict(splits or {})
@@ -250,7 +261,7 @@ def follow(
         try:
             return from_blocks(
                 graph, {seed: layout}, layout, reverse, targets,
-                index=index, summed=summed, unit_seed=not colours, colours=colours or {},
+                index=index, summed=summed, unit_seed=not colours, colours=colours or {}, tables=tables or {},
             )  # fmt: skip
         except SplitSeed as split:
             refine(splits, shape, split, 0 if summed else None)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..maps.complexes import Complex, Part
 from ..maps.contraction import Expand, MatMul, Sum
+from ..maps.functional import Functional
 from ..maps.linear_map import (
     Cast,
     Diagonal,
-    Functional,
     Identity,
     LinearMap,
     Permute,

@@ -8,7 +8,7 @@ a node without a rule becomes `Opaque` maps, which call the node itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Graph:
         self.values, self.inputs, self.outputs, self.key = values, inputs, outputs, key
         self.layers = layers
         self.recorded: Graph | None = None  # itself would be a cycle
-        self.complex, self.looked = False, dict[object, bool]()  # see poles.py
+        self.complex, self.looked = False, dict[object, Any]()  # see poles.py, supports.py
         self.others: Others = {}
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..maps.contraction import MatMul
-from ..maps.linear_map import Diagonal, Functional
+from ..maps.functional import Functional
+from ..maps.linear_map import Diagonal
 from ..rules.elementwise import Zero, fit
 from .graph import Reader
 

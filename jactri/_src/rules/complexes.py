@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..maps.complexes import Part
-from ..maps.linear_map import Functional, keep_all_but
+from ..maps.functional import Functional
+from ..maps.linear_map import keep_all_but
 from . import REGISTRY, Record, inplace, node_names, normal_axis
 
 AS_THEY_ARE = """

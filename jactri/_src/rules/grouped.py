@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..maps.linear_map import Functional
+from ..maps.functional import Functional
 from ..maps.maps import Once
 from . import rule
 from .linear import product

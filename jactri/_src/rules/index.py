@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from math import prod
 
+import numpy
 import torch
 from torch import Tensor
 
 from ..base.backends import capturing
+from ..base.csr import Csr
 from ..maps.linear_map import Cut, Kept, LinearMap, Shape
+from ..maps.links import digest_of
 from ..maps.maps import Transpose
 from ..maps.selection import Gather, Take
 from . import normal_index, rule
@@ -35,6 +38,35 @@ class Pick(LinearMap):
 
     def kept(self, in_shape, out_shape):
         return self._kept
+
+    def picks(self, in_shape, out_shape):
+        return self._pair
+
+    @property
+    def _pair(self) -> Kept:
+        """The only axes (before, after) that are not kept, if there is one on each side."""
+        ends = self.in_shape, self.out_shape
+        left = [
+            [a for a, n in enumerate(shape) if n != 1 and a not in {pair[k] for pair in self._kept}]
+            for k, shape in enumerate(ends)
+        ]
+        return ((left[0][0], left[1][0]),) if [len(axes) for axes in left] == [1, 1] else ()
+
+    def support(self, axis, in_shape, out_shape):
+        ((a, b),) = self._pair
+        (n, unit), (m, step) = (
+            (shape[k], prod(shape[k + 1 :]))
+            for shape, k in ((self.in_shape, a), (self.out_shape, b))
+        )
+        index = self.index.cpu().numpy()
+        return Csr.of(numpy.arange(len(index)) // step % m, index // unit % n, m, n)
+
+    def links(self, in_shape, out_shape):
+        return Csr.picked(self.index.cpu().numpy(), prod(self.in_shape))
+
+    @property
+    def digest(self):
+        return digest_of(self.index)
 
     def narrow(self, source, target, in_shape, out_shape):
         return type(self)(*self._cut(source, target), self._kept)
@@ -76,6 +108,15 @@ class Put(Pick):
 
     def kept(self, in_shape, out_shape):
         return tuple((b, a) for a, b in self._kept)
+
+    def picks(self, in_shape, out_shape):
+        return tuple((b, a) for a, b in self._pair)
+
+    def support(self, axis, in_shape, out_shape):
+        return super().support(axis, out_shape, in_shape).T
+
+    def links(self, in_shape, out_shape):
+        return super().links(out_shape, in_shape).T
 
     def narrow(self, source, target, in_shape, out_shape):
         index, small_out, small_in = self._cut(target, source)
@@ -182,10 +223,10 @@ def pack_padded_sequence(g):
 
 @rule("Gather")
 def gather(g):
-    return along(g, g.tensor("index"))
+    return along(g, g.tensor("index"), True)
 
 
-def along(g, i: Tensor) -> int:
+def along(g, i: Tensor, given: bool = False) -> int:
     """``torch.gather`` with an index of the output's shape, or without the axis it picks from."""
     (s,) = g.src
     shape = g.values[s].shape
@@ -197,7 +238,7 @@ def along(g, i: Tensor) -> int:
     for a, n in enumerate(i.shape):
         if a != axis:
             s = piece(g, s, a, 0, n)  # an index may stop short on the other axes
-    return g.view(g.single(s, Gather(i, shape[axis], axis), tuple(i.shape)), g.shape)
+    return g.view(g.single(s, Gather(i, shape[axis], axis, given), tuple(i.shape)), g.shape)
 
 
 @rule(

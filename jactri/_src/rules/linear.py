@@ -8,7 +8,8 @@ from torch import Tensor
 from ..maps.contraction import MatMul
 from ..maps.convolution import Conv, ConvWeight
 from ..maps.curvature import Curves, Matrices
-from ..maps.linear_map import Cast, Functional, View, keep_all_but
+from ..maps.functional import Functional
+from ..maps.linear_map import Cast, View, keep_all_but
 from ..maps.low_rank import Softmax
 from ..maps.maps import Batched
 from ..maps.sparse_product import SparseMatMul

@@ -12,9 +12,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..base.csr import Csr
 from ..maps.curvature import Curves, LengthBend, LogSumExpBend
+from ..maps.functional import Functional
 from ..maps.layout import one
-from ..maps.linear_map import Functional, keep_all_but
+from ..maps.linear_map import keep_all_but
 from ..maps.maps import Once
 from . import rule
 from .elementwise import fit, flat, passing
@@ -144,7 +146,7 @@ def cumsum(g):
 
     kept = keep_all_but((axis,), n)
     size = g.shape[axis]
-    before = {axis: lambda: numpy.tri(size, dtype=bool)}
+    before = {axis: lambda: Csr.of_dense(numpy.tri(size, dtype=bool))}
     edge = Functional(
         "cumsum", lambda t: t.cumsum(axis + 1), pull, kept, anywhere=True, supports=before
     )

@@ -9,8 +9,10 @@ import numpy
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
+from ..base.csr import Csr
 from ..base.elsewhere import DISTRIBUTED
-from ..maps.linear_map import Functional, keep_all_but
+from ..maps.functional import Functional
+from ..maps.linear_map import keep_all_but
 from ..maps.selection import Place, Select, Slice, Take
 from . import normal_axis, normal_index, rule
 from .elementwise import Partials
@@ -260,23 +262,25 @@ rule("ReplicationPad1D", "ReplicationPad2D", "ReplicationPad3D")(
 # -- rearrangements ---------------------------------------------------------------------------------
 
 
-def _mixing(g, s: int, name: str, push, pull, axes, index=None) -> int:
+def _mixing(g, s: int, name: str, push, pull, axes, index=None, detail=None) -> int:
     """A rearrangement within ``axes`` that leaves the others in place.
 
-    ``index(axis)`` says, where every axis is rearranged by itself, which entry comes where; all of it is in ``name``.
+    ``index(axis)`` says, where every axis is rearranged by itself, which entry comes where. All of it is in
+    ``name`` and ``detail``.
     """
     kept = keep_all_but(axes, len(g.shape))
     supports: dict[int, Callable] | None = None
     if index is not None:
         sizes = g.shape
 
-        def support(a: int) -> numpy.ndarray:
-            return numpy.arange(sizes[a]) == index(a)[:, None] % sizes[a]
+        def support(a: int) -> Csr:
+            return Csr.picked(index(a) % sizes[a], sizes[a])
 
         supports = {a: partial(support, a) for a in axes}
     edge = Functional(
-        name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports, moves=(True, True)
-    )
+        name, push, pull, kept, (1.0, 1.0), anywhere=True, supports=supports, detail=detail,
+        moves=(True, True),
+    )  # fmt: skip
     return g.single(s, edge, g.shape)
 
 
@@ -309,6 +313,7 @@ def roll(g):
             lambda t: t.flatten(1).roll(shifts, 1).view(t.shape),
             lambda c: c.flatten(1).roll(back, 1).view(c.shape),
             range(len(g.shape)),
+            detail=tuple(shifts),
         )
     dims, sizes = [a + 1 for a in axes], g.shape
     by = {a: sum(n for n, b in zip(shifts, axes, strict=True) if a == b) for a in axes}
@@ -323,8 +328,9 @@ def rot90(g):
     axes = [normal_axis(d, len(g.shape)) for d in g.saved("dims")]
     dims, k = [a + 1 for a in axes], normal_index(g.saved("k"))
     return _mixing(
-        g, g.src[0], "rot90", lambda t: t.rot90(k, dims), lambda c: c.rot90(-k, dims), axes
-    )
+        g, g.src[0], "rot90", lambda t: t.rot90(k, dims), lambda c: c.rot90(-k, dims), axes,
+        detail=(k, *axes),
+    )  # fmt: skip
 
 
 def _triangle(op: str):
@@ -369,8 +375,9 @@ def _diagonal_map(g, s: int, shape, transposed: bool) -> int:
     if transposed:
         push, pull, kept = put, take, [(b, a) for a, b in kept]
     edge = Functional(
-        "diagonal", push, pull, tuple(kept), (1.0, 1.0), anywhere=not whole, moves=(True, True)
-    )
+        "diagonal", push, pull, tuple(kept), (1.0, 1.0), anywhere=not whole, moves=(True, True),
+        detail=(offset, d1, d2),
+    )  # fmt: skip
     return g.single(s, edge, g.shape)
 
 
@@ -399,7 +406,9 @@ def _windows(g, s: int, shape, transposed: bool) -> int:
 
     push, pull = (join, cut) if transposed else (cut, join)
     kept, moves = keep_all_but((axis,), len(shape)), (not transposed, transposed)
-    edge = Functional("unfold", push, pull, kept, anywhere=True, moves=moves)
+    edge = Functional(
+        "unfold", push, pull, kept, anywhere=True, moves=moves, detail=(axis, size, step)
+    )
     return g.single(s, edge, g.shape)
 
 

@@ -1,8 +1,7 @@
 """Answers of which only the entries of a pattern are computed: filled into zeros, or returned sparse.
 
-A sweep with colours (see `pattern`) leaves a block in which every entry of the pattern has a place of its own: the
-number of the seed is taken modulo the colours. Here entries are read from there, sample by sample where samples do not
-mix.
+A sweep with colours (see `colours`) leaves a block in which every entry of the pattern has a place of its own, by the
+colour of its seed. Here entries are read from there, sample by sample where samples do not mix.
 """
 
 from __future__ import annotations
@@ -15,17 +14,23 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.cache import Cache
 from ..base.constants import fixed
 from ..base.tracing import may_write
 from ..device import chooser
 from ..device.passes import Pass, PassKind
-from ..maps.layout import Layout, Selection, scatter
+from ..maps.layout import Layout, scatter
 from ..plan.patches import ReceptiveField, images, put
-from ..plan.pattern import Pattern, Trace, pattern_of
+from ..plan.pattern import Pattern
+from ..plan.supports import Trace, indices, pattern_of
 from ..plan.sweep import Sweep, factors_of
 from ..read.graph import Graph
 from .answers import Answer, Store
 from .banded import Banded
+from .seeds import colours_in, tables_key
+
+_checked: Cache[tuple, bool] = Cache()
+"""Computations whose Jacobians are known to be sparse."""
 
 FORMS = {
     torch.strided: "dense",
@@ -39,41 +44,19 @@ ROWS_BYTES = 1 << 26
 """Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
 
 
-def seed_block(sweep: Sweep, sel: Selection | None, like) -> Tensor:
-    """The coloured seed, ``(colours, *shape)``: one where the index, modulo the colours, is the colour."""
-    layout, factors = sweep.layout, factors_of(sweep)
-    sel = sel or {}
-
-    def make() -> tuple[Tensor, ...]:
-        block = torch.ones((), dtype=like.dtype, device=like.device)
-        for j, f in enumerate(layout.free):
-            start, length = sel.get(f, (0, layout.seed[f]))
-            i = [g for _, g in factors].index(f)
-            colours = torch.arange(start, start + length, device=like.device)
-            here = torch.arange(factors[i][0], device=like.device) % layout.seed[f]
-            shape = [1] * (len(layout.free) + len(factors))
-            shape[j], shape[len(layout.free) + i] = length, factors[i][0]
-            block = block * (here == colours[:, None]).to(like.dtype).view(shape)
-        return (block,)
-
-    chosen = tuple(sorted((f, r) for f, r in sel.items() if f in layout.free))
-    (block,) = fixed(("seed", layout, sweep.summed, chosen, like.dtype, like.device), make)
-    sizes, at = [], len(layout.free)
-    for axis in layout.axes:
-        if len(axis) > 1:  # one axis again
-            block = block.expand(
-                *block.shape[:at], *(n for n, _ in axis), *block.shape[at + len(axis) :]
-            )
-        sizes.append(prod(block.shape[at : at + len(axis)]))
-        at += len(axis)
-    return block.reshape(layout.columns_of(sel), *sizes).expand(-1, *layout.shape)
-
-
-def blocks(sweep: Sweep, layout: Layout, out, into, pattern: Pattern) -> tuple[int, Pattern]:
+def blocks(
+    sweep: Sweep, layout: Layout, out, into, pattern: Pattern, per_sample: bool | str
+) -> tuple[int, Pattern]:
     """How many blocks of entries there are, one a sample, and the pattern of one; 0 for one of all samples."""
     n = (out[:1] or (0,))[0]
-    each = pattern.sample(n) if n and into[:1] == out[:1] else None
-    if each is not None and (n == 1 or layout.axes[0] == sweep.layout.axes[0]):
+    each = pattern.sample(n, bool(per_sample)) if n and into[:1] == out[:1] else None
+    if sweep.table is not None:
+        apart = n == 1 or sweep.table.samples == n
+    else:
+        tied = layout.axes[:1] == sweep.layout.axes[:1]
+        mixed = any(many > 1 for (a, _), many in sweep.colours.items() if a == 0)
+        apart = n == 1 or (tied and not mixed)
+    if each is not None and apart:
         return n, each
     return 0, pattern
 
@@ -103,7 +86,14 @@ class Entries(Answer):
         super().__init__(*answer)
         self.patch = patch
         self.final, self.form = self.layout, form
-        self.samples, self.pattern = blocks(self.sweep, self.layout, self.out, self.into, pattern)
+        self.samples, self.pattern = blocks(
+            self.sweep, self.layout, self.out, self.into, pattern, self.per_sample
+        )
+        if self.per_sample and not self.samples and self.out[0]:
+            raise ValueError(
+                "a sparse Jacobian for each sample has too many entries to tell which samples mix by their indices; "
+                "drop per_sample, or use layout=torch.strided"
+            )
         self.made: Tensor | None = None
 
     @property
@@ -174,13 +164,15 @@ class Entries(Answer):
 
     def _colour(self, seed: numpy.ndarray) -> numpy.ndarray:
         """Which of the seeds that ran holds each seed (of a sample)."""
+        if self.sweep.table is not None:
+            return self.sweep.table.colour[seed]
         layout, factors = self.final, factors_of(self.sweep)
         if self.samples > 1:
             factors = factors[1:]
         found, unit, k = numpy.zeros_like(seed), 1, 1
         for n, f in reversed(factors):
             if f in layout.free:
-                found += (seed // unit) % n % layout.seed[f] * k
+                found += colours_in(self.sweep, f, n)[(seed // unit) % n] * k
                 k *= layout.seed[f]
             unit *= n
         return found
@@ -215,8 +207,8 @@ class Entries(Answer):
             return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
 
         key = (
-            self.form, self.pattern.key, self.sweep.layout, self.final, self.sweep.reverse, self.samples, copies,
-            device, self.patch,
+            self.form, self.pattern.key, tables_key(self.sweep), self.sweep.layout, self.final, self.sweep.reverse,
+            self.samples, copies, device, self.patch,
         )  # fmt: skip
         return fixed(key, make)
 
@@ -265,13 +257,21 @@ class Entries(Answer):
             seeds = numpy.arange(self.pattern.shape[not reverse])
             colour = torch.from_numpy(self._colour(seeds)).to(like.device, torch.int32)
             found = (self.pattern.supports[t] for t in self.pattern.bands)
-            supports = (torch.from_numpy(t.T if reverse else t).to(like.device) for t in found)
-            return (colour, *(t.to(torch.uint8) for t in supports))
+            dense = ((t.T if reverse else t).dense() for t in found)
+            return (colour, *(torch.from_numpy(t).to(like.device, torch.uint8) for t in dense))
 
         rows, columns = self.pattern.shape
 
         def kernel(n: int, out: Tensor | None) -> Tensor:
-            key = "band", self.pattern.key, self.sweep.layout, self.final, reverse, samples
+            key = (
+                "band",
+                self.pattern.key,
+                tables_key(self.sweep),
+                self.sweep.layout,
+                self.final,
+                reverse,
+                samples,
+            )
             colour, *supports = fixed((*key, like.device), make)
             out = block.new_empty(self.sized(n)) if out is None else out.view(self.sized(n))
             values = self._of_samples(block)[:n]
@@ -407,14 +407,19 @@ def unravel(flat: Tensor, shape) -> Tensor:
 
 def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
     """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
+    told = indices(graph)
+    sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
+    key = graph.key, told, bool(per_sample), sizes
+    if key in _checked:
+        return
     for i, v in enumerate(graph.inputs):
-        trace = None if v is None else Trace(graph, v)
+        trace = None if v is None else Trace(graph, v, told is not None)
         for j, end in enumerate(graph.outputs):
             pattern = None if trace is None or end is None else pattern_of(trace, end)
             if pattern is None or not ys[j].numel() or not xs[i].numel():
                 continue
             whole, n = pattern, xs[i].shape[0] if per_sample else 0
-            if per_sample and (pattern := pattern.sample(n)) is None:
+            if per_sample and (pattern := pattern.sample(n, joined=True)) is None:
                 op = graph.values[trace.lost(end)]
                 raise ValueError(
                     f"a sparse Jacobian for each sample needs samples that are known not to mix, and the op {op.op} "
@@ -429,6 +434,7 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
                     f"non-zero, as far as is known: the op {op.op} (output {tuple(op.shape)}) mixes all that it is "
                     "given; use layout=torch.strided"
                 )
+    _checked[key] = True
 
 
 def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool | str):

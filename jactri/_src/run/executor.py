@@ -28,8 +28,8 @@ from ..read.graph import Graph
 from ..read.ranges import Marks
 from . import launch
 from .answers import Answer, Store
-from .entries import seed_block
 from .products import multiply
+from .seeds import seed_block
 
 _FORGETS = Diagonal, Complex
 """Maps that hold derivatives."""
@@ -142,7 +142,7 @@ def _start(
         return {
             v: (given[v] if cut is None else given[v].narrow(0, *cut), False) for v in sweep.given
         }
-    if sweep.colours and _formed(sweep, items):
+    if sweep.coloured and _formed(sweep, items):
         return {sweep.seed: (seed_block(sweep, sel, graph.values[sweep.seed]), False)}
     return {sweep.seed: (None, False)}
 
@@ -213,7 +213,7 @@ def chunks(
     blocks: Blocks = {
         sweep.seed: (None, False)
     }  # what is shared starts from an identity, or from colours
-    if sweep.colours:
+    if sweep.coloured:
         blocks = _start(graph, sweep, None, None, shared)
     blocks |= parts
     steps(graph, sweep, shared, blocks, None, writable, pinned)

@@ -21,7 +21,7 @@ from ..plan.convolving import ConvKind, Convolution, Shape
 from ..plan.fusion import Fused, edge_of
 from ..plan.sweep import Step, Sweep, factors_of
 from ..read.graph import Graph
-from .entries import seed_block
+from .seeds import seed_block
 
 
 def run(

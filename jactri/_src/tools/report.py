@@ -379,7 +379,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         answer_bytes(ys, xs, per_sample),
         naive,
         tuple(sorted({op for sweep in sweeps for s in sweep.steps for op in opaque_of(graph, s)})),
-        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.colours)),
+        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.coloured)),
     )
 
 
@@ -388,6 +388,8 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
     columns = max(sweep.layouts[t].columns for t in sweep.targets if t is not None)
     seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
+    if sweep.table is not None:
+        seeds = len(sweep.table.colour)
     found = f"{columns} colours for {seeds} seeds that never meet in one entry"
     if sweep.why:
         found += ", " + sweep.why
@@ -395,7 +397,7 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     if backends.kernels_on(seed.device) and not sweep.windows:
         for t, pattern in sweep.patterns.items():
             ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
-            samples, each = blocks(sweep, sweep.layouts[t], ends[0], ends[1], pattern)
+            samples, each = blocks(sweep, sweep.layouts[t], *ends, pattern, per_sample)
             both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns
             kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
             if kind is not None:

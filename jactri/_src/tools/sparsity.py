@@ -13,7 +13,7 @@ from ..base.memory import si
 from ..base.tables import Picture, Shown, spy
 from ..calls.api import nest
 from ..compile.reached import modules_of
-from ..plan.pattern import Trace, pattern_of
+from ..plan.supports import Trace, indices, pattern_of
 from ..prologue.arguments import as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
 from ..read.graph import UnsupportedGraph
@@ -112,7 +112,8 @@ def sparsity(
                 graph = read(ys, leaves)
         except UnsupportedGraph as reason:
             raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
-    traces = [None if v is None else Trace(graph, v) for v in graph.inputs]
+    known = indices(graph) is not None
+    traces = [None if v is None else Trace(graph, v, known) for v in graph.inputs]
     rows = []
     for j, end in enumerate(graph.outputs):
         row = []

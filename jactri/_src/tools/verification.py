@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import arbitrary, halves
-from ..maps.linear_map import Functional
+from ..maps.functional import Functional
 from ..read.graph import Reader
 from ..read.opaque import OpaqueCall
 from .check import JacobianMismatch

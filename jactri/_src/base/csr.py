@@ -1,0 +1,207 @@
+"""`Csr`: a boolean matrix by the columns of each row. What depends on what, where a dense one would be too large."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+BITS = 4
+"""A product that would list this many times more entries than the result has bytes of bits is made of bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Csr:
+    """Row ``i`` has the columns ``column[start[i]:start[i + 1]]``, in order and none twice, of ``width`` ones."""
+
+    start: np.ndarray
+    column: np.ndarray
+    width: int
+
+    @staticmethod
+    def identity(n: int) -> Csr:
+        return Csr(np.arange(n + 1), np.arange(n), n)
+
+    @staticmethod
+    def picked(column: np.ndarray, width: int) -> Csr:
+        """Each row has one column, or none where that is negative."""
+        column = np.asarray(column, np.int64).reshape(-1)
+        there = column >= 0
+        if there.all():
+            return Csr(np.arange(len(column) + 1), column, width)
+        return Csr(_starts(there), column[there], width)
+
+    @staticmethod
+    def of(row: np.ndarray, column: np.ndarray, height: int, width: int) -> Csr:
+        """The matrix with these entries, in any order and some of them more than once."""
+        return _of_keys(row.astype(np.int64) * width + column, height, width)
+
+    @staticmethod
+    def windows(count: int, size: int, taps: int, stride: int, padding: int, dilation: int) -> Csr:
+        """Which of ``size`` places each of ``count`` windows along an axis sees."""
+        places = (stride * np.arange(count) - padding)[:, None] + dilation * np.arange(taps)
+        row, tap = np.nonzero((places >= 0) & (places < size))
+        return Csr.of(row, places[row, tap], count, size)
+
+    @staticmethod
+    def of_dense(dense: np.ndarray) -> Csr:
+        row, column = np.nonzero(dense)
+        return Csr(_starts(np.bincount(row, minlength=len(dense))), column, dense.shape[1])
+
+    @property
+    def height(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def nnz(self) -> int:
+        return len(self.column)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Entries of each row."""
+        return np.diff(self.start)
+
+    @cached_property
+    def most(self) -> int:
+        """Entries of the longest row."""
+        return int(self.counts.max(initial=0))
+
+    @property
+    def row(self) -> np.ndarray:
+        """The row of each entry."""
+        return np.arange(self.height).repeat(self.counts)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The flat position of each entry, in order."""
+        return self.row * self.width + self.column
+
+    @cached_property
+    def key(self) -> bytes:
+        """Alike for the same matrix."""
+        return digest(self.start, self.column, np.array(self.width))
+
+    @property
+    def is_identity(self) -> bool:
+        n = self.width
+        return self.shape == (n, n) and self.most <= 1 and np.array_equal(self.column, np.arange(n))
+
+    def dense(self) -> np.ndarray:
+        made = np.zeros(self.shape, bool)
+        made[self.row, self.column] = True
+        return made
+
+    def diagonal(self) -> np.ndarray:
+        """Which entries (i, i) are there."""
+        made = np.zeros(min(self.shape), bool)
+        made[self.column[self.row == self.column]] = True
+        return made
+
+    @cached_property
+    def T(self) -> Csr:
+        order = np.argsort(self.column, kind="stable")
+        counts = np.bincount(self.column, minlength=self.width)
+        return Csr(_starts(counts), self.row[order], self.height)
+
+    def take(self, rows: np.ndarray) -> Csr:
+        """Some of the rows, in another order."""
+        counts = self.counts[rows]
+        start = _starts(counts)
+        at = np.arange(start[-1]) + (self.start[rows] - start[:-1]).repeat(counts)
+        return Csr(start, self.column[at], self.width)
+
+    def holds(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Which of these entries are there."""
+        keys, wanted = self.keys, row * self.width + column
+        if not len(keys):
+            return np.zeros(len(wanted), bool)
+        return keys[np.searchsorted(keys, wanted).clip(max=len(keys) - 1)] == wanted
+
+    def within(self, other: Csr) -> bool:
+        """Whether the other, of the same shape, has all of the entries."""
+        if self is other:
+            return True
+        return self.nnz <= other.nnz and bool(other.holds(self.row, self.column).all())
+
+    def after(self, before: Csr, limit: float | None = None) -> Csr | None:
+        """The product ``self @ before``: each row has those of the rows of ``before`` that it names.
+
+        None where more than ``limit`` entries would be listed.
+        """
+        counts = before.counts[self.column]
+        total = int(counts.sum())
+        if limit is not None and total > limit:
+            return None
+        if self.most <= 1:
+            if self.nnz == self.height:
+                return before.take(self.column)
+            held = np.zeros(self.height, np.int64)
+            held[self.row] = counts
+            return Csr(_starts(held), before.take(self.column).column, before.width)
+        if limit is None and total > BITS * (self.height * before.width // 8) + (1 << 16):
+            return self._of_bits(before)
+        ends = np.cumsum(counts)
+        at = np.arange(total) + (before.start[self.column] - ends + counts).repeat(counts)
+        row = self.row.repeat(counts)
+        return Csr.of(row, before.column[at], self.height, before.width)
+
+    def _of_bits(self, before: Csr) -> Csr:
+        """The product with rows as bits, in as many passes as the longest row has entries."""
+        bits = np.packbits(before.dense(), axis=1)
+        made = np.zeros((self.height, bits.shape[1]), np.uint8)
+        for j in range(self.most):
+            rows = np.flatnonzero(self.counts > j)
+            made[rows] |= bits[self.column[self.start[rows] + j]]
+        return Csr.of_dense(np.unpackbits(made, axis=1, count=before.width).view(bool))
+
+    def blocks(self, n: int) -> Csr | None:
+        """The union of the ``n`` blocks on the diagonal; None where there are entries outside of them."""
+        high, wide = self.height // n, self.width // n
+        row, column = self.row, self.column
+        if (high * n, wide * n) != self.shape or (
+            row // max(high, 1) != column // max(wide, 1)
+        ).any():
+            return None
+        return Csr.of(row % max(high, 1), column % max(wide, 1), high, wide)
+
+
+def union(parts: Sequence[Csr]) -> Csr:
+    """The entries that any of some matrices of one shape have."""
+    first = parts[0]
+    if all(p is first for p in parts):
+        return first
+    return _of_keys(np.concatenate([p.keys for p in parts]), *first.shape)
+
+
+def stacked(parts: Sequence[Csr]) -> Csr:
+    """Matrices of one width, one below the other."""
+    counts = np.concatenate([p.counts for p in parts])
+    return Csr(_starts(counts), np.concatenate([p.column for p in parts]), parts[0].width)
+
+
+def digest(*arrays: np.ndarray) -> bytes:
+    """Alike for arrays of the same shapes, types and contents."""
+    made = hashlib.blake2b(digest_size=16)
+    for a in arrays:
+        made.update(repr((a.dtype, a.shape)).encode())
+        made.update(np.ascontiguousarray(a).tobytes())
+    return made.digest()
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    made = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=made[1:])
+    return made
+
+
+def _of_keys(keys: np.ndarray, height: int, width: int) -> Csr:
+    keys = np.unique(keys)
+    row, column = np.divmod(keys, max(width, 1))
+    return Csr(_starts(np.bincount(row, minlength=height)), column, width)

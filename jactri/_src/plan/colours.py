@@ -1,0 +1,205 @@
+"""Seeds that run as one: those that never meet in one entry of the result (Curtis, Powell and Reid 1974).
+
+Along an axis of the seed, or over all of its entries in flat order, seeds have one colour if no entry of the result
+sees two of them. A period is looked for first, as grids have; then colours are given one seed after another, each the
+least that is free (a distance-2 colouring of the bipartite graph of entries and seeds: Gebremedhin, Manne and Pothen,
+SIAM Review 47, 2005), to the seeds as they come and to those with the most entries first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ..base.csr import Csr, digest, stacked
+from ..maps.layout import FREE, Colours, Layout
+from ..read.graph import Graph
+from . import sweep as sweeping
+from .pattern import Pattern
+from .supports import Trace
+
+Splits = dict[int, tuple[int, ...]]
+
+WORTH = 0.75
+"""Seeds are coloured where at most this part of them remains."""
+
+_PAIRS = 1 << 28
+"""Pairs of entries of one row that are compared to find a period."""
+
+_GREEDY = 1 << 22
+"""Entries up to which colours are looked for one by one, and"""
+_ORDERS = 1 << 19
+"""in more than one order."""
+
+_LARGEST = 1 << 24
+"""Entries up to which patterns are brought to flat order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The colour of each seed. ``samples``: of how many alike parts of the seed each has the same colours, or 0."""
+
+    colour: np.ndarray
+    count: int
+    samples: int = 0
+
+    @cached_property
+    def key(self) -> bytes:
+        return digest(self.colour)
+
+
+class Colouring(NamedTuple):
+    """By factor of the seed: how many colours, and which each index has where that is not its rest by their number."""
+
+    splits: Splits
+    colours: Colours
+    tables: dict[tuple[int, int], Table]
+
+
+def period(support: Csr) -> int:
+    """The least p such that seeds whose indices differ by a multiple of p never meet: (entries, seeds)."""
+    seeds, least = support.width, max(1, support.most)
+    if least >= seeds:
+        return max(seeds, 1)
+    apart = _differences(support)
+    if apart is None:
+        return seeds
+    return next((p for p in range(least, seeds) if not apart[p::p].any()), seeds)
+
+
+def _differences(support: Csr) -> np.ndarray | None:
+    """By how much two seeds of one entry may differ: boolean. None where that is too much to look for."""
+    seeds, counts = support.width, support.counts
+    made = np.zeros(seeds, bool)
+    pairs = int((counts * (counts - 1) // 2).sum())
+    dense = support.height * seeds * seeds // 2
+    if min(pairs, dense) > _PAIRS:
+        return None
+    if pairs <= dense:
+        for j in range(1, support.most):
+            at = support.start[:-1][counts > j]
+            left = (counts[counts > j] - j).astype(np.int64)
+            first = np.arange(left.sum()) + (at - np.cumsum(left) + left).repeat(left)
+            made[support.column[first + j] - support.column[first]] = True
+        return made
+    seen = support.dense()
+    for d in range(1, seeds):
+        made[d] = (seen[:, d:] & seen[:, :-d]).any()
+    return made
+
+
+def table_of(support: Csr) -> Table:
+    """Colours of the seeds of (entries, seeds), as few as are found."""
+    seeds = np.arange(support.width)
+    count = period(support)
+    best = Table(seeds % count, count)
+    if count > max(1, support.most) and support.nnz <= _GREEDY:
+        rows = support.T
+        orders = [seeds]
+        if support.nnz <= _ORDERS:
+            orders.append(np.argsort(-rows.counts, kind="stable"))
+        for order in orders:
+            found = _one_by_one(rows, order, support.height)
+            if found.count < best.count:
+                best = found
+    return best
+
+
+def _one_by_one(rows: Csr, order: np.ndarray, entries: int) -> Table:
+    """Each seed, in an order, gets the least colour that no seed has with which it shares an entry."""
+    colour = [0] * rows.height
+    taken = [0] * entries  # by entry of the result: the colours that it sees, as bits
+    start, column = rows.start.tolist(), rows.column.tolist()
+    for k in order.tolist():
+        mine = column[start[k] : start[k + 1]]
+        bits = 0
+        for i in mine:
+            bits |= taken[i]
+        bit = ~bits & (bits + 1)
+        colour[k] = bit.bit_length() - 1
+        for i in mine:
+            taken[i] |= bit
+    made = np.array(colour, np.int64)
+    return Table(made, int(made.max(initial=0)) + 1)
+
+
+def flat_table(
+    patterns: Sequence[Pattern], reverse: bool, samples: int, worth: float
+) -> Table | None:
+    """Colours of all entries of a seed, by the patterns of the targets; None where more than a part ``worth`` remains.
+
+    ``samples``: so many, which all patterns keep apart, are coloured alike; 0: they are not told apart.
+    """
+    if samples:
+        patterns = [p.sample(samples, joined=True) for p in patterns]
+    size = patterns[0].shape[not reverse]
+    if sum(p.nnz for p in patterns) > _LARGEST:
+        return None
+    found = table_of(stacked([p.flat.T if reverse else p.flat for p in patterns]))
+    if found.count > worth * size:
+        return None
+    if samples > 1:
+        return Table(np.tile(found.colour, samples), found.count, samples)
+    return Table(found.colour, found.count, samples)
+
+
+def colours_of(
+    traces: list[Trace | None],
+    sweep: sweeping.Sweep,
+    per_sample: bool | str,
+    tables: bool = False,
+) -> Colouring:
+    """Splits and colours of the seed with which a sweep needs fewer seeds; no colours where none do.
+
+    ``traces`` are those of the inputs. Samples that are asked for one by one (``per_sample``) are never one colour.
+    ``tables``: whether colours may be any.
+    """
+    ends = [(k, v) for k, v in enumerate(sweep.targets) if v is not None]
+    none = Colouring({}, {}, {})
+    if sweep.summed or not ends:
+        return none
+    if sweep.reverse:
+        found = [(traces[k], traces[k].values[sweep.seed]) for k, _ in ends]
+        axes = [at.layout.axes for _, at in found]
+    else:
+        trace = traces[sweep.index]
+        found = [(trace, trace.values[v]) for _, v in ends]
+        axes = [trace.start.axes for _ in ends]
+    sizes = [[tuple(n for n, _ in axis) for axis in a] for a in axes]
+    if any(s != sizes[0] for s in sizes):
+        return none
+    kept = frozenset.intersection(*(sweep.layouts[v].tied for _, v in ends))
+    colours: Colours = {}
+    chosen = {}
+    for a, axis in enumerate(sizes[0]):
+        for i, n in enumerate(axis):
+            own = sweep.layout.axes[a]
+            if n == 1 or (per_sample and a == 0) or (len(own) == len(axis) and own[i][1] in kept):
+                continue  # a tie needs no colours
+            ties = [other[a][i][1] for other in axes]
+            if any(t not in at.layout.tied for t, (_, at) in zip(ties, found, strict=True)):
+                continue
+            supports = [trace.support_of(at, t) for t, (trace, at) in zip(ties, found, strict=True)]
+            seen = stacked([s.T if sweep.reverse else s for s in supports])
+            least = period(seen)
+            if tables and least > seen.most and (table := table_of(seen)).count < least:
+                least, chosen[a, i] = table.count, table
+            if least <= WORTH * n:
+                colours[a, i] = least
+    splits = {a: axis for a, axis in enumerate(sizes[0]) if len(axis) > 1}
+    return Colouring(splits, colours, {at: t for at, t in chosen.items() if at in colours})
+
+
+def tabled(graph: Graph, sweep: sweeping.Sweep, table: Table) -> sweeping.Sweep:
+    """The sweep from the sums of all seeds of one colour, as a table says."""
+    axes = tuple([((n, FREE),) for n in graph.values[sweep.seed].shape])
+    at, layout = (
+        Layout(axes, (table.count,)) for _ in range(2)
+    )  # two: no block is alike for all samples
+    return sweeping.from_blocks(
+        graph, {sweep.seed: at}, layout, sweep.reverse, sweep.targets, index=sweep.index, table=table,
+    )  # fmt: skip

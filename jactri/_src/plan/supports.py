@@ -1,0 +1,303 @@
+"""Which entries of a value depend on which of the seed: the support of every tie between an axis and the seed.
+
+The algebra of `layout` knows two cases: an axis of a value is tied to an axis of the seed (the block vanishes off the
+diagonal), or it is not. Here a tie may also have a *support*, a boolean matrix (value index, seed index): after a 3x3
+convolution, a pixel sees the pixels next to it, whatever came before. Supports follow every layer exactly (stride,
+dilation, padding, the borders), and a sum has the union of those of its terms. The pattern of a block is the product of
+its supports.
+
+Where that product is larger than what the layers allow (a star of neighbours, indices into several axes at once), and
+the pattern is asked for itself, all entries are followed in flat order instead: each map as a sparse boolean matrix, a
+chain of them as its product, a sum as a union. What is stored then is the smaller of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ..base.backends import capturing
+from ..base.csr import Csr, union
+from ..maps.layout import FREE, Layout, SplitSeed
+from ..maps.linear_map import Elementwise, LinearMap, Shape, View
+from ..read.graph import Graph
+from . import masked
+from . import sweep as sweeping
+from .pattern import Pattern
+
+MOST = 1 << 22
+"""Entries in flat order that are followed: so many,"""
+EACH = 32
+"""or so many a row, if that is more."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A value's ties to the seed, and for each the number of its support (see `Trace`)."""
+
+    layout: Layout
+    supports: dict[int, int]
+
+
+class Trace:
+    """The patterns of all values between one input and the outputs, found by following ties and windows forward.
+
+    Supports are formed when they are asked for: most ties are gone before the end. ``indices``: whether those of ops
+    that pick entries by index are read, which are no part of the graph's key.
+    """
+
+    def __init__(self, graph: Graph, seed: int, indices: bool = False):
+        self.graph, self.seed, self.indices = graph, seed, indices
+        shape = graph.values[seed].shape
+        splits: dict[int, tuple[int, ...]] = {}
+        while True:
+            self.start = Layout.identity(shape, splits)
+            self._nodes: list[tuple] = []
+            self._made: dict[int, Csr] = {}
+            self._loose: set[int] = set()  # values whose entries are no product of supports,
+            self._unions: dict[int, list[list[tuple[int, int]]]] = {}  # or perhaps none
+            self.values: dict[int, Traced] = {}
+            try:
+                self._follow()
+                break
+            except SplitSeed as split:
+                sweeping.refine(splits, shape, split)
+
+    def _follow(self) -> None:
+        values = self.graph.values
+        ties = {t: self._add("identity", self.start.seed[t]) for t in self.start.tied}
+        self.values[self.seed] = Traced(self.start, ties)
+        for v in range(self.seed + 1, len(values)):
+            found = None
+            for s, edge in values[v].sources:
+                if s in self.values:
+                    term = self._through(v, edge, self.values[s], values[s].shape)
+                    found = term if found is None else self._union(v, found, term)
+            if found is not None:
+                self.values[v] = found
+
+    def _add(self, *node) -> int:
+        self._nodes.append(node)
+        return len(self._nodes) - 1
+
+    def _through(self, v: int, edge: LinearMap, at: Traced, in_shape) -> Traced:
+        out_shape = self.graph.values[v].shape
+        if 0 in out_shape:  # nothing to tie
+            return Traced(Layout(tuple(((n, FREE),) for n in out_shape), self.start.seed), {})
+        layout = at.layout
+        while True:
+            try:
+                out = edge.route(layout, in_shape, out_shape, False).out
+                break
+            except SplitSeed as split:
+                if self._nodes[at.supports[split.factor]][0] == "identity":
+                    raise
+                layout = layout.drop(frozenset([split.factor]))  # a window has no two parts
+                self._loose.add(v)
+        supports = {t: at.supports[t] for t in out.tied}
+        axes = list(out.axes)
+        seen = edge.windows(in_shape, out_shape)
+        if self.indices:
+            seen = (*seen, *edge.picks(in_shape, out_shape))
+            if self._loses(edge, layout, out, in_shape, out_shape):
+                self._loose.add(v)
+        for a, b in seen:
+            ties = [(i, t) for i, (_, t) in enumerate(layout.axes[a]) if t != FREE]
+            if len(ties) == 1:
+                i, t = ties[0]
+                sizes = [n for n, _ in layout.axes[a]]
+                whole = self._add("spread", at.supports[t], prod(sizes[:i]), prod(sizes[i + 1 :]))
+                axes[b] = ((out_shape[b], t),)
+                supports[t] = self._add("window", whole, edge, a, in_shape, out_shape)
+        return Traced(Layout(tuple(axes), out.seed), supports)
+
+    def _loses(self, edge: LinearMap, layout: Layout, out: Layout, in_shape, out_shape) -> bool:
+        """Whether what a map does to the ties of a layout is less than it could be."""
+        if isinstance(edge, (Elementwise, View)):
+            return out.tied != layout.tied
+        kept = dict(edge.kept(in_shape, out_shape))
+        ties = [[t for _, t in axis if t != FREE] for axis in layout.axes]
+        if any(t not in out.tied for a in kept for t in ties[a]):
+            return True
+        mixed = [a for a, own in enumerate(ties) if own and a not in kept]
+        if not mixed:
+            return False
+        product = relation(edge, in_shape, out_shape)
+        if any(len(ties[a]) > 1 for a in mixed if product.into[a][1] != FREE):
+            return True
+        links = edge.links(in_shape, out_shape)
+        return links is not None and links.nnz < product.nnz
+
+    def _union(self, v: int, one: Traced, other: Traced) -> Traced:
+        layout = one.layout.meet(other.layout)
+        if one.layout.tied != layout.tied or other.layout.tied != layout.tied:
+            self._loose.add(v)
+        supports = {}
+        differ = []
+        for t in layout.tied:
+            pair = one.supports[t], other.supports[t]
+            supports[t] = pair[0] if pair[0] == pair[1] else self._add("union", *pair)
+            if pair[0] != pair[1]:
+                differ.append(pair)
+        if len(differ) > 1:
+            self._unions.setdefault(v, []).append(differ)
+        return Traced(layout, supports)
+
+    def loose(self, value: int) -> bool:
+        """Whether the product of the supports of a value may have entries that its layers do not allow.
+
+        A sum has such where its terms differ along several ties, and none has all that the other has.
+        """
+        behind = self._behind(value)
+        if not self._loose.isdisjoint(behind):
+            return True
+        for differ in (d for v in behind for d in self._unions.get(v, ())):
+            pairs = [(self._form(i), self._form(k)) for i, k in differ]
+            if not all(a.within(b) for a, b in pairs) and not all(b.within(a) for a, b in pairs):
+                return True
+        return False
+
+    def flat(self, value: int) -> Csr | None:
+        """Which entries of the seed each of a value sees, in flat order; None where these are too many to follow."""
+        values = self.graph.values
+        order = sweeping.relevant(self.graph, [self.seed], [value], False)
+        last = {s: v for v in order for s, _ in values[v].sources}
+        found = {self.seed: Csr.identity(prod(values[self.seed].shape))}
+        for v in order:
+            parts = []
+            limit = max(MOST, EACH * prod(values[v].shape))
+            for s, edge in values[v].sources if v != self.seed else ():
+                if s not in found:
+                    continue
+                shapes = values[s].shape, values[v].shape
+                part: Csr | None = found[s]
+                if not isinstance(edge, (Elementwise, View)):
+                    links = edge.links(*shapes)
+                    if links is None:
+                        product = relation(edge, *shapes)
+                        links = product.flat if product.nnz <= limit else None
+                    part = None if links is None else links.after(found[s], limit)
+                if part is None:
+                    return None
+                parts.append(part)
+            if parts:
+                found[v] = union(parts)
+            for s in {s for s, _ in values[v].sources}:
+                if last[s] == v:
+                    found.pop(s, None)
+        return found[value]
+
+    def support_of(self, at: Traced, tie: int) -> Csr:
+        """The support of a tie: (value index, seed index)."""
+        return self._form(at.supports[tie])
+
+    def _form(self, last: int) -> Csr:
+        wanted, stack = set(), [last]
+        while stack:
+            i = stack.pop()
+            if i not in wanted and i not in self._made:
+                wanted.add(i)
+                stack.extend(self._parents(i))
+        for i in sorted(wanted):
+            kind, *rest = self._nodes[i]
+            if kind == "identity":
+                self._made[i] = Csr.identity(rest[0])
+            elif kind == "union":
+                self._made[i] = union([self._made[k] for k in rest])
+            elif kind == "spread":  # to the axis that the factor is a part of
+                before, outer, inner = rest
+                each = np.arange(self._made[before].height).repeat(inner)
+                self._made[i] = self._made[before].take(np.tile(each, outer))
+            else:
+                before, edge, axis, in_shape, out_shape = rest
+                self._made[i] = edge.support(axis, in_shape, out_shape).after(self._made[before])
+        return self._made[last]
+
+    def lost(self, value: int, batch: bool = False) -> int:
+        """The value at whose op, on the way to ``value``, the last ties are lost (but that of a ``batch``)."""
+        spared = {t for _, t in self.start.axes[0]} if batch and self.start.axes else set()
+        for v in sorted(self._behind(value)):
+            if not self.values[v].layout.tied - spared:
+                return v
+        return value
+
+    def _behind(self, value: int) -> set[int]:
+        """The values that depend on the seed and lead to one, and this."""
+        leads, stack = set(), [value]
+        while stack:
+            v = stack.pop()
+            if v not in leads and v in self.values:
+                leads.add(v)
+                stack.extend(s for s, _ in self.graph.values[v].sources)
+        return leads
+
+    def _parents(self, i: int) -> tuple[int, ...]:
+        kind, *rest = self._nodes[i]
+        return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
+
+
+def indices(graph: Graph) -> tuple | None:
+    """Alike for graphs whose masks and indices are, which tell patterns beside the graph's key.
+
+    None where they cannot be read.
+    """
+    if not readable(graph):
+        return None
+    if indices not in graph.looked:
+        held = [
+            (v, k, digest)
+            for v, value in enumerate(graph.values)
+            for k, (_, edge) in enumerate(value.sources)
+            if (digest := edge.digest) is not None
+        ]
+        graph.looked[indices] = masked.masks(graph), tuple(held)
+    return graph.looked[indices]
+
+
+def readable(graph: Graph) -> bool:
+    """Whether indices can be read: a trace and a CUDA graph are for others, too."""
+    return not graph.values or not capturing(graph.values[0].device)
+
+
+def has_windows(graph: Graph) -> bool:
+    """Whether any op sees a window of its input."""
+    values = graph.values
+    return any(edge.windows(values[s].shape, v.shape) for v in values for s, edge in v.sources)
+
+
+def relation(edge: LinearMap, in_shape: Shape, out_shape: Shape) -> Pattern:
+    """Which inputs each output of a map sees, as a product: what it keeps, windows, and indices by axis."""
+    into, out = ([[n, FREE] for n in shape] for shape in (in_shape, out_shape))
+    supports: dict[int, Csr] = {}
+    kept = edge.kept(in_shape, out_shape)
+    seen = (*edge.windows(in_shape, out_shape), *edge.picks(in_shape, out_shape))
+    for k, (a, b) in enumerate((*kept, *seen)):
+        into[a][1] = out[b][1] = k
+        fresh = k < len(kept)
+        supports[k] = Csr.identity(in_shape[a]) if fresh else edge.support(a, in_shape, out_shape)
+    return Pattern(tuple((n, t) for n, t in out), tuple((n, t) for n, t in into), supports)
+
+
+def pattern_of(trace: Trace, value: int) -> Pattern | None:
+    """The pattern of a value by the input of a trace; None where the value does not depend on it."""
+    at = trace.values.get(value)
+    if at is None:
+        return None
+    layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
+    axes = list(layout.axes)
+    if masked.masks(trace.graph) and masked.fixed(trace.graph):
+        for a, factors in enumerate(trace.start.axes):
+            if len(factors) == 1 < factors[0][0] and factors[0][1] not in supports:
+                found = masked.support(trace.graph, trace.seed, a, value)
+                if found is not None and [t for _, t in axes[found[0]]] == [FREE]:
+                    b, t = found[0], factors[0][1]
+                    axes[b], supports[t] = ((layout.shape[b], t),), Csr.of_dense(found[1])
+    out = tuple(f for axis in axes for f in axis if f[0] != 1 or f[1] != FREE)
+    into = tuple((n, t if t in supports else FREE) for t, n in enumerate(layout.seed))
+    product = Pattern(out, into, supports)
+    if trace.indices and trace.loose(value) and (flat := trace.flat(value)) is not None:
+        found = Pattern.of(flat).within(product)
+        return found if found.nnz < product.nnz else product
+    return product
