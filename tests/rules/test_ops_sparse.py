@@ -17,6 +17,7 @@ def _always_coloured(monkeypatch):
     for module in (colours, planner):
         monkeypatch.setattr(module, "WORTH", 1.0)
     monkeypatch.setattr(planning, "_plans", Cache())
+    monkeypatch.setattr(planning, "_sparse", Cache())
 
 
 @pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))

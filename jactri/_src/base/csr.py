@@ -201,7 +201,15 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return made
 
 
+def _once(keys: np.ndarray) -> np.ndarray:
+    """Sorted, none twice."""
+    if not (keys[1:] > keys[:-1]).all():
+        keys = np.sort(keys)
+        keys = keys[np.concatenate([[True], keys[1:] > keys[:-1]])]
+    return keys
+
+
 def _of_keys(keys: np.ndarray, height: int, width: int) -> Csr:
-    keys = np.unique(keys)
+    keys = _once(keys)
     row, column = np.divmod(keys, max(width, 1))
     return Csr(_starts(np.bincount(row, minlength=height)), column, width)

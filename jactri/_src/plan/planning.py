@@ -25,6 +25,9 @@ from .sweep import mixing_steps, simulate, untied_targets
 
 _plans: Cache[tuple, Plan] = Cache()
 
+_sparse: Cache[tuple, Plan] = Cache(32)
+"""Those that hold patterns, which may be as large as answers."""
+
 _ranges: Cache[tuple, list[masked.Range] | None] = Cache()
 
 RANGES = 8
@@ -233,7 +236,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
         device.type, budget.bound, indices(graph) if sparse else (),
     )  # fmt: skip
     try:
-        plan = _kept(key, make, budget, chunk_size, steady)
+        plan = _kept(key, make, budget, chunk_size, steady, _sparse if sparse else _plans)
     except MemoryLimitTooSmall as error:
         raise refusal(ONE_SEED, error.need, ys, xs, wanted) from None
     if plan.suspects and (_at_once(plan, device) or met(graph, plan.suspects)):
@@ -293,11 +296,14 @@ def plan_for_given(
         raise budget.refusal(ONE_SEED, error.need, size) from None
 
 
-def _kept(key: tuple, make, budget: Budget, chunk_size: int | None, steady=False) -> Plan:
+def _kept(
+    key: tuple, make, budget: Budget, chunk_size: int | None, steady=False, plans=None
+) -> Plan:
     """The plan that ``make(limit)`` gives, remembered by ``key`` where the memory that is free does not decide."""
-    plan = _plans.get(key)
+    plans = _plans if plans is None else plans
+    plan = plans.get(key)
     if plan is None:
-        plan = _plans[key] = make(inf if budget.bound is None else budget.bound)
+        plan = plans[key] = make(inf if budget.bound is None else budget.bound)
         if budget.bound is None and not steady:
             hold(plan.peak, budget.device)
     if budget.bound is None and chunk_size is None and not budget.fits(plan.peak):

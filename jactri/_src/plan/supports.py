@@ -19,6 +19,7 @@ from math import prod
 import numpy as np
 
 from ..base.backends import capturing
+from ..base.cache import Cache
 from ..base.csr import Csr, union
 from ..maps.layout import FREE, Layout, SplitSeed
 from ..maps.linear_map import Elementwise, LinearMap, Shape, View
@@ -285,6 +286,17 @@ def pattern_of(trace: Trace, value: int) -> Pattern | None:
     at = trace.values.get(value)
     if at is None:
         return None
+    graph, told = trace.graph, trace.indices
+    if not told:
+        return _formed(trace, at, value)
+    key = graph.key, indices(graph), trace.seed, value
+    return _patterns.of(key, lambda: _formed(trace, at, value))
+
+
+_patterns: Cache[tuple, Pattern] = Cache(8)
+
+
+def _formed(trace: Trace, at: Traced, value: int) -> Pattern:
     layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
     axes = list(layout.axes)
     if masked.masks(trace.graph) and masked.fixed(trace.graph):
@@ -298,6 +310,6 @@ def pattern_of(trace: Trace, value: int) -> Pattern | None:
     into = tuple((n, t if t in supports else FREE) for t, n in enumerate(layout.seed))
     product = Pattern(out, into, supports)
     if trace.indices and trace.loose(value) and (flat := trace.flat(value)) is not None:
-        found = Pattern.of(flat).within(product)
-        return found if found.nnz < product.nnz else product
+        smaller = Pattern.of(flat).within(product)
+        return smaller if smaller.nnz < product.nnz else product
     return product

@@ -397,7 +397,7 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     if backends.kernels_on(seed.device) and not sweep.windows:
         for t, pattern in sweep.patterns.items():
             ends = [seed.shape, graph.values[t].shape][:: 1 if sweep.reverse else -1]
-            samples, each = blocks(sweep, sweep.layouts[t], *ends, pattern, per_sample)
+            samples, each = blocks(sweep, sweep.layouts[t], ends[0], ends[1], pattern, per_sample)
             both, runs = samples > 1 and not per_sample, sweep.layouts[t].columns
             kind = band(each, max(samples, 1), both, runs, sweep.reverse, seed.dtype, seed.device)
             if kind is not None:

@@ -130,14 +130,16 @@ def _mask(pattern, y: Tensor, x: Tensor, per_sample: bool) -> Tensor:
     if pattern is None:
         index = torch.empty((len(shape), 0), dtype=torch.int64)
     else:
-        if per_sample and pattern.sample(x.shape[0]) is None:
+        n = x.shape[0] if per_sample else 1
+        if per_sample and (pattern := pattern.sample(n, joined=True)) is None:
             raise ValueError(
                 "per_sample=True, but samples are not known to be independent; drop per_sample for the pattern of all"
             )
         entries = pattern.entries()
         row, column = torch.from_numpy(entries.row), torch.from_numpy(entries.column)
-        into = unravel(column, x.shape)
-        index = torch.cat([unravel(row, y.shape), into[1:] if per_sample else into])
+        first = torch.arange(n).repeat_interleave(len(row)) * pattern.shape[0]  # of each sample
+        into = unravel(column.repeat(n), x.shape[1:] if per_sample else x.shape)
+        index = torch.cat([unravel(first + row.repeat(n), y.shape), into])
     hits = torch.ones(index.shape[1], dtype=torch.bool)
     mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
     return Sparsity.of(mask.to(x.device), y.dim())
