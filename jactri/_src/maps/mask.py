@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 from torch import Tensor
 
+from ..base.csr import Csr
 from .entrywise import aligned, selected
 from .linear_map import Diagonal
+from .links import digest_of
 
 
 class Mask(Diagonal):
@@ -14,14 +17,15 @@ class Mask(Diagonal):
     Zero times infinity is NaN, and a gradient that autograd selects away is 0 whatever it was: so cotangents are
     selected. Tangents are multiplied: autograd's gradient of a selection behind a pole is that NaN, and a tangent that
     is finite is the same either way. ``keep`` is 1 where gradients pass and 0 elsewhere; None where the derivative is
-    that itself.
+    that itself. ``written``: whether it is indices that say where (a write over entries), and not values.
     """
 
-    __slots__ = ("_keep", "_kept")
+    __slots__ = ("_keep", "_kept", "written")
 
-    def __init__(self, derivative, fresh=False, activation=None, keep=None):
+    def __init__(self, derivative, fresh=False, activation=None, keep=None, written=False):
         super().__init__(derivative, fresh, activation)
         self._keep, self._kept, self.key = keep, None, (Mask, keep is None)
+        self.written = written
 
     @property
     def unit(self) -> bool:
@@ -47,13 +51,23 @@ class Mask(Diagonal):
                 self._kept = keep
         return keep
 
+    def links(self, in_shape, out_shape):
+        if not self.written:
+            return None
+        kept = (self.keep != 0).expand(out_shape).reshape(-1).cpu().numpy()
+        return Csr.picked(numpy.where(kept, numpy.arange(len(kept)), -1), len(kept))
+
+    @property
+    def digest(self):
+        return digest_of(self.keep != 0) if self.written else None
+
     def forget(self):
         super().forget()
         self._kept = None
 
     def narrow(self, source, target, in_shape, out_shape):
         keep = None if self._keep is None else lambda: target.of(self.keep, len(out_shape))
-        return Mask(target.of(self.d, len(out_shape)), keep=keep)
+        return Mask(target.of(self.d, len(out_shape)), keep=keep, written=self.written)
 
     def factors(self, reverse):
         if not reverse:

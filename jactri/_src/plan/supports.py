@@ -116,8 +116,11 @@ class Trace:
 
     def _loses(self, edge: LinearMap, layout: Layout, out: Layout, in_shape, out_shape) -> bool:
         """Whether what a map does to the ties of a layout is less than it could be."""
-        if isinstance(edge, (Elementwise, View)):
+        if isinstance(edge, View):
             return out.tied != layout.tied
+        if isinstance(edge, Elementwise):
+            links = edge.links(in_shape, out_shape) if layout.tied else None
+            return links is not None and links.nnz < prod(out_shape)
         kept = dict(edge.kept(in_shape, out_shape))
         ties = [[t for _, t in axis if t != FREE] for axis in layout.axes]
         if any(t not in out.tied for a in kept for t in ties[a]):
@@ -174,8 +177,8 @@ class Trace:
                     continue
                 shapes = values[s].shape, values[v].shape
                 part: Csr | None = found[s]
-                if not isinstance(edge, (Elementwise, View)):
-                    links = edge.links(*shapes)
+                links = edge.links(*shapes)
+                if links is not None or not isinstance(edge, (Elementwise, View)):
                     if links is None:
                         product = relation(edge, *shapes)
                         links = product.flat if product.nnz <= limit else None

@@ -20,6 +20,7 @@ from ..maps.curvature import Curves, Differentiated, Pairs, Unary, as_they_are
 from ..maps.layout import one
 from ..maps.linear_map import Cast, Diagonal, Elementwise, Identity, Permute, Scale, View
 from ..maps.maps import Fixed, Sample
+from ..maps.mask import Mask
 from ..maps.selection import Gather, Picked, Place, Scatter, Select, Slice, Take
 from . import known
 
@@ -158,9 +159,9 @@ class Partials:
         """Scaling of the value ``s``, which has the operand's shape, by its derivative."""
         return g.diagonal(s, lambda: self(edge))
 
-    def mask(self, g, s: int, edge: int) -> int:
-        """The same of an op that selects: 1 where the operand's gradient passes."""
-        return g.mask(s, lambda: self(edge))
+    def mask(self, g, s: int, edge: int, written: bool = False) -> int:
+        """The same of an op that selects: 1 where the operand's gradient passes. ``written``: as of `Mask`."""
+        return g.single(s, Mask(lambda: self(edge), written=written))
 
     def scaled_mask(self, g, s: int, edge: int) -> int:
         """The same of an op that selects and scales."""

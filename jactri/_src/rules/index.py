@@ -13,6 +13,7 @@ from ..base.csr import Csr
 from ..maps.linear_map import Cut, Kept, LinearMap, Shape
 from ..maps.links import digest_of
 from ..maps.maps import Transpose
+from ..maps.mask import Mask
 from ..maps.selection import Gather, Take
 from . import normal_index, rule
 from .elementwise import Partials, flat
@@ -296,7 +297,9 @@ def _written(g, accumulate: bool, new: int | None) -> int:
         if accumulate:
             terms.append(old)
         else:
-            terms.append(Partials(g).mask(g, g.expand(old, g.shape), 0))  # a mask may be larger
+            terms.append(
+                Partials(g).mask(g, g.expand(old, g.shape), 0, True)
+            )  # a mask may be larger
     return g.plus(terms if new is None else [*terms, new])
 
 
@@ -352,7 +355,7 @@ def as_strided_scatter(g):
             ones.as_strided(*view).fill_(0)
             return ones
 
-        terms.append(g.mask(old, kept))
+        terms.append(g.single(old, Mask(kept, written=True)))
     if new is not None:
         order = places(at.shape, m.device)
         written = torch.empty(prod(shape), dtype=order.dtype, device=m.device)
@@ -403,7 +406,7 @@ def index_fill(g):
         def filled():
             return torch.zeros(shape, dtype=m.dtype, device=m.device).index_fill(axis, i, 1)
 
-        new = g.mask(g.expand(new, shape), filled)
+        new = g.single(g.expand(new, shape), Mask(filled, written=True))
     return _written(g, False, new)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.backends import captured
 from ..base.constants import fixed
 from ..base.tracing import aside, tracing, valued
+from ..maps.mask import Mask
 from . import rule
 from .index import pick, put
 from .shape import piece, place, stacked
@@ -87,7 +88,7 @@ def _together(g, writes) -> int | None:
                 fits = fits & (torch.where(keep, c, 0) == rest).all()
         if not bool(fits):
             return None
-        terms = [] if keep is None else [g.mask(base, keep.to(real))]
+        terms = [] if keep is None else [_left(g, base, keep.to(real))]
         alike: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for s, t, at in zip(sources, places, index.split([t.numel() for t in places]), strict=True):
             alike.setdefault(tuple(t.shape), []).append((s, at))
@@ -142,7 +143,7 @@ def _alone(g, shape, meta, dtype) -> int | None:
             if edge == 0:  # what was there before, scaled where it was not replaced
                 if w.shape != shape or not torch.equal(seen, factor * scramble):
                     return None
-                terms.append(partial(g.mask, s, w, lambda: keep))
+                terms.append(partial(_left, g, s, w, lambda: keep))
                 continue
             found = _where(factor, place, seen, scramble)
             if found is None:
@@ -152,6 +153,11 @@ def _alone(g, shape, meta, dtype) -> int | None:
             scale = w.reshape(-1)[0].item() if alike else w
             terms.append(partial(_written, g, s, tuple(w.shape), scale, *found))
     return g.plus([emit() for emit in terms])
+
+
+def _left(g, base: int, weight: Tensor, keep=None) -> int:
+    """What is left of a value that was written to."""
+    return g.single(base, Mask(weight, keep=keep, written=True))
 
 
 def _pulled(g, c: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from ..base.csr import Csr
 from ..base.elsewhere import DISTRIBUTED
 from ..maps.functional import Functional
 from ..maps.linear_map import keep_all_but
+from ..maps.mask import Mask
 from ..maps.selection import Place, Select, Slice, Take
 from . import normal_axis, normal_index, rule
 from .elementwise import Partials
@@ -342,7 +343,7 @@ def _triangle(op: str):
         def mask():
             return getattr(torch.ones(corner, dtype=m.dtype, device=m.device), op)(k)
 
-        return g.mask(g.src[0], mask)
+        return g.single(g.src[0], Mask(mask, written=True))
 
     return run
 
@@ -431,7 +432,7 @@ def _overwritten(g, put) -> int:
     old, new = g.src
     terms = []
     if old is not None:
-        terms.append(Partials(g).mask(g, old, 0))
+        terms.append(Partials(g).mask(g, old, 0, True))
     if new is not None:
         terms.append(put(new))
     return g.plus(terms)

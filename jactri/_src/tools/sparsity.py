@@ -112,15 +112,17 @@ def sparsity(
                 graph = read(ys, leaves)
         except UnsupportedGraph as reason:
             raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
-    known = indices(graph) is not None
-    traces = [None if v is None else Trace(graph, v, known) for v in graph.inputs]
-    rows = []
-    for j, end in enumerate(graph.outputs):
-        row = []
-        for i, trace in enumerate(traces):
-            pattern = None if trace is None or end is None else pattern_of(trace, end)
-            row.append(_mask(pattern, ys[j], leaves[i], per_sample))
-        rows.append(row)
+    with computing(False):
+        known = indices(graph) is not None
+        traces = [None if v is None else Trace(graph, v, known) for v in graph.inputs]
+        patterns = [
+            [None if trace is None or end is None else pattern_of(trace, end) for trace in traces]
+            for end in graph.outputs
+        ]
+    rows = [
+        [_mask(p, y, x, per_sample) for p, x in zip(row, leaves, strict=True)]
+        for row, y in zip(patterns, ys, strict=True)
+    ]
     return nest(rows, tupled_out, tupled)
 
 
