@@ -10,7 +10,9 @@ from functools import cached_property
 import numpy as np
 
 BITS = 4
-"""A product that would list this many times more entries than the result has bytes of bits is made of bits."""
+"""A product that would list this many times more entries than the result has bytes of bits is made of bits,"""
+SMALL = 1 << 16
+"""if these are more than a few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ class Csr:
             held = np.zeros(self.height, np.int64)
             held[self.row] = counts
             return Csr(_starts(held), before.take(self.column).column, before.width)
-        if limit is None and total > BITS * (self.height * before.width // 8) + (1 << 16):
+        if limit is None and total > BITS * (self.height * before.width // 8) + SMALL:
             return self._of_bits(before)
         ends = np.cumsum(counts)
         at = np.arange(total) + (before.start[self.column] - ends + counts).repeat(counts)

@@ -1,16 +1,17 @@
 """Seeds that run as one: those that never meet in one entry of the result (Curtis, Powell and Reid 1974).
 
 Along an axis of the seed, or over all of its entries in flat order, seeds have one colour if no entry of the result
-sees two of them. A period is looked for first, as grids have; then colours are given one seed after another, each the
+sees two of them. A period is looked for first, then one for each axis of a grid; then colours are given one seed after another, each the
 least that is free (a distance-2 colouring of the bipartite graph of entries and seeds: Gebremedhin, Manne and Pothen,
 SIAM Review 47, 2005), to the seeds as they come and to those with the most entries first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ WORTH = 0.75
 
 _PAIRS = 1 << 28
 """Pairs of entries of one row that are compared to find a period."""
+
+_GRID = 1 << 22
+"""As many, or so many sums, to find the colours of a grid."""
 
 _GREEDY = 1 << 22
 """Entries up to which colours are looked for one by one, and"""
@@ -80,11 +84,8 @@ def _differences(support: Csr) -> np.ndarray | None:
     if min(pairs, dense) > _PAIRS:
         return None
     if pairs <= dense:
-        for j in range(1, support.most):
-            at = support.start[:-1][counts > j]
-            left = (counts[counts > j] - j).astype(np.int64)
-            first = np.arange(left.sum()) + (at - np.cumsum(left) + left).repeat(left)
-            made[support.column[first + j] - support.column[first]] = True
+        for one, other in _pairs_of(support):
+            made[other - one] = True
         return made
     seen = support.dense()
     for d in range(1, seeds):
@@ -92,12 +93,14 @@ def _differences(support: Csr) -> np.ndarray | None:
     return made
 
 
-def table_of(support: Csr) -> Table:
-    """Colours of the seeds of (entries, seeds), as few as are found."""
-    seeds = np.arange(support.width)
+def table_of(support: Csr, shape: tuple[int, ...] = ()) -> Table:
+    """Colours of the seeds of (entries, seeds), as few as are found. ``shape``: of the grid that the seeds are."""
+    seeds, least = np.arange(support.width), max(1, support.most)
     count = period(support)
     best = Table(seeds % count, count)
-    if count > max(1, support.most) and support.nnz <= _GREEDY:
+    if count > least and (found := _of_grid(support, shape, count)) is not None:
+        best = found
+    if best.count > least and support.nnz <= _GREEDY:
         rows = support.T
         orders = [seeds]
         if support.nnz <= _ORDERS:
@@ -107,6 +110,47 @@ def table_of(support: Csr) -> Table:
             if found.count < best.count:
                 best = found
     return best
+
+
+def _pairs_of(support: Csr) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All pairs of columns of one row, the smaller first, those that are neighbours in their rows first."""
+    counts = support.counts
+    for j in range(1, support.most):
+        at = support.start[:-1][counts > j]
+        left = counts[counts > j] - j
+        first = np.arange(left.sum()) + (at - np.cumsum(left) + left).repeat(left)
+        yield support.column[first], support.column[first + j]
+
+
+def _of_grid(support: Csr, shape: tuple[int, ...], most: int) -> Table | None:
+    """The fewest colours, below ``most``, that are the rest of a sum of multiples of the indices by their number.
+
+    So a cell and its neighbours along d axes take 2 d + 1 colours, the index along axis k times k in the sum.
+    """
+    axes = [n for n in shape if n > 1]
+    counts = support.counts
+    if len(axes) < 2 or int((counts * (counts - 1) // 2).sum()) > _GRID:
+        return None
+    place = np.stack(np.unravel_index(np.arange(support.width), axes))
+    code = np.array([prod(2 * n for n in axes[k + 1 :]) for k in range(len(axes))]) @ place
+    # how two seeds of one entry differ, each way once, as a number that tells the differences along all axes
+    seen = [code[b] - code[a] for a, b in _pairs_of(support)]
+    codes = np.unique(np.concatenate(seen)) if seen else code[:0]
+    _, first = np.unique(np.abs(codes), return_index=True)
+    steps, left = [], codes[first]
+    for n in reversed(axes):
+        step = (left + n) % (2 * n) - n
+        steps.append(step)
+        left = (left - step) // (2 * n)
+    apart = np.stack(steps[::-1])
+    for p in range(max(1, support.most), most):
+        if p ** len(axes) * apart.shape[1] > _GRID:
+            return None
+        by = np.stack([g.reshape(-1) for g in np.meshgrid(*[np.arange(p)] * len(axes))], 1)
+        good = np.flatnonzero(((by @ apart) % p != 0).all(1))
+        if len(good):
+            return Table(by[good[0]] @ place % p, p)
+    return None
 
 
 def _one_by_one(rows: Csr, order: np.ndarray, entries: int) -> Table:
@@ -128,18 +172,23 @@ def _one_by_one(rows: Csr, order: np.ndarray, entries: int) -> Table:
 
 
 def flat_table(
-    patterns: Sequence[Pattern], reverse: bool, samples: int, worth: float
+    patterns: Sequence[Pattern],
+    reverse: bool,
+    samples: int,
+    worth: float,
+    shape: tuple[int, ...] = (),
 ) -> Table | None:
     """Colours of all entries of a seed, by the patterns of the targets; None where more than a part ``worth`` remains.
 
-    ``samples``: so many, which all patterns keep apart, are coloured alike; 0: they are not told apart.
+    ``samples``: so many, which all patterns keep apart, are coloured alike; 0: they are not told apart. ``shape``: of
+    the seed.
     """
     if samples:
-        patterns = [p.sample(samples, joined=True) for p in patterns]
+        patterns, shape = [p.sample(samples, joined=True) for p in patterns], shape[1:]
     size = patterns[0].shape[not reverse]
     if sum(p.nnz for p in patterns) > _LARGEST:
         return None
-    found = table_of(stacked([p.flat.T if reverse else p.flat for p in patterns]))
+    found = table_of(stacked([p.flat.T if reverse else p.flat for p in patterns]), shape)
     if found.count > worth * size:
         return None
     if samples > 1:

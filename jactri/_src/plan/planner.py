@@ -204,7 +204,8 @@ def _table(graph: Graph, sweep: Sweep, fewer: Sweep | None, per_sample: bool | s
     samples = n if n and all(p.sample(n, bool(per_sample)) is not None for p in patterns) else 0
     if needed and not samples:
         return None
-    return flat_table(patterns, sweep.reverse, samples, 1.0 if needed else WORTH)
+    worth, shape = 1.0 if needed else WORTH, graph.values[sweep.seed].shape
+    return flat_table(patterns, sweep.reverse, samples, worth, shape)
 
 
 def _by_axes(

@@ -379,7 +379,7 @@ def describe(graph: Graph, plan: Plan, ys, xs, per_sample: bool) -> Explanation:
         answer_bytes(ys, xs, per_sample),
         naive,
         tuple(sorted({op for sweep in sweeps for s in sweep.steps for op in opaque_of(graph, s)})),
-        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.coloured)),
+        "; ".join(dict.fromkeys(_colours(graph, s, per_sample) for s in plan.sweeps if s.colours)),
     )
 
 
@@ -388,8 +388,6 @@ def _colours(graph: Graph, sweep: Sweep, per_sample: bool) -> str:
     sizes = {(a, i): n for a, axis in enumerate(sweep.layout.axes) for i, (n, _) in enumerate(axis)}
     columns = max(sweep.layouts[t].columns for t in sweep.targets if t is not None)
     seeds = columns // prod(sweep.colours.values()) * prod(sizes[at] for at in sweep.colours)
-    if sweep.table is not None:
-        seeds = len(sweep.table.colour)
     found = f"{columns} colours for {seeds} seeds that never meet in one entry"
     if sweep.why:
         found += ", " + sweep.why
