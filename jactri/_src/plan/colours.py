@@ -1,9 +1,9 @@
 """Seeds that run as one: those that never meet in one entry of the result (Curtis, Powell and Reid 1974).
 
 Along an axis of the seed, or over all of its entries in flat order, seeds have one colour if no entry of the result
-sees two of them. A period is looked for first, then one for each axis of a grid; then colours are given one seed after another, each the
-least that is free (a distance-2 colouring of the bipartite graph of entries and seeds: Gebremedhin, Manne and Pothen,
-SIAM Review 47, 2005), to the seeds as they come and to those with the most entries first.
+sees two of them. A period is looked for first, then one that goes by the axes of a grid. Else colours are given one
+seed after another, each the least that is free (a distance-2 colouring of the bipartite graph of entries and seeds:
+Gebremedhin, Manne and Pothen, SIAM Review 47, 2005), as the seeds come and to those with the most entries first.
 """
 
 from __future__ import annotations

@@ -73,8 +73,9 @@ def sparsity(
 
     What is left out is zero by structure: samples that do not mix, pixels outside of a window, channels of another
     group, tokens that a mask of attention keeps away (where masks of samples and heads differ, those that all do).
-    Where the analysis knows nothing (a dense layer, an op without a rule) all entries are there. A sparse ``layout`` of
-    `jacobian` has the same entries.
+    Index tensors, masks that entries are picked or written by, and sparse matrices count as they are in this call; what
+    a sort or a maximum chooses among values may be anything. Where the analysis knows nothing (a dense layer, an op
+    without a rule) all entries are there. A sparse ``layout`` of `jacobian` has the same entries.
 
     Args:
         func: as of `jacobian`.
@@ -91,7 +92,8 @@ def sparsity(
             intermediates, of which no pattern is known.
 
     Cost:
-        One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry.
+        One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry. Where the pattern is no product of one support
+        an axis (indices into several axes, a star of neighbours), also about 16 bytes an entry of values in between.
 
     Examples:
         >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
