@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jactri._src.base.cache import Cache
 from jactri._src.base.csr import Csr
 from jactri._src.plan import colours
 from jactri._src.plan.colours import flat_table, table_of
@@ -19,6 +20,7 @@ def valid(dense, table):
 @pytest.mark.parametrize("orders", [1 << 19, 0])
 def test_no_two_meet(orders, monkeypatch):
     monkeypatch.setattr(colours, "_ORDERS", orders)
+    monkeypatch.setattr(colours, "_tables", Cache())
     gen = np.random.default_rng(0)
     for _ in range(200):
         dense = gen.random(gen.integers(1, 30, 2)) < 0.4 * gen.random()

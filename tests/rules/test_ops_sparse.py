@@ -7,7 +7,9 @@ from test_ops import F64, compare, ids, jacobian_rows, truth
 
 import jactri
 from jactri._src.base.cache import Cache
-from jactri._src.plan import colours, planner, planning
+from jactri._src.plan import colours, planner, planning, supports
+from jactri._src.read.graph import UnsupportedGraph
+from jactri._src.read.reading import read
 
 MAIN = [case for case in ALL if not case.variant]
 
@@ -44,6 +46,37 @@ def check_the_pattern(func, inputs, want):
         assert mask.shape == block.shape
         if mask.numel():
             assert not ((block != 0) & ~mask.to_dense()).any()
+
+
+def by_index(graph):
+    """Whether an op picks, moves or writes over entries."""
+    shapes = [v.shape for v in graph.values]
+    return all(0 not in shape for shape in shapes) and any(
+        edge.links(shapes[s], v.shape) is not None for v in graph.values for s, edge in v.sources
+    )
+
+
+@pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))
+def test_entries_in_flat_order_hold_the_support(case):
+    """Of functions that move entries, whatever the product by axes is."""
+    func, inputs = case.build(F64)
+    xs = [x.requires_grad_() for x in (inputs if isinstance(inputs, tuple) else (inputs,))]
+    ys = func(*xs)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    if any(y.is_complex() for y in ys):
+        return
+    try:
+        graph = read(ys, xs)
+    except UnsupportedGraph:
+        return
+    if not by_index(graph):
+        return
+    for row, end in zip(truth(case), graph.outputs, strict=True):
+        for want, v in zip(row, graph.inputs, strict=True):
+            trace = None if v is None else supports.Trace(graph, v, True)
+            if trace is not None and end in trace.values:
+                found = trace.flat(end).dense()
+                assert not ((want.reshape(found.shape) != 0).numpy() & ~found).any()
 
 
 @pytest.mark.parametrize("case", MAIN, ids=ids(MAIN))

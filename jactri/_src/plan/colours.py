@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..base.cache import Cache
 from ..base.csr import Csr, digest, stacked
 from ..maps.layout import FREE, Colours, Layout
 from ..read.graph import Graph
@@ -31,8 +32,14 @@ WORTH = 0.75
 _PAIRS = 1 << 28
 """Pairs of entries of one row that are compared to find a period."""
 
+_LONG = 4
+"""Periods are looked for up to so many times the most seeds of an entry, where colours may also be given one by one."""
+
 _GRID = 1 << 22
 """As many, or so many sums, to find the colours of a grid."""
+
+_STEPS = 1 << 10
+"""More differences of seeds of one entry than this are those of no stencil."""
 
 _GREEDY = 1 << 22
 """Entries up to which colours are looked for one by one, and"""
@@ -55,6 +62,11 @@ class Table:
     def key(self) -> bytes:
         return digest(self.colour)
 
+    @property
+    def by_rest(self) -> bool:
+        """Whether each seed's colour is the rest of its index by their number."""
+        return np.array_equal(self.colour, np.arange(len(self.colour)) % self.count)
+
 
 class Colouring(NamedTuple):
     """By factor of the seed: how many colours, and which each index has where that is not its rest by their number."""
@@ -64,15 +76,19 @@ class Colouring(NamedTuple):
     tables: dict[tuple[int, int], Table]
 
 
-def period(support: Csr) -> int:
-    """The least p such that seeds whose indices differ by a multiple of p never meet: (entries, seeds)."""
+def period(support: Csr, most: int | None = None) -> int:
+    """The least p such that seeds whose indices differ by a multiple of p never meet: (entries, seeds).
+
+    The number of seeds where there is none, or none up to ``most``.
+    """
     seeds, least = support.width, max(1, support.most)
     if least >= seeds:
         return max(seeds, 1)
     apart = _differences(support)
     if apart is None:
         return seeds
-    return next((p for p in range(least, seeds) if not apart[p::p].any()), seeds)
+    tried = range(least, seeds if most is None else min(most + 1, seeds))
+    return next((p for p in tried if not apart[p::p].any()), seeds)
 
 
 def _differences(support: Csr) -> np.ndarray | None:
@@ -95,10 +111,18 @@ def _differences(support: Csr) -> np.ndarray | None:
 
 def table_of(support: Csr, shape: tuple[int, ...] = ()) -> Table:
     """Colours of the seeds of (entries, seeds), as few as are found. ``shape``: of the grid that the seeds are."""
+    return _tables.of((support.key, shape), lambda: _found(support, shape))
+
+
+_tables: Cache[tuple, Table] = Cache(8)
+"""Both ways of a plan, which may be made twice, often ask for the same."""
+
+
+def _found(support: Csr, shape: tuple[int, ...]) -> Table:
     seeds, least = np.arange(support.width), max(1, support.most)
-    count = period(support)
+    count = period(support, _LONG * least if support.nnz <= _GREEDY else None)
     best = Table(seeds % count, count)
-    if count > least and (found := _of_grid(support, shape, count)) is not None:
+    if count > least and (found := _of_grid(support, shape, min(count, _LONG * least))) is not None:
         best = found
     if best.count > least and support.nnz <= _GREEDY:
         rows = support.T
@@ -137,14 +161,18 @@ def _of_grid(support: Csr, shape: tuple[int, ...], most: int) -> Table | None:
     seen = [code[b] - code[a] for a, b in _pairs_of(support)]
     codes = np.unique(np.concatenate(seen)) if seen else code[:0]
     _, first = np.unique(np.abs(codes), return_index=True)
-    steps, left = [], codes[first]
+    steps, rest = [], codes[first]
+    if len(rest) > _STEPS:
+        return None
     for n in reversed(axes):
-        step = (left + n) % (2 * n) - n
+        step = (rest + n) % (2 * n) - n
         steps.append(step)
-        left = (left - step) // (2 * n)
+        rest = (rest - step) // (2 * n)
     apart = np.stack(steps[::-1])
+    left = _GRID
     for p in range(max(1, support.most), most):
-        if p ** len(axes) * apart.shape[1] > _GRID:
+        left -= p ** len(axes) * apart.shape[1]
+        if left < 0:
             return None
         by = np.stack([g.reshape(-1) for g in np.meshgrid(*[np.arange(p)] * len(axes))], 1)
         good = np.flatnonzero(((by @ apart) % p != 0).all(1))
@@ -234,13 +262,14 @@ def colours_of(
                 continue
             supports = [trace.support_of(at, t) for t, (trace, at) in zip(ties, found, strict=True)]
             seen = stacked([s.T if sweep.reverse else s for s in supports])
-            least = period(seen)
-            if tables and least > seen.most and (table := table_of(seen)).count < least:
-                least, chosen[a, i] = table.count, table
+            table = table_of(seen) if tables else None
+            least = period(seen) if table is None else table.count
             if least <= WORTH * n:
                 colours[a, i] = least
+                if table is not None and not table.by_rest:
+                    chosen[a, i] = table
     splits = {a: axis for a, axis in enumerate(sizes[0]) if len(axis) > 1}
-    return Colouring(splits, colours, {at: t for at, t in chosen.items() if at in colours})
+    return Colouring(splits, colours, chosen)
 
 
 def tabled(graph: Graph, sweep: sweeping.Sweep, table: Table) -> sweeping.Sweep:

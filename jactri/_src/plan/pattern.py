@@ -28,6 +28,8 @@ class Pattern:
     out: tuple[tuple[int, int], ...]
     into: tuple[tuple[int, int], ...]
     supports: dict[int, Csr]
+    whole: bool = False
+    """Whether it is one support in flat order, as it is less than a product by axes."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,7 +39,7 @@ class Pattern:
     @staticmethod
     def of(support: Csr) -> Pattern:
         """A pattern in flat order."""
-        return Pattern(((support.height, 0),), ((support.width, 0),), {0: support})
+        return Pattern(((support.height, 0),), ((support.width, 0),), {0: support}, True)
 
     @cached_property
     def key(self) -> tuple:
@@ -75,7 +77,7 @@ class Pattern:
         if size == wide == n:
             rest = {t: s for t, s in self.supports.items() if t != tie}
             return Pattern(self.out[1:], self.into[1:], rest) if support.is_identity else None
-        if not self.is_flat or size % n or wide % n:
+        if not self.single or size % n or wide % n:
             return None
         each = support.blocks(n)
         if each is None or (not joined and n * each.nnz != support.nnz):
@@ -99,14 +101,14 @@ class Pattern:
         return Pattern.of(Csr.of(row[there], column[there], *mine.shape))
 
     @property
-    def is_flat(self) -> bool:
+    def single(self) -> bool:
         """Whether it is one support between all entries."""
         return len(self.out) == len(self.into) == len(self.supports) == 1
 
     @cached_property
     def flat(self) -> Csr:
         """The same as one support in flat order."""
-        if self.is_flat:
+        if self.single:
             return self.supports[self.out[0][1]]
         entries = self.entries()
         return Csr(entries.start, entries.column, self.shape[1])

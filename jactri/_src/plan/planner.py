@@ -197,7 +197,7 @@ def _table(graph: Graph, sweep: Sweep, fewer: Sweep | None, per_sample: bool | s
     """Colours of all entries of the seed, where a pattern is no product, or samples are apart by indices alone."""
     patterns = list(sweep.patterns.values())
     needed = bool(per_sample and patterns and untied_targets(graph, fewer or sweep))
-    if not needed and not any(p.is_flat for p in patterns):
+    if not needed and not any(p.whole for p in patterns):
         return None
     first = [graph.values[v].shape[:1] for v in (sweep.seed, *sweep.patterns)]
     n = first[0][0] if first[0] and all(f == first[0] for f in first) else 0

@@ -92,8 +92,8 @@ def sparsity(
             intermediates, of which no pattern is known.
 
     Cost:
-        One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry. Where the pattern is no product of one support
-        an axis (indices into several axes, a star of neighbours), also about 16 bytes an entry of values in between.
+        One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry. Where the pattern is no product of supports
+        by axis (indices into several, a star of neighbours), also about 16 bytes an entry of values in between.
 
     Examples:
         >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
