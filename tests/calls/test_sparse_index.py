@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import jactri
 from jactri._src.base.csr import Csr
-from jactri._src.plan import planning, supports
+from jactri._src.plan import colours, planning, supports
 
 F64 = torch.float64
 LAYOUTS = [torch.sparse_coo, torch.sparse_csr, "banded"]
@@ -173,6 +173,16 @@ def test_samples_that_indices_mix_are_refused():
     with pytest.raises(ValueError, match="samples that are known not to mix"):
         jactri.jacobian(
             lambda x: x[torch.tensor([1, 0, 2])] ** 2, x, layout=torch.sparse_csr, per_sample=True
+        )
+
+
+def test_samples_of_too_many_entries_are_refused(monkeypatch):
+    monkeypatch.setattr(colours, "_LARGEST", -1)
+    monkeypatch.setattr(planning, "_sparse", planning.Cache())
+    x, flat = data((3, 4)), torch.tensor([1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10])
+    with pytest.raises(ValueError, match="too many entries to tell which samples mix"):
+        jactri.jacobian(
+            lambda x: x.reshape(-1)[flat].view(3, 4), x, layout=torch.sparse_coo, per_sample=True
         )
 
 
