@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy
 import torch
 from torch import Tensor
@@ -225,7 +227,9 @@ class Select(LinearMap):
         return tuple((a, a - (a > self.axis)) for a in range(len(in_shape)) if a != self.axis)
 
     def links(self, in_shape, out_shape):
-        return moved(self.window, in_shape, torch.device("cpu"))
+        before, after = prod(in_shape[: self.axis]), prod(in_shape[self.axis + 1 :])
+        line = numpy.arange(before)[:, None] * self.size + self.index
+        return Csr.picked(line * after + numpy.arange(after), prod(in_shape))
 
     def narrow(self, source, target, in_shape, out_shape):
         return self
