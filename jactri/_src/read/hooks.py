@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ def check(graph: Graph, ys: Sequence[Tensor], xs: Sequence[Tensor]) -> None:
             if "not implemented" not in str(error):
                 raise
             return
-        pulled = _pulled(nodes, first)
-        plain, noise = [pulled.get(v) for v in nodes.inputs], _noise(pulled)
+        pulled, noise = _pulled(nodes, first)
+        plain = [pulled.get(v) for v in nodes.inputs]
         # what acts on positive gradients only does so on one of these
         against = _by_autograd(ys, xs, [-c for c in first])
         if _alike(given, plain, noise) and _alike(against, _times(-1, plain), noise):
@@ -143,19 +143,24 @@ def _by_autograd(ys, xs, cotangents) -> list[Tensor | None]:
     return list(torch.autograd.grad(ys, xs, clones, retain_graph=True, allow_unused=True))
 
 
-def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
-    """The gradients in all values of a graph of `_Nodes`, each called once, with those in all of its outputs.
+Called = tuple[dict[int, Tensor], dict[int, Tensor]]
+"""The gradients in the outputs of a node, by value, and those that it gives to its sources."""
+
+
+def _calls(graph: Graph, cotangents) -> Iterator[Called]:
+    """The nodes of a graph of `_Nodes`, each called once, with the gradients in all of its outputs.
 
     As autograd's engine does: some nodes (that of group_norm, in torch 2.13) give another result output by output.
+    Gradients live until their node is called. Last come those in values that no node makes, with nothing given on.
     """
     found: dict[int, Tensor] = {}
 
-    def add(v: int, g: Tensor) -> None:
-        found[v] = found[v] + g if v in found else g
+    def add(into: dict[int, Tensor], v: int, g: Tensor) -> None:
+        into[v] = into[v] + g if v in into else g
 
     for v, c in zip(graph.outputs, cotangents, strict=True):
         if v is not None:
-            add(v, c)
+            add(found, v, c)
     values, v = graph.values, len(graph.values) - 1
     while v >= 0:
         sources = values[v].sources
@@ -165,16 +170,33 @@ def _pulled(graph: Graph, cotangents) -> dict[int, Tensor]:
         call, given = sources[0][1].call, {}
         while v >= 0 and values[v].sources and values[v].sources[0][1].call is call:
             if v in found:
-                given[values[v].sources[0][1].nr] = found[v]
+                given[v] = found.pop(v)
             v -= 1
         if not given:
             continue
-        grads = call.edges(call.cotangents(given))
+        by_number = {values[u].sources[0][1].nr: g for u, g in given.items()}
+        grads = call.edges(call.cotangents(by_number))
+        made: dict[int, Tensor] = {}
         for s, edge in sources:
             if (g := grads[edge.edge]) is not None:
                 g = g.real if g.is_complex() and not values[s].dtype.is_complex else g
-                add(s, g.sum_to_size(values[s].shape).to(values[s].dtype))
-    return found
+                add(made, s, g.sum_to_size(values[s].shape).to(values[s].dtype))
+        yield given, made
+        for s, g in made.items():
+            add(found, s, g)
+        del given, by_number, grads, made, g
+    yield found, {}
+
+
+def _pulled(graph: Graph, cotangents) -> tuple[dict[int, Tensor], float]:
+    """The gradients in the inputs of a graph of `_Nodes`, and how far they may be off (see `_noise`)."""
+    ends, noise = set(graph.inputs), 0.0
+    kept: dict[int, Tensor] = {}
+    for given, _ in _calls(graph, cotangents):
+        kept.update((v, g) for v, g in given.items() if v in ends)
+        noise = max(noise, _noise(given))
+        del given
+    return kept, noise
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -195,6 +217,20 @@ def _noise(found: dict[int, Tensor]) -> float:
     return 4 * max(map(float, sizes), default=0.0)
 
 
+_PART = 1 << 18
+"""Entries that are compared at once: what a comparison makes is as large as these."""
+
+
+def _size(a: Tensor, b: Tensor) -> Tensor:
+    size = torch.maximum(a.abs(), b.abs())
+    return torch.where(size.isfinite(), size, 0.0).max()
+
+
+def _near(a: Tensor, b: Tensor, bound: Tensor) -> bool:
+    same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= bound)
+    return bool(same.all())
+
+
 def _alike(found, wanted, noise: float = 0.0) -> bool:
     """Whether gradients are the same but for rounding, in which only the order of sums differs."""
     for a, b in zip(found, wanted, strict=True):
@@ -202,31 +238,43 @@ def _alike(found, wanted, noise: float = 0.0) -> bool:
             continue
         a = torch.zeros_like(b) if a is None else a
         b = torch.zeros_like(a) if b is None else b.to(a.dtype)
-        size = torch.maximum(a.abs(), b.abs())
-        size = torch.where(size.isfinite(), size, 0.0)
         if not a.numel():
             continue
-        bound = torch.finfo(a.dtype).eps ** (2 / 3) * size.max() + noise
-        same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= bound)
-        if not bool(same.all()):
+        one, two = (t.reshape(-1).split(_PART) for t in (a, b))
+        size = torch.stack([_size(p, q) for p, q in zip(one, two, strict=True)]).max()
+        bound = torch.finfo(a.dtype).eps ** (2 / 3) * size + noise
+        if not all(_near(p, q, bound) for p, q in zip(one, two, strict=True)):
             return False
     return True
 
 
 def _where(graph: Graph, reader: _Nodes, ys, xs, cotangents) -> str:
-    """The op that autograd leaves with other gradients than the node itself, the one nearest to the outputs."""
-    found = _pulled(graph, cotangents)
+    """The op at which autograd has other gradients than the nodes, the one nearest to the outputs.
+
+    The engine runs every node by itself, from the gradients that come to it without hooks.
+    """
     ends = {
         **reader.edges,
         **{v: x for v, x in zip(graph.inputs, xs, strict=True) if v is not None},
     }
-    order = sorted(ends.keys() & found.keys(), reverse=True)
-    grads = _by_autograd(ys, [ends[v] for v in order], cotangents)
-    other = next(
-        (v for v, g in zip(order, grads, strict=True) if not _alike([g], [found[v]])), None
-    )
-    users = [u.op for u in graph.values if any(s == other for s, _ in u.sources)]
-    return users[-1] if users else "an input"
+
+    def changed(given: dict[int, Tensor], v: int, g: Tensor) -> bool:
+        """Whether the engine comes from what is given to another gradient at a value."""
+        found = _by_autograd([ends[u] for u in given], [ends[v]], given.values())
+        return not _alike(found, [g])
+
+    for given, made in _calls(graph, cotangents):
+        at = next((v for v, g in given.items() if changed({v: g}, v, g)), None)
+        if at is None and made:
+            v = max(made)  # to which no way leads through others
+            if changed(given, v, made[v]):  # by a hook on the value, or on the node
+                at = v if changed({v: made[v]}, v, made[v]) else min(given)
+        del given, made
+        if at is not None and graph.values[at].sources:
+            return graph.values[at].op
+        if at is not None:
+            return [u.op for u in graph.values if any(s == at for s, _ in u.sources)][-1]
+    return "an input"
 
 
 def _recorded(ys, xs, cotangents) -> bool:

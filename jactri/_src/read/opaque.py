@@ -126,7 +126,7 @@ ROWS_BYTES = 1 << 22
 
 
 class OpaqueCall:
-    """One node as a function of the cotangents of its outputs; remembers the last answer for its other edges."""
+    """One node as a function of the cotangents of its outputs; remembers the last answer until all edges had it."""
 
     __slots__ = (
         "_anchors", "_key", "_last", "_recomputed", "_rows", "_why", "meta", "node", "present",
@@ -146,7 +146,7 @@ class OpaqueCall:
         self._recomputed = Recomputed() if recomputed is None else recomputed
         self.present = [p is not None for p, _ in node.next_functions]
         self.python = isinstance(node, torch.autograd.function.BackwardCFunction)
-        self._last: tuple[Tensor, int, tuple] | None = None
+        self._last: tuple[Tensor, int, tuple, int] | None = None
         self._rows: dict[int, tuple[Vmapped, list[bool]]] = {}
         self._key: Hashable = ()
         self._why: str | None = ""
@@ -219,7 +219,9 @@ class OpaqueCall:
     def pull(self, nr: int, c: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of a block of cotangents ``(K, *out)`` for every edge asked for, reduced and stacked."""
         if self._last is not None and self._last[0] is c and self._last[1] == nr:
-            return self._last[2]
+            *_, out, left = self._last
+            self._last = (c, nr, out, left - 1) if left > 1 else None
+            return out
         if nr not in self._rows:
             self._rows[nr] = self._products(nr)
         rows, present = self._rows[nr]
@@ -230,7 +232,8 @@ class OpaqueCall:
         else:
             stacked = iter(rows(c))
         out = tuple(next(stacked) if p else None for p in present)
-        self._last = (c, nr, out)
+        left = len(self.shapes) - 1
+        self._last = (c, nr, out, left) if left else None
         return out
 
     def _products(self, nr: int) -> tuple[Vmapped, list[bool]]:
