@@ -288,3 +288,18 @@ def test_an_entry_that_a_backward_loses_shows(dtype):
         )
         _, got = jactri.jvp(lost, x, torch.ones_like(x))
         assert_close(got, (3 * x.double() ** 2).to(dtype), dtype, length=4)
+
+
+def test_figures_are_those_of_every_sample():
+    seen = []
+
+    def look(x):
+        seen.append(vmapped.figures([x.sum(), x.max()]))
+        return x
+
+    x = torch.arange(12.0, dtype=F64).reshape(2, 3, 2)
+    torch.vmap(look, in_dims=1)(x.sum(0))
+    torch.vmap(torch.vmap(look), in_dims=1)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    for rows, pairs in zip(seen, (x.sum(0).T, x.reshape(6, 2), x.reshape(1, -1)), strict=True):
+        assert sorted(rows) == sorted([float(p.sum()), float(p.max())] for p in pairs)

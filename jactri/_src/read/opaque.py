@@ -15,8 +15,7 @@ import contextvars
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from functools import partial
-from math import prod
+from math import hypot, inf, prod
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ from .unrecorded import (
     sparse_cause,
     tight,
 )  # fmt: skip
-from .vmapped import Vmapped, combined, fitting, shown
+from .vmapped import Vmapped, combined, figures, fitting, shown
 
 logger = logging.getLogger("jactri")
 
@@ -289,12 +288,12 @@ def _reduce(g: Tensor, shape) -> Tensor:
 
 def _fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`firm`, kept if it is small. Not to be written to."""
-    made = partial(firm, shape, torch.empty((), dtype=dtype, device=device))
-    return (
-        made()
-        if prod(shape) >> 16
-        else fixed(("firm", shape, dtype, str(device)), lambda: (made(),))[0]
-    )
+
+    def made() -> tuple[Tensor]:
+        return (firm(shape, torch.empty((), dtype=dtype, device=device)),)
+
+    (found,) = made() if prod(shape) >> 16 else fixed(("firm", shape, dtype, device), made)
+    return found
 
 
 class Opaque(LinearMap):
@@ -438,11 +437,11 @@ class Opaque(LinearMap):
                 t, pushed = (combined(weights, block).unsqueeze(0) for block in (t, pushed))
             c = _fixed((1, *m.shape), m.dtype, m.device)
             left, right = c * pushed, self.pull(c, False)[0] * t
-            terms = torch.cat([left.flatten(), -right.flatten()])
             # as rounding adds up: of all terms, one that is missing shows
-            close = torch.linalg.vector_norm(terms, dtype=torch.float64)
-            close = close * max(tight(m.dtype), tight(t.dtype))
-            if shown((terms.sum(dtype=torch.float64).abs() <= close) & close.isfinite()):
+            bound, found = max(tight(m.dtype), tight(t.dtype)), []
+            for total in (torch.sum, torch.linalg.vector_norm):
+                found += [total(side, dtype=torch.float64) for side in (left, right)]
+            if all(abs(a - b) <= bound * hypot(x, y) < inf for a, b, x, y in figures(found)):
                 return True
         return False if shown(right.isfinite().all()) else None
 

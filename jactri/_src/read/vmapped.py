@@ -13,6 +13,7 @@ from torch._C._functorch import (
     _set_vmap_fallback_warning_enabled,
     get_unwrapped,
     is_functorch_wrapped_tensor,
+    maybe_get_bdim,
 )
 from torch.autograd.graph import _engine_run_backward
 
@@ -138,6 +139,16 @@ def shown(holds) -> bool:
     while isinstance(holds, Tensor) and is_functorch_wrapped_tensor(holds):
         holds = get_unwrapped(holds)
     return bool(holds.all()) if isinstance(holds, Tensor) else holds
+
+
+def figures(found: Sequence[Tensor]) -> list[list[float]]:
+    """The numbers in some tensors without axes, of one dtype and device, for every sample where vmap is around."""
+    t = torch.stack([*found])
+    while is_functorch_wrapped_tensor(t):
+        at = maybe_get_bdim(t)
+        t = get_unwrapped(t)
+        t = t.movedim(at, -1) if at >= 0 else t
+    return t.reshape(len(found), -1).mT.tolist()
 
 
 def combined(weights: Tensor, block: Tensor) -> Tensor:
