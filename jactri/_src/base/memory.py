@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from .free import free_on_host
+from .heap import Heap
 from .tracing import aside
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -98,7 +99,7 @@ class Budget:
     is planned under it; else None.
     """
 
-    __slots__ = ("_total", "bound", "device", "given", "spent")
+    __slots__ = ("_heap", "_total", "bound", "device", "given", "spent")
 
     def __init__(self, memory_limit: int | str | None, device: torch.device, spent: float = 0.0):
         self.given: int | None = None
@@ -107,6 +108,7 @@ class Budget:
             self.given = parse_bytes(memory_limit)
             self.bound = self.given - spent
         self.device, self.spent, self._total = device, spent, self.given
+        self._heap = None if self.given is None else Heap.of(device, self.given / 2)
 
     @property
     def total(self) -> int:
@@ -129,8 +131,13 @@ class Budget:
     def less(self, more: float) -> Budget:
         """With so many bytes spent beside."""
         rest = Budget(self.given, self.device, self.spent + more)
-        rest._total = self._total
+        rest._total, rest._heap = self._total, self._heap
         return rest
+
+    def tidy(self) -> None:
+        """Between the parts of a computation: have what they left in pieces given back, under a limit."""
+        if self._heap is not None:
+            self._heap()
 
     def fits(self, need: float) -> bool:
         return (self.given is None and need + self.spent <= LARGE) or need <= self.left

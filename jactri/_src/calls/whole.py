@@ -283,6 +283,7 @@ class Passes:
                     self.check(start, made)
             write(start, made)
             del made  # not beside the next
+            self.whole.budget.tidy()
             start += count
             if taken is None:
                 continue

@@ -50,22 +50,23 @@ class Factors(Generic[Run]):
         run.check_unchanged()
         with run.computing():
             steps = list(run.steps(sel, budget).items())
-            found = self._found(sel or {}, steps, bool(steps))
+            found = self._found(sel or {}, steps, bool(steps), budget)
         pieces = {name: [] if v is None else found.get(v, []) for name, v in run.values.items()}
         if sel is None:
             self._kept = pieces
         return pieces
 
     def _found(
-        self, sel: Selection, steps: list[tuple[int, int]], small: bool
+        self, sel: Selection, steps: list[tuple[int, int]], small: bool, budget: Budget
     ) -> dict[int, list[Piece]]:
         """The pieces of a selection, made in ranges of ``steps``: letters, and how many indices at once."""
         if not steps:
+            budget.tidy()
             return pieces_of(self.run, sel, small)
         (letter, size), *rest = steps
         start, length = sel.get(letter, (0, self.run.seeds[letter]))
         parts = [
-            self._found({**sel, letter: (start + i, min(size, length - i))}, rest, small)
+            self._found({**sel, letter: (start + i, min(size, length - i))}, rest, small, budget)
             for i in range(0, length, size)
         ]
         return {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.heap import Heap
 from ..base.progress import Watch
 from ..base.tracing import may_write
 from ..maps.complexes import Complex
@@ -195,11 +196,12 @@ def chunks(
     items = _items(graph, sweep)
     parts = _parts_of(sweep, made)
     steps = _steps if marks is None else _marked(marks)
+    heap = Heap.of(graph.values[sweep.seed].device, sweep.peak)
     if not sweep.chunks:
         if skip and skip({}):
             return
         whole = _start(graph, sweep, None, given, items) | parts
-        steps(graph, sweep, items, whole, None, writable, frozenset(), ends)
+        steps(graph, sweep, items, whole, None, writable, frozenset(), ends, heap)
         yield {}, whole
         return
     # steps in which every cut factor is still tied are the same for all chunks
@@ -224,6 +226,8 @@ def chunks(
         steps(graph, sweep, body, local, sel, writable, pinned, ends)
         yield sel, local
         del local
+        if heap is not None:
+            heap()
 
 
 def _parts_of(sweep: Sweep, made: Made | None) -> Blocks:
@@ -281,10 +285,13 @@ def _steps(
     writable: bool,
     pinned: frozenset[int],
     ends=(),
+    heap: Heap | None = None,
 ) -> None:
     values, layouts, reverse = graph.values, sweep.layouts, sweep.reverse
     once = sweep.alone and sel is None
     for step in items:
+        if heap is not None:
+            heap.writes(step.bytes)
         if isinstance(step, Fused):
             _fused(graph, sweep, step, blocks, sel, writable, pinned, ends)
             continue
@@ -324,8 +331,10 @@ def _steps(
 def _marked(marks: Marks):
     """`_steps`, with a range around every item, and around the steps of one that no kernel covers."""
 
-    def steps(graph, sweep, items, blocks, sel, writable, pinned, ends=()):
+    def steps(graph, sweep, items, blocks, sel, writable, pinned, ends=(), heap=None):
         for item in items:
+            if heap is not None:
+                heap.writes(item.bytes)
             with marks.step(sweep, item):
                 if item.__class__ is Fused:
                     _fused(graph, sweep, item, blocks, sel, writable, pinned, ends, steps)
