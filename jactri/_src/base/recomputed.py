@@ -139,17 +139,24 @@ class Recomputed:
 
     def factor(self, node, form: Callable) -> Callable[[], Factor | None]:
         """The derivative of an elementwise node as kernels compute it, made when it is asked for, and then known."""
-        known: list[Factor | None] = []
+        return _Later(self, node, form)
 
-        def read(name: str):
-            return plain(self.read(getattr, node, "_saved_" + name))
 
-        def made() -> Factor | None:
-            if not known:
-                known.append(form(read).factor(read))
-            return known[0]
+class _Later:
+    """See `Recomputed.factor`; a long graph has many."""
 
-        return made
+    __slots__ = ("_form", "_found", "_node", "_recomputed")
+
+    def __init__(self, recomputed: Recomputed, node, form: Callable):
+        self._recomputed, self._node, self._form = recomputed, node, form
+
+    def __call__(self) -> Factor | None:
+        if not hasattr(self, "_found"):
+            self._found = self._form(self._read).factor(self._read)
+        return self._found
+
+    def _read(self, name: str):
+        return plain(self._recomputed.read(getattr, self._node, "_saved_" + name))
 
 
 @cache

@@ -113,6 +113,10 @@ _SEEN = 1 << 26
 """Pairs of entries of which a product is asked whether one sees the other, at most."""
 
 
+_keys: dict[tuple[str, int], tuple] = {}
+"""Of matrices: a long graph has many of one key."""
+
+
 class MatMul(LinearMap):
     """Multiplication by a matrix: ``x @ partner`` (side "right") or ``partner @ x`` (side "left").
 
@@ -127,7 +131,7 @@ class MatMul(LinearMap):
 
     def __init__(self, partner: Tensor, side: str = "right", unmasked: Unmasked | None = None):
         self.partner, self.side, self.unmasked = partner, side, unmasked
-        self.key = (MatMul, side, partner.dim())  # type: ignore[misc]
+        self.key = _keys.setdefault((side, partner.dim()), (MatMul, side, partner.dim()))  # type: ignore[misc]
         shared = partner.dim() == 2
         self.structure = "shared matrix" if shared else "batched matrix"
         self.uniform = side == "right" and shared

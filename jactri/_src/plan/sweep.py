@@ -354,28 +354,31 @@ def from_blocks(
     for v in order:
         for other, _, _ in incoming[v]:
             last_use[other] = v
-    frees: dict[int, list[int]] = {}
+    frees: dict[int, tuple[int, ...]] = {}
     keep = {t for t in targets if t is not None}
     for other, v in last_use.items():
         if other not in keep:
-            frees.setdefault(v, []).append(other)
+            frees[v] = *frees.get(v, ()), other
+    del last_use
     layouts: dict[int, Layout] = {}
-    ones: dict[int, bool] = {}
-    alike: dict[
-        int, bool
-    ] = {}  # made of weights alone: the same for all samples, and computed once
+    ones: set[int] = set()
+    alike: set[int] = set()  # made of weights alone: the same for all samples, and computed once
     steps = []
     for v, at in seeds.items():
         if v in present:  # what a caller gives may be of any sample its own
-            layouts[v], ones[v], alike[v] = at, unit_seed, at is layout
+            layouts[v] = at
+            if unit_seed:
+                ones.add(v)
+            if at is layout:
+                alike.add(v)
     known: dict[tuple, _Made] = {}  # long graphs repeat themselves
     same = {at: at for at in layouts.values()}  # a map asks whether its layout is that of its route
     for v in order:
         if v in seeds:
             continue
-        into = incoming[v]
+        into = incoming.pop(v)
         key = values[v].dtype, *[
-            (*_form(values[w], e), values[values[w].sources[e][0]].shape, layouts[u], ones[u], alike[u])
+            (*_form(values[w], e), values[values[w].sources[e][0]].shape, layouts[u], u in ones, u in alike)
             for u, w, e in into
         ]  # fmt: skip
         made = known.get(key)
@@ -383,14 +386,18 @@ def from_blocks(
             made = _made(values, v, into, layouts, ones, alike, reverse)
             at = same.setdefault(made.layout, made.layout)
             made = known[key] = made._replace(layout=at)
-        routes, layouts[v], flops, written, shares, ones[v], alike[v] = made
+        routes, layouts[v], flops, written, shares, unit, same_for_all = made
+        if unit:
+            ones.add(v)
+        if same_for_all:
+            alike.add(v)
         terms = tuple([Term(*at, route) for at, route in zip(into, routes, strict=True)])
-        steps.append(Step(v, terms, layouts[v], tuple(frees.get(v, ())), flops, written, shares))
+        steps.append(Step(v, terms, layouts[v], frees.get(v, ()), flops, written, shares))
     return Sweep(
         reverse=reverse, seed=next(iter(seeds)), layout=layout, steps=steps, layouts=layouts,
         targets=[t if t in present else None for t in targets],
         flops=sum(s.flops for s in steps), bytes=sum(s.bytes for s in steps),
-        alike=frozenset(v for v, same in alike.items() if same),
+        alike=frozenset(alike),
         **fields,
     )  # fmt: skip
 
@@ -426,23 +433,24 @@ def _made(values: list[Value], v: int, incoming, layouts, ones, alike, reverse: 
         routes.append(route)
         meet = route.out if meet is None else meet.meet(route.out)
         # under an identity seed a scaling is its derivative, a contraction its matrix
-        free = ones[other] and (edge.structure == "diagonal" or route.axis is not None)
+        unit_there = other in ones
+        free = unit_there and (edge.structure == "diagonal" or route.axis is not None)
         itself = len(routes) > 1 and edge.places(reverse)  # added where it belongs
         if not itself:
             added.append(route)
         if route.moves and not free:
             made = (route.mid if itself else route.out).numel
-            if alike[other] and edge.uniform:
+            if other in alike and edge.uniform:
                 made //= prod(route.out.shape[a] for a in route.out.tied_axes)
             flops += route.work * made
             written += made * itemsize
-        shares = alone and (not route.moves or (ones[other] and route.axis is not None))
-        unit = unit and ones[other] and not route.moves and not route.out.free
+        shares = alone and (not route.moves or (unit_there and route.axis is not None))
+        unit = unit and unit_there and not route.moves and not route.out.free
     if not alone:
         summed, copied = _added(added, meet)
         flops += summed
         written += copied * itemsize
-    same = alone and alike[other] and edge.uniform
+    same = alone and other in alike and edge.uniform
     return _Made(routes, meet, flops, written, shares, unit, same)
 
 

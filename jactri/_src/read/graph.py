@@ -8,7 +8,7 @@ a node without a rule becomes `Opaque` maps, which call the node itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from .writes import Writes
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 _IDENTITY = Identity()
 _NUMBERS = frozenset((int, float, bool, str, type(None)))
+
+T = TypeVar("T")
 
 Source = tuple[int, LinearMap]
 Others = dict[int, tuple[tuple[int, ...], tuple[LinearMap, ...], int]]
@@ -104,6 +106,7 @@ class Reader:
     def __init__(self):
         self.values: list[Value] = []
         self._key: list[object] = []
+        self._same: dict[object, Any] = {}  # see `once`
         self.others: Others = {}
         # nodes of distances: the value, what emits its square; and products that were read as such
         self.distances: dict[object, tuple[int, Callable[[Reader], int]]] = {}
@@ -121,7 +124,7 @@ class Reader:
         self._known: dict[str, object] = {}  # what was read of it
         self.meta = meta = node._input_metadata
         first = meta[0]
-        self.shape: Shape = tuple(first.shape)
+        self.shape: Shape = self.once(tuple(first.shape))
         self.dtype, self.device = first.dtype, first.device
         if len(meta) > 1 or self.dtype.is_complex or first.is_nested_tensor:
             for m in meta:
@@ -233,14 +236,14 @@ class Reader:
         return self.append(op or self.name, shape, dtype or self.dtype, self.device, tuple(sources))
 
     def append(self, op, shape, dtype, device, sources) -> int:
-        values = self.values
+        values, at = self.values, len(self._key)
         values.append(Value(op, shape, dtype, device, sources))
-        if len(sources) == 1:
-            s, m = sources[0]
-            self._key.append((op, shape, dtype, s, m.key))
-        else:
-            self._key.append((op, shape, dtype, tuple([(s, m.key) for s, m in sources])))
-        return len(values) - 1
+        self._key.append(self.once((op, shape, dtype, *[(at - s, m.key) for s, m in sources])))
+        return at
+
+    def once(self, part: T) -> T:
+        """A shape or a part of the key, or what is equal and there: a long graph has the same many times."""
+        return self._same.setdefault(part, part)
 
     def replace(self, values: Sequence[tuple]) -> None:
         """Put others, as `append` takes them, in the place of all values."""
@@ -250,12 +253,9 @@ class Reader:
 
     def single(self, source: int, linear_map: LinearMap, shape: Shape | None = None) -> int:
         """A value with one source; shape and dtype are the source's unless given."""
-        values, op = self.values, self.name
-        v = values[source]
-        shape, dtype = v.shape if shape is None else shape, v.dtype
-        self._key.append((op, shape, dtype, source, linear_map.key))  # as `append` does
-        values.append(Value(op, shape, dtype, v.device, ((source, linear_map),)))
-        return len(values) - 1
+        v = self.values[source]
+        shape = v.shape if shape is None else shape
+        return self.append(self.name, shape, v.dtype, v.device, ((source, linear_map),))
 
     def view(self, source: int, shape: Shape) -> int:
         old = self.values[source].shape

@@ -203,7 +203,7 @@ class Output(Reader):
 
     def __init__(self, base: Reader, nr: int):
         self.values, self._key, self.node, self.src = base.values, base._key, base.node, base.src
-        self.name = base.name
+        self.name, self._same = base.name, base._same
         self.meta, self.now = base.meta, base.meta[nr]
         m = self.now
         self.shape, self.dtype, self.device = tuple(m.shape), m.dtype, m.device
