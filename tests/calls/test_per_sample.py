@@ -10,6 +10,8 @@ from tolerances import assert_close, assert_same_tree
 from torch import nn
 
 import jactri
+from jactri._src.base import rates
+from jactri._src.base.memory import Taken
 
 
 def blocks(func, *inputs):
@@ -414,3 +416,32 @@ def test_a_nan_in_one_sample_stays_in_its_block():
         assert j[2].isnan().any()
         others = torch.arange(N) != 2
         assert_close(j[others], truth[others], F64, length=32)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+@pytest.mark.parametrize("call", ["jacobian", "diagonal", "divergence", "jjt"])
+def test_a_probe_keeps_the_limit(call):
+    """It pulls several masks through nodes that are called: as many as the limit has room for."""
+    wide = torch.randn(4, 2048, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def func(x):
+        return Doubled.apply(x @ wide) @ wide.mT / 100
+
+    x, row = torch.ones(16, 4, dtype=F64), 16 * 2048 * F64.itemsize
+    options = {"per_sample": True} if call in ("jacobian", "jjt") else {}
+    rates.measured(x.device)  # once a process
+    with Taken() as forward:
+        y = func(x.clone().requires_grad_())
+    with Taken() as taken:
+        getattr(jactri, call)(func, x, memory_limit=6 * row, **options)
+    del y
+    assert taken.peak - forward.now < 1.2 * 6 * row

@@ -117,6 +117,11 @@ class Budget:
         return self._total
 
     @property
+    def bounded(self) -> float:
+        """What is left of a limit that was given, or no bound: for what is small but where somebody sets a limit."""
+        return inf if self.bound is None else self.bound
+
+    @property
     def left(self) -> float:
         """What is not spent."""
         return self.total - self.spent

@@ -349,7 +349,7 @@ def _rows(ys, xs, asked: Options, dests):
             if per_sample == ASSUME:
                 strategy = "reverse-mode" if strategy == "auto" else strategy
             elif not apart(graph):
-                prove_by_probe(graph, plan, ys, xs)
+                prove_by_probe(graph, plan, ys, xs, budget)
             plan, wanted = None, wanted._replace(strategy=strategy, summed=True)
         elif asked.chunk_size is not None or budget.limit(plan.peak) < inf:
             plan = None

@@ -112,6 +112,6 @@ def diagonal_of(y: Tensor, x: Tensor, chunk_size: int | None, budget: Budget) ->
     def unmixed() -> bool:
         if backends.capturing(x.device):
             return False
-        return apart(graph) or probe_mixing((y,), (x,), graph) is None
+        return apart(graph) or probe_mixing((y,), (x,), graph, room=budget.bounded) is None
 
     return meeting.diagonal(graph, chunk_size, budget, unmixed).to(x.dtype)

@@ -122,16 +122,20 @@ def of_output(y: Tensor, x: Tensor, asked: Options) -> Tensor:
         return entries.diagonal(0, -2, -1).sum(-1)
     if graph.outputs[0] is None or graph.inputs[0] is None:
         return torch.zeros(shape, dtype=x.dtype, device=x.device)
-    found = ways(graph, batch)
+    found, budget = ways(graph, batch), Budget(asked.memory_limit, x.device)
     # seeds are summed over samples that are shown to be apart by more than ties
-    if batch and not found.closed and _prove(graph, y, x, asked) and (fewer := summed(graph)):
+    if (
+        batch
+        and not found.closed
+        and _prove(graph, y, x, asked, budget)
+        and (fewer := summed(graph))
+    ):
         every = sorted([*fewer, *found.orders], key=lambda order: order.seconds)
         found = Ways(every, closed=False)
-    budget = Budget(asked.memory_limit, x.device)
     return trace(graph, found, batch, asked.chunk_size, budget).to(x.dtype)
 
 
-def _prove(graph: Graph, y: Tensor, x: Tensor, asked: Options) -> bool:
+def _prove(graph: Graph, y: Tensor, x: Tensor, asked: Options, budget: Budget) -> bool:
     """Whether samples do not mix; raises where they do, unless the caller has claimed that they do not."""
     if asked.assume and capturing(x.device):
         return False
@@ -139,8 +143,8 @@ def _prove(graph: Graph, y: Tensor, x: Tensor, asked: Options) -> bool:
     if plan.tied or apart(graph):
         return True
     if asked.assume:
-        return probe_mixing((y,), (x,), graph) is None
-    prove_by_probe(graph, plan, (y,), (x,))
+        return probe_mixing((y,), (x,), graph, room=budget.bounded) is None
+    prove_by_probe(graph, plan, (y,), (x,), budget)
     return True
 
 
@@ -162,7 +166,7 @@ def _estimate(y: Tensor, x: Tensor, asked: Options, count: int, generator):
         and graph is not None
         and None not in (graph.outputs[0], graph.inputs[0])
     ):
-        _prove(graph, y, x, asked)
+        _prove(graph, y, x, asked, Budget(asked.memory_limit, x.device))
     signs = torch.randint(0, 2, (count, *y.shape), generator=generator, device=y.device)
     signs = signs.to(y.dtype).mul_(2).sub_(1)
     (product,) = pull((y,), (x,), (signs,), asked, graph)

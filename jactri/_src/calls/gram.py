@@ -305,7 +305,7 @@ def _rows(ys, xs, weights, asked: GramRequest, assume: bool):
             )  # fmt: skip
             return of_jacobians(compute(ys, xs, options))
         if summed and not apart(graph):
-            prove_by_probe(graph, plan, ys, xs)
+            prove_by_probe(graph, plan, ys, xs, asked.budget)
     outer = graph.inputs if asked.kind == "jtj" else graph.outputs
     made = gram(graph, weights, asked, summed, half)
     return _finished(made, outer, ends[1], asked, half)

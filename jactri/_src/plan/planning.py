@@ -321,9 +321,9 @@ def answer_bytes(ys, xs, per_sample: bool | str) -> int:
     return total
 
 
-def prove_by_probe(graph: Graph, plan: Plan, ys, xs) -> None:
+def prove_by_probe(graph: Graph, plan: Plan, ys, xs, budget: Budget) -> None:
     """Raise unless samples do not mix, where the algebra cannot tell (an opaque op, a loop over the samples)."""
-    leak = probe_mixing(ys, xs, graph)
+    leak = probe_mixing(ys, xs, graph, room=budget.bounded)
     if leak is None:
         return
     value = graph.values[_culprit(graph, plan)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -44,7 +44,11 @@ class Leak:
 
 
 def probe_mixing(
-    outputs, inputs, through: Graph | None = None, products: Mapping[int, Product] | None = None
+    outputs,
+    inputs,
+    through: Graph | None = None,
+    products: Mapping[int, Product] | None = None,
+    room: float = inf,
 ) -> Leak | None:
     """The largest derivative of an output of one sample in the input of another, or None.
 
@@ -56,7 +60,8 @@ def probe_mixing(
 
     ``through``: pull through this graph, whose last inputs are ``inputs``, several masks at once: autograd would run
     the caller's hooks on gradients, which are not to see what means nothing, nor to hide what is there.
-    ``products``: by output, what pulls a block of one mask, where there are no such hooks.
+    ``products``: by output, what pulls a block of one mask, where there are no such hooks. ``room``: bytes that several
+    masks may take.
     """
     n = outputs[0].shape[0]
     if n < 2:
@@ -68,7 +73,7 @@ def probe_mixing(
         if not y.requires_grad:
             continue
         noise = _noise(y)
-        together = 1 if through is None else _at_once(through)
+        together = 1 if through is None else _at_once(through, room)
         for masks in halves(n, y.device).split(together):
             weights = noise * masks.view(-1, n, *([1] * (y.dim() - 1)))
             if products:
@@ -101,10 +106,14 @@ def probe_mixing(
     return Leak(across / within if within else float("inf"), sample)
 
 
-def _at_once(graph: Graph) -> int:
+_BLOCKS = 8
+"""About how many blocks there are at once, where nodes are called that take some themselves."""
+
+
+def _at_once(graph: Graph, room: float) -> int:
     """How many cotangents are pulled at once."""
     value = max(graph.values, key=lambda v: prod(v.shape))
-    most = block_bytes(value.device.type, CACHE_BYTES)
+    most = min(block_bytes(value.device.type, CACHE_BYTES), room / _BLOCKS)
     return max(1, int(most // max(prod(value.shape) * value.dtype.itemsize, 1)))
 
 

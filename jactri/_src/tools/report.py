@@ -289,7 +289,7 @@ def _explained(
             if summed and per_sample == ASSUME:
                 strategy = "reverse-mode" if strategy == "auto" else strategy
             elif summed and not apart(graph):
-                prove_by_probe(graph, alone, ys, xs)
+                prove_by_probe(graph, alone, ys, xs, budget)
         wanted = Wanted(budget, strategy, per_sample, summed, chunk_size, of="")
         try:
             plan = plan_for(graph, ys, xs, wanted)
