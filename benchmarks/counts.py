@@ -9,7 +9,8 @@ seen on any machine. They are held against benchmarks/results/counts.json: exit 
 memory; ``flops`` of those ops that torch can count (products), left out where there are none.
 
 The second table is of the inputs of `benchmarks.worst` at small sizes, the function's own run included: ``naive_...``
-is what is written without jactri, ``node_calls`` are calls of nodes of autograd's graph, one a block of cotangents.
+is what is written without jactri, ``node_calls`` are calls of nodes of autograd's graph, one a block of cotangents,
+``peak_bytes`` the most that ops had allocated at one time.
 
 The third table is of the GPU workloads, counted without a GPU, see `benchmarks.gpu.traffic`.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import subprocess
@@ -35,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
 from jactri._src.base import backends
+from jactri._src.base.memory import Taken
 from jactri._src.read.opaque import OpaqueCall
 
 from .workloads import ALL, Workload
@@ -46,7 +49,9 @@ FIGURES = (
     "ops", "bytes_moved", "allocations", "allocated_bytes", "flops",
 )  # fmt: skip
 PLANNED = FIGURES[:3]
-OF_CASES = (*FIGURES[3:7], "node_calls", "naive_ops", "naive_bytes_moved")
+OF_CASES = (
+    *FIGURES[3:7], "node_calls", "peak_bytes", "naive_ops", "naive_bytes_moved", "naive_peak_bytes",
+)  # fmt: skip
 ON_GPU = ("ops", "bytes_moved", "launches", "launch_bytes")
 
 SAMPLES = {"square": 100}  # of 10^4: its inputs alone would take 1.2 GB to draw
@@ -214,8 +219,22 @@ def measure_case(case: Case) -> Counts:
         naive()
         with Counter() as other:
             naive()
-    found = {**ours.counts, "node_calls": calls[0]}
-    return found | {f"naive_{n}": other.counts[n] for n in ("ops", "bytes_moved")}
+        mine, theirs = _peak(lambda: given.ours(LIMIT)), _peak(naive)
+    found = {**ours.counts, "node_calls": calls[0], "peak_bytes": mine}
+    found |= {f"naive_{n}": other.counts[n] for n in ("ops", "bytes_moved")}
+    return {**found, "naive_peak_bytes": theirs}
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """The most bytes that torch's ops had allocated at one time; cycles are not collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Taken() as taken:
+            call()
+        return taken.peak
+    finally:
+        gc.enable()
 
 
 def traffic(names: Iterable[str] = ()) -> dict[str, Counts]:

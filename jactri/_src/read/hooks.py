@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ def _alike(found, wanted, noise: float = 0.0) -> bool:
         if not a.numel():
             continue
         one, two = (t.reshape(-1).split(_PART) for t in (a, b))
-        size = torch.stack([_size(p, q) for p, q in zip(one, two, strict=True)]).max()
+        size = reduce(torch.maximum, [_size(p, q) for p, q in zip(one, two, strict=True)])
         bound = torch.finfo(a.dtype).eps ** (2 / 3) * size + noise
         if not all(_near(p, q, bound) for p, q in zip(one, two, strict=True)):
             return False
