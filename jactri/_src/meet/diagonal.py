@@ -28,8 +28,9 @@ from ..plan.needs import CACHE_BYTES, cut_seeds, needs
 from ..plan.planner import predict, seconds
 from ..plan.planning import ONE_SEED
 from ..plan.poles import met, suspects
+from ..plan.samples import untied_targets
 from ..plan.supports import Trace, has_windows
-from ..plan.sweep import Sweep, follow, untied_targets
+from ..plan.sweep import Sweep, follow
 from ..read.graph import Graph, Value
 from ..run.entries import factors_of
 from ..run.executor import chunks

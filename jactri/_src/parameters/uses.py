@@ -19,7 +19,8 @@ from ..maps.letters import Letters, spell
 from ..maps.linear_map import Cast, Diagonal, Identity, Permute, Scale, View
 from ..maps.selection import Take
 from ..plan.fusion import fused
-from ..plan.sweep import Sweep, follow, mixing_steps, sample_ties
+from ..plan.samples import mixing_steps, sample_ties
+from ..plan.sweep import Sweep, follow
 from ..read.graph import Graph
 
 

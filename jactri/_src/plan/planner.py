@@ -20,8 +20,9 @@ from .condensing import condensed
 from .factoring import factored
 from .fusion import fuse, fused
 from .needs import INDEX_BYTES, Asked, answer_bytes, choose_chunks, too_small
+from .samples import untied_targets
 from .supports import Trace, has_windows, pattern_of, readable
-from .sweep import Sweep, follow, follow_given, simulate, untied_targets
+from .sweep import Sweep, follow, follow_given, simulate
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ from .needs import Asked
 from .owners import joins
 from .planner import Plan, Simulated, make_plan, plan_given, predict
 from .poles import met
-from .samples import REMEDY, narrow, places, probe_mixing
+from .samples import REMEDY, mixing_steps, narrow, places, probe_mixing, untied_targets
 from .supports import indices
-from .sweep import mixing_steps, simulate, untied_targets
+from .sweep import simulate
 
 _plans: Cache[tuple, Plan] = Cache()
 

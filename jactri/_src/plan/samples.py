@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.constants import halves
 from ..base.rates import block_bytes
-from ..maps.layout import FREE
+from ..maps.layout import FREE, Layout
 from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
@@ -24,6 +24,47 @@ Product = Callable[[Tensor], Sequence[Tensor]]
 
 REMEDY = '; if that is rounding, or a step size that all samples share, per_sample="assume" takes your word for it'
 """What a refusal of samples that mix ends with."""
+
+
+def sample_ties(sweep: Sweep, layout: Layout, graph: Graph) -> bool:
+    """Whether the first axis of a block's value is tied to the first axis of the seed, whole."""
+    if not layout.axes or not sweep.layout.axes:
+        return False
+    n = graph.values[sweep.seed].shape[0]
+    if n == 1:
+        return layout.shape[0] == 1
+    own = sweep.layout.axes[0]
+    return layout.axes[0] == own
+
+
+def untied_targets(graph: Graph, sweep: Sweep) -> list[int]:
+    """The values at the end of a sweep whose samples are not tied to those of the seed."""
+    return [
+        t
+        for t in sweep.targets
+        if t is not None and not sample_ties(sweep, sweep.layouts[t], graph)
+    ]
+
+
+def mixing_steps(graph: Graph, sweep: Sweep, target: int) -> list[int]:
+    """The values (in sweep order) at whose op the samples' tie is lost, of all that lead to ``target``."""
+    batch = {t for _, t in sweep.layout.axes[0]}
+    by_value = {s.value: s for s in sweep.steps}
+    leads, stack = set(), [target]
+    while stack:
+        v = stack.pop()
+        if v not in leads:
+            leads.add(v)
+            stack.extend(t.other for t in (by_value[v].terms if v in by_value else ()))
+    lost = []
+    for step in sweep.steps:
+        if step.value in leads:
+            for t in step.terms:
+                had = batch <= sweep.layouts[t.other].tied
+                if had and not (batch <= t.route.out.tied):
+                    lost.append(t.owner)
+    # a tie can also survive on another axis (a transposed batch): then the last op is named
+    return lost or [by_value[target].terms[0].owner if target in by_value else target]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from ..maps.curvature import Curvature, Curves, Seeds, Unary
 from ..maps.layout import FREE, Layout, SplitSeed, unfolded
 from ..maps.linear_map import Cut, LinearMap, Route
 from ..plan.needs import peak_bytes
-from ..plan.sweep import Step, Sweep, follow, from_blocks, refine, sample_ties
+from ..plan.samples import sample_ties
+from ..plan.sweep import Step, Sweep, follow, from_blocks, refine
 from ..read.graph import Graph, Value
 from ..run.executor import Blocks, add_terms
 from . import fused
