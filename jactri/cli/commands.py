@@ -1,4 +1,4 @@
-"""The command line: ``python -m jactri demo | check | explain | profile | doctor``.
+"""The command line: ``python -m jactri demo | check | explain | profile | lens | doctor``.
 
 Exit codes: 0 all is well, 1 a result is wrong or something is missing, 2 the call was wrong or the user's own function
 failed. A user's mistake is answered in one sentence; only an exception out of their own code shows a traceback.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import inspect
 import os
 import sys
@@ -17,13 +15,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 import jactri
+
+from . import lens
+from .targets import UserCodeError, UserError, find, kind, refusal, without_our_frames
 
 EPILOG = """\
 examples:
@@ -35,6 +35,8 @@ examples:
       what would jactri do, and at what cost?
   python -m jactri profile model.py:net --input x.npy --trace trace.json
       where does the time go, layer by layer?
+  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --out lens.safetensors
+      the Jacobian lens of a language model, a mean over prompts that can be interrupted
   python -m jactri doctor
       what will run where, and what is missing?
 
@@ -52,14 +54,6 @@ examples:
   python -m jactri {command} project.nets:policy.actor --input s.npy --per-sample
   python -m jactri {command} physics.py:residual --input x.npy --input t.npy
 """
-
-
-class UserError(Exception):
-    """The call was wrong; the message names the argument, what it was, and what to pass instead."""
-
-
-class UserCodeError(Exception):
-    """The user's own code raised; the cause is shown with its traceback, the message below it."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -160,6 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
             )
         command.set_defaults(run=run)
 
+    lens.add_parser(commands)
+
     doctor = commands.add_parser(
         "doctor",
         help="report versions, devices, what will run where, and what is missing",
@@ -178,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jactri: error: {error}", file=sys.stderr)
     except UserCodeError as error:
-        traceback.print_exception(_without_our_frames(error.__cause__))
+        traceback.print_exception(without_our_frames(error.__cause__))
         print(f"jactri: error: {error}", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -235,7 +231,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     try:
         print(_ask(profile, function, inputs, arguments))
     except OSError as error:
-        if not _refusal(error):
+        if not refusal(error):
             raise
         raise UserError(f"--trace {arguments.trace}: {error.strerror}") from error
     return 0
@@ -253,16 +249,9 @@ def _ask(command: Callable, function: Callable, inputs, arguments: argparse.Name
     try:
         return command(function, inputs, per_sample=arguments.per_sample)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        if not _refusal(error):
+        if not refusal(error):
             raise
         raise UserError(f"{arguments.target}: {error}") from error
-
-
-def _refusal(error: Exception) -> bool:
-    """Whether a raise statement of jactri explains itself to the user; else it is an accident."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).is_relative_to(Path(jactri.__file__).parent)
-    return ours and (last.line or "").startswith("raise ")
 
 
 def _load(
@@ -271,7 +260,7 @@ def _load(
     """The user's function and its inputs, after one call has shown that they fit each other."""
     target = arguments.target
     raw = [_read_array(path, arguments.dtype is not None) for path in arguments.inputs]
-    function = _find(target)
+    function = find(target)
     dtype, device = getattr(torch, arguments.dtype or "float32"), torch.device("cpu")
     if isinstance(function, torch.nn.Module):
         if arguments.dtype:
@@ -314,33 +303,13 @@ def _require_arity(target: str, function: Callable, count: int) -> None:
         ) from None
 
 
-def _without_our_frames(error: BaseException) -> BaseException:
-    """The error with a traceback that starts in the user's code, where it has any of that."""
-    kept = error.__traceback__
-    while kept is not None and kept.tb_next is not None:
-        path = kept.tb_frame.f_code.co_filename
-        if not (
-            path == __file__ or path == importlib.__file__ or path.startswith("<frozen importlib")
-        ):
-            break
-        kept = kept.tb_next
-    return error.with_traceback(kept)
-
-
 def _require_tensors(target: str, outputs: object) -> None:
     parts = outputs if isinstance(outputs, tuple) and outputs else (outputs,)
     for part in parts:
         if not isinstance(part, torch.Tensor):
             raise UserError(
-                f"{target} returned {_kind(part)}; it has to return a tensor or a tuple of tensors"
+                f"{target} returned {kind(part)}; it has to return a tensor or a tuple of tensors"
             )
-
-
-def _kind(value: object) -> str:
-    if value is None or value == ():
-        return "None" if value is None else "an empty tuple"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _read_array(path: str, convert: bool) -> torch.Tensor:
@@ -375,73 +344,3 @@ def _read_array(path: str, convert: bool) -> torch.Tensor:
             "save it as floats, or convert it here with --dtype float32"
         )
     return torch.from_numpy(np.array(array, dtype="float64"))  # wide enough; _load narrows it
-
-
-def _find(target: str) -> Callable:
-    # From the right: a Windows path has a colon of its own.
-    where, separator, name = target.rpartition(":")
-    if not separator or not where or not name:
-        raise UserError(
-            f"{target!r} is not MODULE:FUNCTION; pass for example model.py:net or package.module:net"
-        )
-    module = _import_file(where) if where.endswith(".py") else _import_module(where)
-    value: Any = module
-    for part in name.split("."):
-        try:
-            value = getattr(value, part)
-        except AttributeError:
-            raise UserError(f"{target}: {where} has no {name!r}; {_offers(module)}") from None
-    if isinstance(value, type):
-        raise UserError(f"{target}: {name} is a class; pass an instance of it, made in {where}")
-    if not callable(value):
-        raise UserError(
-            f"{target}: {name} is {_kind(value)}, which cannot be called; pass a function or an nn.Module"
-        )
-    return value
-
-
-def _offers(module: ModuleType) -> str:
-    own = [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and callable(value)
-        and not isinstance(value, type)
-        and getattr(value, "__module__", None) in (module.__name__, None, type(value).__module__)
-    ]
-    return f"it offers {', '.join(sorted(own)[:12])}" if own else "it has no functions of its own"
-
-
-def _import_file(where: str) -> ModuleType:
-    path = Path(where).resolve()
-    if not path.is_file():
-        raise UserError(
-            f"{where}: there is no such file; pass the path to a .py file, or a module's dotted name"
-        )
-    sys.path.insert(0, str(path.parent))  # its neighbours are importable, as when it is run itself
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    # Before it runs, as import does it: dataclasses and pickle look their module up.
-    sys.modules.setdefault(path.stem, module)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever it is, it is theirs to see
-        raise UserCodeError(
-            f"{where} raised {type(error).__name__} while it was imported (above)"
-        ) from error
-    return module
-
-
-def _import_module(where: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(where)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and f"{where}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"{where}: there is no module {error.name!r} here; pass a dotted name that imports from "
-                f"{os.getcwd()}, or the path to a .py file"
-            ) from None
-        raise UserCodeError(
-            f"{where} raised {type(error).__name__} while it was imported (above)"
-        ) from error

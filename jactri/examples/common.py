@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9"
 INK, MUTED = "#22262e", "#6b7280"
 
+IMPORTED = {"scikit-learn": "sklearn"}  # names of packages that are not those of their modules
+
 Found = TypeVar("Found")
 
 
@@ -35,6 +37,7 @@ def main(
     draw: Callable[[Found], Figure],
     argv: list[str] | None,
     needs: tuple[str, ...] = (),
+    extra: str = "demo",
 ) -> Found:
     """Runs one example from its command line: computes, prints what it found, saves ``NAME.png``.
 
@@ -45,6 +48,7 @@ def main(
         draw: the picture of it.
         argv: the words of the command line; those of the process if None.
         needs: packages that ``run`` imports beside torch, by the name to install.
+        extra: which brings them.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jactri.examples.{name}",
@@ -58,11 +62,11 @@ def main(
     parser.add_argument("--quick", action="store_true", help="a few seconds, with worse figures")
     parser.add_argument("--no-plot", action="store_true", help="print only")
     options = parser.parse_args(argv)
-    modules = {"scikit-learn": "sklearn", "matplotlib": "matplotlib"}
     wanted = needs if options.no_plot else ("matplotlib", *needs)
+    modules = {w: IMPORTED.get(w, w.replace("-", "_")) for w in wanted}
     if missing := [w for w in wanted if importlib.util.find_spec(modules[w]) is None]:
         parser.error(
-            f"{', '.join(missing)} is missing (the extra 'demo'): run pip install {' '.join(missing)}"
+            f"{', '.join(missing)} is missing (the extra {extra!r}): run pip install {' '.join(missing)}"
         )
     if not options.no_plot:
         try:

@@ -1,0 +1,311 @@
+"""``python -m jactri lens``: the mean Jacobian between layers of a model over prompts, which can be interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import jactri
+
+from .targets import UserCodeError, UserError, find, kind, refusal
+
+DESCRIPTION = """\
+The mean over prompts of the Jacobian of a target layer in source layers, tokens
+reduced at both ends: by default the Jacobian lens of every source, summed over
+the target's tokens and averaged over the source's. Goes on from the file of
+--out where an interrupted call left it. Needs the extra 'lens': safetensors.
+"""
+
+EPILOG = """\
+FACTORY is a function without arguments, or a torch.nn.Module. It returns the
+model, or a pair: the model, and what makes its inputs of a line of --prompts. A
+tokenizer of transformers will do, or a function from the line to a tensor, a
+tuple of arguments or a dict of keyword arguments. Without one a line holds the
+numbers of its tokens. The weights must be the same each time: a file is of one
+model. The file is read by jactri.JacobianMean.load.
+
+examples:
+  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --out lens.safetensors
+  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --rows 64 \\
+      --reduce -1 mean --out last.safetensors --picture last.png
+"""
+
+
+def add_parser(commands) -> None:
+    """Add the command to a parser's ``commands``."""
+    command = commands.add_parser(
+        "lens",
+        help="the mean Jacobian between layers of a model over prompts, written to a file as it goes",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "factory", metavar="MODULE:FACTORY", help="what makes the model, for example model.py:make"
+    )
+    command.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="a text file, a prompt a line"
+    )
+    command.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help='names of layers or patterns, as "layers.*" or "layers.3:input"',
+    )
+    command.add_argument(
+        "--target", default="", metavar="NAME", help="the name of one layer (default: the model's output)"
+    )  # fmt: skip
+    command.add_argument(
+        "--reduce",
+        nargs=2,
+        type=_how,
+        default=("sum", "mean"),
+        metavar=("AT_TARGET", "AT_SOURCE"),
+        help="what is done with tokens at each end: sum, mean, or the number of one, -1 the last (default: sum mean)",
+    )
+    command.add_argument(
+        "--rows", type=_positive, metavar="K", help="K random rows of the target (a sketch) in place of all"
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of --rows (default: 0)")
+    command.add_argument(
+        "--memory-limit", metavar="SIZE", help="what may be allocated beside the model, as 2GB"
+    )
+    command.add_argument(
+        "--every", type=float, default=60.0, metavar="SECONDS", help="between two writes (default: 60)"
+    )  # fmt: skip
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="the file to write"
+    )
+    command.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw singular values and errors (needs matplotlib)"
+    )  # fmt: skip
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    _check_before(arguments)
+    lines = _lines(arguments.prompts)
+    model, encode = _make(arguments.factory)
+    prompts = Prompts(arguments, model, encode, lines)
+    out = arguments.out
+    mean = jactri.JacobianMean(
+        model, arguments.source, arguments.target, arguments.reduce, rows=arguments.rows, seed=arguments.seed,
+        memory_limit=arguments.memory_limit,
+    )  # fmt: skip
+    try:
+        if out.exists():
+            before = jactri.JacobianMean.load(out).count
+            print(f"{out} holds {before} prompts already; going on from there", file=sys.stderr)
+        shown = any(map(importlib.util.find_spec, ("rich", "tqdm")))
+        mean.run(prompts, out, every=arguments.every, progress=shown)
+    except KeyboardInterrupt:
+        done = jactri.JacobianMean.load(out).count if out.exists() else 0
+        print(
+            f"\njactri: interrupted after {done} of {len(lines)} prompts"
+            + (f", which {out} holds: the same command goes on from there" if done else ""),
+            file=sys.stderr,
+        )
+        return 130
+    except (UserError, UserCodeError):
+        raise
+    except Exception as error:
+        where = prompts.where
+        if refusal(error):
+            raise UserError(
+                f"{arguments.factory}: {error} (at {where})"
+                if where
+                else f"--out {out}: {error}. Pass another file, or the model, layers, reduction and prompts that it is of"
+            ) from error
+        if where is None:
+            raise
+        raise UserCodeError(
+            f"{arguments.factory}: {type(error).__name__} (above) at {where}"
+        ) from error
+    for line in told(mean):
+        print(line)
+    print(f"wrote {out}")
+    if arguments.picture is not None:
+        print(f"wrote {draw(mean, arguments.picture)}")
+    return 0
+
+
+class Prompts:
+    """What a model takes, prompt by prompt; ``where`` tells which one is at hand."""
+
+    def __init__(self, arguments, model: torch.nn.Module, encode: Callable, lines):
+        self._arguments, self._encode, self._lines = arguments, encode, lines
+        tensors = [*model.parameters(), *model.buffers()]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self.where: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, line in self._lines:
+            self.where = f"line {number} of {self._arguments.prompts}"
+            try:
+                inputs = self._encode(line)
+            except UserError as error:
+                raise UserError(f"{self.where}: {error}") from None
+            except Exception as error:  # whatever it is, it is theirs to see
+                raise UserCodeError(
+                    f"{self._arguments.factory}: the tokenizer raised {type(error).__name__} (above) at {self.where}"
+                ) from error
+            yield _moved(inputs, self._device)
+        self.where = None
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs on the model's device; what they may be, `layer_jacobian` knows."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, tuple):
+        return tuple(_moved(part, device) for part in inputs)
+    if hasattr(inputs, "items"):
+        return {name: _moved(part, device) for name, part in inputs.items()}
+    return inputs
+
+
+def told(mean: jactri.JacobianMean) -> Iterator[str]:
+    """A table of a mean: for each layer its size, and how far it and its identity part can be trusted."""
+    from jactri.examples.common import table
+    from jactri.examples.lens import identity_share
+
+    value = mean.value()
+    errors = mean.standard_error() if mean.count > 1 else {}
+    rows = []
+    for name, J in value.items():
+        sizes = torch.linalg.svdvals(J.double())
+        error = f"{errors[name].norm() / J.norm():.1%}" if errors else "-"
+        share = f"{identity_share(J):.1%}" if J.shape[0] == J.shape[1] else "-"
+        shape = "x".join(map(str, J.shape))
+        rows.append([name, shape, sizes[0].item(), sizes.median().item(), share, error])
+    headings = ["layer", "shape", "largest singular value", "median", "identity", "standard error"]
+    yield f"mean over {mean.count} prompts"
+    yield from table(headings, rows)
+
+
+def draw(mean: jactri.JacobianMean, path: Path) -> Path:
+    """Save a picture of the singular values of a mean, layer by layer."""
+    from jactri.demo.pictures import save
+    from jactri.examples import common
+    from jactri.examples.lens import draw_spectra
+
+    subtitle = f"{mean!r}. What has small singular values at a layer does not count at the target."
+    figure = common.figure("Jacobians between layers", subtitle, (10, 6.4))
+    draw_spectra(common.panels(figure, 1, 1, left=0.09, right=0.97, bottom=0.1), mean.value())
+    return save(figure, path)
+
+
+def _check_before(arguments: argparse.Namespace) -> None:
+    """What would fail after minutes of work fails now."""
+    asked = {"--out": (arguments.out, "safetensors", "safetensors")}
+    if arguments.picture is not None:
+        asked["--picture"] = (arguments.picture, "matplotlib", "matplotlib")
+    for name, (path, module, package) in asked.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{name} needs {package}: run pip install {package}")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise UserError(
+                f"{name} {path}: {error.strerror or error}; pass a file in a folder that can be written to"
+            ) from error
+        if path.is_dir():
+            raise UserError(f"{name} {path}: is a folder; pass the name of a file in it")
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror or error}; pass a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: is no text in UTF-8 ({error.reason})") from error
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {path}: holds no line of text; write a prompt a line")
+    return lines
+
+
+def _make(target: str) -> tuple[torch.nn.Module, Callable[[str], Any]]:
+    """The model, in eval mode, and what makes inputs of a line."""
+    found: Any = find(target)
+    if not isinstance(found, torch.nn.Module):
+        try:
+            inspect.signature(found).bind()
+        except TypeError as error:
+            raise UserError(
+                f"{target}: a factory is called without arguments ({error}); pass one that needs none"
+            ) from None
+        except ValueError:  # some C functions have no signature
+            pass
+        try:
+            found = found()
+        except Exception as error:  # whatever it is, it is theirs to see
+            raise UserCodeError(f"{target} raised {type(error).__name__} (above)") from error
+    model, encode = found if isinstance(found, tuple) and len(found) == 2 else (found, _numbers)
+    if not isinstance(model, torch.nn.Module) or not callable(encode):
+        got = kind(found)
+        if isinstance(found, tuple):
+            got = f"a tuple of {', '.join(map(kind, found)) or 'nothing'}"
+        raise UserError(
+            f"{target} returned {got}; return a torch.nn.Module, or a pair of one and a tokenizer or function from a "
+            "line of text to the model's inputs"
+        )
+    if model.training:
+        model.eval()
+        print(f"{target} was put into eval mode", file=sys.stderr)
+    return model, _by_tokenizer(encode)
+
+
+def _by_tokenizer(encode: Callable) -> Callable[[str], Any]:
+    """What makes inputs of a line: where it knows ``return_tensors``, as tokenizers do, torch's tensors."""
+    try:
+        named = inspect.signature(encode).parameters
+    except ValueError:
+        return encode
+    if "return_tensors" not in named:
+        return encode
+    return lambda line: encode(line, return_tensors="pt")
+
+
+def _numbers(line: str) -> Tensor:
+    """The tokens of a line of numbers, ``(1, tokens)``."""
+    try:
+        return torch.tensor([[int(word) for word in line.split()]])
+    except ValueError:
+        raise UserError(
+            f"{line.strip()[:40]!r} is no line of token numbers; to tokenize text, let FACTORY return (model, tokenizer)"
+        ) from None
+
+
+def _how(text: str) -> str | int:
+    if text in ("sum", "mean"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected sum, mean or the number of a token, not {text!r}"
+        ) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, not {text!r}")
+    return int(text)
