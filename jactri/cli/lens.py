@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -126,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{arguments.factory}: {error} (at {where})"
                 if where
-                else f"--out {out}: {error}. Pass another file, or the model, layers, reduction and prompts that it is of"
+                else f"--out {out}: {error}. Pass another file, or what it is of"
             ) from error
         if where is None:
             raise
@@ -290,7 +289,7 @@ def _numbers(line: str) -> Tensor:
         return torch.tensor([[int(word) for word in line.split()]])
     except ValueError:
         raise UserError(
-            f"{line.strip()[:40]!r} is no line of token numbers; to tokenize text, let FACTORY return (model, tokenizer)"
+            f"{line.strip()[:40]!r} is no line of token numbers; for text, let FACTORY return (model, tokenizer)"
         ) from None
 
 

