@@ -27,6 +27,7 @@ CPU_ONLY = {
     "test_benchmarks.py": "benchmarks, tried on the CPU",
     "test_memory.py": "memory of the process",
     "test_cli.py": "the command line, whose demo and doctor look at the CPU",
+    "test_lens_command.py": "the same",
     "test_export.py": "packages for the CPU",
     "test_examples.py": "programs for the CPU",
     "test_packaging.py": "wheels and imports",
