@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if out.exists():
             before = jactri.JacobianMean.load(out).count
-            print(f"{out} holds {before} prompts already; going on from there", file=sys.stderr)
+            print(f"going on from {out}, prompts done: {before}", file=sys.stderr)
         shown = any(map(importlib.util.find_spec, ("rich", "tqdm")))
         mean.run(prompts, out, every=arguments.every, progress=shown)
     except KeyboardInterrupt:
@@ -203,8 +203,11 @@ def draw(mean: jactri.JacobianMean, path: Path) -> Path:
     from jactri.examples import common
     from jactri.examples.lens import draw_spectra
 
-    subtitle = f"{mean!r}. What has small singular values at a layer does not count at the target."
-    figure = common.figure("Jacobians between layers", subtitle, (10, 6.4))
+    figure = common.figure(
+        f"Mean Jacobians of layers, {mean.count} prompts",
+        "Directions of a layer with small singular values do not count at the target.",
+        (10, 6.4),
+    )
     draw_spectra(common.panels(figure, 1, 1, left=0.09, right=0.97, bottom=0.1), mean.value())
     return save(figure, path)
 

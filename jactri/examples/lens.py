@@ -256,21 +256,22 @@ def draw_spectra(axes, lens: dict[str, Tensor]) -> None:
     """Singular values of the Jacobian of each layer, and how much of each a multiple of the identity explains."""
     from matplotlib import colormaps
 
-    least = 1e-3
+    values = {name: torch.linalg.svdvals(J.double()).cpu() for name, J in lens.items()}
+    least = 5e-4 * max(some.max().item() for some in values.values()) or 1e-30
+    named = -(-len(lens) // 12)  # of many layers, every so many have a place in the legend
     for k, (name, J) in enumerate(lens.items()):
-        values = torch.linalg.svdvals(J.double()).clamp(min=least * 1e-3)
         share = f": {identity_share(J.double()):.0%} identity" if J.shape[0] == J.shape[1] else ""
-        colour = colormaps["viridis"](0.92 * k / max(1, len(lens) - 1))
         axes.plot(
-            range(1, len(values) + 1), values.cpu().numpy(), color=colour, lw=1.8, label=name + share
+            range(1, len(values[name]) + 1), values[name].clamp(min=1e-3 * least).numpy(), lw=1.8,
+            color=colormaps["viridis"](0.92 * k / max(1, len(lens) - 1)),
+            label="_" if k % named else name + share,
         )  # fmt: skip
     common.label(
         axes, "how much of each layer's input counts at the end", "number", "singular value of J"
     )
     axes.set(yscale="log", xlim=(1, None))
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], least))
-    if len(lens) <= 12:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=common.INK, loc="lower left")
+    axes.set_ylim(bottom=least)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=common.INK, loc="lower left")
 
 
 def _draw_gains(axes, found: Found) -> None:

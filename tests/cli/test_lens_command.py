@@ -174,7 +174,7 @@ def test_an_interrupted_run_goes_on_to_the_same_mean(theirs, capsys):
     assert jactri.JacobianMean.load("part.safetensors").count == 2
     theirs.stop = None
     assert call(before=part) == 0
-    assert "part.safetensors holds 2 prompts already; going on" in capsys.readouterr().err
+    assert "going on from part.safetensors, prompts done: 2" in capsys.readouterr().err
     resumed = jactri.JacobianMean.load("part.safetensors")
     assert resumed.count == 5
     for one, other in zip(
