@@ -257,19 +257,21 @@ def draw_spectra(axes, lens: dict[str, Tensor]) -> None:
     from matplotlib import colormaps
 
     values = {name: torch.linalg.svdvals(J.double()).cpu() for name, J in lens.items()}
+    longest = max(map(len, values.values()))
     least = 5e-4 * max(some.max().item() for some in values.values()) or 1e-30
     named = -(-len(lens) // 12)  # of many layers, every so many have a place in the legend
+    marker = "o" if longest < 12 else ""
     for k, (name, J) in enumerate(lens.items()):
         share = f": {identity_share(J.double()):.0%} identity" if J.shape[0] == J.shape[1] else ""
         axes.plot(
-            range(1, len(values[name]) + 1), values[name].clamp(min=1e-3 * least).numpy(), lw=1.8,
+            range(1, len(values[name]) + 1), values[name].clamp(min=1e-3 * least).numpy(), lw=1.8, marker=marker,
             color=colormaps["viridis"](0.92 * k / max(1, len(lens) - 1)),
             label="_" if k % named else name + share,
         )  # fmt: skip
     common.label(
         axes, "how much of each layer's input counts at the end", "number", "singular value of J"
     )
-    axes.set(yscale="log", xlim=(1, None))
+    axes.set(yscale="log", xlim=(1, longest) if longest > 1 else None)
     axes.set_ylim(bottom=least)
     axes.legend(frameon=False, fontsize=8.5, labelcolor=common.INK, loc="lower left")
 

@@ -8,6 +8,7 @@ import torch
 
 import jactri
 from jactri.cli import commands as cli
+from jactri.examples import common, lens
 
 MODEL = """
 import torch
@@ -248,6 +249,22 @@ def test_rows_and_tokens(theirs):
         ]
         torch.testing.assert_close(J, torch.stack(each).mean(0))
     assert [*found] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_pictures_of_one_row_of_many_layers_and_of_zeros(theirs, tmp_path):
+    assert call("words", "--rows", "1", "--picture", "one.png") == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    many = {f"layers.{k}": k * torch.randn(5, 5) for k in range(30)}
+    figure = common.figure("title", "subtitle", (6, 4))
+    axes = common.panels(figure, 1, 1)
+    lens.draw_spectra(axes, many)
+    assert len(axes.lines) == 30
+    named = [text.get_text().partition(":")[0] for text in axes.get_legend().get_texts()]
+    assert named == [f"layers.{k}" for k in range(0, 30, 3)]
+    for line, J in zip(axes.lines[1:], [*many.values()][1:], strict=True):
+        seen = torch.as_tensor(line.get_ydata())
+        sizes = torch.linalg.svdvals(J.double())
+        torch.testing.assert_close(seen[sizes > 0.1], sizes[sizes > 0.1])
 
 
 @pytest.mark.parametrize(
