@@ -34,8 +34,9 @@ examples:
       what would jactri do, and at what cost?
   python -m jactri profile model.py:net --input x.npy --trace trace.json
       where does the time go, layer by layer?
-  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --out lens.safetensors
-      the Jacobian lens of a language model, a mean over prompts that can be interrupted
+  python -m jactri lens model.py:make --prompts prompts.txt \\
+      --source "layers.*" --target norm --out lens.safetensors
+      the Jacobian lens of a language model, interrupted when you like
   python -m jactri doctor
       what will run where, and what is missing?
 

@@ -34,9 +34,11 @@ numbers of its tokens. The weights must be the same each time: a file is of one
 model. The file is read by jactri.JacobianMean.load.
 
 examples:
-  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --out lens.safetensors
-  python -m jactri lens model.py:make --prompts prompts.txt --source "layers.*" --target norm --rows 64 \\
-      --reduce -1 mean --out last.safetensors --picture last.png
+  python -m jactri lens model.py:make --prompts prompts.txt \\
+      --source "layers.*" --target norm --out lens.safetensors
+  python -m jactri lens model.py:make --prompts prompts.txt \\
+      --source "layers.*" --target norm --rows 64 --reduce -1 mean \\
+      --out last.safetensors --picture last.png
 """
 
 

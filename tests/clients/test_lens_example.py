@@ -67,7 +67,7 @@ def test_what_the_example_finds(bert):
     for word in ("encoder.layer.1:input", "river", "share of identity", "against autograd"):
         assert word in told
     figure = lens.draw(found)
-    assert "It looks at" in figure.texts[0].get_text()
+    assert "The model looks at" in figure.texts[0].get_text()
 
 
 def test_how_much_the_identity_explains():
