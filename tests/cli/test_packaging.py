@@ -90,7 +90,8 @@ def test_the_wheels_metadata(unpacked):
     assert metadata["Name"] == "jactri"
     assert metadata["Version"] == jactri.__version__
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra")) == set("demo test check docs bench".split())
+    extras = set("demo test lens language check docs bench".split())
+    assert set(metadata.get_all("Provides-Extra")) == extras
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert {re.match(r"[\w-]+", line)[0] for line in required} == {"torch", "numpy", "triton"}
     assert any("Linux" in line for line in required if line.startswith("triton"))
