@@ -6,6 +6,7 @@ from common import F64
 from layer_cases import TOKENS, WIDTH, Tiny, ids, tiny, whole
 from tolerances import assert_close
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import jactri
@@ -275,6 +276,34 @@ def test_a_mask_by_position_and_rows_without_tokens():
     J = jactri.layer_jacobian(model, (ids(), mask), "tiny.layers.0", "pool")["tiny.layers.0"]
     wanted = truth(model.tiny, "layers.0", ids(), mask, (0, "mean"))
     assert_close(J, wanted, F64, length=200)
+
+
+class Checkpointed(nn.Module):
+    """A layer of `Tiny` whose activations are made again."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, mask=None):
+        return checkpoint(self.layer, hidden, mask=mask, use_reentrant=False)
+
+
+@pytest.mark.parametrize("end", ["mlp", "norm1:input", ""])
+@pytest.mark.parametrize("how", ["mean", 1, weight(TOKENS, 2)], ids=["mean", "token", "weights"])
+def test_sources_within_checkpointed_layers(end, how):
+    model = tiny().requires_grad_(True)
+    given = {"input_ids": ids(), "attention_mask": MASKS["right"]}
+    name = f"layers.1.layer.{end}".rstrip(".")
+    plain = f"layers.1.{end}".rstrip(".")
+    wanted = jactri.layer_jacobian(model, given, plain, "norm", ("sum", how))[plain]
+    model.layers = nn.ModuleList(Checkpointed(layer) for layer in model.layers)
+    assert_close(
+        jactri.layer_jacobian(model, given, name, "norm", ("sum", how))[name],
+        wanted,
+        F64,
+        length=200,
+    )
 
 
 # -- bad input --------------------------------------------------------------------------------------

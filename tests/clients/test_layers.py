@@ -27,6 +27,13 @@ GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions"
         "eos_token_id": None}  # fmt: skip
 BERT = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 MOE = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+MAMBA = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "state_size": 4,
+    "num_hidden_layers": 3,
+    "use_cache": False,
+}
 
 # the model, its config, a dtype that it computes in inside, attention, sources, target
 MODELS = {
@@ -36,6 +43,8 @@ MODELS = {
     "Gemma2": ("Gemma2ForCausalLM", {**SMALL, "head_dim": 4}, F32, "eager", "model.layers.?", "model.norm"),
     "GPT2": ("GPT2LMHeadModel", GPT2, F32, "sdpa", "transformer.h.*", "transformer.ln_f"),
     "Bert": ("BertModel", BERT, F32, "sdpa", "encoder.layer.*", "encoder.layer.2"),
+    "Mistral": ("MistralForCausalLM", {**SMALL, "sliding_window": 3}, F32, "sdpa", "model.layers.*", "model.norm"),
+    "Mamba": ("MambaForCausalLM", MAMBA, F32, None, "backbone.layers.*", "backbone.norm_f"),
     "Mixtral": ("MixtralForCausalLM", MOE, F32, "sdpa", "model.layers.*", "model.norm"),
 }  # fmt: skip
 
@@ -138,6 +147,29 @@ def test_logits_of_tokens_in_patches_and_caches():
         jactri.layer_jacobian(
             language, {**prompts(), "past_key_values": cache}, "model.layers.0", "model.norm"
         )
+
+
+@pytest.mark.parametrize("kind, options", [("Mistral", {"sliding_window": 3}), ("Qwen2", {})])
+def test_ways_to_compute_attention_give_the_same(kind, options):
+    found = [
+        jactri.layer_jacobian(
+            build(f"{kind}ForCausalLM", {**SMALL, **options}, way), prompts(), "model.layers.*", "model.norm"
+        )
+        for way in ("eager", "sdpa")
+    ]  # fmt: skip
+    for layer, J in found[0].items():
+        assert_close(J, found[1][layer], F32, length=16 * 12, what=layer)
+
+
+@pytest.mark.parametrize("sources", ["model.layers.*", "model.layers.*.mlp"])
+def test_checkpointed_layers(sources):
+    model, inputs = build("LlamaForCausalLM", SMALL, "sdpa"), prompts()
+    wanted = jactri.layer_jacobian(model, inputs, sources, "model.norm")
+    model.gradient_checkpointing_enable()
+    found = jactri.layer_jacobian(model.train(), inputs, sources, "model.norm")
+    assert list(found) == list(wanted)
+    for layer, J in found.items():
+        assert_close(J, wanted[layer], F64, length=16 * 12, what=layer)
 
 
 def test_half_precision_weights():

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Module
 from torch.utils.hooks import RemovableHandle
 
@@ -249,6 +250,15 @@ _eager = _Eager()
 def staying_eager() -> contextlib.AbstractContextManager[None]:
     """A context in which what of a function is compiled runs eagerly."""
     return _eager if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def saved_as_it_is() -> saved_tensors_hooks:
+    """A context in which what autograd saves is kept as it is, whatever hooks the caller has on that."""
+    return saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 @contextlib.contextmanager

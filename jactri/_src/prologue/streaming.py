@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_sequence_nr, _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -34,7 +33,7 @@ from ..read.hooks import MODULE_HOOKS, tracked
 from ..read.joining import for_given
 from ..read.reading import read
 from ..rules import record_of, rule
-from .running import computing, record, stream_now
+from .running import computing, record, saved_as_it_is, stream_now
 
 Whole = Callable[[Sequence[Tensor], Sequence[Tensor], list[Tensor], Graph | None], list[Tensor]]
 """Tangents of the outputs of a recorded computation, of its inputs, by all that there is (see `calls.vectors.push`)."""
@@ -163,7 +162,7 @@ class Streamed(TorchFunctionMode):
         # the first time, where all other ops were read at once
         self._reads = True
         try:
-            with stream_now(self), _no_hooks(), self:
+            with stream_now(self), saved_as_it_is(), self:
                 return self._tangents(ys)
         finally:
             self._reads = False
@@ -209,14 +208,14 @@ class Streamed(TorchFunctionMode):
             return func(*args, **kwargs)
         packed = _top_saved_tensors_default_hooks(True) is not None
         if self._reads:
-            with _no_hooks() if packed else nullcontext():
+            with saved_as_it_is() if packed else nullcontext():
                 return func(*args, **kwargs)
         if func in _REFUSED and not (func is Tensor.register_hook and tracked()):
             self._check(func, args, kwargs)
         versions = [_version(a) for a in _tensors(args, kwargs)]
         if packed:  # of a checkpoint, say: what is saved is read at once
             self._packed = True
-            with _no_hooks():
+            with saved_as_it_is():
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -408,12 +407,3 @@ def _memory(x: Tensor) -> int:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def _no_hooks() -> saved_tensors_hooks:
-    """Within, what autograd saves is kept as it is."""
-    return saved_tensors_hooks(_as_it_is, _as_it_is)
-
-
-def _as_it_is(x):
-    return x

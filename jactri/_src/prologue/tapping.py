@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..base.classes import plain
-from .running import staying_eager
+from .running import saved_as_it_is, staying_eager
 
 Step = int | str
 Change = Callable[[str, Tensor], Tensor]
@@ -219,7 +219,9 @@ class Tapping:
                 "generate)"
             )
         place, y = found
-        tensor = self._change(name, plain(y))
+        # what is saved here is not for checkpointing, whose second run is without this hook
+        with saved_as_it_is():
+            tensor = self._change(name, plain(y))
         runs = self.made.setdefault(name, [])
         runs.append(Tap(tensor, name, len(runs), self._count))
         self._count += 1
