@@ -4,8 +4,8 @@ For every layer the mean, over source tokens, of the sum over target tokens of t
 a (d, d) matrix each. The model is GPT-2 in plain torch (12 layers, d = 768, 12 heads; random, frozen weights), the
 prompt 128 tokens, float32, on the CPU. `jactri.layer_jacobian` runs beside what people write for it: the prompt is
 repeated along the batch and runs once; a backward pass with another one-hot cotangent in each copy gives as many rows,
-at all layers at once (`reference`). How many copies is a choice between speed and memory: each of ``--batch`` is a
-contender, and the one that jactri is held against is the fastest.
+at all layers at once (`reference`). How many copies run at once decides its speed and its memory: each number of
+``--batch`` is a contender, and jactri is held against all of them.
 
 A whole lens takes minutes. ``--rows K`` computes and times the first K of its rows with all contenders: K should be a
 multiple of the batches. Rows are held against float64 first. Peaks are those of fresh processes, forward pass included.
@@ -238,19 +238,22 @@ def measure(options: argparse.Namespace, sizes: Sizes, record: Record) -> None:
             fact |= in_subprocess(name, options, sizes)
     for name in (OURS, *(n for n in facts if n != OURS)):
         record.add(facts[name])
-    summary = record.data["summary"] = {}
     peers = [n for n in facts if n != OURS]
-    if options.rounds and peers:
-        best = table.fastest(peers)
-        summary["fastest"] = best
-        summary["speed"] = asdict(table.ratio(best, OURS))
-        summary["flops"] = facts[best]["flops"] / facts[OURS]["flops"]
-        if options.memory and None not in (facts[n]["peak_bytes"] for n in (OURS, best)):
-            summary["memory"] = facts[OURS]["peak_bytes"] / facts[best]["peak_bytes"]
-            fit = [n for n in peers if facts[n]["peak_bytes"] <= facts[OURS]["peak_bytes"]]
-            if fit:
-                largest = summary["in_its_memory"] = table.fastest(fit)
-                summary["speed_in_its_memory"] = asdict(table.ratio(largest, OURS))
+    if not options.rounds or not peers:
+        return
+    against = {
+        n: compared(facts[OURS], facts[n]) | {"speed": asdict(table.ratio(n, OURS))} for n in peers
+    }
+    record.data["summary"] = {"fastest": table.fastest(peers), "against": against}
+    record.write()
+
+
+def compared(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """jactri's flops and peak over another's."""
+    ratios = {"flops": mine["flops"] / other["flops"]}
+    if mine.get("peak_bytes") and other.get("peak_bytes"):
+        ratios["memory"] = mine["peak_bytes"] / other["peak_bytes"]
+    return ratios
 
 
 def in_subprocess(name: str, options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
@@ -273,17 +276,12 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
         if r.get("peak_bytes") is not None:
             text += f"{r['peak_bytes'] / 1e6:>10.4g} MB"
         yield f"{text}   error {r['error']:.1e}"
-    found = record.get("summary", {})
-    if "speed" in found:
+    found = record.get("summary", {"against": {}})
+    for name, r in found["against"].items():
         yield (
-            f"{found['speed']['median']:.2f} times as fast as the fastest ({found['fastest']}), with "
-            f"{1 / found['flops']:.2f} of its flops"
-            + (f" and {found['memory']:.2f} of its memory" if "memory" in found else "")
-        )
-    if "in_its_memory" in found:
-        yield (
-            f"{found['speed_in_its_memory']['median']:.2f} times as fast as the fastest that takes no more memory "
-            f"({found['in_its_memory']})"
+            f"{r['speed']['median']:.2f} times as fast as {name}, with {r['flops']:.2f} of its flops"
+            + (f" and {r['memory']:.2f} of its memory" if "memory" in r else "")
+            + (" (the fastest)" if name == found["fastest"] else "")
         )
 
 
@@ -293,7 +291,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, size in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"default: {size}")
     parser.add_argument("--rows", type=int, help="how many rows of each lens; default: all")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="copies of it")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8, 64], help="copies of the prompt"
+    )
     parser.add_argument("--chunk", type=int, help="jactri's chunk_size")
     parser.add_argument("--limit", help="jactri's memory_limit")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import numpy
@@ -84,6 +85,19 @@ class Place(Slice):
 
     def pull(self, c, own):
         return Slice.push(self, c, own)
+
+
+def side_by_side(edges: Sequence[LinearMap], reverse: bool) -> list[int] | None:
+    """The order in which maps put their data along one axis that they fill, each a part of its own; None if not so."""
+    slices = [e for e in edges if isinstance(e, Slice) and e.places(reverse) and e.step == 1]
+    if len(slices) < len(edges) or len({(e.axis, e.size) for e in slices}) > 1:
+        return None
+    order, end = sorted(range(len(slices)), key=lambda i: (slices[i].start, slices[i].length)), 0
+    for i in order:
+        if slices[i].start != end:
+            return None
+        end += slices[i].length
+    return order if end == slices[0].size else None
 
 
 class Take(LinearMap):

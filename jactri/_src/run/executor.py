@@ -20,6 +20,7 @@ from ..maps.joint import given as taken
 from ..maps.layout import Layout, Selection, convert, one, scatter
 from ..maps.lettered import has_own_memory
 from ..maps.linear_map import Diagonal
+from ..maps.selection import side_by_side
 from ..plan import patches, patching
 from ..plan.fusion import Fused, Item
 from ..plan.mixed import Join
@@ -387,6 +388,8 @@ def add_terms(
     like = graph.values[step.value]
     if not sweep.reverse and (joint := _joint(graph, step)) is not None:
         return joint.join(_by_place(graph, sweep, step, blocks, sel)), True
+    if not made and (whole := _filled(graph, sweep, step, blocks, sel)) is not None:
+        return whole, True
     total, own = None, False
     sparse: list[tuple[Tensor | None, Layout]] = []
     for i, term in enumerate(step.terms):
@@ -445,3 +448,22 @@ def _by_place(graph: Graph, sweep: Sweep, step: Step, blocks: Blocks, sel) -> di
         block, _ = taken(blocks[term.other][0], False, at, term.route.mid, sel, like)
         found[term.map_in(graph).place] = block
     return found
+
+
+def _filled(graph: Graph, sweep: Sweep, step: Step, blocks: Blocks, sel) -> Tensor | None:
+    """The sum of terms that fill an axis side by side, where each is a block of as many ties as the sum."""
+    if not step.terms[0].map_in(graph).places(sweep.reverse):
+        return None
+    edges = [term.map_in(graph) for term in step.terms]
+    order = side_by_side(edges, sweep.reverse)
+    if order is None:
+        return None
+    data = [blocks[term.other][0] for term in step.terms]
+    plain = all(term.route.out.tied == step.layout.tied for term in step.terms)
+    if not plain or any(d is None for d in data) or len({d.dtype for d in data}) > 1:
+        return None
+    parts = [
+        convert(d, sweep.layouts[term.other], term.route.mid, sel, d)
+        for term, d in zip(step.terms, data, strict=True)
+    ]
+    return torch.cat([parts[i] for i in order], edges[0].axis + 1)
