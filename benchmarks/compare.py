@@ -226,7 +226,8 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of things on a command line: 1 or more."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -248,13 +249,15 @@ def _file(text: str) -> Path:
     return Path(text)
 
 
-def add_options(parser: argparse.ArgumentParser, budget: float, meaning: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, budget: float, meaning: str, rounds: int = 21
+) -> None:
     """What every command that times has."""
-    parser.add_argument("--rounds", type=_count, default=21, help="default: 21")
+    parser.add_argument("--rounds", type=count, default=rounds, help=f"default: {rounds}")
     parser.add_argument(
         "--budget", type=_seconds, default=budget, help=f"{meaning}; default: {budget:g}"
     )
-    parser.add_argument("--threads", type=_count, help="default: torch's own choice")
+    parser.add_argument("--threads", type=count, help="default: torch's own choice")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write everything there")
     parser.add_argument("--seed", type=int, default=0, help="of the order of contenders")

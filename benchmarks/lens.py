@@ -289,12 +289,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lens", description=__doc__)
     for name, size in asdict(Sizes()).items():
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"default: {size}")
-    parser.add_argument("--rows", type=int, help="how many rows of each lens; default: all")
+        parser.add_argument(f"--{name}", type=compare.count, default=size, help=f"default: {size}")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 64], help="copies of the prompt"
+        "--rows", type=compare.count, help="how many rows of each lens; default: all"
     )
-    parser.add_argument("--chunk", type=int, help="jactri's chunk_size")
+    parser.add_argument(
+        "--batch", type=compare.count, nargs="+", default=[1, 8, 64], help="copies of the prompt"
+    )
+    parser.add_argument("--chunk", type=compare.count, help="jactri's chunk_size")
     parser.add_argument("--limit", help="jactri's memory_limit")
     parser.add_argument(
         "--no-memory", dest="memory", action="store_false", help="no fresh processes"
@@ -303,9 +305,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alone", metavar="CONTENDER", help="its first call in this process, as one line of JSON"
     )
-    compare.add_options(parser, 600.0, "seconds of timing")
+    compare.add_options(parser, 600.0, "seconds of timing", rounds=5)
     options = parser.parse_args(arguments)
-    options.rounds = min(options.rounds, 5) if options.timed else 0
+    options.rounds = options.rounds if options.timed else 0
     return options
 
 
