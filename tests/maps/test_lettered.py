@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from jactri._src.maps.lettered import contract, flops, multiply, once
-from jactri._src.maps.letters import Network, Unaligned
+from jactri._src.maps.letters import Network, Unaligned, order
 
 F64 = torch.float64
 SIZES = {0: 2, 1: 3, 2: 4, 3: 1, 4: 5}
@@ -90,3 +90,17 @@ def test_ends_are_split_until_they_agree():
         net.identify(net.axes((48,)), [[net.letter(5)]])
     with pytest.raises(Unaligned):
         net.identify([[net.letter(6), net.letter(8)]], other)
+
+
+def test_the_smallest_result_is_not_made_at_twice_the_flops():
+    """Products of two operands may all be as large, and what follows not: then flops decide, by all orders."""
+    k, s, t, e, d = 0, 1, 2, 3, 4
+    sizes = {k: 40, s: 5, t: 5, e: 6, d: 8}
+    operands = ((k, t, e), (t, s), (e, d))
+    steps, found = order(operands, tuple(sizes.items()), (k, s, d))
+    first = 2 * 40 * 5 * 6 * 5
+    assert found == first + 2 * 40 * 5 * 6 * 8 and steps[0][:2] == (0, 1)
+    many = ((0, 1), (1, 2), (2, 3), (3, 4), (4, 5))
+    wide = {0: 3, 1: 50, 2: 3, 3: 50, 4: 3, 5: 50}
+    best = order(many, tuple(wide.items()), (0, 5))[1]
+    assert best == 2 * (3 * 50 * 3 + 3 * 50 * 3 + 3 * 3 * 3 + 3 * 3 * 50)

@@ -200,28 +200,82 @@ def side_by_side(letters: Letters, parts: Sequence[Letters]) -> bool:
     )
 
 
+FEW = 6
+"""So many operands at most are looked at in all orders."""
+
+DEARER = 2.0
+"""How many times the least flops the order that makes small results may take."""
+
+
 @lru_cache(maxsize=1024)
 def order(operands: tuple[Letters, ...], sizes: tuple[tuple[Letter, int], ...], out: Letters):
-    """Which operands to multiply, pair by pair, the smallest result first: ((i, j, letters), ...), and the flops."""
+    """Which operands to multiply, pair by pair: ((i, j, letters), ...), and the flops.
+
+    The smallest result first; of few operands what takes the least flops, where that makes a difference.
+    """
     size = dict(sizes)
-    place = {letter: i for i, letter in enumerate(out)}
     present = [frozenset(letters) for letters in operands]
+    if len(present) == 1:
+        return (), float(prod([size[s] for s in present[0]]))
+    found = _ordered(present, size, out, lambda left: _smallest(left, size, out))
+    if 2 < len(present) <= FEW:
+        pairs = _least(present, size, out)
+        least = _ordered(present, size, out, lambda _: next(pairs))
+        if found[1] > DEARER * least[1]:
+            return least
+    return found
+
+
+def _ordered(present: list[frozenset[Letter]], size: dict[Letter, int], out: Letters, choose):
+    place = {letter: i for i, letter in enumerate(out)}
     steps, flops = [], 0.0
     while len(present) > 1:
-        best = None
-        for i in range(len(present)):
-            for j in range(i + 1, len(present)):
-                others = set(out).union(*(p for k, p in enumerate(present) if k not in (i, j)))
-                both = present[i] | present[j]
-                left = both & others
-                cost = prod([size[s] for s in left]), prod([size[s] for s in both])
-                if best is None or cost < best[0]:
-                    best = cost, i, j, left
-        (_, work), i, j, left = best
+        i, j = choose(present)
+        left = _left(present, (i, j), out)
+        flops += 2.0 * prod([size[s] for s in present[i] | present[j]])
         # in the order of the result: its memory is then gone through in order
         steps.append((i, j, tuple(sorted(left, key=lambda s: (place.get(s, len(out)), s)))))
-        flops += 2.0 * work
         present = [p for k, p in enumerate(present) if k not in (i, j)] + [left]
-    if not steps:
-        flops = float(prod([size[s] for s in present[0]]))
     return tuple(steps), flops
+
+
+def _left(present: list[frozenset[Letter]], some: tuple[int, ...], out: Letters):
+    """The letters of the product of some operands: those that the others have, or the result."""
+    others = set(out).union(*(p for k, p in enumerate(present) if k not in some))
+    return frozenset().union(*(present[k] for k in some)) & others
+
+
+def _smallest(present: list[frozenset[Letter]], size: dict[Letter, int], out: Letters):
+    """The pair of operands whose product is the smallest."""
+
+    def taken(pair):
+        left = _left(present, pair, out)
+        both = present[pair[0]] | present[pair[1]]
+        return prod([size[s] for s in left]), prod([size[s] for s in both])
+
+    return min(itertools.combinations(range(len(present)), 2), key=taken)
+
+
+def _least(present: list[frozenset[Letter]], size: dict[Letter, int], out: Letters):
+    """The pairs of operands in the order that takes the least flops: of each subset the best is found once."""
+    everything = tuple(range(len(present)))
+    letters = {(k,): present[k] for k in everything}
+    best: dict[tuple[int, ...], tuple[float, tuple]] = {(k,): (0.0, ()) for k in everything}
+
+    def ways(some):
+        for count in range(1, len(some) // 2 + 1):
+            for one in itertools.combinations(some, count):
+                other = tuple([k for k in some if k not in one])
+                work = 2.0 * prod([size[s] for s in letters[one] | letters[other]])
+                (first, pairs), (second, more) = best[one], best[other]
+                yield first + second + work, (*pairs, *more, (one, other))
+
+    for count in range(2, len(present) + 1):
+        for some in itertools.combinations(everything, count):
+            letters[some] = _left(present, some, out)
+            best[some] = min(ways(some))
+    at = [(k,) for k in everything]
+    for one, other in best[everything][1]:
+        i, j = sorted((at.index(one), at.index(other)))
+        yield i, j
+        at = [o for k, o in enumerate(at) if k not in (i, j)] + [tuple(sorted(one + other))]

@@ -23,8 +23,8 @@ from .sweep import Meeting, Step, Sweep, Term, cost, follow, part_block, with_st
 MANY = 2
 """How many times the seeds of a part the sweep must have, at least."""
 
-MORE = 1 / 16
-"""How much more memory the sweep may take with its parts, of what it took."""
+MORE, WORTH = 1 / 16, 1 / 2
+"""How much more memory the sweep may take with its parts: in any case, and by the share of its cost that they save."""
 
 LOOK = 6e-6
 """About how many seconds it takes to follow one step."""
@@ -42,7 +42,8 @@ def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
     at = [v for v in on if v in through]
     if seconds < LOOK * len(at) * len(on):
         return sweep
-    best, most = sweep, (1 + MORE) * peak_bytes(graph, sweep, {})
+    best, saved = sweep, 0.0
+    whole, least = cost(sweep.steps), peak_bytes(graph, sweep, {})
     for near, far in _apart(graph, sweep, at):
         inner = on[on.index(near) + 1 : on.index(far) + 1]
         steps = [s for s in sweep.steps if s.value in set(inner)]
@@ -52,12 +53,16 @@ def condensed(graph: Graph, sweep: Sweep, seconds: float) -> Sweep:
             key=lambda s: cost(s.steps),
         )
         found = _step(graph, sweep, made, near, far, len(best.parts))
-        if found is None or cost([found]) + cost(made.steps) >= cost(steps):
+        if found is None:
+            continue
+        less = cost(steps) - cost([found]) - cost(made.steps)
+        if less <= 0:
             continue
         parts = *best.parts, (made, far if made.reverse == sweep.reverse else near)
         more = replace(with_steps(best, {far: found}, set(inner)), parts=parts)
-        if peak_bytes(graph, more, {}) + sum(p.ends(graph) for p, _ in parts) <= most:
-            best = more
+        taken = peak_bytes(graph, more, {}) + sum(p.ends(graph) for p, _ in parts)
+        if taken <= least * (1 + MORE + WORTH * (saved + less) / whole):
+            best, saved = more, saved + less
     return best
 
 
