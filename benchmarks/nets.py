@@ -108,11 +108,18 @@ def image_to_image() -> nn.Sequential:
 
 
 class TransformerBlock(nn.Module):
-    """W7: a pre-norm block; attention as softmax(QK')V, or fused (`fused=True`)."""
+    """W7: a pre-norm block, or post-norm; attention as softmax(QK')V, or fused (`fused=True`)."""
 
-    def __init__(self, width: int = 64, heads: int = 4, hidden: int = 256, fused: bool = False):
+    def __init__(
+        self,
+        width: int = 64,
+        heads: int = 4,
+        hidden: int = 256,
+        fused: bool = False,
+        post: bool = False,
+    ):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads, self.fused, self.post = heads, fused, post
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.o = nn.Linear(width, width)
@@ -120,7 +127,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., tokens, width) to the same shape."""
-        h = self.norm1(x)
+        if self.post:
+            x = self.norm1(x + self._attention(x))
+            return self.norm2(x + self.down(F.gelu(self.up(x))))
+        x = x + self._attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+    def _attention(self, h: Tensor) -> Tensor:
         q, k, v = (
             lin(h).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
             for lin in (self.q, self.k, self.v)
@@ -129,8 +142,13 @@ class TransformerBlock(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v)
         else:
             a = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1) @ v
-        x = x + self.o(a.transpose(-2, -3).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.o(a.transpose(-2, -3).flatten(-2))
+
+
+def encoder(width: int = 384, heads: int = 12, hidden: int = 1536, layers: int = 6) -> nn.Module:
+    """Blocks of BERT's kind."""
+    blocks = (TransformerBlock(width, heads, hidden, fused=True, post=True) for _ in range(layers))
+    return nn.Sequential(*blocks)
 
 
 class SumOfSquares(nn.Module):

@@ -166,14 +166,30 @@ def band_flops() -> int:
 def block_flops(tokens: int = 16, d: int = 64, heads: int = 4, hidden: int = 256) -> int:
     """W7, a sample: tokens mix in attention only, and there with rank one a head.
 
-    Per output token: the MLP's Jacobian P (d x hidden x d), P times the d x d product of value and
-    output weights of each head, P times the output weights, the rank-one terms of the scores, the
-    query's own block; then the sum over heads for each pair of tokens.
+    Per output token: the Jacobian P of the feed-forward network (d x hidden x d), P times the output weights, what
+    follows times the value weights and the scores' derivatives, and the queries' block by its weights. For each pair of
+    tokens the sums over heads: of values, and of keys, each times its weights.
     """
-    one = d * hidden * d + d * d * heads * d + d * d * d + d * tokens * d + d * d * d
+    one = d * hidden * d + 3 * d * d * d + 2 * d * tokens * d
     pair = d * d * 2 * heads + d * d
-    forward = 4 * d * d + 2 * d * hidden
-    return 2 * tokens * (one + tokens * pair + forward)
+    return 2 * tokens * (one + tokens * pair) + tokens * _forward_flops(d, hidden)
+
+
+def encoder_flops(tokens: int, d: int, heads: int, hidden: int, layers: int) -> int:
+    """Such blocks behind one another: all but the last see d rows a token.
+
+    Their feed-forward networks are one matrix a token, made once; queries and keys go by their weights, or by the
+    weights times the other of the two, whichever is smaller.
+    """
+    rows = tokens * d
+    through = 3 * d * d + 2 * d * min(d, heads * tokens) + 3 * tokens * d
+    behind = rows * tokens * through + tokens * d * hidden * d
+    more = 2 * behind + tokens * _forward_flops(d, hidden)
+    return block_flops(tokens, d, heads, hidden) + (layers - 1) * more
+
+
+def _forward_flops(d: int, hidden: int) -> int:
+    return 2 * (4 * d * d + 2 * d * hidden)
 
 
 def mlp(name, title, widths, act, last=None, *, samples, **more) -> Workload:
@@ -373,7 +389,20 @@ def resized(w: Workload, samples: int) -> Workload:
     return replace(w, title=title, samples=samples, flops=w.flops // w.samples * samples)
 
 
-LARGE = (_resnet("resnet18-1000", 1000, Goal(1.2)),)
+LARGE = (
+    _resnet("resnet18-1000", 1000, Goal(1.2)),
+    Workload(
+        name="encoder",
+        title="transformer encoder of MiniLM's sizes: 6 layers, d=384, T=12, 12 heads, GELU MLP of 1536, N=1",
+        module=nets.encoder,
+        samples=1,
+        in_shape=(12, 384),
+        out_shape=(12, 384),
+        flops=encoder_flops(12, 384, 12, 1536, 6),
+        weights=6 * (4 * 384 * 384 + 2 * 384 * 1536),
+        no_forward="torch has no forward mode for fused attention",
+    ),
+)
 """Run by name only: minutes."""
 ALL = MLP + CONV + ATTENTION + OPERATORS + ELEMENTWISE + DROPIN + OVERHEAD
 

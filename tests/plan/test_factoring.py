@@ -244,7 +244,9 @@ def test_every_layer_has_factors():
     x = draw(1, t, d)
     options = {"per_sample": True, "strategy": "reverse-mode"}
     two, three = (jactri.explain(layers(n), x, **options).flops for n in (2, 3))
-    assert three - two < 2 * (t * d) * t * 2.8 * d * d  # of a layer's four weights, two at their size
+    assert (
+        three - two < 2 * (t * d) * t * 2.8 * d * d
+    )  # of a layer's four weights, two at their size
     J = jactri.jacobian(layers(3), x, **options)
     assert_close(J, blocks(truth_of(layers(3), x)), F64, length=1000)
 
