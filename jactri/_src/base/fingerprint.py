@@ -42,11 +42,13 @@ def _add(found, value: Any) -> None:
 
 
 def of_module(module: torch.nn.Module) -> str:
-    """Of a module's class and state: names, shapes, dtypes, and of each tensor the sum of its bits and some entries.
+    """Of the classes of a module and of those in it, and its state: names, shapes, dtypes, and of each tensor the sum of its bits and some entries.
 
     Costs one pass over the weights, where they are.
     """
-    found = hashlib.sha256(type(module).__name__.encode())
+    found = hashlib.sha256()
+    for name, part in module.named_modules():
+        found.update(f"{name}:{type(part).__name__};".encode())
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             found.update(repr((name, value)).encode())

@@ -133,6 +133,8 @@ class Between:
         )
         self.at_target.check()
         self.at_source.check()
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {seed!r}")
         self.rows, self.seed = _rows(rows), seed
 
     def of(
@@ -145,7 +147,7 @@ class Between:
             raise RuntimeError("layer_jacobian is not available inside of a torch.func transform")
         named = _by_name(model, args, kwargs)
         check_no_cache(named, "inputs")
-        masks = Masks(mask, named)
+        masks = Masks(mask, named, _parameters(model))
         leaves: dict[str, list[Tensor]] = {}
 
         def change(name: str, y: Tensor) -> Tensor:
@@ -249,6 +251,14 @@ def _by_name(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
         ValueError,
     ):  # the call itself says what does not fit, and a builtin has none
         return kwargs
+
+
+def _parameters(model: torch.nn.Module) -> list[str]:
+    """The names of a model's arguments."""
+    try:
+        return list(inspect.signature(model.forward).parameters)
+    except ValueError:  # a builtin has none
+        return []
 
 
 def _instead(inputs: Any) -> str:

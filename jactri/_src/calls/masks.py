@@ -12,9 +12,12 @@ _MASK, _DECODER = "attention_mask", "decoder_attention_mask"
 
 
 class Masks:
-    """Masks of the activations of one call. ``given``: the caller's; ``named``: the model's arguments by name."""
+    """Masks of the activations of one call. ``given``: the caller's; ``named``: the model's arguments by name.
 
-    def __init__(self, given: Any, named: Mapping[str, Any]):
+    ``known``: names of all arguments that the model has.
+    """
+
+    def __init__(self, given: Any, named: Mapping[str, Any], known: Iterable[str]):
         if isinstance(given, str) and given != AUTO:
             raise ValueError(f"mask must be 'auto', a tensor, None or a dict, got {given!r}")
         if not isinstance(given, (str, type(None), Tensor, Mapping)):
@@ -22,6 +25,7 @@ class Masks:
                 f"mask must be 'auto', a tensor, None or a dict of those by layer, got {type(given)}"
             )
         self._given, self._named = given, named
+        self._two = any(k.startswith("decoder_") for k in (*named, *known))
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError for masks of layers that are not asked for."""
@@ -69,7 +73,7 @@ class Masks:
     def _auto(self, name: str) -> tuple[str, Any]:
         """The argument of the model that tells which tokens of a layer are valid, and its value."""
         named = self._named
-        if not any(k.startswith("decoder_") for k in named):
+        if not self._two:
             return _MASK, named.get(_MASK)
         parts = name.partition(":")[0].partition("#")[0].split(".")
         sides = [s for s, of in (("decoder", _DECODER), ("encoder", _MASK)) if s in parts]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base import files, fingerprint
+from ..base.classes import PLAIN
 from ..base.progress import bar
 from ..prologue.running import public
 from .layers import Between, options_of
@@ -80,11 +81,12 @@ class JacobianMean:
     ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
+        Between(source, target, reduce, rows, seed)  # raises for what is none
         asked = {
             "source": [source] if isinstance(source, str) else list(source),
             "target": target,
-            "reduce": list(reduce),
-            "rows": rows,
+            "reduce": [_own(how) for how in reduce],
+            "rows": _own(rows),
             "seed": seed,
         }
         self._set(asked, errors, fingerprint.of_module(model))
@@ -103,9 +105,7 @@ class JacobianMean:
     def _bind(self, model: torch.nn.Module, chunk_size, memory_limit, backend) -> None:
         self._model = model
         self._options = {"chunk_size": chunk_size, "memory_limit": memory_limit, "backend": backend}
-        self._weights = [
-            (n, p, p._version) for n, p in model.named_parameters() if not p.is_inference()
-        ]
+        self._state = _state(model)
 
     def __repr__(self) -> str:
         source = ", ".join(map(repr, self._asked["source"]))
@@ -303,8 +303,8 @@ class JacobianMean:
         if model is not None:
             if fingerprint.of_module(model) != made._of:
                 raise RuntimeError(
-                    f"{os.fspath(path)!r} is of another model: its class, or the names, dtypes or values of its "
-                    "weights differ; pass the model that it was made of, or start another file"
+                    f"{os.fspath(path)!r} is of another model: classes of its modules, or names, dtypes or values "
+                    "of its weights differ; pass the model that it was made of, or start another file"
                 )
             made._bind(model, chunk_size, memory_limit, backend)
         return made
@@ -376,12 +376,17 @@ class JacobianMean:
             raise RuntimeError(
                 "this mean was loaded without its model: JacobianMean.load(path, model) can add prompts"
             )
-        for name, p, version in self._weights:
-            if p._version != version:
-                raise RuntimeError(
-                    f"{name!r} of the model was written to since this mean was made, which is of the model as it was; "
-                    "make another JacobianMean"
-                )
+        state = _state(self._model)
+        if state == self._state:
+            return
+        if fingerprint.of_module(self._model) != self._of:
+            of = [name for name in state if state[name] != self._state.get(name)]
+            name = repr(of[0]) if of else "a part"
+            raise RuntimeError(
+                f"{name} of the model was written to or replaced since this mean was made, which is of the model as it "
+                "was; make another JacobianMean"
+            )
+        self._state = state
 
     def _check_prompt(self, number: int, prompt: Any) -> None:
         if fingerprint.of_value((prompt, AUTO)) != self._prompts[number]:
@@ -393,7 +398,7 @@ class JacobianMean:
     def _check_same(self, other: JacobianMean, whose: str) -> None:
         """Raise RuntimeError for a mean of something else."""
         if self._of != other._of:
-            raise RuntimeError(f"{whose} is of another model: its class or its weights differ")
+            raise RuntimeError(f"{whose} is of another model: its modules or its weights differ")
         for name, value in self._asked.items():
             if fingerprint.of_value(value) != fingerprint.of_value(other._asked[name]):
                 raise RuntimeError(
@@ -415,6 +420,22 @@ class JacobianMean:
             )
         if left.count > self.count:
             self._prompts, self._mean, self._squares = left._prompts, left._mean, left._squares
+
+
+def _own(how: Any) -> Any:
+    """What is asked for, of which the caller may write to tensors later."""
+    return how.detach().clone() if isinstance(how, Tensor) else how
+
+
+def _state(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What tells at no cost that a model may be another: its modules, and which tensors it has, where, how often
+    written to."""
+    found: dict[str, tuple[Any, ...]] = {n: (type(m),) for n, m in model.named_modules()}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if isinstance(t, Tensor):
+            where = t.data_ptr() if t.__class__ in PLAIN and not t.is_meta else None
+            found[name] = id(t), where, t.dtype, 0 if t.is_inference() else t._version
+    return found
 
 
 def _told(how: Any, name: str, tensors: dict[str, Tensor]) -> Any:

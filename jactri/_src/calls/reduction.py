@@ -113,11 +113,11 @@ class Reduction(NamedTuple):
         rank = valid.cumsum(1) - 1
         at = torch.full((n, 1), i, device=y.device) if i >= 0 else valid.sum(1, keepdim=True) + i
         chosen = (rank == at) & valid
-        if not bool(chosen.any(1).all()):
-            least = int(valid.sum(1).min())
+        if (not n and self.end == "source") or not bool(chosen.any(1).all()):
+            counts = valid.sum(1).tolist()
+            whose = f"whose samples have {min(counts)} valid tokens or more" if n else "of no samples"
             raise IndexError(
-                f"reduce at the {self.end}: there is no token {i} in {name!r} of shape {tuple(y.shape)}, whose samples "
-                f"have {least} valid tokens or more"
+                f"reduce at the {self.end}: there is no token {i} in {name!r} of shape {tuple(y.shape)}, {whose}"
             )
         return chosen
 

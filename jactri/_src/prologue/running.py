@@ -103,6 +103,15 @@ class computing:
             backends.asked.reset(self._token)
 
 
+def saved_as_it_is() -> saved_tensors_hooks:
+    """Within, what autograd saves is kept as it is, whatever hooks of others are in force."""
+    return saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(x):
+    return x
+
+
 # -- the caller's function ------------------------------------------------------------------------
 
 
@@ -175,6 +184,8 @@ def record(call, *args):
     if not callable(call):
         raise not_callable(call)
     before, _recording.now = recording(), True
+    if not before:
+        overriding.begin()
     number = RemovableHandle.next_id
     try:
         return _eager(call, args, {}), RemovableHandle.next_id - number

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import difflib
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -109,6 +110,8 @@ class Tap(NamedTuple):
 class Tapping:
     """A context in which activations of a module's layers are kept: ``made``, by name, one each run, in order.
 
+    Of this thread alone: hooks belong to the model, which others may run meanwhile.
+
     ``modules``: for each spec, the modules that it matches, by path. ``calls``: what the model itself was called with.
     """
 
@@ -134,6 +137,7 @@ class Tapping:
             self.modules.append({p: paths[p] for p in found})
 
     def __enter__(self) -> Tapping:
+        self._thread = threading.get_ident()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -180,7 +184,8 @@ class Tapping:
         return self._stack is not None
 
     def _called_with(self, module: Module, args: tuple, kwargs: dict) -> None:
-        self.calls.append((args, kwargs))
+        if self._thread == threading.get_ident():
+            self.calls.append((args, kwargs))
 
     def _before(self, name: str, spec: Spec):
         def hook(module: Module, args: tuple, kwargs: dict):
@@ -204,6 +209,8 @@ class Tapping:
 
         Where there is none, or nothing is recorded, a name is an error, and a pattern is not for this one.
         """
+        if self._thread != threading.get_ident():
+            return None
         found = _found(value, path)
         if name not in self._by_name and (found is None or not torch.is_grad_enabled()):
             return None
@@ -216,11 +223,10 @@ class Tapping:
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name!r} runs under no_grad, where nothing is recorded: run the model in grad mode (its forward, not "
-                "generate)"
+                "generate), its checkpoints with use_reentrant=False"
             )
         place, y = found
-        # what is saved here is not for checkpointing, whose second run is without this hook
-        with saved_as_it_is():
+        with saved_as_it_is():  # a checkpoint runs the module again without this, and has to save the same
             tensor = self._change(name, plain(y))
         runs = self.made.setdefault(name, [])
         runs.append(Tap(tensor, name, len(runs), self._count))
@@ -349,11 +355,14 @@ def _replaced(value: Any, path: Sequence[Step], new: Tensor) -> Any:
         return new
     key, *rest = path
     part = _replaced(next(v for k, v in _inside(value) if k == key), rest, new)
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{str(key): part})  # type: ignore[type-var]
+    changed: Any
     if isinstance(value, Mapping):
-        changed: Any = copy.copy(value)
+        changed = copy.copy(value)
         changed[key] = part
+        return changed
+    if dataclasses.is_dataclass(value):
+        changed = copy.copy(value)
+        object.__setattr__(changed, str(key), part)  # whether it is frozen or not
         return changed
     parts = [part if k == key else v for k, v in _inside(value)]
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

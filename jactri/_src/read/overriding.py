@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _get_sequence_nr
 
 from ..rules import record_of
 from .writes import NAME as WRITE
@@ -41,36 +42,38 @@ _WHOLE = re.compile("^(CheckpointFunction|CompiledFunction)")
 """Nodes that hide any op."""
 
 
-class Calls:
+class Calls(threading.local):
     """When the modules of an override ran, in sequence numbers of autograd's nodes, which a thread counts by itself."""
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[list[int], list[float]]] = {}
-        self._depth: Counter[int] = Counter()
+        self._starts: list[int] = []
+        self._stops: list[float] = []
+        self._depth = 0
 
-    def enter(self, at: int) -> None:
+    def begin(self) -> None:
+        """A function begins: no module runs, though an interrupt may have ended one without a word."""
+        if self._depth:
+            self._depth, self._stops[-1] = 0, _get_sequence_nr()
+
+    def enter(self) -> None:
         """A module begins; one within another adds nothing."""
-        thread = threading.get_ident()
-        if not self._depth[thread]:
-            starts, stops = self._of.setdefault(thread, ([], []))
-            starts.append(at)
-            stops.append(float("inf"))
-        self._depth[thread] += 1
+        if not self._depth:
+            self._starts.append(_get_sequence_nr())
+            self._stops.append(float("inf"))
+        self._depth += 1
 
-    def leave(self, at: int) -> None:
+    def leave(self) -> None:
         """It ends."""
-        thread = threading.get_ident()
-        if self._depth[thread]:
-            self._depth[thread] -= 1
-            if not self._depth[thread]:
-                self._of[thread][1][-1] = at
+        if self._depth:
+            self._depth -= 1
+            if not self._depth:
+                self._stops[-1] = _get_sequence_nr()
 
     def made(self, node) -> bool:
         """Whether a node was made in one of them, in this thread."""
-        starts, stops = self._of.get(threading.get_ident(), ((), ()))
         number = node._sequence_nr()
-        k = bisect_right(starts, number) - 1
-        return k >= 0 and number < stops[k]
+        k = bisect_right(self._starts, number) - 1
+        return k >= 0 and number < self._stops[k]
 
 
 class Override:
@@ -269,6 +272,13 @@ last: ContextVar[dict[Override, int] | None] = ContextVar("overrides met", defau
 def names() -> tuple[str, ...]:
     """What tells a graph that was read under overrides from one that was not."""
     return tuple(map(str, now.get()))
+
+
+def begin() -> None:
+    """A function of the caller's begins to run."""
+    for override in now.get():
+        if override.calls is not None:
+            override.calls.begin()
 
 
 def reading() -> Reading | None:

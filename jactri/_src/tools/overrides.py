@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import _get_sequence_nr
 from torch.nn import Module
 from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_leaves, tree_map
@@ -46,7 +46,8 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
             - the name of an op (``"softmax"``, ``"layer_norm"``) or of its node (``"SoftmaxBackward0"``), a class of
               ``autograd.Function``, or an op of ``torch.library``: every such node;
             - a module, a class of modules, or with ``model`` a pattern of names in it (``"layers.*.norm"``, where
-              ``*`` stands for dots, too): each call of one as a whole, from its first tensor argument to its output;
+              ``*`` stands for dots, too): each call of one as a whole, from its first tensor argument (of those that
+              have a gradient) to its output;
             - a pair ``(module, op)`` of the two: nodes of that op which such modules make.
 
             A value is `zero`, `identity`, `ratio`, `uniform`, `detached_std`, a number (the derivative of every entry),
@@ -117,13 +118,60 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
         yield
 
 
+class _Begun(NamedTuple):
+    """A call of a module as a whole, before it runs, which may write to what it is given."""
+
+    module: Module
+    versions: list[tuple[Tensor, int]]
+    copies: dict[int, Tensor]
+
+
 class _Watched:
     """Modules that an override is for: as a whole, or what they make (``calls``)."""
 
-    __slots__ = ("calls", "override", "own", "value")
+    __slots__ = ("_begun", "calls", "override", "own", "value")
 
     def __init__(self, own: Callable[[Module], bool], override: Override, value: Derivative):
         self.own, self.override, self.value, self.calls = own, override, value, override.calls
+        self._begun = threading.local()
+
+    def enter(self, module: Module, args) -> None:
+        """A module begins: what it is given is noted, and copied where it says that it writes to it."""
+        if self.calls is not None:
+            self.calls.enter()
+            return
+        given = [t for t in args if isinstance(t, Tensor) and not t.is_inference()]
+        copies = {id(t): t.clone() for t in given if getattr(module, "inplace", False)}
+        self._stack().append(_Begun(module, [(t, t._version) for t in given], copies))
+
+    def leave(self, module: Module) -> None:
+        """It ends, or raises."""
+        if self.calls is not None:
+            self.calls.leave()
+            return
+        stack = self._stack()
+        while any(b.module is module for b in stack) and stack.pop().module is not module:
+            pass  # what an interrupt ended
+
+    def before(self, module: Module, x: Tensor) -> Tensor:
+        """An argument as it was before the module ran."""
+        begun = next((b for b in reversed(self._stack()) if b.module is module), None)
+        if begun is None:
+            return x
+        if any(t is x and t._version != version for t, version in begun.versions):
+            if (copy := begun.copies.get(id(x))) is not None:
+                return copy
+            raise RuntimeError(
+                f"override of {self.override.key}: {type(module).__name__} writes to its input in place, whose "
+                "derivative is then none of the module as a whole; have it write to a copy, or name an op inside of "
+                "it, as (module, 'relu')"
+            )
+        return x
+
+    def _stack(self) -> list[_Begun]:
+        if not hasattr(self._begun, "stack"):
+            self._begun.stack = []
+        return self._begun.stack
 
 
 def _entry(key, value, model: Module | None) -> tuple[Override, _Watched | None]:
@@ -292,14 +340,13 @@ def _mine(watched: list[_Watched], module: Module) -> list[_Watched]:
 
 def _enter(watched: list[_Watched], module: Module, args) -> None:
     for w in _mine(watched, module):
-        if w.calls is not None:
-            w.calls.enter(_get_sequence_nr())
+        if w.calls is not None or (w.value is not zero and recording()):
+            w.enter(module, args)
 
 
 def _leave(watched: list[_Watched], module: Module, args, output) -> None:
     for w in _mine(watched, module):
-        if w.calls is not None:
-            w.calls.leave(_get_sequence_nr())
+        w.leave(module)
 
 
 def _replace(watched: list[_Watched], module: Module, args, kwargs, output):
@@ -312,20 +359,29 @@ def _replace(watched: list[_Watched], module: Module, args, kwargs, output):
     return changed
 
 
+_PARTS = (Tensor, type(None), bool, int, float, complex, str)
+
+
 def _replaced(w: _Watched, module: Module, args, kwargs, output):
     if w.value is zero:
-        if not any(isinstance(t, Tensor) for t in tree_leaves(output)):
+        leaves = tree_leaves(output)
+        if not all(isinstance(t, _PARTS) for t in leaves) or not any(
+            isinstance(t, Tensor) for t in leaves
+        ):
+            other = next((t for t in leaves if not isinstance(t, _PARTS)), output)
             raise TypeError(
-                f"override of {w.override.key}: its output {type(output)} holds no tensor that is known"
+                f"override of {w.override.key}: its output holds a {type(other).__name__}, in which no tensors are "
+                "known; name a module inside of it, or tell torch.utils._pytree of the class"
             )
         return tree_map(lambda t: _put(t, None, w.override, None), output)
     given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    given = [t for t in given if t.requires_grad] or given
     if not isinstance(output, Tensor) or not given:
         raise TypeError(
             f"override of {w.override.key}: only jactri.zero is for a module that does not take a tensor to a tensor, "
             f"and this one returns {type(output).__name__}; name an op inside of it, as (module, 'softmax')"
         )
-    x = given[0]
+    x = w.before(module, given[0])
     if x.shape != output.shape:
         raise ValueError(
             f"override of {w.override.key}: a derivative of each entry needs one shape, and it takes "
