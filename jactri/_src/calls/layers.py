@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..base import backends
 from ..prologue.arguments import Options, check_options
-from ..prologue.running import buffers_kept, computing, public, record
+from ..prologue.running import buffers_kept, computing, public, record, saved_as_it_is
 from ..prologue.tapping import Spec, Tap, Tapping, check_no_cache, copied, spec_of, specs_of
 from ..read import handover
 from ..read.behind import reached
+from ..read.overriding import own
 from .api import compute
 from .masks import Masks
 from .reduction import How, Reduction
@@ -153,11 +154,14 @@ class Between:
         def change(name: str, y: Tensor) -> Tensor:
             if name not in sources:
                 return copied(name, y)
-            with computing(True):
+            # a checkpoint runs the layer again without this, and has to save the same
+            with computing(False), torch.enable_grad(), saved_as_it_is():
                 mask = None if self.at_source.how is None else masks.of(name, y)
                 leaf, more = self.at_source.summand(y, mask, name)
                 leaves.setdefault(name, []).append(leaf)
-                return y + more
+                onward = y + more
+                own(onward, y)
+                return onward
 
         tapping = Tapping(model, [self.target, *self.sources], change)
         devices = [
@@ -181,25 +185,29 @@ class Between:
         }
         masks.check_names([end_name, *sources])
         draws = _Draws(model)
-        with buffers_kept(model.modules()), tapping:
-            _, options.handles = record(lambda: model(*args, **kwargs))
-        draws.check(model)
-        ends = tapping.found([0])
-        if len(ends) > 1:
-            raise RuntimeError(
-                f"target={end_name!r} ran {len(ends)} times; name one of {', '.join(map(repr, ends))}"
-            )
-        (target,) = ends
-        starts = tapping.found(range(1, len(tapping.specs)))
-        xs = [leaves[tap.name][tap.run] for tap in starts.values()]
-        with computing(True):
-            z = self._at_target(ends[target].tensor, masks, end_name)
-        there = reached([z], xs)
-        missing = [tap for i, tap in enumerate(starts.values()) if i not in there]
-        if missing:
-            raise _no_dependence(missing[0], ends[target])
-        (blocks,) = compute([z], xs, options)
-        return dict(zip(starts, blocks, strict=True))
+        with buffers_kept(
+            model.modules()
+        ):  # a checkpoint writes to them once more as the graph is read
+            with tapping:
+                _, options.handles = record(lambda: model(*args, **kwargs))
+            draws.check(model)
+            ends = tapping.found([0])
+            if len(ends) > 1:
+                raise RuntimeError(
+                    f"target={end_name!r} ran {len(ends)} times; name one of {', '.join(map(repr, ends))}"
+                )
+            (target,) = ends
+            starts = tapping.found(range(1, len(tapping.specs)))
+            xs = [leaves[tap.name][tap.run] for tap in starts.values()]
+            with computing(False), torch.enable_grad():
+                z = self._at_target(ends[target].tensor, masks, end_name)
+                own(z, ends[target].tensor)
+            there = reached([z], xs)
+            missing = [tap for i, tap in enumerate(starts.values()) if i not in there]
+            if missing:
+                raise _no_dependence(missing[0], ends[target])
+            (blocks,) = compute([z], xs, options)
+            return dict(zip(starts, blocks, strict=True))
 
     def _at_target(self, y: Tensor, masks: Masks, name: str) -> Tensor:
         """The target, reduced."""

@@ -16,6 +16,7 @@ from ..base import files, fingerprint
 from ..base.classes import PLAIN
 from ..base.progress import bar
 from ..prologue.running import public
+from ..read.overriding import refuse
 from .layers import Between, options_of
 from .masks import AUTO
 from .reduction import How
@@ -128,6 +129,7 @@ class JacobianMean:
             RuntimeError: the mean was loaded without a model; its weights were written to since; the answer has other
                 layers or shapes than before. Else what `layer_jacobian` raises. The mean is as it was then.
         """
+        refuse("JacobianMean", "take the mean of what layer_jacobian returns in the block")
         self._check_model()
         told = fingerprint.of_value((inputs, mask))
         found = self._between.of(self._model, inputs, mask, options_of(**self._options))

@@ -115,7 +115,9 @@ class Reduction(NamedTuple):
         chosen = (rank == at) & valid
         if (not n and self.end == "source") or not bool(chosen.any(1).all()):
             counts = valid.sum(1).tolist()
-            whose = f"whose samples have {min(counts)} valid tokens or more" if n else "of no samples"
+            whose = (
+                f"whose samples have {min(counts)} valid tokens or more" if n else "of no samples"
+            )
             raise IndexError(
                 f"reduce at the {self.end}: there is no token {i} in {name!r} of shape {tuple(y.shape)}, {whose}"
             )

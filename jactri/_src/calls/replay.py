@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..prologue.tapping import Tap, Tapping, check_no_cache, spec_of
 from ..read.behind import reached
+from ..read.overriding import own
 
 
 class Replay:
@@ -57,11 +58,11 @@ class Replay:
 
         def change(name: str, y: Tensor) -> Tensor:
             nonlocal runs
-            if name != start.name:
-                return y
-            runs += 1
-            if runs != start.run + 1:
-                return y
+            runs += name == start.name
+            if name != start.name or runs != start.run + 1:
+                kept = y.clone()  # what the model writes to it later is not of the layer
+                own(kept, y)
+                return kept
             if activation.shape != y.shape:
                 raise RuntimeError(
                     f"{start.name!r} has shape {tuple(y.shape)}, got an activation of {tuple(activation.shape)}"

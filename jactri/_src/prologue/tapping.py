@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..base.classes import plain
-from .running import saved_as_it_is, staying_eager
+from ..read.overriding import own
+from .running import staying_eager
 
 Step = int | str
 Change = Callable[[str, Tensor], Tensor]
@@ -226,12 +227,13 @@ class Tapping:
                 "generate), its checkpoints with use_reentrant=False"
             )
         place, y = found
-        with saved_as_it_is():  # a checkpoint runs the module again without this, and has to save the same
-            tensor = self._change(name, plain(y))
+        tensor = self._change(name, plain(y))
+        onward = tensor.clone()
+        own(onward, tensor)
         runs = self.made.setdefault(name, [])
         runs.append(Tap(tensor, name, len(runs), self._count))
         self._count += 1
-        return _replaced(value, place, tensor.clone())
+        return _replaced(value, place, onward)
 
     def _check_ran(self) -> None:
         for spec, modules in zip(self.specs, self.modules, strict=True):
@@ -304,7 +306,11 @@ def check_no_cache(kwargs: Mapping[str, Any], whose: str) -> None:
 
 def copied(name: str, y: Tensor) -> Tensor:
     """An activation in memory of its own, where its graph goes on, or begins."""
-    return y.clone() if y.requires_grad else y.detach().clone().requires_grad_()
+    if not y.requires_grad:
+        return y.detach().clone().requires_grad_()
+    kept = y.clone()
+    own(kept, y)
+    return kept
 
 
 def _without_graph(model: Module, name: str) -> None:

@@ -174,6 +174,8 @@ class Reading:
     def read(self, g: Reader) -> Ids | None:
         """The values of the current node's outputs, or None where it has its own derivative."""
         node = g.node
+        if _OWN in node.metadata:
+            return None
         applied = _applied(node)
         if applied is None:
             self._ran[g.name] += 1
@@ -200,7 +202,7 @@ class Reading:
         if not all(x.numel() for x in inputs):
             return
         for override, count in self.met.items():
-            if count or any(override.takes(node, node.name()) for node in nodes):
+            if count or any(override.takes(n, n.name()) for n in nodes if _OWN not in n.metadata):
                 continue
             ran = ", ".join(f"{op} ({n})" for op, n in self._ran.most_common(40)) or "none"
             what = "op" if override.ops else "module"
@@ -215,6 +217,21 @@ _MODULES = (
     "A module counts when it is called (not by its forward) within the function that jactri runs, and its output lies "
     "between inputs and outputs; for a computation of your own, as jacobian_of takes it, name an op. "
 )
+
+
+_OWN = "jactri"
+
+
+def own(y: Tensor, *given: Tensor) -> None:
+    """What makes ``y`` of ``given`` is no part of the caller's function: no override is for it."""
+    ends = [x.grad_fn for x in given]
+    left = [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in ends or node.name() == "torch::autograd::AccumulateGrad":
+            continue
+        node.metadata[_OWN] = True
+        left += [before for before, _ in node.next_functions]
 
 
 class Applied:
