@@ -257,6 +257,68 @@ def test_weights_that_change_in_between_are_noticed():
         mean.add(prompts()[1])
 
 
+@pytest.mark.parametrize("how", ["replaced", "data", "dtype", "buffer", "module"])
+def test_models_that_change_in_between_are_noticed(how):
+    model = tiny()
+    model.norm.register_buffer("scale", torch.ones(3))
+    mean = mean_of(model).add(prompts()[0])
+    before = mean.value()
+    if how == "replaced":
+        model.norm.bias = torch.nn.Parameter(model.norm.bias + 1)
+    elif how == "data":
+        model.norm.bias.data = model.norm.bias.data + 1
+    elif how == "dtype":
+        model.float()
+    elif how == "buffer":
+        model.norm.scale.add_(1)
+    else:
+        model.layers[1].mlp[1] = torch.nn.ReLU()
+    with pytest.raises(RuntimeError, match="of the model was written to or replaced since"):
+        mean.add(prompts()[1])
+    assert all(torch.equal(mean.value()[name], before[name]) for name in before)
+
+
+def test_equal_weights_elsewhere_are_the_same_model():
+    model = tiny()
+    mean = mean_of(model).add(prompts()[0])
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    for prompt in prompts()[1:]:
+        mean.add(prompt)
+    assert_same(mean, prompts())
+
+
+def test_rows_are_the_callers_no_more():
+    rows = torch.randn(2, 6, dtype=F64)
+    mean = mean_of(rows=rows).add(prompts()[0])
+    before = mean.value()
+    rows.zero_()
+    mean.add(prompts()[0])
+    assert all(torch.equal(mean.value()[name], before[name]) for name in before)
+
+
+def test_overrides_have_no_place_in_a_mean():
+    mean = mean_of()
+    with (
+        jactri.overrides({"softmax": jactri.zero}),
+        pytest.raises(RuntimeError, match=r"JacobianMean is not available .* what layer_jacobian"),
+    ):
+        mean.add(prompts()[0])
+    assert mean.add(prompts()[0]).count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": 3}, "source must be a name"),
+        ({"reduce": 5}, "reduce must be a pair"),
+        ({"seed": "a"}, "seed must be an int, got 'a'"),
+    ],
+)
+def test_what_is_no_question_is_told_at_once(options, message):
+    with pytest.raises(TypeError, match=message):
+        jactri.JacobianMean(tiny(), **{"source": SOURCES, "target": "norm", **options})
+
+
 def test_without_safetensors(monkeypatch, tmp_path):
     mean = mean_of().add(prompts()[0])
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from common import F64, mlp
+from common import F64, in_threads, mlp
 from layer_cases import TOKENS, by_hand, entering, ids, tiny, whole
 from tolerances import assert_close
 from torch import nn
@@ -309,6 +309,81 @@ def test_checkpointed_layers():
     for name in ("first", "second.0"):
         J = jactri.jacobian_of(taps["last"], taps[name])
         assert_close(J, rows(taps["last"], taps[name]), F64, length=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealed:
+    """Of which a copy by ``dataclasses.replace`` is another."""
+
+    state: torch.Tensor
+    made: list = dataclasses.field(init=False, default_factory=list)
+
+
+def test_what_else_a_layer_puts_into_its_output_is_kept():
+    class First(nn.Module):
+        def forward(self, x):
+            found = Sealed(x.sin())
+            found.made.append("by hand")
+            return found
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = First()
+
+        def forward(self, x):
+            found = self.first(x)
+            assert found.made == ["by hand"]
+            return found.state.square()
+
+    model, x = Model(), torch.randn(3, dtype=F64)
+    with jactri.taps(model, ["first", ""]) as taps:
+        model(x)
+    assert_close(jactri.jacobian_of(taps[""], taps["first"]), (2 * x.sin()).diag(), F64, length=2)
+
+
+def test_other_threads_run_the_model_untouched():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
+    model.requires_grad_(False)
+    with jactri.taps(model, ["0", "1"]) as taps:
+        in_threads(1, lambda _: model(x))
+        model(x)
+    assert list(taps) == ["0", "1"]
+    assert taps.function("0", "1")(taps["0"]).shape == x.shape
+
+
+def test_what_is_written_to_a_target_later_is_not_of_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.same = nn.Linear(3, 3), nn.Identity()
+
+        def forward(self, x):
+            h = self.first(x).sin()
+            y = self.same(h)
+            h.add_(1)
+            return y * h
+
+    model, x = Model().to(F64), torch.randn(2, 3, dtype=F64)
+    with jactri.taps(model, ["first", "same:input"]) as taps:
+        model(x)
+    J = jactri.jacobian(taps.function("first", "same:input"), taps["first"].detach())
+    assert_close(J, rows(taps["same:input"], taps["first"]), F64, length=2)
+
+
+def test_copies_of_taps_are_no_ops_of_the_caller():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
+    with jactri.taps(model, ["0", "1"]) as taps:
+        model(x)
+    with (
+        jactri.overrides({"clone": jactri.zero}),
+        pytest.raises(ValueError, match="'clone' is no op of this call"),
+    ):
+        jactri.jacobian_of(taps["1"], taps["0"])
+    f = taps.function("0", "1")
+    with jactri.overrides({"mul": 3.0}):
+        got = jactri.diagonal(lambda x: f(x * 2), x)
+    assert_close(got, 3 / (2 * x).cosh() ** 2, F64, length=4)
 
 
 # -- bad input --------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """`jactri.overrides` of modules, and what they leave alone: threads, other calls, the model by itself."""
 
 import asyncio
+import contextvars
+import threading
+import types
 
 import pytest
 import torch
@@ -99,6 +102,96 @@ def test_modules_that_return_more_take_names_or_raise():
         close(jactri.jacobian(f, x), truth(lambda x: x.sigmoid().exp() + x.sigmoid().tanh(), x))
     with jactri.overrides({net: jactri.identity}), pytest.raises(TypeError, match="returns dict"):
         jactri.jacobian(f, x)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("value", [jactri.identity, jactri.ratio])
+def test_modules_that_write_to_their_input(act, value):
+    net, x = nn.Sequential(nn.Linear(3, 4), act(inplace=True), nn.Linear(4, 2)), draw(5, 3)
+    net.to(F64)
+    with jactri.overrides({net[1]: value}):
+        got = jactri.jacobian(net, x, per_sample=True)
+    h = net[0](x)
+    slope = torch.ones_like(h) if value is jactri.identity else act()(h) / h
+    close(got, torch.einsum("oh,nh,hi->noi", net[2].weight, slope, net[0].weight).detach())
+
+    class Hidden(nn.Module):
+        def forward(self, x):
+            return x.mul_(x.detach().sin())
+
+    net[1] = Hidden()
+    with (
+        jactri.overrides({Hidden: value}),
+        pytest.raises(RuntimeError, match="Hidden writes to its input in place"),
+    ):
+        jactri.jacobian(net, x)
+
+
+class Masked(nn.Module):
+    def forward(self, mask=None, hidden=None):
+        return hidden.tanh() * mask
+
+
+def test_the_argument_that_has_a_gradient():
+    x, net = draw(4), Masked()
+    with jactri.overrides({net: jactri.identity}):
+        close(jactri.diagonal(lambda x: net(mask=torch.ones(4), hidden=x), x), torch.ones_like(x))
+        close(jactri.diagonal(lambda x: net(torch.ones(4), x), x), torch.ones_like(x))
+
+
+def test_zero_of_an_output_with_hidden_tensors():
+    class Hides(nn.Module):
+        def forward(self, x):
+            return x.sin(), types.SimpleNamespace(more=x.cos())
+
+    net, x = Hides(), draw(3)
+    with (
+        jactri.overrides({net: jactri.zero}),
+        pytest.raises(TypeError, match="its output holds a SimpleNamespace, in which no tensors"),
+    ):
+        jactri.diagonal(lambda x: net(x)[1].more + x, x)
+
+
+class Interrupted(nn.Module):
+    interrupt = True
+
+    def forward(self, x):
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return x.tanh()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_after_an_interrupt(whole):
+    net, x = Interrupted(), draw(3)
+
+    def f(x):
+        return net(x) + 3 * x.tanh()
+
+    with jactri.overrides({net if whole else (net, "tanh"): jactri.identity}):
+        with pytest.raises(KeyboardInterrupt):
+            jactri.diagonal(f, x)
+        net.interrupt = False
+        close(jactri.diagonal(f, x), 1 + 3 / x.cosh() ** 2)
+
+
+def test_threads_one_after_another():
+    """Threads count their nodes each from the beginning, under numbers that are given out again."""
+    net, x = nn.Tanh(), draw(3)
+
+    def work(context, found, f, before):
+        for _ in range(before):
+            x.clone().requires_grad_() * 2
+        found.append(context.run(jactri.diagonal, f, x))
+
+    with jactri.overrides({(net, "tanh"): jactri.identity}):
+        for f, before in ((lambda x: net(net(net(x))), 30), *[(net, 1)] * 3):
+            found = []
+            given = contextvars.copy_context(), found, f, before
+            thread = threading.Thread(target=work, args=given)
+            thread.start()
+            thread.join()
+            close(found[0], torch.ones_like(x))
 
 
 def test_a_quantiser_without_a_derivative():

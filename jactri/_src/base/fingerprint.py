@@ -42,7 +42,8 @@ def _add(found, value: Any) -> None:
 
 
 def of_module(module: torch.nn.Module) -> str:
-    """Of the classes of a module and of those in it, and its state: names, shapes, dtypes, and of each tensor the sum of its bits and some entries.
+    """Of the classes of a module and of those in it, and its state: names, shapes, dtypes, and of each tensor the sum
+    of its bits and some entries.
 
     Costs one pass over the weights, where they are.
     """

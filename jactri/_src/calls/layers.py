@@ -185,9 +185,7 @@ class Between:
         }
         masks.check_names([end_name, *sources])
         draws = _Draws(model)
-        with buffers_kept(
-            model.modules()
-        ):  # a checkpoint writes to them once more as the graph is read
+        with buffers_kept(model.modules()):  # to which a checkpoint writes again, in the sweep
             with tapping:
                 _, options.handles = record(lambda: model(*args, **kwargs))
             draws.check(model)
