@@ -109,8 +109,14 @@ def test_modules_that_return_more_take_names_or_raise():
 def test_modules_that_write_to_their_input(act, value):
     net, x = nn.Sequential(nn.Linear(3, 4), act(inplace=True), nn.Linear(4, 2)), draw(5, 3)
     net.to(F64)
+    h0 = draw(1, 4)
     with jactri.overrides({net[1]: value}):
         got = jactri.jacobian(net, x, per_sample=True)
+    part = nn.Sequential(net[1], nn.Linear(4, 4)).to(F64)
+    with jactri.overrides({part: jactri.identity}):
+        close(
+            jactri.jacobian(lambda h: part(h * 2), h0), 2 * torch.eye(4, dtype=F64).view(1, 4, 1, 4)
+        )
     h = net[0](x)
     slope = torch.ones_like(h) if value is jactri.identity else act()(h) / h
     close(got, torch.einsum("oh,nh,hi->noi", net[2].weight, slope, net[0].weight).detach())
@@ -130,6 +136,14 @@ def test_modules_that_write_to_their_input(act, value):
 class Masked(nn.Module):
     def forward(self, mask=None, hidden=None):
         return hidden.tanh() * mask
+
+
+def test_a_module_of_two_names():
+    act, x = nn.Tanh(), draw(3)
+    net = nn.Sequential(act, nn.Sequential(act))
+    for name in ("0", "1.0", "1.*"):
+        with jactri.overrides({name: 3.0}, model=net):
+            close(jactri.diagonal(net, x), torch.full_like(x, 9.0))
 
 
 def test_the_argument_that_has_a_gradient():

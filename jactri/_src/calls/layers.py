@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import backends
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import buffers_kept, computing, public, record, saved_as_it_is
-from ..prologue.tapping import Spec, Tap, Tapping, check_no_cache, copied, spec_of, specs_of
+from ..prologue.tapping import Spec, Tapping, check_no_cache, copied, spec_of, specs_of
 from ..read import handover
 from ..read.behind import reached
 from ..read.overriding import own
@@ -201,9 +201,9 @@ class Between:
                 z = self._at_target(ends[target].tensor, masks, end_name)
                 own(z, ends[target].tensor)
             there = reached([z], xs)
-            missing = [tap for i, tap in enumerate(starts.values()) if i not in there]
-            if missing:
-                raise _no_dependence(missing[0], ends[target])
+            for i, (name, tap) in enumerate(starts.items()):
+                if i not in there:
+                    raise _no_dependence(name, target, tap.order > ends[target].order)
             (blocks,) = compute([z], xs, options)
             return dict(zip(starts, blocks, strict=True))
 
@@ -291,15 +291,15 @@ def _rows(rows: Any) -> int | Tensor | None:
     )
 
 
-def _no_dependence(source: Tap, target: Tap) -> RuntimeError:
+def _no_dependence(source: str, target: str, after: bool) -> RuntimeError:
     """What to raise for a source that the target does not depend on: no zeros are returned for it."""
-    if source.order > target.order:
+    if after:
         return RuntimeError(
-            f"source {source.name!r} comes after its target {target.name!r}, which does not depend on it; swap the "
+            f"source {source!r} comes after its target {target!r}, which does not depend on it; swap the "
             "two, or leave it out"
         )
     return RuntimeError(
-        f"target {target.name!r} does not depend on source {source.name!r}, though that ran before it: it is on no way "
+        f"target {target!r} does not depend on source {source!r}, though that ran before it: it is on no way "
         "there, or detached on it"
     )
 

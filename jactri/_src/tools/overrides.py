@@ -37,8 +37,9 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
 
     The function computes what it does; only its linear maps are others, the same in forward and reverse mode, for
     `jacobian`, `jacobian_of`, `jvp`, `vjp`, `gradient`, `diagonal`, `divergence`, `jjt`, `jtj`, `parameter_jacobian`,
-    `empirical_ntk`, `ggn` and `sparsity`; `explain` shows how many nodes were met. Blocks nest: the innermost decides.
-    Other threads, calls of torch's own, and the model outside of jactri's calls see nothing of it.
+    `empirical_ntk`, `ggn`, `layer_jacobian` and `sparsity`; `explain` shows how many nodes were met. Blocks nest: the
+    innermost decides. Other threads, calls of torch's own, and the model outside of jactri's calls see nothing of it,
+    and neither do the sums of `layer_jacobian`.
 
     Args:
         mapping: derivatives by what they are for. A key is
@@ -62,7 +63,8 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
             ran are named.
         RuntimeError: it is inside of a function that jactri differentiates; (in a call) what cannot honour them:
             ``create_graph``, ``strict``, second derivatives, transforms of torch.func around the call, compiled calls,
-            `check`, functions that autograd computes as a whole, and nodes that hide an op (fused attention hides its
+            `check`, `JacobianMean`, functions that autograd computes as a whole, a module as a whole that writes to its
+            input in place without saying so by ``inplace=True``, and nodes that hide an op (fused attention hides its
             softmax: only `zero` is known there).
 
     Cost:
@@ -136,12 +138,13 @@ class _Watched:
         self._begun = threading.local()
 
     def enter(self, module: Module, args) -> None:
-        """A module begins: what it is given is noted, and copied where it says that it writes to it."""
+        """A module begins: what it is given is noted, and copied where it or a part says that it writes to it."""
         if self.calls is not None:
             self.calls.enter()
             return
         given = [t for t in args if isinstance(t, Tensor) and not t.is_inference()]
-        copies = {id(t): t.clone() for t in given if getattr(module, "inplace", False)}
+        writes = any(getattr(m, "inplace", False) for m in module.modules())
+        copies = {id(t): t.clone() for t in given if writes}
         self._stack().append(_Begun(module, [(t, t._version) for t in given], copies))
 
     def leave(self, module: Module) -> None:
@@ -200,8 +203,12 @@ def _entry(key, value, model: Module | None) -> tuple[Override, _Watched | None]
 
 
 def _names(pattern: str, model: Module | None) -> list[Module]:
-    named_ = [] if model is None else model.named_modules()
-    return [m for name, m in named_ if name and fnmatchcase(name, pattern)]
+    return [] if model is None else [m for n, m in _paths(model) if fnmatchcase(n, pattern)]
+
+
+def _paths(model: Module) -> list[tuple[str, Module]]:
+    """The modules below by all names that they have."""
+    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n]
 
 
 def _is_module(key, model: Module | None) -> bool:
@@ -213,7 +220,7 @@ def _is_module(key, model: Module | None) -> bool:
                 f"({sorted(_nodes(key))[0]!r}), or the module itself"
             )
         if not found and model is not None and not _nodes(key):
-            known = [*(n for n, _ in model.named_modules() if n), *_short()]
+            known = [*(n for n, _ in _paths(model)), *_short()]
             raise ValueError(f"{key!r} is neither an op nor a module of model{_like(key, known)}")
         return found
     return isinstance(key, Module) or (isinstance(key, type) and issubclass(key, Module))
@@ -225,7 +232,7 @@ def _modules(key, model: Module | None) -> tuple[Callable[[Module], bool], str]:
         if model is None:
             raise ValueError(f"{key!r} is a name in a model: pass overrides(mapping, model=model)")
         if not found:
-            known = [n for n, _ in model.named_modules() if n]
+            known = [n for n, _ in _paths(model)]
             raise ValueError(f"model has no module {key!r}{_like(key, known)}")
         chosen = {id(m): m for m in found}
         return lambda m: id(m) in chosen, repr(key)
