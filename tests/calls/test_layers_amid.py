@@ -111,6 +111,13 @@ def test_overrides_are_not_for_the_reductions(key, value):
         jactri.layer_jacobian(model, given, **options)
 
 
+def test_a_source_after_its_target_is_named_by_its_run():
+    layer = nn.Linear(WIDTH, WIDTH)
+    net, x = nn.Sequential(layer, nn.Tanh(), layer).to(F64), torch.zeros(1, 2, WIDTH, dtype=F64)
+    with pytest.raises(RuntimeError, match="source '0#1' comes after its target '0#0'"):
+        jactri.layer_jacobian(net, x, "0", "0#0")
+
+
 def test_no_samples():
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).to(F64)
     x = torch.zeros(0, TOKENS, WIDTH, dtype=F64)

@@ -342,6 +342,40 @@ def test_what_else_a_layer_puts_into_its_output_is_kept():
     assert_close(jactri.jacobian_of(taps[""], taps["first"]), (2 * x.sin()).diag(), F64, length=2)
 
 
+def test_one_tensor_in_several_places_is_one_activation():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.attn = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.twice = Twice()
+
+        def forward(self, x):
+            h = self.first(x)
+            y = self.attn(h, h, value=h)[0]
+            a, kept = self.twice(y)
+            return a.sin() * kept["last"][0]
+
+    class Twice(nn.Module):
+        def forward(self, y):
+            y = y * 2
+            return y, {"last": [y]}
+
+    torch.manual_seed(0)
+    model, x = Model().to(F64), torch.randn(1, 3, 4, dtype=F64)
+    with jactri.taps(model, ["attn:input", "attn:input[0]", "twice", ""]) as taps:
+        model(x)
+    h = model.first(x).detach().requires_grad_()
+    want = torch.autograd.functional.jacobian(lambda h: model.attn(h, h, h)[0], h)
+    got = jactri.jacobian_of(taps["twice"], taps["attn:input"])
+    assert_close(got, 2 * want, F64, length=4)
+    query = torch.autograd.functional.jacobian(lambda q: model.attn(q, h, h)[0], h)
+    got = jactri.jacobian_of(taps["twice"], taps["attn:input[0]"])
+    assert_close(got, 2 * query, F64, length=4)
+    y = taps["twice"].detach().flatten()
+    got = jactri.jacobian_of(taps[""], taps["twice"]).reshape(12, 12)
+    assert_close(got, (y.cos() * y + y.sin()).diag(), F64, length=2)
+
+
 def test_other_threads_run_the_model_untouched():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
     model.requires_grad_(False)

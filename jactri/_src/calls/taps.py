@@ -28,9 +28,9 @@ def taps(model: torch.nn.Module, names: str | Sequence[str]) -> Taps:
             part of a path (``"model.layers.*"``, the layers and nothing below them), ``**`` for any number of parts; of
             what they match, they take the layers that run, in grad mode, and give floating-point numbers.
             ``":input"`` behind a path is what the layer takes, ``":output"`` (the default) what it gives: the first
-            floating-point tensor, or with ``":output[1]"``, ``":output[logits]"``, ``":input[0]"`` or
-            ``":input[mask]"`` the one of that number or keyword. A layer that runs several times has ``"name#0"``,
-            ``"name#1"`` and so on.
+            floating-point tensor, in all places where that one is (as query, key and value), or with ``":output[1]"``,
+            ``":output[logits]"``, ``":input[0]"`` or ``":input[mask]"`` the one of that number or keyword. A layer that
+            runs several times has ``"name#0"``, ``"name#1"`` and so on.
 
     Returns:
         `Taps`, a mapping from names to tensors, in the order in which they ran.

@@ -233,7 +233,7 @@ class Tapping:
         runs = self.made.setdefault(name, [])
         runs.append(Tap(tensor, name, len(runs), self._count))
         self._count += 1
-        return _replaced(value, place, onward)
+        return _replaced(value, place, onward) if path else _exchanged(value, y, onward)
 
     def _check_ran(self) -> None:
         for spec, modules in zip(self.specs, self.modules, strict=True):
@@ -360,15 +360,30 @@ def _replaced(value: Any, path: Sequence[Step], new: Tensor) -> Any:
     if not path:
         return new
     key, *rest = path
-    part = _replaced(next(v for k, v in _inside(value) if k == key), rest, new)
+    part = next(v for k, v in _inside(value) if k == key)
+    return _rebuilt(value, {key: _replaced(part, rest, new)})
+
+
+def _exchanged(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A value with another tensor wherever this one is: an attention is given one as query, key and value."""
+    if value is old:
+        return new
+    parts = {k: w for k, v in _inside(value) if (w := _exchanged(v, old, new)) is not v}
+    return _rebuilt(value, parts) if parts else value
+
+
+def _rebuilt(value: Any, parts: Mapping[Step, Any]) -> Any:
+    """A value of the same class with some other parts."""
     changed: Any
     if isinstance(value, Mapping):
         changed = copy.copy(value)
-        changed[key] = part
+        for key, part in parts.items():
+            changed[key] = part
         return changed
     if dataclasses.is_dataclass(value):
         changed = copy.copy(value)
-        object.__setattr__(changed, str(key), part)  # whether it is frozen or not
+        for key, part in parts.items():
+            object.__setattr__(changed, str(key), part)  # whether it is frozen or not
         return changed
-    parts = [part if k == key else v for k, v in _inside(value)]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    listed = [parts.get(k, v) for k, v in _inside(value)]
+    return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
