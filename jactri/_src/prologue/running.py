@@ -103,15 +103,6 @@ class computing:
             backends.asked.reset(self._token)
 
 
-def saved_as_it_is() -> saved_tensors_hooks:
-    """Within, what autograd saves is kept as it is, whatever hooks of others are in force."""
-    return saved_tensors_hooks(_as_it_is, _as_it_is)
-
-
-def _as_it_is(x):
-    return x
-
-
 # -- the caller's function ------------------------------------------------------------------------
 
 
