@@ -1,11 +1,11 @@
-"""jactri.layer_jacobian where more goes on: checkpoints, hooks, threads, overrides, two stacks of layers."""
+"""jactri.taps and jactri.layer_jacobian where more goes on: checkpoints, hooks, threads, overrides, two stacks of layers."""
 
 import time
 
 import pytest
 import torch
 from common import F64, in_threads
-from layer_cases import TOKENS, WIDTH, Tiny, ids, tiny
+from layer_cases import TOKENS, WIDTH, ids, tiny
 from tolerances import assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,30 +18,6 @@ LEFT = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
 
 def weight(*shape):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(3))
-
-
-class Checkpointed(Tiny):
-    """Layers that are checkpointed, as `GradientCheckpointingLayer` of transformers does it."""
-
-    def forward(self, input_ids, attention_mask=None):
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden, _ = checkpoint(layer, hidden, mask=attention_mask, use_reentrant=False)
-        return {"hidden": self.norm(hidden)}
-
-
-@pytest.mark.parametrize(
-    "reduce", [("sum", "mean"), (-1, 0), (weight(TOKENS), weight(2, TOKENS, 2))]
-)
-def test_checkpointed_layers_under_a_mask(reduce):
-    model, saved = tiny(), Checkpointed().to(F64)
-    saved.load_state_dict(model.state_dict())
-    given = {"input_ids": ids(), "attention_mask": LEFT}
-    options = {"source": SOURCES, "target": "norm", "reduce": reduce}
-    got = jactri.layer_jacobian(saved, given, **options)
-    want = jactri.layer_jacobian(model, given, **options)
-    for name in SOURCES:
-        assert_close(got[name], want[name], F64, length=50)
 
 
 def test_statistics_under_hooks_and_checkpoints():
@@ -71,6 +47,16 @@ class Saved(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+def test_other_threads_run_the_model_untouched():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
+    model.requires_grad_(False)
+    with jactri.taps(model, ["0", "1"]) as taps:
+        in_threads(1, lambda _: model(x))
+        model(x)
+    assert list(taps) == ["0", "1"]
+    assert taps.function("0", "1")(taps["0"]).shape == x.shape
+
+
 def test_threads_share_a_model():
     class Slow(nn.Module):
         def forward(self, x):
@@ -87,6 +73,21 @@ def test_threads_share_a_model():
 
     in_threads(4, work)
     assert len(found) == 4 and all(torch.equal(got, want) for got in found.values())
+
+
+def test_copies_of_taps_are_no_ops_of_the_caller():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
+    with jactri.taps(model, ["0", "1"]) as taps:
+        model(x)
+    with (
+        jactri.overrides({"clone": jactri.zero}),
+        pytest.raises(ValueError, match="'clone' is no op of this call"),
+    ):
+        jactri.jacobian_of(taps["1"], taps["0"])
+    f = taps.function("0", "1")
+    with jactri.overrides({"mul": 3.0}):
+        got = jactri.diagonal(lambda x: f(x * 2), x)
+    assert_close(got, 3 / (2 * x).cosh() ** 2, F64, length=4)
 
 
 @pytest.mark.parametrize("key", ["softmax", "add", "expand", "bmm"])

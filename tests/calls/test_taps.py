@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from common import F64, in_threads, mlp
+from common import F64, mlp
 from layer_cases import TOKENS, by_hand, entering, ids, tiny, whole
 from tolerances import assert_close
 from torch import nn
@@ -376,16 +376,6 @@ def test_one_tensor_in_several_places_is_one_activation():
     assert_close(got, (y.cos() * y + y.sin()).diag(), F64, length=2)
 
 
-def test_other_threads_run_the_model_untouched():
-    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
-    model.requires_grad_(False)
-    with jactri.taps(model, ["0", "1"]) as taps:
-        in_threads(1, lambda _: model(x))
-        model(x)
-    assert list(taps) == ["0", "1"]
-    assert taps.function("0", "1")(taps["0"]).shape == x.shape
-
-
 def test_what_is_written_to_a_target_later_is_not_of_it():
     class Model(nn.Module):
         def __init__(self):
@@ -403,21 +393,6 @@ def test_what_is_written_to_a_target_later_is_not_of_it():
         model(x)
     J = jactri.jacobian(taps.function("first", "same:input"), taps["first"].detach())
     assert_close(J, rows(taps["same:input"], taps["first"]), F64, length=2)
-
-
-def test_copies_of_taps_are_no_ops_of_the_caller():
-    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).to(F64), torch.randn(2, 3, dtype=F64)
-    with jactri.taps(model, ["0", "1"]) as taps:
-        model(x)
-    with (
-        jactri.overrides({"clone": jactri.zero}),
-        pytest.raises(ValueError, match="'clone' is no op of this call"),
-    ):
-        jactri.jacobian_of(taps["1"], taps["0"])
-    f = taps.function("0", "1")
-    with jactri.overrides({"mul": 3.0}):
-        got = jactri.diagonal(lambda x: f(x * 2), x)
-    assert_close(got, 3 / (2 * x).cosh() ** 2, F64, length=4)
 
 
 # -- bad input --------------------------------------------------------------------------------------
