@@ -1,4 +1,4 @@
-"""jactri.taps and jactri.layer_jacobian where more goes on: checkpoints, hooks, threads, overrides, two stacks of layers."""
+"""jactri.taps and jactri.layer_jacobian amid other things: checkpoints, hooks, threads, overrides, two stacks."""
 
 import time
 
