@@ -259,7 +259,7 @@ def _smallest(present: list[frozenset[Letter]], size: dict[Letter, int], out: Le
 def _least(present: list[frozenset[Letter]], size: dict[Letter, int], out: Letters):
     """The pairs of operands in the order that takes the least flops: of each subset the best is found once."""
     everything = tuple(range(len(present)))
-    letters = {(k,): present[k] for k in everything}
+    letters: dict[tuple[int, ...], frozenset[Letter]] = {(k,): present[k] for k in everything}
     best: dict[tuple[int, ...], tuple[float, tuple]] = {(k,): (0.0, ()) for k in everything}
 
     def ways(some):
