@@ -1,25 +1,44 @@
-"""Masks as structure: zeros for later tokens are not computed, and `sparsity` says where they are."""
+"""Masks as structure: zeros for later tokens are not computed, by ranges of tokens."""
 
-import math
 from functools import partial
 
 import pytest
 import torch
+from causal import (
+    CAUSAL,
+    EVERY,
+    LEFT,
+    LOCAL,
+    MASKS,
+    NO_ROW,
+    ORDER,
+    OUT,
+    PREFIX,
+    QKV,
+    TOKEN,
+    D,
+    H,
+    N,
+    T,
+    X,
+    block,
+    by_filling,
+    few_keys,
+    layers,
+    weights,
+)
 from common import F64
 from tolerances import assert_close as close_in
 from torch import nn
 from torch.autograd.functional import jacobian as truth_of
-from torch.nn.functional import gelu, pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import jactri
 from jactri._src.base import rates
-from jactri._src.plan import planning
-
-N, T, D, H = 2, 12, 6, 2
-TOKEN = torch.arange(T)
-CAUSAL = TOKEN[:, None] >= TOKEN
-LOCAL = CAUSAL & (TOKEN[:, None] < TOKEN + 3)
+from jactri._src.base.cache import Cache
+from jactri._src.base.memory import Taken
+from jactri._src.plan import masked as finding
+from jactri._src.plan import narrowing, planning
 
 
 def assert_close(found, want):
@@ -31,71 +50,22 @@ def worth(monkeypatch):
     """As if products took long and steps no time: ranges of tokens pay for small inputs, too."""
     monkeypatch.setitem(rates.ROUGH, "cpu", rates.Rates(1e7, 1e12, 1e-7))
     monkeypatch.setattr(planning, "RANGE", 1e-7)
+    monkeypatch.setattr(
+        planning, "_vain", Cache()
+    )  # what does not pay under other rates may do now
 
 
-def weights(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=F64, generator=generator) / shape[0] ** 0.5
+@pytest.fixture
+def cuts(worth, monkeypatch):
+    """The ranges whose graphs a call makes."""
+    made = []
 
+    def narrowed(graph, part, reverse):
+        made.append(part)
+        return narrowing.narrowed(graph, part, reverse)
 
-X = weights(N, T, D, seed=1) * 1.5
-QKV, OUT, UP, DOWN = weights(D, 3 * D), weights(D, D), weights(D, 2 * D), weights(2 * D, D)
-
-
-def written(q, k, v, mask, fill):
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return (fill(scores, mask)).softmax(-1) @ v
-
-
-def filled(scores, mask):
-    return scores.masked_fill(~mask, -math.inf)
-
-
-def chosen(scores, mask):
-    return torch.where(mask, scores, -1e9)
-
-
-def block(x, attend=None):
-    """A layer of a causal language model."""
-    parts = (x @ QKV).unflatten(-1, (3, H, D // H)).permute(2, 0, 3, 1, 4)
-    x = x + attend(*parts).transpose(1, 2).flatten(2) @ OUT
-    y = nn.functional.layer_norm(x, (D,))
-    return x + gelu(y @ UP) @ DOWN
-
-
-def turned(x):
-    """Rotary positions: pairs of features are turned by an angle for each token."""
-    angle = torch.arange(x.shape[-2], dtype=F64)[:, None] * 0.3
-    return x * angle.cos() + torch.cat([-x[..., 1:], x[..., :1]], -1) * angle.sin()
-
-
-def few_keys(x):
-    """Two heads of queries share the keys and values of one."""
-    q, k, v = (x @ QKV).split([D, D, D], -1)
-    q, k, v = (t.unflatten(-1, (-1, 2)).transpose(1, 2) for t in (q, k[..., :2], v[..., :2]))
-    y = sdpa(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
-    return x + y.transpose(1, 2).flatten(2) @ OUT
-
-
-LONG = torch.tensor([T, 7]).view(N, 1, 1, 1) > TOKEN
-PADDED = CAUSAL & LONG | (TOKEN[:, None] == TOKEN)
-HEADS = torch.stack([CAUSAL, LOCAL]).expand(N, H, T, T)
-NO_ROW = CAUSAL.clone().index_fill(0, torch.tensor(3), False)
-FLOAT = weights(T, T).masked_fill(~CAUSAL, -math.inf)
-MASKS = {
-    "causal": lambda q, k, v: sdpa(q, k, v, is_causal=True),
-    "boolean": lambda q, k, v: sdpa(q, k, v, CAUSAL),
-    "added": lambda q, k, v: sdpa(q, k, v, FLOAT),
-    "filled": lambda q, k, v: written(q, k, v, CAUSAL, filled),
-    "where": lambda q, k, v: written(q, k, v, CAUSAL, chosen),
-    "local": lambda q, k, v: sdpa(q, k, v, LOCAL),
-    "anticausal": lambda q, k, v: sdpa(q, k, v, CAUSAL.T),
-    "padded": lambda q, k, v: sdpa(q, k, v, PADDED),
-    "by heads": lambda q, k, v: sdpa(q, k, v, HEADS),
-    "a row of none": lambda q, k, v: sdpa(q, k, v, NO_ROW),
-    "more keys": lambda q, k, v: pad(sdpa(q[:, :, :9], k, v, is_causal=True), (0, 0, 0, 3)),
-    "fewer keys": lambda q, k, v: sdpa(q, k[:, :, :8], v[:, :, :8], is_causal=True),
-}
+    monkeypatch.setattr(planning, "narrowed", narrowed)
+    return made
 
 
 def ranges(f, x=X, **options):
@@ -133,7 +103,6 @@ def model(x):
     return block(block(x, MASKS["causal"]), MASKS["causal"])
 
 
-ORDER = torch.randperm(T, generator=torch.Generator().manual_seed(0))
 SCALE = torch.linspace(0, 1, N * T, dtype=F64)[:, None]
 AROUND = [
     lambda x: model(x)[:, 1:11].log_softmax(-1),
@@ -212,33 +181,6 @@ def test_a_mask_that_changes_is_read_again(worth):
             assert_close(sparse.to_dense(), truth_of(f, X))
 
 
-@pytest.mark.parametrize("mask", ["causal", "boolean", "added", "filled", "where"])
-def test_sparsity_is_lower_block_triangular(mask):
-    f = lambda x: block(block(x, MASKS[mask]), MASKS[mask])  # noqa: E731
-    want = CAUSAL[:, None, :, None].expand(T, D, T, D)
-    found = jactri.sparsity(f, X).to_dense()
-    for i in range(N):
-        for j in range(N):
-            assert torch.equal(found[i, :, :, j], want if i == j else torch.zeros_like(want))
-    assert torch.equal(
-        jactri.sparsity(f, X, per_sample=True).to_dense(), want.expand(N, *want.shape)
-    )
-    for layout in (torch.sparse_coo, torch.sparse_csr, "banded"):
-        sparse = jactri.jacobian(f, X[:1], layout=layout)
-        assert_close(sparse.to_dense().reshape(1, T, D, 1, T, D), truth_of(f, X[:1]))
-
-
-def test_sparsity_of_windows_and_of_what_is_no_mask():
-    f = lambda x: block(block(x, MASKS["local"]), MASKS["local"])  # noqa: E731
-    near = CAUSAL & (TOKEN[:, None] < TOKEN + 5)  # twice 3
-    found = jactri.sparsity(f, X[:1]).to_dense()[0, :, 0, 0, :, 0]
-    assert torch.equal(found, near)
-    weak = lambda q, k, v: written(q, k, v, CAUSAL, lambda s, m: s.masked_fill(~m, -1.0))  # noqa: E731
-    f = lambda x: block(x, weak)  # noqa: E731
-    assert jactri.sparsity(f, X[:1]).to_dense().all()
-    assert_close(jactri.jacobian(f, X), truth_of(f, X))
-
-
 HALF = T // 2
 
 
@@ -270,3 +212,164 @@ def test_what_is_no_mask_and_what_is_flat(worth):
     f = lambda x: model(x).flatten(0, 1)  # noqa: E731
     for strategy in ("reverse-mode", "forward-mode"):
         assert_close(jactri.jacobian(f, X, strategy=strategy), truth_of(f, X))
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL.T, LOCAL, PREFIX, LEFT, NO_ROW])
+def test_one_layer(worth, mask):
+    f = layers(mask)
+    both(f)
+    want = truth_of(f, X)
+    for strategy in ("reverse-mode", "mixed"):
+        assert ranges(f, strategy=strategy)
+        for options in ({}, {"chunk_size": 1}, {"memory_limit": want.nbytes + 30_000}):
+            assert_close(jactri.jacobian(f, X, strategy=strategy, **options), want)
+
+
+@pytest.mark.parametrize(
+    ("masks", "split"),
+    [
+        ((CAUSAL, EVERY), False),
+        ((EVERY, CAUSAL), False),
+        ((CAUSAL, CAUSAL.T), False),
+        ((LOCAL, PREFIX), True),
+    ],
+)
+def test_layers_of_several_kinds(worth, masks, split):
+    both(layers(*masks, attend=by_filling), split=split)
+
+
+def test_a_part_of_a_matrix_and_a_whole_one(worth):
+    """Queries have the seed's tokens, keys all of them; a permutation of whole axes comes before."""
+
+    def f(x):
+        y = x.transpose(0, 1) @ QKV
+        q, k, v = (t.transpose(0, 1).unflatten(-1, (H, -1)).transpose(1, 2) for t in y.chunk(3, -1))
+        return sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    both(f)
+    both(lambda x: f(x.flatten(0, 1).unflatten(0, (N, T))))
+
+
+def test_fewer_flops_of_one_layer():
+    """By sizes alone: no rates are changed."""
+    width, tokens = 32, 128
+    torch.manual_seed(0)
+    qkv, out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def f(x, causal):
+        q, k, v = qkv(x).unflatten(-1, (3, 4, width // 4)).permute(2, 0, 3, 1, 4)
+        return x + out(sdpa(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+
+    x = torch.randn(1, tokens, width)
+    for strategy, least in (("reverse-mode", 0.8), ("mixed", 0.8), ("forward-mode", 0.65)):
+        part = jactri.explain(lambda x: f(x, True), x, strategy=strategy)
+        whole = jactri.explain(lambda x: f(x, False), x, strategy=strategy)
+        assert "ranges of the tokens" in part.note
+        assert part.flops < least * whole.flops
+        assert part.peak_bytes < 1.1 * whole.peak_bytes
+
+
+OTHER = weights(N, 9, D, seed=7)
+SEEN = (torch.tensor([9, 4])[:, None] > torch.arange(9))[:, None, None]
+
+
+def across(x, other, attend=sdpa):
+    """A decoder's layer: causal, then to the tokens of another sequence, of which some are padding."""
+    x = layers(CAUSAL, attend=attend)(x)
+    q = (x @ OUT).unflatten(-1, (H, -1)).transpose(1, 2)
+    k, v = (other @ QKV[:, : 2 * D]).unflatten(-1, (2, H, D // H)).permute(2, 0, 3, 1, 4)
+    return x + attend(q, k, v, SEEN).transpose(1, 2).flatten(2), layers(
+        CAUSAL.T[:9, :9], attend=attend
+    )(other)
+
+
+def inside(x, other):
+    """Outputs that are on the way to another, an input among them; and one twice."""
+    y = layers(CAUSAL)(x)
+    return x, y, layers(LOCAL)(y + other[:, :1].sin()), y
+
+
+def flat(rows):
+    return [block for row in rows for block in row]
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode", "auto"])
+@pytest.mark.parametrize("f", [across, inside])
+def test_several_inputs_and_outputs(worth, f, strategy):
+    xs = X, OTHER
+    want = flat(truth_of(f, xs))
+    assert ranges(f, xs, strategy=strategy)
+    size = sum(w.nbytes for w in want)
+    for options in ({}, {"chunk_size": 5}, {"memory_limit": size + 60_000}):
+        for found, w in zip(
+            flat(jactri.jacobian(f, xs, strategy=strategy, **options)), want, strict=True
+        ):
+            assert_close(found, w)
+    alone = flat(jactri.jacobian(f, xs, strategy=strategy, per_sample=True))
+    for found, w in zip(alone, want, strict=True):
+        assert_close(found, torch.stack([w[i, :, :, i] for i in range(N)]))
+    sparse = flat(jactri.sparsity(f, xs))
+    for found, w in zip(sparse, want, strict=True):
+        assert torch.equal(found.to_dense(), w != 0)
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_second_derivatives(cuts, strategy):
+    x, other = (t.clone().requires_grad_() for t in (X, OTHER))
+    by_hand = partial(across, attend=by_filling)  # torch's kernels have one derivative only
+    want = flat(truth_of(by_hand, (x, other), create_graph=True))
+    weight = [weights(*w.shape, seed=i) for i, w in enumerate(want)]
+    truth = torch.autograd.grad(
+        sum((w * v).square().sum() for w, v in zip(want, weight, strict=True)), (x, other)
+    )
+    found = flat(jactri.jacobian(across, (x, other), create_graph=True, strategy=strategy))
+    assert cuts
+    total = sum((w * v).square().sum() for w, v in zip(found, weight, strict=True))
+    again = torch.autograd.grad(total, (x, other), create_graph=True)
+    for got, t in zip(again, truth, strict=True):
+        assert_close(got, t)
+
+
+def test_compiled(cuts):
+    f = layers(None)
+    causal = lambda x: block(x, MASKS["causal"])  # noqa: E731
+    step = jactri.compile(causal, X, engine="fx", strategy="reverse-mode")
+    assert len(cuts) == 6  # of the ordinary call, and of the trace
+    x = X.flip(0) + 0.1
+    assert_close(step(x), truth_of(causal, x))
+    cuts.clear()
+    step = jactri.compile(f, X, engine="fx", strategy="reverse-mode")
+    assert not cuts
+    assert_close(step(x), truth_of(f, x))
+
+
+def test_what_was_not_worth_it_is_not_looked_for_again(worth, monkeypatch):
+    looked = []
+    real = finding.ranges
+    monkeypatch.setattr(finding, "ranges", lambda *given: looked.append(given) or real(*given))
+    f = lambda x: layers(EVERY, CAUSAL)(x.roll(1, 1).gather(1, TOKEN[:, None].expand(N, T, D)))  # noqa: E731
+    for count in (1, 1, 1):
+        assert_close(jactri.jacobian(f, X, strategy="reverse-mode"), truth_of(f, X))
+        assert len(looked) == count
+
+
+def test_a_verdict_holds_for_what_was_asked(worth):
+    f = layers(LOCAL, CAUSAL)
+    want = truth_of(f, X)
+    tight = want.nbytes + 20_000  # not enough for the derivatives of all tokens beside
+    assert not ranges(f, strategy="reverse-mode", memory_limit=tight)
+    assert ranges(f, strategy="reverse-mode")
+    assert ranges(f, strategy="reverse-mode", chunk_size=1)
+    assert_close(jactri.jacobian(f, X, strategy="reverse-mode", memory_limit=tight), want)
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_memory_of_copies(worth, strategy):
+    """Samples one after another along one axis: a range of tokens is a run in each, and its derivatives a copy."""
+    f = lambda x: (model(x).flatten(0, 1).tanh() * SCALE).unflatten(0, (N, T))  # noqa: E731
+    x = X.clone().requires_grad_()
+    y, plan = f(x), jactri.explain(f, X, strategy=strategy)
+    assert "ranges" in plan.note
+    with Taken() as taken:
+        jactri.jacobian_of(y, x, strategy=strategy)
+    assert 0.6 * plan.peak_bytes < taken.peak < 1.1 * plan.peak_bytes

@@ -54,13 +54,13 @@ def joined(t: Tensor, kept, reverse: bool, shape) -> Tensor:
     sizes = [1] * len(shape)
     for i, (after, _) in enumerate(pairs):
         sizes[after] = t.shape[i + 1]
-    return t.reshape(2, *sizes)
+    return t.reshape(len(t), *sizes)
 
 
 def regrouped(t: Tensor, shape) -> Tensor:
     """A block ``(2, ...)`` as ``(2, *shape)``; axes along which it is expanded stay so where they are not merged."""
     old, small = t.shape[1:], thin(t)
-    wide, new, i, j = [2], [2], 0, 0
+    wide, new, i, j = [len(t)], [len(t)], 0, 0
     while i < len(old) or j < len(shape):  # the shortest runs of axes of one number of entries
         start, at = i, j
         left = right = 1

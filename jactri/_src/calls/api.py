@@ -16,7 +16,6 @@ from ..base.journal import Journal, identity, on_disk
 from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.progress import Watch, bar
 from ..plan.folding import fold
-from ..plan.masked import cut_shape
 from ..plan.owners import apart
 from ..plan.planning import (
     Ends,
@@ -427,8 +426,8 @@ def _run(graph, plan, ends: Ends | None, ys, xs, asked: Options, dests, watch):
             y, x, dest = ys[j], xs[i], dests[j][i] if dests else None
             out, into = y.shape, x.shape
             if ends is not None:
-                out, into = cut_shape(out, ends.out), cut_shape(into, ends.into)
-                dest = ends.of(dest, y.dim(), per_sample)
+                out, into = ends.shapes(j, i, y, x)
+                dest = ends.of(dest, j, i, y.dim(), per_sample)
             given = (
                 sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest,
             )  # fmt: skip

@@ -22,8 +22,9 @@ from ..device import chooser
 from ..device.attending import AttentionKind, Product
 from ..device.chooser import Way
 from .attention import Attention, Blocks, bend, pull, push, pushed_as_a_whole
+from .cut import Cut
 from .joint import given
-from .linear_map import Cut, LinearMap
+from .linear_map import LinearMap
 from .maps import wide
 
 Wanted = tuple[bool, ...]

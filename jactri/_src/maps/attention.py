@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..base.rates import block_bytes
-from .linear_map import Cut
+from .cut import Cut
 from .maps import wide
 
 Blocks = Sequence[Tensor | None]

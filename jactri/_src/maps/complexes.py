@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .contraction import MatMul
-from .linear_map import Diagonal, LinearMap, Scale, Shape
+from .cut import Shape
+from .linear_map import Diagonal, LinearMap, Scale
 
 
 class Part(LinearMap):

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..base import backends
 from ..base.intervals import for_good, thin
 from ..device.batching import bmm
+from .cut import Cut, Shape
 from .layout import FREE, Layout, convert, matrix_view, one, release, released
-from .linear_map import Cut, LinearMap, Route, Shape
+from .linear_map import LinearMap, Route
 from .unmasked import Unmasked
 
 
@@ -171,7 +172,15 @@ class MatMul(LinearMap):
 
     def narrow(self, source, target, in_shape, out_shape):
         partner = self._cut(self.partner, source, target)
-        return self if partner is self.partner else MatMul(partner, self.side)
+        if partner is self.partner:
+            return self
+        return MatMul(partner, self.side, self._unmasked(source, in_shape))
+
+    def _unmasked(self, source: Cut, in_shape: Shape) -> Unmasked | None:
+        """What a mask leaves of a range of the matrices."""
+        if self.unmasked is None or source.axis:
+            return None
+        return self.unmasked.of(source, in_shape[0])
 
     def _cut(self, p: Tensor, source: Cut, target: Cut) -> Tensor:
         """A partner for a range of samples, or of what is summed over and what it gives."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..base.tracing import may_write
+from .cut import Cut
 from .layout import FREE, Layout, one
-from .linear_map import Cut
 from .maps import wide
 
 

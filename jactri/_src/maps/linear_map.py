@@ -22,11 +22,11 @@ from torch import Tensor
 from ...kernels.support import Factor, formed_once
 from ..base.csr import Csr
 from ..base.intervals import for_good, joined, regrouped
+from .cut import Cut, Shape
 from .entrywise import aligned, times
 from .joint import Joint, given
 from .layout import Layout, Selection
 
-Shape = tuple[int, ...]
 Kept = tuple[tuple[int, int], ...]
 
 
@@ -43,32 +43,6 @@ class Route:
     axis: int | None = None
     work: float = 1.0
     moves: bool = True
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A range of samples of one value: ``length`` entries of ``axis`` from ``start``.
-
-    Or of tokens, of which an axis has several runs: such a range in each of its ``outer`` parts.
-    """
-
-    axis: int
-    start: int
-    length: int
-    outer: int = 1
-
-    def of(self, t: Tensor, ndim: int) -> Tensor:
-        """The part of a tensor that broadcasts against a value of ``ndim`` axes."""
-        axis = self.axis - (ndim - t.dim())
-        if axis < 0 or t.shape[axis] == 1:
-            return t
-        if self.outer == 1:
-            return t.narrow(axis, self.start, self.length)
-        parts = t.unflatten(axis, (self.outer, -1))
-        return parts.narrow(axis + 1, self.start, self.length).flatten(axis, axis + 1)
-
-    def shape(self, shape: Shape) -> Shape:
-        return (*shape[: self.axis], self.outer * self.length, *shape[self.axis + 1 :])
 
 
 class LinearMap:
@@ -118,6 +92,11 @@ class LinearMap:
         return None
 
     @property
+    def chosen(self) -> bool:
+        """Whether it is values that tell what it moves: the choice of a maximum or a sort."""
+        return False
+
+    @property
     def digest(self) -> bytes | None:
         """Of the indices that tell `picks` and `links`: alike for the same. None where the key tells all."""
         return None
@@ -157,7 +136,7 @@ class LinearMap:
     ) -> Tensor:
         """What depends on what: at each output the largest of the numbers ``t``, from 0 on, at the inputs that it sees.
 
-        ``t`` is a block ``(2, *shape)`` of integers, ``reverse`` goes from outputs to inputs. ``values``: an input that
+        ``t`` is a block ``(K, *shape)`` of integers, ``reverse`` goes from outputs to inputs. ``values``: an input that
         is multiplied by zero is not seen. Axes of the result of size 1 stand for what is alike along them.
         """
         return joined(
@@ -336,7 +315,7 @@ class Diagonal(Elementwise):
         return t.masked_fill(self.d == 0, 0) if values and for_good(self.d) else t
 
     def narrow(self, source, target, in_shape, out_shape):
-        return Diagonal(target.of(self.d, len(out_shape)))
+        return Diagonal(lambda: target.of(self.d, len(out_shape)))
 
     def push(self, t, own):
         d = self._value

@@ -156,8 +156,10 @@ class Softmax(LinearMap):
         return t if kept is None else t.where(kept, 0)
 
     def narrow(self, source, target, in_shape, out_shape):
-        p = self.p
-        return type(self)(lambda: source.of(p(), len(in_shape)), self.axis)
+        p, unmasked = self.p, None
+        if self.unmasked is not None and source.axis == 0 < len(in_shape) - 2:
+            unmasked = self.unmasked.of(source, in_shape[0])
+        return type(self)(lambda: source.of(p(), len(in_shape)), self.axis, unmasked)
 
     def push(self, t, own):
         p = self.p()

@@ -199,6 +199,10 @@ class Transpose(LinearMap):
     def digest(self):
         return self.base.digest
 
+    @property
+    def chosen(self):
+        return self.base.chosen
+
     def work(self, in_shape, out_shape, reverse):
         return self.base.work(out_shape, in_shape, not reverse)
 
@@ -236,7 +240,8 @@ class Batched(MatMul):
         make = self._make
         if source.axis not in (0, 2 if self.side == "right" else 1):
             return self
-        return Batched(lambda: self._cut(make(), source, target), self.side)
+        unmasked = self._unmasked(source, in_shape)
+        return Batched(lambda: self._cut(make(), source, target), self.side, unmasked)
 
 
 class Sample(LinearMap):

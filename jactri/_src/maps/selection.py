@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..base.csr import Csr
-from .linear_map import LinearMap, Shape, keep_all_but
+from .cut import Shape
+from .linear_map import LinearMap, keep_all_but
 from .links import digest_of, moved
 
 
@@ -188,6 +189,10 @@ class Gather(LinearMap):
     def digest(self):
         return digest_of(self.index) if self.given else None
 
+    @property
+    def chosen(self):
+        return not self.given
+
     def narrow(self, source, target, in_shape, out_shape):
         return Gather(target.of(self.index, len(out_shape)), self.size, self.axis, self.given)
 
@@ -316,6 +321,10 @@ class Picked(LinearMap):
     @property
     def key(self):
         return Picked, self.base.key, self.options
+
+    @property
+    def chosen(self):
+        return self.base.chosen
 
     def kept(self, in_shape, out_shape):
         return tuple((a, a) for a in range(len(in_shape) - len(self.size)))

@@ -18,10 +18,11 @@ from torch import Tensor
 from ..base.tracing import may_write
 from . import lettered
 from .contraction import Expand, MatMul, Sum
+from .cut import Shape
 from .layout import FREE, Layout, Selection
 from .lettered import Lettered, once
 from .letters import Axes, Letter, Letters, Network, Unaligned, groups, order, side_by_side
-from .linear_map import Diagonal, Identity, LinearMap, Permute, Scale, Shape, View
+from .linear_map import Diagonal, Identity, LinearMap, Permute, Scale, View
 from .selection import Place, Select, Slice
 
 Narrowed = tuple[int, int, int]

@@ -1,41 +1,33 @@
 """Ranges of tokens, where masks keep later from earlier ones: what is zero by a mask is not multiplied.
 
 Behind attention under a causal mask, a block has all seeds by all tokens, and half of it is zero. A range of the seed's
-tokens runs on a graph of its own, which has those entries of every value that the range can reach: which these are,
-intervals tell (see `owners`), by masks alone. Each map is cut to the entries on both of its sides, so that nothing but
-zeros is left out.
+tokens runs on a graph of its own, which has those entries of every value that the range can reach (see `narrowing`):
+which these are, intervals tell (see `owners`), by masks alone.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.csr import Csr
 from ..base.intervals import own, thin
-from ..maps.contraction import Expand, MatMul, Sum
+from ..base.tracing import aside
+from ..maps.contraction import MatMul
+from ..maps.cut import Cut, Shape
 from ..maps.layout import Layout
-from ..maps.linear_map import Cast, Cut, Diagonal, Identity, LinearMap, Permute, Scale, Shape, View
-from ..maps.low_rank import Project, Softmax
-from ..maps.maps import Batched
-from ..maps.mask import Mask
-from ..maps.selection import Place, Select, Slice, Take
-from ..read.graph import Graph, Source, Value
+from ..maps.linear_map import Diagonal, LinearMap
+from ..maps.low_rank import Softmax
+from ..maps.selection import Take
+from ..maps.unmasked import Unmasked
+from ..read.graph import Graph
+from .narrowing import CUT, Box, Range, cut_shape
 from .owners import follow
 from .sweep import simulate
-
-Box = dict[int, Cut]
-"""The entries of a value: by axis a range, where it is not whole."""
-
-_CUT = frozenset((
-    Batched, Cast, Diagonal, Expand, Identity, Mask, MatMul, Permute, Place, Project, Scale, Select, Slice, Softmax,
-    Sum, Take, View,
-))  # fmt: skip
-"""Maps that can be cut along all axes that they keep."""
 
 LEAST = 4
 """Tokens of a range, at least."""
@@ -44,105 +36,174 @@ WORTH = 0.8
 """Ranges are looked for along an axis where each reaches at most this part of the other end, on average."""
 
 
-def masks(graph: Graph) -> tuple[tuple[int, int, bytes], ...]:
-    """Which edges (value, number) have a mask, and what it leaves: alike for graphs whose masks are."""
-    return tuple([
-        (v, k, e.unmasked.digest)
+def masked(graph: Graph) -> list[tuple[int, int, Unmasked]]:
+    """The edges (value, number) that may have a mask."""
+    return [
+        (v, k, e.unmasked)
         for v, value in enumerate(graph.values)
         for k, (_, e) in enumerate(value.sources)
-        if isinstance(e, (Softmax, MatMul)) and e.unmasked is not None and e.unmasked() is not None
-    ])  # fmt: skip
+        if isinstance(e, (Softmax, MatMul)) and e.unmasked is not None
+    ]
+
+
+def masks(graph: Graph) -> tuple[tuple[int, int, bytes], ...]:
+    """Which edges (value, number) have a mask, and what it leaves: alike for graphs whose masks are."""
+    return tuple([(v, k, m.digest) for v, k, m in masked(graph) if m() is not None])
+
+
+def differ(graph: Graph) -> bool:
+    """Whether masks differ between samples (or heads)."""
+    return not all(m.alike for _, _, m in masked(graph))
 
 
 def fixed(graph: Graph) -> bool:
     """Whether the masks and the graph's key tell what depends on what: not where there are indices."""
-    kinds = {e.__class__ for v in graph.values for _, e in v.sources} - (_CUT - {Take})
+    kinds = {e.__class__ for v in graph.values for _, e in v.sources} - (CUT - {Take})
     return all(kind.reach is LinearMap.reach for kind in kinds)
 
 
-def held(graph: Graph) -> float:
-    """Bytes of the derivatives of which each range has a part."""
-    return sum(
-        prod(v.shape) * v.dtype.itemsize
-        for v in graph.values
-        if any(isinstance(e, (Diagonal, Softmax)) for _, e in v.sources)
-    )
+def held(graph: Graph, found: list[Range]) -> float:
+    """Bytes of the derivatives of which each range has a part, and of the parts that are copies, as they are in runs.
+
+    All ranges have theirs of scalings at once, and a softmax makes its own anew.
+    """
+    total = 0.0
+    for v, value in enumerate(graph.values):
+        kinds = {e.__class__ for _, e in value.sources} & {Diagonal, Softmax}
+        if not kinds:
+            continue
+        boxes = [r.boxes[v] for r in found if v in r.boxes]
+        copies = [
+            prod(cut_shape(value.shape, box))
+            for box in boxes
+            if any(cut.outer > 1 for cut in box.values())
+        ]
+        copied = sum(copies) if Diagonal in kinds else max(copies, default=0)
+        total += (prod(value.shape) + copied) * value.dtype.itemsize
+    return total
 
 
-def support(graph: Graph, seed: int, axis: int, value: int) -> tuple[int, np.ndarray] | None:
-    """An axis of a value whose entries see a part of an axis of the seed each, and which: boolean, (value, seed)."""
-    n = graph.values[seed].shape[axis]
-    found = _follow(graph, seed, value, axis, False).get(value)
+EXACT = 1 << 28
+"""Weights by tokens of the seed up to which each token is followed by itself: intervals hide what is between."""
+
+AT_ONCE = 1 << 22
+"""The same, of tokens that are followed at once."""
+
+
+def support(graph: Graph, seed: int, axis: int, value: int) -> dict[int, Csr]:
+    """By axes of a value: which entries of an axis of the seed those along it see. Where they see all, it is left out.
+
+    Masks and indices that are given tell it, and no values.
+    """
+    n, shape = graph.values[seed].shape[axis], graph.values[value].shape
+    found: dict[int, list[np.ndarray]] = {}
+    with aside():
+        for start in _one_by_one(graph, seed, axis):
+            near = follow(graph, {seed: start}, [value], whatever=True).get(value)
+            for a, t in _by_axis(near, shape).items():
+                found.setdefault(a, []).append(t > 0)
+        if not found:
+            index = np.arange(n)[:, None]
+            near = _follow(graph, seed, [value], axis, False, whatever=True).get(value)
+            for a, t in _by_axis(near, shape).items():
+                found[a] = [(index < t[0]) & (n - index <= t[1])]
+    seen = {a: Csr.of_dense(np.concatenate(parts).T) for a, parts in found.items()}
+    return {a: s for a, s in seen.items() if s.nnz < prod(s.shape)}
+
+
+def _by_axis(found: Tensor | None, shape: Shape) -> dict[int, np.ndarray]:
+    """What is followed, along each axis of a value: (what, axis)."""
+    made: dict[int, np.ndarray] = {}
     if found is None:
-        return None
-    found, best = thin(found), None
-    index = torch.arange(n, device=found.device)
-    for a in range(found.dim() - 1):
-        if found.shape[a + 1] > 1:
+        return made
+    found = thin(found)
+    for a, n in enumerate(shape):
+        if n > 1:
             others = [d for d in range(1, found.dim()) if d != a + 1]
-            after, before = (found.amax(others) if others else found).unsqueeze(-1)
-            seen = (index < after) & (n - index <= before)
-            if not bool(seen.all()) and (best is None or seen.sum() < best[1].sum()):
-                best = a, seen.cpu().numpy()
-    return best
+            along = (found.amax(others) if others else found).cpu().numpy()
+            made[a] = np.broadcast_to(along, (len(found), n))
+    return made
 
 
-Range = dict[int, Box]
-"""A range of the seed's tokens: the entries of each value on its way, of which no other value is."""
+def _one_by_one(graph: Graph, seed: int, axis: int) -> Iterator[Tensor]:
+    """Some tokens of the seed after others, each to be followed by itself; none where that takes too long."""
+    shape, device = graph.values[seed].shape, graph.values[seed].device
+    n = shape[axis]
+    weights = [v for v in graph.values if any(isinstance(e, Softmax) for _, e in v.sources)]
+    most = max((prod(v.shape[-2:]) for v in weights), default=1)
+    if n * most <= EXACT:
+        each = max(1, AT_ONCE // most)
+        for at in range(0, n, each):
+            one = torch.eye(n, dtype=torch.int8, device=device)[at : at + each]
+            yield one.view(-1, *[n if a == axis else 1 for a in range(len(shape))])
 
 
-def ranges(graph: Graph, reverse: bool, count: int) -> list[Range] | None:
-    """About ``count`` ranges of one axis of the only output (or input), where masks let each reach a part only."""
-    ends = [graph.inputs, graph.outputs]
-    if any(len(e) != 1 or e[0] is None for e in ends) or graph.complex:
+def whole(graph: Graph, reverse: bool, seed: int) -> Range:
+    """All of an output or input as one range."""
+    return Range(seed, {v: {} for v in simulate(graph, seed, reverse, False).layouts})
+
+
+def ranges(graph: Graph, reverse: bool, count: int, number: int) -> list[Range] | None:
+    """About ``count`` ranges of one axis of an output (or input), where masks let each reach a part only."""
+    if graph.complex:
         return None
-    seed, target = (e[0] for e in ends[:: -1 if reverse else 1])
-    sweep = simulate(graph, 0, reverse, False)
-    if target not in sweep.layouts:
-        return None
+    seed = (graph.outputs if reverse else graph.inputs)[number]
+    sweep = simulate(graph, number, reverse, False)
+    targets = [t for t in dict.fromkeys(sweep.targets) if t is not None]
     shape = graph.values[seed].shape
     best, found = WORTH, None
-    needed = _follow(graph, target, seed, 0, not reverse)
+    needed = follow(graph, {t: _ones(graph, t) for t in targets}, [seed], not reverse)
     for axis, n in enumerate(shape):
         ties = {t for _, t in sweep.layout.axes[axis]}
+        free = [t for t in targets if not ties & sweep.layouts[t].tied]
         parts = min(count, n // LEAST)
-        if parts < 2 or ties & sweep.layouts[target].tied:
+        if parts < 2 or not free:
             continue
-        reached = _follow(graph, seed, target, axis, reverse)
-        if target not in reached:
+        reached = _follow(graph, seed, targets, axis, reverse)
+        if any(t not in reached for t in targets):
             return None
         size = -(-n // parts)
         spans = [(start, min(size, n - start)) for start in range(0, n, size)]
-        made: list[Range] = [{} for _ in spans]
+        tied = frozenset([v for v, lay in sweep.layouts.items() if reverse and ties & lay.tied])
+        made = [Range(number, {}, tied) for _ in spans]
         for v, layout in sweep.layouts.items():
             if v in reached and v in needed:
                 near, far = (thin(t[v]).cpu().numpy() for t in (reached, needed))
-                for (start, length), boxes in zip(spans, made, strict=True):
+                for (start, length), part in zip(spans, made, strict=True):
                     box = _box(near, far, start, length, n, layout)
                     if box is not None:
-                        boxes[v] = box
-        for (start, length), boxes in zip(spans, made, strict=True):
-            boxes[seed] = {axis: Cut(axis, start, length)}
-        size = sum(_part(graph, r, target) for r in made) / len(made)
-        runs = any(c.outer > 1 for r in made for e in (seed, target) for c in r.get(e, {}).values())
-        if size < best and not runs:  # an answer is written in one piece a range
-            best, found = size, made
+                        part.boxes[v] = box
+        for (start, length), part in zip(spans, made, strict=True):
+            part.boxes[seed] = {axis: Cut(axis, start, length)}
+        share = sum(_share(graph, r, free) for r in made) / len(made)
+        ends = {seed, *targets}
+        runs = any(c.outer > 1 for r in made for e in ends for c in r.boxes.get(e, {}).values())
+        if share < best and not runs:  # an answer is written in one piece a range
+            best, found = share, made
     return found
 
 
-def _follow(graph: Graph, start: int, end: int, axis: int, reverse: bool) -> dict[int, Tensor]:
+def _ones(graph: Graph, value: int) -> Tensor:
+    v = graph.values[value]
+    return torch.ones([2] + [1] * len(v.shape), dtype=torch.int32, device=v.device)
+
+
+def _follow(
+    graph: Graph, start: int, ends: list[int], axis: int, reverse: bool, whatever: bool = False
+) -> dict[int, Tensor]:
     value = graph.values[start]
     n = value.shape[axis] if value.shape else 1
     at = own(n, max(1, len(value.shape)), value.device, axis)
-    return follow(
-        graph, {start: at.reshape(2, *at.shape[1 : 1 + len(value.shape)])}, [end], reverse
-    )
+    at = at.reshape(2, *at.shape[1 : 1 + len(value.shape)])
+    return follow(graph, {start: at}, ends, reverse, whatever=whatever)
 
 
-def _part(graph: Graph, found: Range, target: int) -> float:
-    """Which part of the entries of the other end a range reaches."""
-    box, shape = found.get(target), graph.values[target].shape
-    return 0.0 if box is None else prod(cut_shape(shape, box)) / max(1, prod(shape))
+def _share(graph: Graph, found: Range, targets: list[int]) -> float:
+    """Which part of the entries of the other ends a range reaches."""
+    sizes = [prod(graph.values[t].shape) for t in targets]
+    there = [t for t in targets if t in found.boxes]
+    reached = sum(prod(cut_shape(graph.values[t].shape, found.boxes[t])) for t in there)
+    return reached / max(1, sum(sizes))
 
 
 def _box(
@@ -171,215 +232,3 @@ def _box(
 
 def _sizes(cut: Cut) -> tuple[int, int]:
     return cut.outer, cut.length
-
-
-def cut_shape(shape: Shape, box: Box) -> Shape:
-    """Of the entries of a value that a box holds."""
-    for cut in box.values():
-        shape = cut.shape(shape)
-    return shape
-
-
-def narrowed(graph: Graph, found: Range) -> Graph | None:
-    """The graph of a range; None where its seed reaches nothing."""
-    return _Narrowing(graph, found).made()
-
-
-class _Empty(Exception):
-    """Nothing comes through a map."""
-
-
-class _Narrowing:
-    """One graph, while it is made."""
-
-    def __init__(self, graph: Graph, boxes: Range):
-        self.graph, self.boxes = graph, boxes
-        self.values: list[Value] = []
-        self.at: dict[int, int] = {}
-        self.layers: dict[int, str] | None = None if graph.layers is None else {}
-
-    def made(self) -> Graph | None:
-        graph = self.graph
-        for v, value in enumerate(graph.values):
-            box = self.boxes.get(v)
-            if box is None:
-                continue
-            sources = []
-            for s, edge in value.sources:
-                if s in self.at:
-                    with suppress(_Empty):
-                        sources.append(self._through(s, v, edge))
-            if sources or v in graph.inputs:
-                self.at[v] = self._add(v, cut_shape(value.shape, box), tuple(sources))
-        inputs, outputs = ([self.at.get(v) for v in e] for e in (graph.inputs, graph.outputs))
-        if None in inputs or None in outputs:
-            return None
-        key = tuple(
-            (v.op, v.shape, v.dtype, tuple((s, m.key) for s, m in v.sources)) for v in self.values
-        )
-        of = "range", key, tuple(inputs), tuple(outputs)
-        return Graph(self.values, inputs, outputs, of, self.layers)
-
-    def _add(self, v: int, shape: Shape, sources: tuple[Source, ...]) -> int:
-        value = self.graph.values[v]
-        self.values.append(Value(value.op, shape, value.dtype, value.device, sources))
-        if self.layers is not None and v in self.graph.layers:
-            self.layers[len(self.values) - 1] = self.graph.layers[v]
-        return len(self.values) - 1
-
-    def _through(self, s: int, v: int, edge: LinearMap) -> Source:
-        """A value's source by an edge: between are values that fit the entries of one side to those of the other."""
-        before, after = self.graph.values[s].shape, self.graph.values[v].shape
-        near, far = self.boxes[s], self.boxes[v]
-        left, right = _both(edge, near, far, before, after)
-        steps = [(s, *step) for step in _fit(before, near, left)]
-        steps.append((v, _cut(edge, left, right, before, after), cut_shape(after, right)))
-        steps += [(v, *step) for step in _fit(after, right, far)]
-        at = self.at[s]
-        for of, step, shape in steps[:-1]:
-            value = self.graph.values[of]
-            self.values.append(Value(value.op, shape, value.dtype, value.device, ((at, step),)))
-            at = len(self.values) - 1
-            if self.layers is not None and of in self.graph.layers:
-                self.layers[at] = self.graph.layers[of]
-        return at, steps[-1][1]
-
-
-def _both(edge: LinearMap, near: Box, far: Box, before: Shape, after: Shape) -> tuple[Box, Box]:
-    """The entries of both sides of a map between which it is cut, of those that are there."""
-    left: Box = {}
-    right: Box = {}
-    if edge.__class__ not in _CUT:
-        return left, right
-    if edge.__class__ is View:
-        for cut in near.values():
-            moved = _moved(cut, before, after)
-            if moved is None or moved.axis in right:
-                continue
-            met = _met(moved, far.get(moved.axis), after)
-            back = None if met is None else _moved(met, after, before)
-            if back is not None and back.axis == cut.axis:
-                right[met.axis], left[cut.axis] = met, back
-        for cut in far.values():
-            moved = _moved(cut, after, before)
-            if moved is None or cut.axis in right or moved.axis in left:
-                continue
-            if moved.axis not in near:
-                right[cut.axis], left[moved.axis] = cut, moved
-        return left, right
-    for a, b in edge.kept(before, after):
-        one, other = near.get(a), far.get(b)
-        if before[a] != after[b] or (one is None and other is None):
-            continue
-        one, other = one or other, other or one
-        met = _met(one, replace(other, axis=a), before)
-        if met is not None:
-            left[a], right[b] = met, replace(met, axis=b)
-    axis = _summed(edge, len(before))
-    if axis is not None:
-        plain = [box.get(axis) for box in (near, far)]
-        plain = [None if c is None or c.outer > 1 else c for c in plain]
-        if isinstance(edge, Softmax):
-            if None not in plain:
-                first = min(c.start for c in plain)
-                last = max(c.start + c.length for c in plain)
-                left[axis] = right[axis] = Cut(axis, first, last - first)
-        else:
-            for box, c in zip((left, right), plain, strict=True):
-                if c is not None:
-                    box[axis] = c
-    return left, right
-
-
-def _summed(edge: LinearMap, ndim: int) -> int | None:
-    """The axis that a map mixes, and along which a part of it is the map of the parts."""
-    if isinstance(edge, Softmax):
-        return edge.axis
-    if isinstance(edge, MatMul) and edge.structure == "batched matrix":
-        return ndim - 1 if edge.side == "right" else ndim - 2
-    return None
-
-
-def _met(one: Cut, other: Cut | None, shape: Shape) -> Cut | None:
-    """What two ranges of one axis have in common; None where they are of other parts of it."""
-    if other is None or other == one:
-        return one
-    if one.outer != other.outer:
-        return None
-    first = max(one.start, other.start)
-    length = min(one.start + one.length, other.start + other.length) - first
-    if length <= 0:
-        raise _Empty
-    return replace(one, start=first, length=length)
-
-
-def _moved(cut: Cut, shape: Shape, to: Shape) -> Cut | None:
-    """The same entries of a value viewed in another shape; None where they are no range of an axis of it."""
-    unit = prod(shape[cut.axis + 1 :])
-    period = shape[cut.axis] // cut.outer * unit
-    start, length = cut.start * unit, cut.length * unit
-    inner = 1
-    for axis in reversed(range(len(to))):
-        whole = inner * to[axis]
-        fits = not (start % inner or length % inner or period % inner or whole % period)
-        if to[axis] > 1 and fits:
-            return Cut(axis, start // inner, length // inner, whole // period)
-        inner = whole
-    return None
-
-
-def _cut(edge: LinearMap, left: Box, right: Box, before: Shape, after: Shape) -> LinearMap:
-    """The map between the entries of two boxes."""
-    if edge.__class__ is View:
-        return View(cut_shape(before, left), cut_shape(after, right))
-    axis = _summed(edge, len(before))
-    pairs = [*edge.kept(before, after)]
-    if axis is not None and (axis in left or axis in right):
-        pairs.append((axis, axis))
-    for a, b in pairs:
-        if a in left or b in right:
-            ends = left.get(a) or Cut(a, 0, before[a]), right.get(b) or Cut(b, 0, after[b])
-            edge = edge.narrow(*ends, before, after)
-            before, after = ends[0].shape(before), ends[1].shape(after)
-    return edge
-
-
-def _fit(shape: Shape, one: Box, other: Box) -> list[tuple[LinearMap, Shape]]:
-    """Maps, each with the shape that it gives, from the entries of a box to those of another: zero where it is new."""
-    steps: list[tuple[LinearMap, Shape]] = []
-    now = dict(one)
-    for axis in sorted({*one, *other}):
-        a, b = one.get(axis), other.get(axis)
-        if a == b:
-            continue
-        goals = [b] if a is None or b is None or a.outer == b.outer else [None, b]
-        for goal in goals:
-            at = cut_shape(shape, now)
-            was = now.pop(axis, None)
-            outer = (was or goal).outer
-            whole = Cut(axis, 0, shape[axis] // outer, outer)
-            if goal is not None:
-                now[axis] = goal
-            _along(steps, axis, was or whole, goal or whole, at)
-    return steps
-
-
-def _along(steps, axis: int, one: Cut, other: Cut, at: Shape) -> None:
-    """`_fit` along one axis, of values that have the shape ``at``."""
-    first = max(one.start, other.start)
-    length = min(one.start + one.length, other.start + other.length) - first
-    if length <= 0:
-        raise _Empty
-    outer, split = one.outer, at
-    if outer > 1:
-        split = (*at[:axis], outer, one.length, *at[axis + 1 :])
-        steps.append((View(at, split), split))
-        axis += 1
-    for edge, whole in ((Slice, one), (Place, other)):
-        if length < whole.length:
-            size = length if edge is Slice else whole.length
-            split = (*split[:axis], size, *split[axis + 1 :])
-            steps.append((edge(axis, first - whole.start, length, 1, whole.length), split))
-    if outer > 1:
-        merged = (*split[: axis - 1], outer * split[axis], *split[axis + 1 :])
-        steps.append((View(split, merged), merged))

@@ -13,32 +13,41 @@ from torch import Tensor
 
 from ..base.backends import captured
 from ..base.intervals import own, single, thin, within
-from ..maps.linear_map import Cut, LinearMap
+from ..maps.cut import Cut
+from ..maps.linear_map import LinearMap
 from ..read.graph import Graph
 from .sweep import relevant
 
 
 def follow(
-    graph: Graph, starts: dict[int, Tensor], targets, reverse: bool = False, values: bool = False
+    graph: Graph,
+    starts: dict[int, Tensor],
+    targets,
+    reverse: bool = False,
+    values: bool = False,
+    whatever: bool = False,
 ) -> dict[int, Tensor]:
     """The intervals of all values between ``starts``, which have theirs, and ``targets``.
 
     ``reverse``: of the outputs that a value has an influence on. ``values``: zeros that maps multiply by (a mask, the
-    weights of a dispatch) let nothing through; else only indices do not.
+    weights of a dispatch) let nothing through; else only indices do not. ``whatever``: what a sort or a maximum chooses
+    among values may be anything.
     """
     order = relevant(graph, starts, targets, reverse)
-    found = {v: starts[v].expand(2, *graph.values[v].shape) for v in order if v in starts}
+    found = {v: t.expand(len(t), *graph.values[v].shape) for v, t in starts.items() if v in order}
     present = set(order)
     for v in order:
         if reverse:
             if v in found:
                 for s, edge in graph.values[v].sources:
                     if s in present:
-                        _add(found, s, _through(graph, edge, found[v], s, v, True, values))
+                        _add(
+                            found, s, _through(graph, edge, found[v], s, v, True, values, whatever)
+                        )
         else:
             for s, edge in graph.values[v].sources:
                 if s in found:
-                    _add(found, v, _through(graph, edge, found[s], s, v, False, values))
+                    _add(found, v, _through(graph, edge, found[s], s, v, False, values, whatever))
     return found
 
 
@@ -48,7 +57,14 @@ def _add(found: dict[int, Tensor], v: int, t: Tensor) -> None:
 
 
 def _through(
-    graph: Graph, edge: LinearMap, t: Tensor, s: int, v: int, reverse: bool, values: bool
+    graph: Graph,
+    edge: LinearMap,
+    t: Tensor,
+    s: int,
+    v: int,
+    reverse: bool,
+    values: bool,
+    whatever: bool,
 ) -> Tensor:
     """One edge; a map by index acts on one entry of axes that it keeps and along which nothing varies.
 
@@ -56,6 +72,8 @@ def _through(
     """
     before, after = graph.values[s].shape, graph.values[v].shape
     to = before if reverse else after
+    if whatever and edge.chosen:
+        return LinearMap.reach(edge, t, before, after, reverse, values).expand(len(t), *to)
     if edge.structure == "gather":
         for a, b in edge.kept(before, after):
             at = (b if reverse else a) + 1
@@ -65,7 +83,7 @@ def _through(
             if edge.narrow(*cuts, before, after) is not edge:
                 continue
             before, after, t = cuts[0].shape(before), cuts[1].shape(after), t.narrow(at, 0, 1)
-    return edge.reach(t, before, after, reverse, values).expand(2, *to)
+    return edge.reach(t, before, after, reverse, values).expand(len(t), *to)
 
 
 def apart(graph: Graph) -> bool:

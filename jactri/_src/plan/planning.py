@@ -12,15 +12,17 @@ from torch import Tensor
 from ..base import backends, rates
 from ..base.cache import Cache
 from ..base.memory import OFFER, Budget, MemoryLimitTooSmall, Offer, hold
-from ..maps.linear_map import Cut
+from ..base.tracing import aside, tracing
+from ..maps.cut import Cut
 from ..read.graph import Graph
 from . import masked
+from .narrowing import Box, Range, cut_shape, narrowed
 from .needs import Asked
 from .owners import joins
 from .planner import Plan, Simulated, make_plan, plan_given, predict
 from .poles import met
 from .samples import REMEDY, mixing_steps, narrow, places, probe_mixing, untied_targets
-from .supports import indices
+from .supports import known_by
 from .sweep import simulate
 
 _plans: Cache[tuple, Plan] = Cache()
@@ -28,7 +30,10 @@ _plans: Cache[tuple, Plan] = Cache()
 _sparse: Cache[tuple, Plan] = Cache(32)
 """Those that hold patterns, which may be as large as answers."""
 
-_ranges: Cache[tuple, list[masked.Range] | None] = Cache()
+_ranges: Cache[tuple, list[Range] | None] = Cache()
+
+_vain: Cache[tuple, bool] = Cache()
+"""What was not worth to be cut."""
 
 RANGES = 8
 """Of tokens, at most: so many leave (1 + 1/8) / 2 of what a causal mask leaves half of."""
@@ -47,27 +52,36 @@ _CLOSE = 8.0
 
 
 class Ends(NamedTuple):
-    """The part of the outputs and inputs that a graph computes."""
+    """The parts of the outputs and inputs that a graph computes, by their numbers."""
 
-    out: masked.Box
-    into: masked.Box
+    out: dict[int, Box]
+    into: dict[int, Box]
 
     @staticmethod
-    def samples(start: int, length: int) -> Ends:
-        """A range of samples."""
+    def samples(start: int, length: int, ys, xs) -> Ends:
+        """A range of samples of all."""
         box = {0: Cut(0, start, length)}
-        return Ends(box, box)
+        return Ends(dict.fromkeys(range(len(ys)), box), dict.fromkeys(range(len(xs)), box))
 
     @property
-    def key(self) -> list[tuple[int, int, int]]:
+    def key(self) -> list[list]:
         """As a journal keeps it."""
-        return [(c.axis, c.start, c.length) for box in self for c in box.values()]
+        return [
+            [j, c.axis, c.start, c.length]
+            for end in self
+            for j, box in end.items()
+            for c in box.values()
+        ]
 
-    def of(self, dest: Tensor, ndim: int, per_sample: bool | str) -> Tensor:
+    def shapes(self, j: int, i: int, y: Tensor, x: Tensor) -> tuple[torch.Size, torch.Size]:
+        """Of an output's and an input's part."""
+        return cut_shape(y.shape, self.out[j]), cut_shape(x.shape, self.into[i])
+
+    def of(self, dest: Tensor, j: int, i: int, ndim: int, per_sample: bool | str) -> Tensor:
         """That of a Jacobian ``(*out, *in)``, or of a sample each, of an output with ``ndim`` axes."""
-        for cut in self.out.values():
+        for cut in self.out[j].values():
             dest = dest.narrow(cut.axis, cut.start, cut.length)
-        for cut in self.into.values():
+        for cut in self.into[i].values():
             if cut.axis or not per_sample:
                 at = ndim + cut.axis - bool(per_sample)
                 dest = dest.narrow(at, cut.start, cut.length)
@@ -150,7 +164,7 @@ def split_samples(graph: Graph, ys, xs, wanted: Wanted) -> list[Piece] | None:
                 part = narrow(graph, where, *span)
                 if part is None:
                     return None
-                pieces.append((Ends.samples(*span), part, plan_for(part, ys, xs, wanted)))
+                pieces.append((Ends.samples(*span, ys, xs), part, plan_for(part, ys, xs, wanted)))
             return pieces
         except MemoryLimitTooSmall:
             if count == 1:
@@ -164,45 +178,79 @@ def split_masked(graph: Graph, plan: Plan, ys, xs, wanted: Wanted) -> list[Piece
     """
     device = wanted.budget.device
     whole = _seconds(plan, device)
-    each = RANGE * sum(len(s.steps) for s in plan.sweeps)
-    count = min(RANGES, int(sqrt(whole / (2 * each)))) if each else 1
-    plain = not (wanted.summed or wanted.sparse or wanted.rows or torch.is_grad_enabled())
-    if count < 2 or not plain or backends.capturing(device):
+    each = RANGE * _steps(plan)
+    most = RANGES // 2 if tracing() else RANGES
+    count = min(most, int(sqrt(whole / (2 * each)))) if each else 1
+    if count < 2 or wanted.summed or wanted.sparse or wanted.rows or backends.captured(device):
         return None
     masks = masked.masks(graph)
-    if not masks:
+    fixed = masked.fixed(graph)
+    if not masks or (tracing() and not fixed):
         return None
-
-    def cut() -> list[masked.Range] | None:
-        return masked.ranges(graph, plan.reverse, count)
-
+    # what was not worth it is not looked at again: where indices decide, too, since all at once is always right
     key = graph.key, masks, plan.reverse, count
-    found = _ranges.of(key, cut) if masked.fixed(graph) else cut()
-    if found is None:
+    asked = (
+        *key, wanted.strategy, bool(wanted.per_sample), wanted.chunk_size, wanted.given, wanted.budget.bound,
+    )  # fmt: skip
+    if _vain.get(asked):
         return None
+
+    def cut() -> list[Range] | None:
+        return _found(graph, plan, count)
+
+    found = _ranges.of(key, cut) if fixed else cut()
+    pieces = None if found is None else _pieces(graph, plan, found, ys, xs, wanted)
+    if pieces is not None:
+        cutting = RANGE * sum(_steps(p) for _, _, p in pieces)
+        if cutting + sum(_seconds(p, device) for _, _, p in pieces) < whole:
+            return pieces
+    if pieces is not None or wanted.budget.bound is not None or found is None:
+        _vain[asked] = True
+    return None
+
+
+def _found(graph: Graph, plan: Plan, count: int) -> list[Range] | None:
+    """Ranges of all outputs, or inputs; those that gain nothing by them are one each. None where none does."""
+    made, some = [], False
+    with aside():
+        for k, v in enumerate(graph.outputs if plan.reverse else graph.inputs):
+            if v is not None:
+                found = masked.ranges(graph, plan.reverse, count, k)
+                made += [masked.whole(graph, plan.reverse, k)] if found is None else found
+                some = some or found is not None
+    return made if some else None
+
+
+def _pieces(
+    graph: Graph, plan: Plan, found: list[Range], ys, xs, wanted: Wanted
+) -> list[Piece] | None:
+    """Their plans; None where the memory does not hold them."""
     answer = 0 if wanted.given else answer_bytes(ys, xs, wanted.per_sample)
-    left = wanted.budget.less(answer + masked.held(graph))
-    wanted = wanted._replace(budget=left, given=True)
+    held = masked.held(graph, found)
+    wanted = wanted._replace(budget=wanted.budget.less(answer + held), given=True)
     pieces: list[Piece] = []
     try:
-        for boxes in found:
-            part = masked.narrowed(graph, boxes)
-            if part is not None:
-                ends = Ends(*(boxes[end[0]] for end in (graph.outputs, graph.inputs)))
-                pieces.append((ends, part, plan_for(part, ys, xs, wanted)))
+        for part in found:
+            small = narrowed(graph, part, plan.reverse)
+            if small is not None:
+                ends = Ends(*(
+                    {k: part.boxes.get(v, {}) for k, v in enumerate(end)}
+                    for end in (graph.outputs, graph.inputs)
+                ))  # fmt: skip
+                made = plan_for(small, ys, xs, wanted)
+                pieces.append((ends, small, replace(made, peak=made.peak + held)))
     except MemoryLimitTooSmall:
         return None
-    if sum(_seconds(p, device) + each for _, _, p in pieces) < whole:
-        return pieces
-    if masked.fixed(graph):
-        _ranges[key] = None  # not looked at again
-    return None
+    return pieces
+
+
+def _steps(plan: Plan) -> int:
+    return sum(len(s.steps) or 1 for s in (*plan.parts, *plan.sweeps))
 
 
 def _seconds(plan: Plan, device) -> float:
     """Predicted under rough rates, for plans that are compared."""
-    steps = sum(len(s.steps) for s in (*plan.parts, *plan.sweeps))
-    return predict(plan.flops, plan.bytes, steps, rates.rough(device.type))
+    return predict(plan.flops, plan.bytes, _steps(plan), rates.rough(device.type))
 
 
 def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
@@ -233,7 +281,7 @@ def plan_for(graph: Graph, ys, xs, wanted: Wanted) -> Plan:
 
     key = (
         graph.key, strategy, per_sample, summed, chunk_size, given, steady, sparse, rows, kernels, fused,
-        device.type, budget.bound, indices(graph) if sparse else (),
+        device.type, budget.bound, known_by(graph) if sparse or tracing() else (),
     )  # fmt: skip
     try:
         plan = _kept(key, make, budget, chunk_size, steady, _sparse if sparse else _plans)

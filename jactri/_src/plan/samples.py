@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..base.constants import halves
 from ..base.rates import block_bytes
+from ..maps.cut import Cut
 from ..maps.layout import FREE, Layout
-from ..maps.linear_map import Cut
 from ..read.graph import Graph, Value
 from ..read.opaque import why_not
 from ..read.pulling import blocks_pulled

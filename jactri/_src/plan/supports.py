@@ -13,6 +13,7 @@ chain of them as its product, a sum as a union. What is stored then is the small
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -21,12 +22,17 @@ import numpy as np
 from ..base.backends import capturing
 from ..base.cache import Cache
 from ..base.csr import Csr, union
+from ..base.tracing import tracing
+from ..maps.cut import Shape
 from ..maps.layout import FREE, Layout, SplitSeed
-from ..maps.linear_map import Elementwise, LinearMap, Shape, View
+from ..maps.linear_map import Elementwise, LinearMap, View
 from ..read.graph import Graph
 from . import masked
 from . import sweep as sweeping
 from .pattern import Pattern
+
+Factors = tuple[tuple[int, int], ...]
+"""Of an axis: (size, tie)."""
 
 MOST = 1 << 22
 """Entries in flat order that are followed: so many,"""
@@ -260,6 +266,14 @@ def indices(graph: Graph) -> tuple | None:
     return graph.looked[indices]
 
 
+def known_by(graph: Graph) -> tuple:
+    """What tells patterns beside the graph's key, as far as they are known: in a trace, by masks that sizes tell."""
+    found = indices(graph)
+    if found is None:
+        return masked.masks(graph) if tracing() else ()
+    return found
+
+
 def readable(graph: Graph) -> bool:
     """Whether indices can be read: a trace and a CUDA graph are for others, too."""
     return not graph.values or not capturing(graph.values[0].device)
@@ -302,13 +316,17 @@ _patterns: Cache[tuple, Pattern] = Cache(8)
 def _formed(trace: Trace, at: Traced, value: int) -> Pattern:
     layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
     axes = list(layout.axes)
-    if masked.masks(trace.graph) and masked.fixed(trace.graph):
+    known = trace.indices or (tracing() and masked.fixed(trace.graph))
+    if known and masked.masks(trace.graph):
         for a, factors in enumerate(trace.start.axes):
             if len(factors) == 1 < factors[0][0] and factors[0][1] not in supports:
-                found = masked.support(trace.graph, trace.seed, a, value)
-                if found is not None and [t for _, t in axes[found[0]]] == [FREE]:
-                    b, t = found[0], factors[0][1]
-                    axes[b], supports[t] = ((layout.shape[b], t),), Csr.of_dense(found[1])
+                seen = masked.support(trace.graph, trace.seed, a, value)
+                parts = [part for b in seen for part in _free(b, axes[b], seen[b])]
+                if parts:
+                    b, i, part = min(parts, key=lambda part: part[2].nnz / part[2].height)
+                    t = factors[0][1]
+                    axes[b] = (*axes[b][:i], (axes[b][i][0], t), *axes[b][i + 1 :])
+                    supports[t] = part
     out = tuple(f for axis in axes for f in axis if f[0] != 1 or f[1] != FREE)
     into = tuple((n, t if t in supports else FREE) for t, n in enumerate(layout.seed))
     product = Pattern(out, into, supports)
@@ -316,3 +334,13 @@ def _formed(trace: Trace, at: Traced, value: int) -> Pattern:
         smaller = Pattern.of(flat).within(product)
         return smaller if smaller.nnz < product.nnz else product
     return product
+
+
+def _free(b: int, axis: Factors, seen: Csr) -> Iterator[tuple[int, int, Csr]]:
+    """The factors of an axis that have no tie, and see a part only: (axis, factor, support)."""
+    sizes = [n for n, _ in axis]
+    for i, (n, t) in enumerate(axis):
+        if t == FREE and n > 1:
+            part = Csr.of(seen.row // prod(sizes[i + 1 :]) % n, seen.column, n, seen.width)
+            if part.nnz < n * seen.width:
+                yield b, i, part

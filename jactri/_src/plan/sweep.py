@@ -350,6 +350,9 @@ def from_blocks(
                     incoming[s].append((v, v, e))
                 else:
                     incoming[v].append((s, v, e))
+    for into in incoming.values():  # what is put into zeros is added to what is there by then
+        if len(into) > 1:
+            into.sort(key=lambda at: values[at[1]].sources[at[2]][1].places(reverse))
     last_use: dict[int, int] = {}
     for v in order:
         for other, _, _ in incoming[v]:

@@ -95,7 +95,8 @@ def attention(g):
     unmasked = None
     if causal or mask is not None:
         unmasked = Unmasked(
-            lambda: of_attention(mask, causal, t, s, q.device).repeat(heads // groups, 1)
+            lambda: of_attention(mask, causal, (b, heads, t, s), groups, q.device),
+            fixed=mask is None,
         )
     scores: list[int] = []
     if g.src[0] is not None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..base.backends import capturing
 from ..base.csr import Csr
-from ..maps.linear_map import Cut, Kept, LinearMap, Shape
+from ..maps.cut import Cut, Shape
+from ..maps.linear_map import Kept, LinearMap
 from ..maps.links import digest_of
 from ..maps.maps import Transpose
 from ..maps.mask import Mask
@@ -85,8 +86,10 @@ class Pick(LinearMap):
     def reach(self, t, in_shape, out_shape, reverse, values):
         if not reverse:
             return Pick.push(self, t, False)[0]
-        flat = Gather(self.index, prod(self.in_shape)).reach(t.reshape(2, -1), (), (), True, values)
-        return flat.view(2, *self.in_shape)
+        flat = Gather(self.index, prod(self.in_shape)).reach(
+            t.reshape(len(t), -1), (), (), True, values
+        )
+        return flat.view(len(t), *self.in_shape)
 
     def push(self, t, own):
         picked = t.reshape(t.shape[0], -1).index_select(1, self.index)

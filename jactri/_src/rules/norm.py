@@ -16,7 +16,7 @@ from ..maps.linear_map import Diagonal, Identity
 from ..maps.low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
 from ..maps.maps import Once, Transpose, wide
 from ..maps.mask import Mask
-from ..maps.unmasked import Unmasked, last_two
+from ..maps.unmasked import Unmasked, of_matrices
 from . import rule
 from .elementwise import Zero, flat
 
@@ -358,14 +358,14 @@ def along(g, kind, probabilities):
 def _unmasked(g, scores: int, p) -> Unmasked | None:
     """What a mask leaves that was written over the scores just before, if its entries have no weight."""
     value = g.values[scores]
-    rows, columns = value.shape[-2:]
     edge = value.sources[0][1] if len(value.sources) == 1 else None
     if edge.__class__ is not Mask or not edge.unit:
         return None
 
     def kept():
-        kept = last_two(edge.keep != 0, rows, columns)
-        return None if bool(p().masked_fill(kept, 0).any()) else kept
+        kept = of_matrices(edge.keep != 0, value.shape)
+        each = kept if kept.dim() == 2 else kept.view(value.shape)
+        return None if bool(p().masked_fill(each, 0).any()) else kept
 
     return Unmasked(kept)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..maps.cut import Shape
 from ..maps.layout import Layout, Selection, one, scatter
-from ..maps.linear_map import Shape
 from ..plan.sweep import Sweep
 
 

@@ -22,7 +22,7 @@ from ..device.passes import Pass, PassKind
 from ..maps.layout import Layout, scatter
 from ..plan.patches import ReceptiveField, images, put
 from ..plan.pattern import Pattern
-from ..plan.supports import Trace, indices, pattern_of
+from ..plan.supports import Trace, indices, known_by, pattern_of
 from ..plan.sweep import Sweep, factors_of
 from ..read.graph import Graph
 from .answers import Answer, Store
@@ -409,7 +409,7 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
     """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
     told = indices(graph)
     sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
-    key = graph.key, told, bool(per_sample), sizes
+    key = graph.key, known_by(graph), bool(per_sample), sizes
     if key in _checked:
         return
     for i, v in enumerate(graph.inputs):

@@ -323,7 +323,7 @@ def _steps(
                 continue
             blocks[other] = (data, False)  # the new block may share its memory
         else:
-            blocks[step.value] = add_terms(graph, sweep, step, blocks, sel, writable)
+            blocks[step.value] = add_terms(graph, sweep, step, blocks, sel, writable, pinned=pinned)
             for f in frees:
                 if f not in pinned:
                     del blocks[f]
@@ -380,10 +380,11 @@ def add_terms(
     sel,
     writable: bool,
     made: Mapping[int, Tensor] = MappingProxyType({}),
+    pinned: frozenset[int] | None = None,
 ):
     """The terms of a step added up; terms with more ties than the sum touch its diagonals only.
 
-    ``made``: terms that a kernel has run.
+    ``made``: terms that a kernel has run. ``pinned``: blocks that stay; None: all do.
     """
     like = graph.values[step.value]
     if not sweep.reverse and (joint := _joint(graph, step)) is not None:
@@ -398,13 +399,15 @@ def add_terms(
         if i in made:
             data, fresh = made[i], has_own_memory(made[i])
         else:
-            data, _ = blocks[term.other]
+            data, theirs = blocks[term.other]
             if own and writable and plain and data is not None and edge.places(sweep.reverse):
                 at = sweep.layouts[term.other]
                 edge.window(total).add_(convert(data, at, term.route.mid, sel, total))
                 continue
+            mine = theirs and writable and pinned is not None and term.other not in pinned
+            mine = mine and term.other in step.frees and step.reads.count(term.other) == 1
             data, fresh = edge.apply(
-                data, False, sweep.layouts[term.other], term.route, sweep.reverse, sel, graph.values[term.other],
+                data, mine, sweep.layouts[term.other], term.route, sweep.reverse, sel, graph.values[term.other],
             )  # fmt: skip
         if not plain:
             sparse.append((data, term.route.out))

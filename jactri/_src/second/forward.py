@@ -22,8 +22,9 @@ from ..base.cache import Cache
 from ..base.tracing import may_write
 from ..maps.contraction import Sum
 from ..maps.curvature import Curvature, Curves, Seeds, Unary
+from ..maps.cut import Cut
 from ..maps.layout import FREE, Layout, SplitSeed, unfolded
-from ..maps.linear_map import Cut, LinearMap, Route
+from ..maps.linear_map import LinearMap, Route
 from ..plan.needs import peak_bytes
 from ..plan.samples import sample_ties
 from ..plan.sweep import Step, Sweep, follow, from_blocks, refine

@@ -22,7 +22,6 @@ from ..maps.layout import FREE, Layout
 from ..plan import patching
 from ..plan.folding import fold
 from ..plan.fusion import Fused, fuse
-from ..plan.masked import held
 from ..plan.mixed import Join
 from ..plan.owners import apart
 from ..plan.planner import Plan
@@ -296,9 +295,7 @@ def _explained(
             report = describe(graph, plan, ys, xs, per_sample)
             pieces = split_masked(graph, plan, ys, xs, wanted)
             return (
-                report
-                if pieces is None
-                else _in_ranges(graph, report, plan, pieces, ys, xs, per_sample)
+                report if pieces is None else _in_ranges(report, plan, pieces, ys, xs, per_sample)
             )
         except MemoryLimitTooSmall:
             pieces = split_samples(graph, ys, xs, wanted)
@@ -306,7 +303,7 @@ def _explained(
                 raise
             free = wanted._replace(budget=Budget.unbounded(xs[0].device))
             report = describe(graph, plan_for(graph, ys, xs, free), ys, xs, per_sample)
-            longest = max(ends.out[0].length for ends, _, _ in pieces)
+            longest = max(ends.out[0][0].length for ends, _, _ in pieces)
             return replace(
                 report,
                 peak_bytes=max(plan.peak for _, _, plan in pieces),
@@ -316,7 +313,7 @@ def _explained(
 
 
 def _in_ranges(
-    graph: Graph, whole: Explanation, plan: Plan, pieces: list[Piece], ys, xs, per_sample
+    whole: Explanation, plan: Plan, pieces: list[Piece], ys, xs, per_sample
 ) -> Explanation:
     """The report of ranges of tokens, by that of the plan for all of them."""
     parts = [describe(part, p, ys, xs, per_sample) for _, part, p in pieces]
@@ -326,7 +323,7 @@ def _in_ranges(
         steps=tuple(s for p in parts for s in p.steps),
         flops=sum(p.flops for p in parts),
         bytes=sum(p.bytes for p in parts),
-        peak_bytes=max(p.peak_bytes for p in parts) + whole.answer_bytes + held(graph),
+        peak_bytes=max(p.peak_bytes for p in parts) + whole.answer_bytes,
         chunks=sum(p.chunks for p in parts),
         note=f"{len(parts)} ranges of the tokens of {where}, without what masks make zero ({si(whole.flops)}flop)",
     )

@@ -13,10 +13,14 @@ from ..base.memory import si
 from ..base.tables import Picture, Shown, spy
 from ..calls.api import nest
 from ..compile.reached import modules_of
+from ..plan import masked
+from ..plan.pattern import Pattern
+from ..plan.samples import narrow, places
 from ..plan.supports import Trace, indices, pattern_of
+from ..plan.sweep import follow
 from ..prologue.arguments import as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
-from ..read.graph import UnsupportedGraph
+from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
 from ..run.entries import unravel
 
@@ -72,10 +76,11 @@ def sparsity(
     """The entries of ``jacobian(func, inputs)`` that can be non-zero, whatever the weights and the inputs' values.
 
     What is left out is zero by structure: samples that do not mix, pixels outside of a window, channels of another
-    group, tokens that a mask of attention keeps away (where masks of samples and heads differ, those that all do).
-    Index tensors, masks that entries are picked or written by, and sparse matrices count as they are in this call; what
-    a sort or a maximum chooses among values may be anything. Where the analysis knows nothing (a dense layer, an op
-    without a rule) all entries are there. A sparse ``layout`` of `jacobian` has the same entries.
+    group, tokens that a mask of attention keeps away (of each sample its own; where those of heads differ, what all
+    keep away). Index tensors, masks that entries are picked or written by, and sparse matrices count as they are in
+    this call; what a sort or a maximum chooses among values may be anything. Where the analysis knows nothing (a dense
+    layer, an op without a rule) all entries are there. A sparse ``layout`` of `jacobian` has the same entries, and in
+    every sample those of any.
 
     Args:
         func: as of `jacobian`.
@@ -93,7 +98,8 @@ def sparsity(
 
     Cost:
         One forward pass, and memory for ``8 * (axes + 1)`` bytes an entry. Where the pattern is no product of supports
-        by axis (indices into several, a star of neighbours), also about 16 bytes an entry of values in between.
+        by axis (indices into several, a star of neighbours), also about 16 bytes an entry of values in between. Where
+        masks differ between samples, each is looked at by itself.
 
     Examples:
         >>> conv = nn.Conv1d(1, 1, kernel_size=3, padding=1)
@@ -114,36 +120,76 @@ def sparsity(
                 graph = read(ys, leaves)
         except UnsupportedGraph as reason:
             raise ValueError(f"the function holds {reason}, of which no pattern is known") from None
+    rows = []
     with computing(False):
         known = indices(graph) is not None
         traces = [None if v is None else Trace(graph, v, known) for v in graph.inputs]
-        patterns = [
-            [None if trace is None or end is None else pattern_of(trace, end) for trace in traces]
-            for end in graph.outputs
-        ]
-    rows = [
-        [_mask(p, y, x, per_sample) for p, x in zip(row, leaves, strict=True)]
-        for row, y in zip(patterns, ys, strict=True)
-    ]
+        for end, y in zip(graph.outputs, ys, strict=True):
+            row = []
+            for trace, x in zip(traces, leaves, strict=True):
+                patterns = (
+                    [] if trace is None or end is None else _patterns(trace, end, x, per_sample)
+                )
+                row.append(_made(patterns, y, x, per_sample))
+            rows.append(row)
     return nest(rows, tupled_out, tupled)
 
 
-def _mask(pattern, y: Tensor, x: Tensor, per_sample: bool) -> Tensor:
-    """A pattern (None: nothing) as a sparse tensor."""
-    shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
+def _patterns(trace: Trace, end: int, x: Tensor, per_sample: bool) -> list[Pattern]:
+    """The pattern of a value (none: no entry), or those of samples: where masks differ, and ``per_sample``."""
+    pattern = pattern_of(trace, end)
     if pattern is None:
-        index = torch.empty((len(shape), 0), dtype=torch.int64)
-    else:
-        n = x.shape[0] if per_sample else 1
-        if per_sample and (pattern := pattern.sample(n, joined=True)) is None:
-            raise ValueError(
-                "per_sample=True, but samples are not known to be independent; drop per_sample for the pattern of all"
+        return []
+    alone = pattern.sample(x.shape[0], joined=True) if per_sample else None
+    if per_sample and alone is None:
+        raise ValueError(
+            "per_sample=True, but samples are not known to be independent; drop per_sample for the pattern of all"
+        )
+    each = _each(trace.graph, trace.seed, end) if trace.indices else None
+    return each or ([pattern] if alone is None else [alone] * x.shape[0])
+
+
+def _each(graph: Graph, seed: int, end: int) -> list[Pattern] | None:
+    """The patterns of samples that do not mix, where their masks differ; None where all have one."""
+    n = (graph.values[seed].shape or (0,))[0]
+    if n < 2 or not masked.differ(graph):
+        return None
+    where = places(graph, [follow(graph, seed, False, [end])])
+    if where is None or where[seed] != (0, 1) or where[end][0]:
+        return None
+    made = []
+    for sample in range(n):
+        part = narrow(graph, where, sample, 1)
+        if part is None or len(masked.masked(part)) < len(masked.masked(graph)):
+            return None
+        made.append(pattern_of(Trace(part, seed, True), end))
+    return made
+
+
+def _made(patterns: list[Pattern], y: Tensor, x: Tensor, per_sample: bool) -> Tensor:
+    """A pattern, or one for each sample (none: no entry), as a sparse tensor."""
+    shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
+    ends, rows = [y.shape, x.shape], 0
+    if len(patterns) > 1:
+        rows = y.shape[0] // len(patterns)  # of a sample, where samples come one after another
+        ends = [torch.Size((rows, *y.shape[1:])), torch.Size((1, *x.shape[1:]))]
+    found = [torch.empty((len(shape), 0), dtype=torch.int64)]
+    made: dict[int, Tensor] = {}  # many samples may have one
+    for sample, pattern in enumerate(patterns):
+        if id(pattern) not in made:
+            entries = pattern.entries()
+            out, into = (
+                unravel(torch.from_numpy(at), end)
+                for at, end in zip((entries.row, entries.column), ends, strict=True)
             )
-        entries = pattern.entries()
-        row, column = torch.from_numpy(entries.row), torch.from_numpy(entries.column)
-        first = torch.arange(n).repeat_interleave(len(row)) * pattern.shape[0]  # of each sample
-        into = unravel(column.repeat(n), x.shape[1:] if per_sample else x.shape)
-        index = torch.cat([unravel(first + row.repeat(n), y.shape), into])
+            made[id(pattern)] = torch.cat([out, into[1:] if per_sample else into])
+        index = made[id(pattern)].clone()
+        if len(patterns) > 1:
+            index[0] += sample * rows
+            if not per_sample:
+                index[y.dim()] = sample
+        found.append(index)
+    index = torch.cat(found, 1)
     hits = torch.ones(index.shape[1], dtype=torch.bool)
     mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
     return Sparsity.of(mask.to(x.device), y.dim())
