@@ -44,6 +44,12 @@ def slices(u):
     return out
 
 
+def repeats(u):
+    """A term is tied by a factor of an axis, another by the whole axis."""
+    v = u.repeat(1, 2).unsqueeze(0).expand(2, 5, 8)
+    return v.roll(1, 2) ** 2 + v
+
+
 def zeros(u, *shape):
     return torch.zeros(*shape, dtype=u.dtype)
 
@@ -94,6 +100,9 @@ CASES = {
     "roll over all": (lambda u: u * u.roll(3), GRID),
     "sparse @ vector": (lambda u: A.to_sparse() @ u**2, LINE),
     "sparse @ matrix": (lambda u: torch.sparse.mm(A[:3, :5].to_sparse_csr(), u**2), GRID),
+    "a window of repeats, and repeats": (repeats, GRID),
+    "repeats of repeats": (lambda u: u.repeat(1, 2).repeat(1, 3) ** 2, GRID),
+    "repeats of windows": (lambda u: F.pad(u, (1, 1)).repeat(2, 1).repeat(2, 2) ** 2, GRID),
     "written rows": (boundary, LINE),
     "a star by rolls": (star, GRID),
     "a star by slices": (slices, GRID),

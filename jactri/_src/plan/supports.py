@@ -14,7 +14,7 @@ chain of them as its product, a sum as a union. What is stored then is the small
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -114,11 +114,42 @@ class Trace:
             ties = [(i, t) for i, (_, t) in enumerate(layout.axes[a]) if t != FREE]
             if len(ties) == 1:
                 i, t = ties[0]
-                sizes = [n for n, _ in layout.axes[a]]
-                whole = self._add("spread", at.supports[t], prod(sizes[:i]), prod(sizes[i + 1 :]))
+                whole = self._spread(layout.axes[a], i, at.supports[t])
                 axes[b] = ((out_shape[b], t),)
                 supports[t] = self._add("window", whole, edge, a, in_shape, out_shape)
         return Traced(Layout(tuple(axes), out.seed), supports)
+
+    def _spread(self, axis: tuple[tuple[int, int], ...], i: int, support: int) -> int:
+        """The support of the whole of an axis, of that of its factor ``i``."""
+        sizes = [n for n, _ in axis]
+        before, after = prod(sizes[:i]), prod(sizes[i + 1 :])
+        return self._add("spread", support, before, after) if before * after != 1 else support
+
+    def _alike(self, one: Traced, other: Traced) -> tuple[Traced, Traced]:
+        """The same, where a tie that both have on an axis is of the same part of it.
+
+        A window ties a whole axis, of which elsewhere a factor may be tied: so one of the ties is spread over the axis.
+        Where others of the axis agree, these are kept.
+        """
+        for a, pair in enumerate(zip(one.layout.axes, other.layout.axes, strict=True)):
+            mine, theirs = ({t: (i, axis[i:]) for i, (_, t) in enumerate(axis)} for axis in pair)
+            both = [t for t in mine if t != FREE and t in theirs]
+            differ = [t for t in both if _place(mine[t][1]) != _place(theirs[t][1])]
+            if not differ:
+                continue
+            if len(differ) < len(both):
+                gone = frozenset(differ)
+                one, other = (replace(e, layout=e.layout.drop(gone)) for e in (one, other))
+                continue
+            t, ends = differ[0], []
+            for end, places in ((one, mine), (other, theirs)):
+                axes = list(end.layout.axes)
+                spread = self._spread(axes[a], places[t][0], end.supports[t])
+                axes[a] = ((end.layout.shape[a], t),)
+                layout = Layout(tuple(axes), end.layout.seed)
+                ends.append(Traced(layout, {**end.supports, t: spread}))
+            one, other = ends
+        return one, other
 
     def _loses(self, edge: LinearMap, layout: Layout, out: Layout, in_shape, out_shape) -> bool:
         """Whether what a map does to the ties of a layout is less than it could be."""
@@ -141,8 +172,10 @@ class Trace:
         return links is not None and links.nnz < product.nnz
 
     def _union(self, v: int, one: Traced, other: Traced) -> Traced:
+        ties = one.layout.tied | other.layout.tied
+        one, other = self._alike(one, other)
         layout = one.layout.meet(other.layout)
-        if one.layout.tied != layout.tied or other.layout.tied != layout.tied:
+        if ties != layout.tied:
             self._loose.add(v)
         supports = {}
         differ = []
@@ -246,6 +279,11 @@ class Trace:
     def _parents(self, i: int) -> tuple[int, ...]:
         kind, *rest = self._nodes[i]
         return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
+
+
+def _place(factors: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The size and the stride of the first of the last factors of an axis."""
+    return factors[0][0], prod(n for n, _ in factors[1:])
 
 
 def indices(graph: Graph) -> tuple | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..maps.layout import FREE, Colours, Layout, Selection, SplitSeed
 from ..maps.linear_map import LinearMap, Route
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .mixed import Product
     from .patches import ReceptiveField
     from .pattern import Pattern
+
+T = TypeVar("T")
 
 
 class Matrices(LinearMap):
@@ -255,16 +257,26 @@ def follow(
     ``splits`` and ``colours`` are those of `Layout.identity`, ``tables`` those of the sweep.
     """
     shape = graph.values[seed].shape
-    splits = dict(splits or {})
+    splits, colours, tables = dict(splits or {}), colours or {}, tables or {}
     while True:
         layout = Layout.identity(shape, splits, 0 if summed else None, colours)
         try:
             return from_blocks(
                 graph, {seed: layout}, layout, reverse, targets,
-                index=index, summed=summed, unit_seed=not colours, colours=colours or {}, tables=tables or {},
+                index=index, summed=summed, unit_seed=not colours, colours=colours, tables=tables,
             )  # fmt: skip
         except SplitSeed as split:
-            refine(splits, shape, split, 0 if summed else None)
+            at = refine(splits, shape, split, 0 if summed else None)
+            more = len(split.sizes) - 1
+            colours, tables = _shifted(colours, at, more), _shifted(tables, at, more)
+
+
+def _shifted(
+    of: dict[tuple[int, int], T], at: tuple[int, int], more: int
+) -> dict[tuple[int, int], T]:
+    """What belongs to factors (axis, number) of a seed, where the one ``at`` has become ``more`` than one."""
+    axis, first = at
+    return {(a, i + more if a == axis and i > first else i): t for (a, i), t in of.items()}
 
 
 def follow_given(
@@ -282,8 +294,8 @@ def follow_given(
     return from_blocks(graph, layouts, layout, reverse, targets, given=tuple(seeds))
 
 
-def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
-    """Record that one seed factor must be split, in the axis that it belongs to."""
+def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> tuple[int, int]:
+    """Record that one seed factor must be split: of which axis, and which of its factors it was."""
     at = 0
     for a, size in enumerate(shape):
         if a == summed or size == 1:
@@ -292,7 +304,7 @@ def refine(splits, shape, split: SplitSeed, summed: int | None = None) -> None:
         if at + len(factors) > split.factor:
             i = split.factor - at
             splits[a] = factors[:i] + split.sizes + factors[i + 1 :]
-            return
+            return a, i
         at += len(factors)
     raise AssertionError("a seed factor belongs to no axis")
 
