@@ -387,3 +387,17 @@ def test_indices_out_of_range_are_torchs_to_refuse():
     ):
         with pytest.raises((IndexError, RuntimeError), match="out of"):
             jactri.jacobian(func, x, layout=torch.sparse_coo)
+
+
+def test_a_refusal_names_the_op_that_mixes():
+    """And none before it whose pattern is no product: a roll moves entries."""
+    u = data(LINE)
+    for func in (lambda u: u * u.sum() + u.roll(1) ** 2, lambda u: u.roll(1) ** 2 + u * u.sum()):
+        with pytest.raises(ValueError, match=r"the op SumBackward0 .* mixes all"):
+            jactri.jacobian(func, u, layout=torch.sparse_coo)
+    x = u.expand(3, -1).clone()
+    with pytest.raises(ValueError, match=r"of a sample's .* the op SumBackward1 .* mixes all"):
+        jactri.jacobian(
+            lambda x: x * x.sum(1, keepdim=True) + x.roll(1, 1) ** 2,
+            x, layout=torch.sparse_coo, per_sample=True,
+        )  # fmt: skip

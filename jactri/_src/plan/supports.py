@@ -204,6 +204,11 @@ class Trace:
 
     def flat(self, value: int) -> Csr | None:
         """Which entries of the seed each of a value sees, in flat order; None where these are too many to follow."""
+        *_, (_, found) = self._flats(value)
+        return found
+
+    def _flats(self, value: int) -> Iterator[tuple[int, Csr | None]]:
+        """The same of all values on the way to one, up to the first that is None."""
         values = self.graph.values
         order = sweeping.relevant(self.graph, [self.seed], [value], False)
         last = {s: v for v in order for s, _ in values[v].sources}
@@ -223,14 +228,15 @@ class Trace:
                         links = product.flat if product.nnz <= limit else None
                     part = None if links is None else links.after(found[s], limit)
                 if part is None:
-                    return None
+                    yield v, None
+                    return
                 parts.append(part)
             if parts:
                 found[v] = union(parts)
+            yield v, found[v]
             for s in {s for s, _ in values[v].sources}:
                 if last[s] == v:
                     found.pop(s, None)
-        return found[value]
 
     def support_of(self, at: Traced, tie: int) -> Csr:
         """The support of a tie: (value index, seed index)."""
@@ -259,9 +265,17 @@ class Trace:
         return self._made[last]
 
     def lost(self, value: int, batch: bool = False) -> int:
-        """The value at whose op, on the way to ``value``, the last ties are lost (but that of a ``batch``)."""
+        """The value at whose op, on the way to ``value``, the last zeros are lost (but those of a ``batch``)."""
         spared = {t for _, t in self.start.axes[0]} if batch and self.start.axes else set()
-        for v in sorted(self._behind(value)):
+        behind = self._behind(value) - {self.seed}
+        if self.indices and behind & self._loose:
+            size = prod(n for t, n in enumerate(self.start.seed) if t not in spared)
+            for v, found in self._flats(value):
+                rows = prod(self.graph.values[v].shape)
+                if v != self.seed and (found is None or found.nnz >= rows * size > 0):
+                    return v
+            return value
+        for v in sorted(behind):
             if not self.values[v].layout.tied - spared:
                 return v
         return value
