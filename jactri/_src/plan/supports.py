@@ -119,7 +119,7 @@ class Trace:
                 supports[t] = self._add("window", whole, edge, a, in_shape, out_shape)
         return Traced(Layout(tuple(axes), out.seed), supports)
 
-    def _spread(self, axis: tuple[tuple[int, int], ...], i: int, support: int) -> int:
+    def _spread(self, axis: Factors, i: int, support: int) -> int:
         """The support of the whole of an axis, of that of its factor ``i``."""
         sizes = [n for n, _ in axis]
         before, after = prod(sizes[:i]), prod(sizes[i + 1 :])
@@ -295,7 +295,7 @@ class Trace:
         return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
 
 
-def _place(factors: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def _place(factors: Factors) -> tuple[int, int]:
     """The size and the stride of the first of the last factors of an axis."""
     return factors[0][0], prod(n for n, _ in factors[1:])
 
