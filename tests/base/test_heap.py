@@ -85,6 +85,7 @@ def test_a_budget_looks_from_its_limit_on(system):
 def test_pieces_between_what_is_alive():
     size = 2 << 20
     torch.ones(16 << 20, dtype=torch.uint8)  # from now on blocks lie in the heap
+    heap._trim()(0)  # which is to grow for them
     look = heap.Heap.of(CPU, 4 * size)
     blocks = [torch.ones(size, dtype=torch.uint8) for _ in range(16)]
     there = heap.resident()

@@ -316,6 +316,12 @@ def tracked() -> bool:
     )
 
 
+def removed(handle: RemovableHandle) -> None:
+    """Remove a hook of all modules. torch keeps a note that it took keyword arguments, as if it were there still."""
+    handle.remove()
+    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+
+
 def _sharded(ys: Sequence[Tensor], nodes) -> bool:
     """Whether the graph is one of FSDP, whose hooks change no gradient, but free weights after a backward pass."""
     if _FSDP not in sys.modules:

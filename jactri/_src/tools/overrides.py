@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..prologue.running import recording
 from ..read import overriding
 from ..read.graph import Reader
+from ..read.hooks import removed
 from ..read.overriding import Applied, Calls, Override
 from ..read.structure import Node, said
 from .custom import emitted, named, structured, target_of
@@ -116,7 +117,7 @@ def overrides(mapping: Mapping[Any, Derivative], model: Module | None = None) ->
                 ),
             )
             for hook in hooks:
-                stack.callback(hook.remove)
+                stack.callback(removed, hook)
         yield
 
 
