@@ -13,6 +13,7 @@ from ._src.calls.gradient import gradient
 from ._src.calls.gram import jjt, jtj
 from ._src.calls.laplacian import bilaplacian, laplacian
 from ._src.calls.layers import layer_jacobian
+from ._src.calls.linearize import Linearization, linearize
 from ._src.calls.mean import JacobianMean
 from ._src.calls.ntk import empirical_ntk
 from ._src.calls.parameters import ParameterJacobian, parameter_jacobian
@@ -43,6 +44,7 @@ __all__ = [
     "FallbackError",
     "JacobianMean",
     "JacobianMismatch",
+    "Linearization",
     "Node",
     "ParameterJacobian",
     "Profile",
@@ -70,6 +72,7 @@ __all__ = [
     "jvp",
     "laplacian",
     "layer_jacobian",
+    "linearize",
     "named_layers",
     "overrides",
     "parameter_jacobian",

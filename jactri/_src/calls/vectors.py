@@ -244,8 +244,8 @@ def _given(vectors, name: str, call: str, of: str, tensors) -> tuple[Tensor, ...
     return (torch.ones_like(tensors[0]),)
 
 
-def check_vectors(name: str, vectors, of: str, tensors) -> bool:
-    """Whether ``vectors`` are blocks, with an axis K in front. Raises RuntimeError where they do not match."""
+def check_vectors(name: str, vectors, of: str, tensors, last: bool = False) -> bool:
+    """Whether ``vectors`` are blocks, with an axis K in front, or ``last``. Raises RuntimeError for no match."""
     if len(vectors) != len(tensors):
         raise RuntimeError(
             f"{name} must be nested as the {of}: got {len(vectors)} for {len(tensors)} {of}"
@@ -254,10 +254,11 @@ def check_vectors(name: str, vectors, of: str, tensors) -> bool:
     for i, (v, t) in enumerate(zip(vectors, tensors, strict=True)):
         want = tuple(t.shape)
         block = v.dim() == t.dim() + 1
-        if tuple(v.shape[block:]) != want:
+        if tuple(v.shape[: t.dim()] if last else v.shape[block:]) != want or v.dim() > t.dim() + 1:
+            sizes = ", ".join(map(str, (*want, "K") if last else ("K", *want)))
             raise RuntimeError(
-                f"{name}[{i}] has shape {tuple(v.shape)}; expected {want}, the shape of {of}[{i}], or (K, "
-                f"{', '.join(map(str, want))}) for a block of K {name}"
+                f"{name}[{i}] has shape {tuple(v.shape)}; expected {want}, the shape of {of}[{i}], or ({sizes}) for a "
+                f"block of K {name}"
             )
         if not (v.is_floating_point() or v.is_complex()):
             raise RuntimeError(
@@ -269,7 +270,7 @@ def check_vectors(name: str, vectors, of: str, tensors) -> bool:
             raise RuntimeError(
                 f"{name}[{i}] is on {v.device}; expected {t.device}, as {of}[{i}] is; pass v.to({str(t.device)!r})"
             )
-        own = v.shape[0] if block else None
+        own = v.shape[-1 if last else 0] if block else None
         if i and own != columns:
             raise RuntimeError(
                 f"{name}[0] is {_kind(columns)} and {name}[{i}] is {_kind(own)}; pass blocks of one size K for all "
