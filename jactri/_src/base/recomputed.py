@@ -34,9 +34,11 @@ _LOOKS_UP = {
 class _Group:
     """What torch looks up in the dictionaries of each segment, and so is told, by its hash, of what happens to them."""
 
-    __slots__ = ("_before", "_segments", "_taken")
+    __slots__ = ("_before", "_segments", "_taken", "reads")
 
     def __init__(self):
+        self.reads = 0
+        """How often a segment was asked for a value."""
         self._segments: dict[Any, bool] = {}  # last used last; whether they began to run
         self._taken: tuple[Any, Any] | None = None
         self._before: list[Any] = []
@@ -53,6 +55,7 @@ class _Group:
     def __hash__(self) -> int:
         at = sys._getframe(1)
         if at.f_code.co_name == "unpack_hook":
+            self.reads += 1
             self._is_read(at.f_locals)
         elif at.f_code.co_name == "pack_hook":
             self._runs(at.f_locals["target_frame"])

@@ -189,7 +189,7 @@ class Linearization(Shown):
     def _product(self, vectors, reverse: bool, last: bool):
         point = self._point
         of, ends = point.ends(reverse)
-        _, vs = as_tuple(vectors, "the vector", "a product with a Linearization")
+        _, vs = as_tuple(vectors, "vectors", "a Linearization's @")
         block = check_vectors("vectors", vs, of, ends, last)
         columns = block and last
         blocks = [v.movedim(-1, 0) if columns else v if block else v.unsqueeze(0) for v in vs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -42,10 +43,8 @@ class Recording:
             for leaf in leaves_behind(y, self.xs) if y.requires_grad else ():
                 self.seen.add(f"a leaf of shape {tuple(leaf.shape)}, as a weight is,", leaf)
         with computing(False, asked.backend):
-            try:
+            with contextlib.suppress(UnsupportedGraph):  # of which each product tells
                 self.graph = read(self.ys, self.xs, reader)
-            except UnsupportedGraph:
-                pass  # each product says so, and is right
 
     def ends(self, reverse: bool) -> tuple[str, tuple[Tensor, ...]]:
         return ("outputs", self.ys) if reverse else ("inputs", self.xs)

@@ -22,7 +22,7 @@ PASSES = 200
 def leading(
     push: Times, pull: Times, shape: tuple[int, int], k: int, tol: float, dtype: torch.dtype, device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``U`` ``(m, k)``, ``S`` ``(k,)``, ``V`` ``(n, k)`` of an ``(m, n)`` matrix; ``push`` is ``A v``, ``pull`` ``A' u``.
+    """``U`` ``(m, k)``, ``S`` ``(k,)``, ``V`` ``(n, k)`` of an ``(m, n)`` matrix ``A``, from ``A v`` and ``A' u``.
 
     Block Golub-Kahan-Lanczos in exact Rayleigh-Ritz form: a random block (Halko, Martinsson and Tropp 2011,
     arXiv:0909.4061), then the residuals of the leading triplets, orthogonal to all that is there; restarted with the

@@ -25,8 +25,10 @@ class Watching(Reader):
         self.seen = Seen()
 
     def saved(self, name: str):
+        group = self.recomputed.group
+        before = 0 if group is None else group.reads
         value = super().saved(name)
-        if isinstance(value, Tensor) and self.recomputed.group is None:
+        if isinstance(value, Tensor) and (group is None or group.reads == before):
             self.seen.add(f"a tensor of shape {tuple(value.shape)} that {self.name} saved", value)
         return value
 
