@@ -236,8 +236,8 @@ class Linearization(Shown):
         want = f"({n},)" if dims == 1 else f"({n}, K)"
         if not isinstance(v, Tensor):
             raise TypeError(
-                f"v must be a tensor {want} of the entries of all ends one after the other, got {type(v)}; op @ v takes "
-                "tuples, and op.to_scipy() arrays"
+                f"v must be a tensor {want} of the entries of all ends one after the other, got {type(v)}; op @ v "
+                "takes tuples, and op.to_scipy() arrays"
             )
         if v.dim() != dims or v.shape[0] != n or not v.is_floating_point():
             raise RuntimeError(

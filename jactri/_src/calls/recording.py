@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,8 +32,6 @@ class Recording:
         self.ys, self.xs = ran.ys, ran.leaves
         self.overrides = overriding.now.get()
         self.output = ran.output(False)
-        self.graph: Graph | None = None
-        """None where autograd computes the function as a whole."""
         reader = Watching()
         self.seen = reader.seen
         self.seen.add_all("inputs", self.xs)
@@ -42,9 +39,13 @@ class Recording:
         for y in self.ys:
             for leaf in leaves_behind(y, self.xs) if y.requires_grad else ():
                 self.seen.add(f"a leaf of shape {tuple(leaf.shape)}, as a weight is,", leaf)
+        self.graph: Graph | UnsupportedGraph
+        """The latter where autograd computes the function as a whole."""
         with computing(False, asked.backend):
-            with contextlib.suppress(UnsupportedGraph):  # of which each product tells
+            try:
                 self.graph = read(self.ys, self.xs, reader)
+            except UnsupportedGraph as reason:
+                self.graph = reason.with_traceback(None)  # which holds what surrounds it
 
     def ends(self, reverse: bool) -> tuple[str, tuple[Tensor, ...]]:
         return ("outputs", self.ys) if reverse else ("inputs", self.xs)
@@ -76,13 +77,12 @@ class Recording:
 
     def flat(self, block: Tensor, reverse: bool) -> Tensor:
         """The same of all ends side by side, ``(K, n)`` to ``(K, m)``."""
-        _, ends = self.ends(reverse)
+        (_, ends), (_, to) = self.ends(reverse), self.ends(not reverse)
         parts = block.split([t.numel() for t in ends], 1)
-        blocks = [
-            p.reshape(len(p), *t.shape).to(t.device) for p, t in zip(parts, ends, strict=True)
-        ]
-        made = self.times(blocks, reverse)
-        return torch.cat([m.flatten(1).to(self.xs[0].device) for m in made], 1)
+        k, device = len(block), self.xs[0].device
+        blocks = [p.reshape(k, *t.shape).to(t.device) for p, t in zip(parts, ends, strict=True)]
+        made = zip(self.times(blocks, reverse), to, strict=True)
+        return torch.cat([m.reshape(k, t.numel()).to(device) for m, t in made], 1)
 
     def options(self, **more: Any) -> Options:
         asked = replace(self.asked, **more)
@@ -127,7 +127,7 @@ class Recording:
     def _apart(self) -> bool:
         """Whether samples are proven not to mix, by the algebra of axes."""
         graph = self.graph
-        if graph is None or samples_of(self.ys, self.xs) < 2:
+        if isinstance(graph, UnsupportedGraph) or samples_of(self.ys, self.xs) < 2:
             return False
         limited = self.asked.memory_limit is not None
         return self.run(lambda: proof(graph, "auto", self.ys, self.xs, limited=limited).tied)

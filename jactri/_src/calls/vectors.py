@@ -35,6 +35,8 @@ from .strictness import check_ends, check_varying
 
 Blocks = Sequence[Tensor | None]
 
+Read = Graph | UnsupportedGraph | None
+
 
 @public
 def jvp(
@@ -294,11 +296,11 @@ def push(
     xs: Sequence[Tensor],
     tangents: Blocks,
     asked: Options,
-    graph: Graph | None = None,
+    graph: Read = None,
 ) -> list[Tensor]:
     """``J t`` of a recorded computation: blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output.
 
-    None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
+    None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
     """
     return _multiply(ys, xs, tangents, False, asked, graph)
 
@@ -308,16 +310,16 @@ def pull(
     xs: Sequence[Tensor],
     cotangents: Blocks,
     asked: Options,
-    graph: Graph | None = None,
+    graph: Read = None,
 ) -> list[Tensor]:
     """``c J`` of a recorded computation: blocks ``(K, *y)`` of cotangents, one an output, to ``(K, *x)``, one an input.
 
-    None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, where it is read already.
+    None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
     """
     return _multiply(ys, xs, cotangents, True, asked, graph)
 
 
-def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Graph | None):
+def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read):
     seeds, ends = (ys, xs) if reverse else (xs, ys)
     columns = next(b.shape[0] for b in blocks if b is not None)
     blocks = [
@@ -327,13 +329,16 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Graph | None
     with computing(asked.create_graph, asked.backend):
         if not columns:
             return [e.new_zeros(0, *e.shape) for e in ends]
-        try:
-            graph = for_given(graph or read(ys, xs), columns)
-        except UnsupportedGraph as reason:
+        if not isinstance(graph, UnsupportedGraph):
+            try:
+                graph = for_given(graph or read(ys, xs), columns)
+            except UnsupportedGraph as error:
+                graph = error
+        if isinstance(graph, UnsupportedGraph):
             shapes = [x.shape for x in xs]
-            refuse_or_log("the function", ys[0].shape, shapes, f"holds {reason}")
+            refuse_or_log("the function", ys[0].shape, shapes, f"holds {graph}")
             whole = pulled if reverse else pushed
-            return whole(ys, xs, blocks, columns, reason)
+            return whole(ys, xs, blocks, columns, graph)
         starts = graph.outputs if reverse else graph.inputs
         total: list[Tensor | None] = [None] * len(ends)
         budget = Budget(asked.memory_limit, xs[0].device)

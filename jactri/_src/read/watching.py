@@ -6,7 +6,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -51,11 +51,12 @@ class Seen:
     def add(self, name: str, x: Tensor) -> None:
         self._all.setdefault(id(x), (name, x, x._version))
 
+    def __iter__(self) -> Iterator[tuple[str, Tensor, int]]:
+        return iter(self._all.values())
+
     def written(self) -> str | None:
         """What was written to since, or None."""
-        return next(
-            (name for name, x, version in self._all.values() if x._version != version), None
-        )
+        return next((name for name, x, version in self if x._version != version), None)
 
     def add_all(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Those of one kind, by their numbers."""

@@ -1,0 +1,166 @@
+"""Singular values of the operator, SciPy's solvers, and what it says of wrong arguments."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from common import F64, seeded
+from linear_cases import close, randn
+from torch.autograd.functional import jacobian as truth_of
+
+import jactri
+
+
+# -- singular values --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (30, 30), (4, 3)])
+def test_singular_values(shape):
+    A = randn(*shape)
+    op = jactri.linearize(lambda x: A @ x, randn(shape[1]))
+    for k in (1, 3):
+        u, s, v = op.svd(k)
+        want = torch.linalg.svdvals(A)
+        assert u.shape == (shape[0], k) and v.shape == (shape[1], k)
+        close(s, want[:k], 4096)
+        eps = 2e-8 * want[0]  # the root of eps, as documented
+        assert (A @ v - u * s).norm() < eps and (A.T @ u - v * s).norm() < eps * k
+        close(u.T @ u, torch.eye(k, dtype=F64), 4096)
+        close(v.T @ v, torch.eye(k, dtype=F64), 4096)
+    close(op.norm(2), want[0], 4096)
+    close(op.T.svd(2)[1], want[:2], 4096)
+
+
+def test_singular_values_that_are_hard():
+    """Many that are equal or nearly so, none, and a rank below the block."""
+    n = 120
+    equal, _ = torch.linalg.qr(randn(n, n))
+    close(jactri.linearize(lambda x: equal @ x, randn(n)).svd(3)[1], torch.ones(3, dtype=F64))
+    near = torch.linspace(1, 2, n, dtype=F64)
+    op = jactri.linearize(lambda x: near * x, randn(n))
+    close(op.svd(2)[1], near.flip(0)[:2], 4096)
+    low = randn(n, 2) @ randn(2, n)
+    op = jactri.linearize(lambda x: low @ x, randn(n))
+    close(op.svd(5)[1], torch.linalg.svdvals(low)[:5])
+    constant = jactri.linearize(lambda x: x.new_ones(2, 3), randn(3))
+    assert constant.norm() == constant.norm(2) == 0
+
+
+def test_singular_values_that_do_not_converge(monkeypatch):
+    monkeypatch.setattr("jactri._src.calls.singular.PASSES", 2)
+    near = torch.linspace(1, 2, 200, dtype=F64)
+    op = jactri.linearize(lambda x: near * x, randn(200))
+    with pytest.raises(
+        torch.linalg.LinAlgError, match="did not converge in 2 passes: residuals are"
+    ):
+        op.svd(2)
+    nan = jactri.linearize(lambda x: x.sqrt(), -torch.ones(20, dtype=F64))
+    with pytest.raises(torch.linalg.LinAlgError):
+        nan.norm(2)
+
+
+def test_the_generators_of_torch_are_left_alone():
+    op = jactri.linearize(seeded(8, 9), randn(3, 8))
+    before = torch.random.get_rng_state()
+    first = op.svd(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(map(torch.equal, first, op.svd(2)))
+
+
+# -- SciPy ------------------------------------------------------------------------------------------
+
+
+def test_scipy_solvers():
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+    net = seeded(6, 9, 9)
+    x = randn(2, 6)
+    op = jactri.linearize(net, x)
+    J, A = truth_of(net, x).reshape(18, 12).numpy(), op.to_scipy()
+    assert A.shape == J.shape and A.dtype == np.float64
+    b, V, U = randn(18).numpy(), randn(12, 3).numpy(), randn(18, 2).numpy()
+    pairs = [(A @ V, J @ V), (A.rmatmat(U), J.T @ U), (A.T @ b, J.T @ b)]
+    for made, want in (*pairs, (A.matvec(V[:, :1]), J @ V[:, :1])):
+        np.testing.assert_allclose(made, want, atol=1e-12)
+    want = np.linalg.lstsq(J, b, rcond=None)[0]
+    for solve in (linalg.lsqr, linalg.lsmr):
+        found = solve(A, b, atol=1e-13, btol=1e-13, conlim=0)[0]
+        np.testing.assert_allclose(found, want, atol=1e-6)
+    np.testing.assert_allclose(
+        linalg.svds(A, k=3)[1][::-1], np.linalg.svd(J, compute_uv=False)[:3], atol=1e-8
+    )
+    square = jactri.linearize(lambda x: 3 * x + x.roll(1).sin(), randn(7))
+    found, failed = linalg.gmres(square.to_scipy(), b[:7], rtol=1e-12)
+    assert failed == 0
+    np.testing.assert_allclose(square.dense().numpy() @ found, b[:7], atol=1e-8)
+    np.testing.assert_allclose(square.T.to_scipy() @ b[:7], square.dense().numpy().T @ b[:7])
+    half = jactri.linearize(net.bfloat16(), x.bfloat16())
+    assert half.to_scipy().dtype == np.float32
+    assert (half.to_scipy() @ np.ones(12)).dtype == np.float32
+    with pytest.raises(
+        RuntimeError, match=r"a vector is complex .* its real and its imaginary part"
+    ):
+        A @ (b[:12] + 1j)
+
+
+# -- what is told -----------------------------------------------------------------------------------
+
+
+def test_what_it_says():
+    op = jactri.linearize(seeded(3, 2), randn(5, 3))
+    assert repr(op).splitlines() == [
+        "Linearization(10 x 15, torch.float64 on cpu: a Jacobian, formed 1.2 kB)",
+        "          shape   dtype          device",
+        "input 0   (5, 3)  torch.float64  cpu",
+        "output 0  (5, 2)  torch.float64  cpu",
+    ]
+    assert "Linearization(15 x 10" in str(op.T) and "the transpose of" in str(op.T)
+    assert "<td" in op._repr_html_() and op.T.T.shape == op.shape and op.device.type == "cpu"
+
+
+def linear(x):
+    return x * 2
+
+
+X = randn(2, 3)
+WRONG = {
+    "shape": (lambda op: op @ randn(3, 2), RuntimeError, r"shape \(3, 2\); expected \(2, 3\), .* or \(2, 3, K\)"),
+    "rows": (lambda op: randn(2, 3, 4) @ op, RuntimeError, r"expected \(2, 3\), .* or \(K, 2, 3\)"),
+    "axes": (lambda op: op @ randn(2, 3, 4, 1), RuntimeError, r"or \(2, 3, K\)"),
+    "count": (lambda op: op @ (X, X), RuntimeError, "got 2 for 1 inputs"),
+    "integers": (lambda op: op @ torch.ones(2, 3, dtype=int), RuntimeError, "has dtype torch.int64"),
+    "array": (lambda op: op @ np.ones((2, 3)), TypeError, "torch.from_numpy"),
+    "array at the left": (lambda op: np.ones((2, 3)) @ op, TypeError, "torch.from_numpy"),
+    "complex": (lambda op: op @ (X + 1j), RuntimeError, "is complex"),
+    "flat": (lambda op: op.matvec(X), RuntimeError, r"expected a real floating-point tensor \(6,\)"),
+    "columns": (lambda op: op.matmat(X), RuntimeError, r"tensor \(6, K\)"),
+    "no tensor": (lambda op: op.matvec(np.ones(6)), TypeError, r"op\.to_scipy\(\) arrays"),
+    "k": (lambda op: op.svd(7), ValueError, "k must be an integer from 1 to 6"),
+    "a bool": (lambda op: op.svd(True), ValueError, "k must be an integer"),
+    "tol": (lambda op: op.svd(1, 0), ValueError, "tol must be a number above 0"),
+    "norm": (lambda op: op.norm("nuc"), ValueError, "ord must be one of 'fro', 2"),
+    "weight": (lambda op: op.gram(randn(4)), RuntimeError, "weight for outputs"),
+    "pickle": (pickle.dumps, TypeError, r"save op\.dense\(\)"),
+    "copy": (copy.deepcopy, TypeError, r"save op\.dense\(\)"),
+    "vmap": (lambda op: torch.func.vmap(lambda v: op @ v)(randn(4, 2, 3)), RuntimeError, "as one block"),
+    "jacrev": (lambda op: torch.func.jacrev(lambda x: jactri.linearize(linear, x) @ x)(X), RuntimeError, "linearize"),
+    "create_graph": (lambda op: jactri.linearize(linear, X, create_graph=True), TypeError, "no argument"),
+    "limit": (lambda op: jactri.linearize(linear, X, memory_limit="much"), ValueError, "memory_limit"),
+    "chunk": (lambda op: jactri.linearize(linear, X, chunk_size=0), ValueError, "chunk_size"),
+    "backend": (lambda op: jactri.linearize(linear, X, backend="gpu"), ValueError, "backend"),
+    "integer inputs": (lambda op: jactri.linearize(linear, X.int()), RuntimeError, "int32"),
+    "complex inputs": (lambda op: jactri.linearize(linear, X + 1j), RuntimeError, "view_as_real"),
+    "complex outputs": (lambda op: jactri.linearize(lambda x: x + 1j, X), RuntimeError, "view_as_real"),
+    "nothing": (lambda op: jactri.linearize(lambda x: (), X), IndexError, "outputs is an empty tuple"),
+    "of nothing": (lambda op: jactri.linearize(linear, ()), IndexError, "inputs is an empty tuple"),
+    "no function": (lambda op: jactri.linearize(X, X), TypeError, "not callable"),
+    "compile": (lambda op: jactri.compile(linear, X, of=jactri.linearize), TypeError, "of must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    call, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        call(jactri.linearize(linear, X))
