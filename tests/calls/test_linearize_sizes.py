@@ -12,7 +12,6 @@ from torch.autograd.functional import jacobian as truth_of
 
 import jactri
 
-
 # -- singular values --------------------------------------------------------------------------------
 
 
@@ -145,7 +144,7 @@ WRONG = {
     "copy": (copy.deepcopy, TypeError, r"save op\.dense\(\)"),
     "vmap": (lambda op: torch.func.vmap(lambda v: op @ v)(randn(4, 2, 3)), RuntimeError, "as one block"),
     "jacrev": (lambda op: torch.func.jacrev(lambda x: jactri.linearize(linear, x) @ x)(X), RuntimeError, "linearize"),
-    "create_graph": (lambda op: jactri.linearize(linear, X, create_graph=True), TypeError, "no argument"),
+    "create_graph": (lambda op: jactri.linearize(linear, X, create_graph=True), TypeError, "jvp and vjp take"),
     "limit": (lambda op: jactri.linearize(linear, X, memory_limit="much"), ValueError, "memory_limit"),
     "chunk": (lambda op: jactri.linearize(linear, X, chunk_size=0), ValueError, "chunk_size"),
     "backend": (lambda op: jactri.linearize(linear, X, backend="gpu"), ValueError, "backend"),

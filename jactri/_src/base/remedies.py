@@ -33,6 +33,7 @@ _KEYWORDS = {
     "out_dims": _SAMPLES,
     "batched": _SAMPLES,
     "vectorize": "leave it out, all rows run at once",
+    "create_graph": "what it gives is detached, and jactri.jacobian, jvp and vjp take create_graph",
     "retain_graph": "leave it out, no graph is freed",
     "allow_unused": _ZEROS,
     "materialize_grads": _ZEROS,
