@@ -9,6 +9,7 @@ import torch
 from common import F64, seeded
 from linear_cases import CASES, Recurrent, close, given, matrix, randn, strided, truth
 from torch.autograd.functional import jacobian as truth_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import jactri
@@ -166,6 +167,20 @@ def test_the_function_runs_once_and_its_graph_is_read_and_planned_once(monkeypat
         op.to_scipy() @ np.ones(12),
     )
     assert len(calls) == 1
+
+
+def test_derivatives_are_made_once():
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    op = jactri.linearize(seeded(3, 5, 4), randn(2, 3))
+    for k, made in enumerate((1, 0, 0)):
+        ops = []
+        with Ops():
+            op @ randn(2, 3) if k < 2 else op.T @ randn(2, 4)
+        assert ops.count("aten::tanh_backward") == made and "aten::mm" in ops
 
 
 def test_the_graph_lives_as_long_as_the_operator():

@@ -54,7 +54,8 @@ def linearize(
         ValueError: ``chunk_size`` below 1, an unknown backend.
 
     Cost:
-        One forward pass and the memory of its graph; a product of ``K`` vectors about as many flops as ``K`` forward or
+        One forward pass and the memory of its graph; from the first product on, that of derivatives of elementwise ops,
+        about as much as autograd saved for these. A product of ``K`` vectors: about as many flops as ``K`` forward or
         backward passes to the inputs.
 
     Examples:
@@ -383,8 +384,8 @@ class Linearization(Shown):
 
         Cost:
             A pass is a product with ``k + 6`` tangents and one with as many cotangents (Halko, Martinsson and Tropp
-            2011; Baglama and Reichel 2005); most matrices take 3 to 20. Memory for ``6 (k + 6)`` vectors of either
-            side. The start is random, and the same every time; torch's generators are left alone.
+            2011; Baglama and Reichel 2005): some 10 where the values decay, 30 for a random matrix, more the closer
+            the largest are. Memory for ``12 (k + 6)`` vectors of either side. The start is random, and the same every time; torch's generators are left alone.
 
         Examples:
             >>> op = jactri.linearize(lambda x: x * torch.tensor([3.0, 2.0, 1.0]), torch.zeros(3))

@@ -73,7 +73,7 @@ class Recording:
                 "one block"
             )
         multiply = pull if reverse else push
-        return self.run(lambda: multiply(self.ys, self.xs, blocks, self.asked, self.graph))
+        return self.run(lambda: multiply(self.ys, self.xs, blocks, self.asked, self.graph, True))
 
     def flat(self, block: Tensor, reverse: bool) -> Tensor:
         """The same of all ends side by side, ``(K, n)`` to ``(K, m)``."""

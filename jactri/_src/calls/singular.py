@@ -13,8 +13,10 @@ Times = Callable[[Tensor], Tensor]
 OVERSAMPLE = 6
 """Columns of a block beside those that are asked for: Halko, Martinsson and Tropp 2011 take 5 to 10."""
 
-BLOCKS = 6
-"""Of a basis, from which it is restarted with the best two."""
+BLOCKS = 12
+"""Of a basis at most,"""
+KEPT = 4
+"""and those of the best of it, with which it is restarted."""
 
 PASSES = 200
 
@@ -55,7 +57,8 @@ def leading(
         if off <= tol * float(s[0]):
             return u[:, :k], s[:k], v[:, :k]
         if basis.shape[1] + width > BLOCKS * width:
-            basis, image = v[:, : 2 * width], u[:, : 2 * width] * s[: 2 * width]
+            kept = KEPT * width
+            basis, image = v[:, :kept], u[:, :kept] * s[:kept]
         block = block[:, : n - basis.shape[1]]
     raise torch.linalg.LinAlgError(
         f"the {k} largest singular values did not converge in {PASSES} passes: residuals are {off / float(s[0]):.2g} "

@@ -297,12 +297,14 @@ def push(
     tangents: Blocks,
     asked: Options,
     graph: Read = None,
+    keep: bool = False,
 ) -> list[Tensor]:
     """``J t`` of a recorded computation: blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output.
 
     None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
+    ``keep``: whether derivatives are kept with it, for other products.
     """
-    return _multiply(ys, xs, tangents, False, asked, graph)
+    return _multiply(ys, xs, tangents, False, asked, graph, keep)
 
 
 def pull(
@@ -311,15 +313,17 @@ def pull(
     cotangents: Blocks,
     asked: Options,
     graph: Read = None,
+    keep: bool = False,
 ) -> list[Tensor]:
     """``c J`` of a recorded computation: blocks ``(K, *y)`` of cotangents, one an output, to ``(K, *x)``, one an input.
 
     None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
+    ``keep``: whether derivatives are kept with it, for other products.
     """
-    return _multiply(ys, xs, cotangents, True, asked, graph)
+    return _multiply(ys, xs, cotangents, True, asked, graph, keep)
 
 
-def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read):
+def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: bool):
     seeds, ends = (ys, xs) if reverse else (xs, ys)
     columns = next(b.shape[0] for b in blocks if b is not None)
     blocks = [
@@ -344,7 +348,13 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read):
         budget = Budget(asked.memory_limit, xs[0].device)
         for part, given in _apart(graph, starts, blocks, reverse):
             plan = plan_for_given(
-                part, list(given), columns, reverse, budget=budget, chunk_size=asked.chunk_size
+                part,
+                list(given),
+                columns,
+                reverse,
+                budget=budget,
+                chunk_size=asked.chunk_size,
+                alone=not keep,
             )
             (sweep,) = plan.sweeps
             stores = {

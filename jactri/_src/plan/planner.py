@@ -330,10 +330,14 @@ def plan_given(
     limit: float = inf,
     chunk_size: int | None = None,
     device: str = "cpu",
+    alone: bool = True,
 ) -> Plan:
-    """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``."""
+    """The plan of one sweep from ``columns`` tangents or cotangents that are given at all of ``seeds``.
+
+    ``alone``: as of `sweep.Sweep`; False where others of the same graph will come.
+    """
     targets = list(graph.inputs if reverse else graph.outputs)
-    sweep = replace(follow_given(graph, seeds, columns, reverse, targets), alone=True)
+    sweep = replace(follow_given(graph, seeds, columns, reverse, targets), alone=alone)
     chunks, peak = choose_chunks(graph, sweep, limit, chunk_size=chunk_size, device=device)
     sweep = fused(graph, replace(sweep, chunks=chunks, peak=peak))
     strategy = "reverse-mode" if reverse else "forward-mode"

@@ -322,17 +322,18 @@ def plan_for_given(
     *,
     budget: Budget,
     chunk_size: int | None = None,
+    alone: bool = True,
 ) -> Plan:
     """`planner.plan_given` under the memory limit of a call, remembered as `plan_for` does."""
     device = budget.device
 
     def make(limit: float) -> Plan:
-        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type}
+        how = {"limit": limit, "chunk_size": chunk_size, "device": device.type, "alone": alone}
         return plan_given(graph, seeds, columns, reverse, **how)
 
     kernels = backends.kernels_on(graph.values[seeds[0]].device)
     key = (
-        graph.key, tuple(seeds), columns, reverse, chunk_size, device.type, kernels, budget.bound
+        graph.key, tuple(seeds), columns, reverse, chunk_size, device.type, kernels, budget.bound, alone
     )  # fmt: skip
     try:
         return _kept(key, make, budget, chunk_size)
