@@ -258,6 +258,24 @@ def test_in_every_mode(mode):
     assert x.grad is None and all(p.grad is None for p in net.parameters())
 
 
+def test_within_autocast():
+    """Products are of the dtypes that the graph has, whatever is in force when they are made."""
+    net, x = seeded(20, 30, 25, dtype=torch.float32), randn(2, 20).float()
+    op = jactri.linearize(net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = op @ x, op.norm(), op.norm(2), op.svd(2)[1], op.gram()
+        cast = jactri.linearize(net, x)
+    for found, want in zip(
+        made, (op @ x, op.norm(), op.norm(2), op.svd(2)[1], op.gram()), strict=True
+    ):
+        assert found.dtype == torch.float32
+        close(found.double(), want.double())
+    J = jactri.jacobian(net, x).double().reshape(50, 40)
+    torch.testing.assert_close(
+        cast.norm(2).double(), torch.linalg.matrix_norm(J, 2), rtol=0.05, atol=0
+    )
+
+
 def test_in_a_backward_pass():
     """A pass that asks for some gradients makes nodes leave out the others."""
     net, x = seeded(3, 5, 3), randn(2, 3)

@@ -375,7 +375,7 @@ class Linearization(Shown):
         Args:
             k: at least 1, at most the smaller side.
             tol: the residuals ``|J^T u - s v|`` end below ``tol * S[0]``; each entry of S is then no farther than that
-                from a singular value, and mostly as far as its square. None: the root of the dtype's eps.
+                from a singular value, mostly than its square. None: the root of the dtype's eps.
 
         Raises:
             ValueError: a ``k`` or a ``tol`` out of range.
@@ -385,7 +385,8 @@ class Linearization(Shown):
         Cost:
             A pass is a product with ``k + 6`` tangents and one with as many cotangents (Halko, Martinsson and Tropp
             2011; Baglama and Reichel 2005): some 10 where the values decay, 30 for a random matrix, more the closer
-            the largest are. Memory for ``12 (k + 6)`` vectors of either side. The start is random, and the same every time; torch's generators are left alone.
+            the largest are. Memory for ``12 (k + 6)`` vectors of either side. The start is random, and the same every
+            time; torch's generators are left alone.
 
         Examples:
             >>> op = jactri.linearize(lambda x: x * torch.tensor([3.0, 2.0, 1.0]), torch.zeros(3))
@@ -403,8 +404,12 @@ class Linearization(Shown):
             raise ValueError(f"tol must be a number above 0 or None, got {tol!r}")
         tol = torch.finfo(own).eps ** 0.5 if tol is None else tol
         wide = torch.promote_types(own, torch.float32)
-        made = leading(
-            self._flat, lambda u: self._flat(u, True), self.shape, k, tol, wide, self.device
+
+        def pull(u: Tensor) -> Tensor:
+            return self._flat(u, True)
+
+        made = self._point.run(
+            lambda: leading(self._flat, pull, self.shape, k, tol, wide, self.device)
         )
         u, s, v = (t.to(own) for t in made)
         return u, s, v
