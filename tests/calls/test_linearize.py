@@ -276,6 +276,19 @@ def test_within_autocast():
     )
 
 
+def test_in_a_function_that_is_compiled():
+    net, x, v = seeded(3, 5, 3), randn(2, 3), randn(2, 3)
+
+    def both(x):
+        op = jactri.linearize(net, x)
+        return op @ v + op.T @ v
+
+    step = jactri.compile(both, x, of=None, engine="fx")
+    other = randn(1, 3).expand(2, 3)
+    for at in (x, other):
+        close(step(at), both(at))
+
+
 def test_in_a_backward_pass():
     """A pass that asks for some gradients makes nodes leave out the others."""
     net, x = seeded(3, 5, 3), randn(2, 3)
