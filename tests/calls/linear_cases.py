@@ -38,24 +38,30 @@ def several(a, b):
 
 
 CASES = {
-    "mlp": (seeded(3, 7, 2), (randn(5, 3),)),
-    "one sample": (seeded(3, 7, 2), (randn(1, 3),)),
-    "no samples": (seeded(3, 7, 2), (randn(0, 3),)),
-    "strided": (seeded(3, 7, 2), (strided(randn(4, 3)),)),
-    "samples mix": (Recurrent(), (randn(4, 3),)),
-    "one axis": (lambda x: x[1:] * x[:-1], (randn(6),)),
-    "a number": (lambda x: x.square().sum(), (randn(2, 3),)),
-    "of a number": (lambda x: x.sin(), (randn(),)),
-    "several": (several, (randn(3), randn(2, 3))),
-    "a Function": (lambda x: Cube.apply(x).sum(1), (randn(4, 3),)),
-    "complex inside": (lambda x: torch.view_as_real(unfollowed(torch.fft.fft(x))), (randn(2, 4),)),
-    "checkpointed": (lambda x: checkpoint(seeded(3, 7, 2), x, use_reentrant=False), (randn(5, 3),)),
-    "a constant": (lambda x: x.new_ones(2, 2), (randn(3),)),
+    "mlp": lambda: (seeded(3, 7, 2), (randn(5, 3),)),
+    "one sample": lambda: (seeded(3, 7, 2), (randn(1, 3),)),
+    "no samples": lambda: (seeded(3, 7, 2), (randn(0, 3),)),
+    "strided": lambda: (seeded(3, 7, 2), (strided(randn(4, 3)),)),
+    "samples mix": lambda: (Recurrent(), (randn(4, 3),)),
+    "one axis": lambda: (lambda x: x[1:] * x[:-1], (randn(6),)),
+    "a number": lambda: (lambda x: x.square().sum(), (randn(2, 3),)),
+    "of a number": lambda: (lambda x: x.sin(), (randn(),)),
+    "several": lambda: (several, (randn(3), randn(2, 3))),
+    "a Function": lambda: (lambda x: Cube.apply(x).sum(1), (randn(4, 3),)),
+    "complex inside": lambda: (
+        lambda x: torch.view_as_real(unfollowed(torch.fft.fft(x))),
+        (randn(2, 4),),
+    ),
+    "checkpointed": lambda: (
+        lambda x: checkpoint(seeded(3, 7, 2), x, use_reentrant=False),
+        (randn(5, 3),),
+    ),
+    "a constant": lambda: (lambda x: x.new_ones(2, 2), (randn(3),)),
 }
 
 
 def given(name):
-    func, xs = CASES[name]
+    func, xs = CASES[name]()
     inputs = xs if len(xs) > 1 else xs[0]
     return func, xs, inputs, jactri.linearize(func, inputs)
 

@@ -262,7 +262,7 @@ def test_within_autocast():
     """Products are of the dtypes that the graph has, whatever is in force when they are made."""
     net, x = seeded(20, 30, 25, dtype=torch.float32), randn(2, 20).float()
     op = jactri.linearize(net, x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         made = op @ x, op.norm(), op.norm(2), op.svd(2)[1], op.gram()
         cast = jactri.linearize(net, x)
     for found, want in zip(

@@ -76,9 +76,9 @@ def test_scipy_solvers():
     net = seeded(6, 9, 9)
     x = randn(2, 6)
     op = jactri.linearize(net, x)
-    J, A = truth_of(net, x).reshape(18, 12).numpy(), op.to_scipy()
+    J, A = truth_of(net, x).reshape(18, 12).cpu().numpy(), op.to_scipy()
     assert A.shape == J.shape and A.dtype == np.float64
-    b, V, U = randn(18).numpy(), randn(12, 3).numpy(), randn(18, 2).numpy()
+    b, V, U = (randn(*n).cpu().numpy() for n in ((18,), (12, 3), (18, 2)))
     pairs = [(A @ V, J @ V), (A.rmatmat(U), J.T @ U), (A.T @ b, J.T @ b)]
     for made, want in (*pairs, (A.matvec(V[:, :1]), J @ V[:, :1])):
         np.testing.assert_allclose(made, want, atol=1e-12)
@@ -92,8 +92,9 @@ def test_scipy_solvers():
     square = jactri.linearize(lambda x: 3 * x + x.roll(1).sin(), randn(7))
     found, failed = linalg.gmres(square.to_scipy(), b[:7], rtol=1e-12)
     assert failed == 0
-    np.testing.assert_allclose(square.dense().numpy() @ found, b[:7], atol=1e-8)
-    np.testing.assert_allclose(square.T.to_scipy() @ b[:7], square.dense().numpy().T @ b[:7])
+    dense = square.dense().cpu().numpy()
+    np.testing.assert_allclose(dense @ found, b[:7], atol=1e-8)
+    np.testing.assert_allclose(square.T.to_scipy() @ b[:7], dense.T @ b[:7])
     half = jactri.linearize(net.bfloat16(), x.bfloat16())
     assert half.to_scipy().dtype == np.float32
     assert (half.to_scipy() @ np.ones(12)).dtype == np.float32
@@ -109,31 +110,34 @@ def test_scipy_solvers():
 def test_what_it_says():
     op = jactri.linearize(seeded(3, 2), randn(5, 3))
     assert repr(op).splitlines() == [
-        "Linearization(10 x 15, torch.float64 on cpu: a Jacobian, formed 1.2 kB)",
+        f"Linearization(10 x 15, torch.float64 on {op.device}: a Jacobian, formed 1.2 kB)",
         "          shape   dtype          device",
-        "input 0   (5, 3)  torch.float64  cpu",
-        "output 0  (5, 2)  torch.float64  cpu",
+        f"input 0   (5, 3)  torch.float64  {op.device}",
+        f"output 0  (5, 2)  torch.float64  {op.device}",
     ]
     assert "Linearization(15 x 10" in str(op.T) and "the transpose of" in str(op.T)
-    assert "<td" in op._repr_html_() and op.T.T.shape == op.shape and op.device.type == "cpu"
+    assert "<td" in op._repr_html_() and op.T.T.shape == op.shape
 
 
 def linear(x):
     return x * 2
 
 
-X = randn(2, 3)
+def x23():
+    return randn(2, 3)
+
+
 WRONG = {
     "shape": (lambda op: op @ randn(3, 2), RuntimeError, r"shape \(3, 2\); expected \(2, 3\), .* or \(2, 3, K\)"),
     "rows": (lambda op: randn(2, 3, 4) @ op, RuntimeError, r"expected \(2, 3\), .* or \(K, 2, 3\)"),
     "axes": (lambda op: op @ randn(2, 3, 4, 1), RuntimeError, r"or \(2, 3, K\)"),
-    "count": (lambda op: op @ (X, X), RuntimeError, "got 2 for 1 inputs"),
+    "count": (lambda op: op @ (x23(), x23()), RuntimeError, "got 2 for 1 inputs"),
     "integers": (lambda op: op @ torch.ones(2, 3, dtype=int), RuntimeError, "has dtype torch.int64"),
     "array": (lambda op: op @ np.ones((2, 3)), TypeError, "torch.from_numpy"),
     "array at the left": (lambda op: np.ones((2, 3)) @ op, TypeError, "torch.from_numpy"),
-    "complex": (lambda op: op @ (X + 1j), RuntimeError, "is complex"),
-    "flat": (lambda op: op.matvec(X), RuntimeError, r"expected a real floating-point tensor \(6,\)"),
-    "columns": (lambda op: op.matmat(X), RuntimeError, r"tensor \(6, K\)"),
+    "complex": (lambda op: op @ (x23() + 1j), RuntimeError, "is complex"),
+    "flat": (lambda op: op.matvec(x23()), RuntimeError, r"expected a real floating-point tensor \(6,\)"),
+    "columns": (lambda op: op.matmat(x23()), RuntimeError, r"tensor \(6, K\)"),
     "no tensor": (lambda op: op.matvec(np.ones(6)), TypeError, r"op\.to_scipy\(\) arrays"),
     "k": (lambda op: op.svd(7), ValueError, "k must be an integer from 1 to 6"),
     "a bool": (lambda op: op.svd(True), ValueError, "k must be an integer"),
@@ -143,18 +147,18 @@ WRONG = {
     "pickle": (pickle.dumps, TypeError, r"save op\.dense\(\)"),
     "copy": (copy.deepcopy, TypeError, r"save op\.dense\(\)"),
     "vmap": (lambda op: torch.func.vmap(lambda v: op @ v)(randn(4, 2, 3)), RuntimeError, "as one block"),
-    "jacrev": (lambda op: torch.func.jacrev(lambda x: jactri.linearize(linear, x) @ x)(X), RuntimeError, "linearize"),
-    "create_graph": (lambda op: jactri.linearize(linear, X, create_graph=True), TypeError, "jvp and vjp take"),
-    "limit": (lambda op: jactri.linearize(linear, X, memory_limit="much"), ValueError, "memory_limit"),
-    "chunk": (lambda op: jactri.linearize(linear, X, chunk_size=0), ValueError, "chunk_size"),
-    "backend": (lambda op: jactri.linearize(linear, X, backend="gpu"), ValueError, "backend"),
-    "integer inputs": (lambda op: jactri.linearize(linear, X.int()), RuntimeError, "int32"),
-    "complex inputs": (lambda op: jactri.linearize(linear, X + 1j), RuntimeError, "view_as_real"),
-    "complex outputs": (lambda op: jactri.linearize(lambda x: x + 1j, X), RuntimeError, "view_as_real"),
-    "nothing": (lambda op: jactri.linearize(lambda x: (), X), IndexError, "outputs is an empty tuple"),
+    "jacrev": (lambda op: torch.func.jacrev(lambda x: jactri.linearize(linear, x) @ x)(x23()), RuntimeError, "torch.func"),
+    "create_graph": (lambda op: jactri.linearize(linear, x23(), create_graph=True), TypeError, "jvp and vjp take"),
+    "limit": (lambda op: jactri.linearize(linear, x23(), memory_limit="much"), ValueError, "memory_limit"),
+    "chunk": (lambda op: jactri.linearize(linear, x23(), chunk_size=0), ValueError, "chunk_size"),
+    "backend": (lambda op: jactri.linearize(linear, x23(), backend="gpu"), ValueError, "backend"),
+    "integer inputs": (lambda op: jactri.linearize(linear, x23().int()), RuntimeError, "int32"),
+    "complex inputs": (lambda op: jactri.linearize(linear, x23() + 1j), RuntimeError, "view_as_real"),
+    "complex outputs": (lambda op: jactri.linearize(lambda x: x + 1j, x23()), RuntimeError, "view_as_real"),
+    "nothing": (lambda op: jactri.linearize(lambda x: (), x23()), IndexError, "outputs is an empty tuple"),
     "of nothing": (lambda op: jactri.linearize(linear, ()), IndexError, "inputs is an empty tuple"),
-    "no function": (lambda op: jactri.linearize(X, X), TypeError, "not callable"),
-    "compile": (lambda op: jactri.compile(linear, X, of=jactri.linearize), TypeError, "of must be one of"),
+    "no function": (lambda op: jactri.linearize(x23(), x23()), TypeError, "not callable"),
+    "compile": (lambda op: jactri.compile(linear, x23(), of=jactri.linearize), TypeError, "of must be one of"),
 }  # fmt: skip
 
 
@@ -162,4 +166,4 @@ WRONG = {
 def test_wrong_arguments(name):
     call, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
-        call(jactri.linearize(linear, X))
+        call(jactri.linearize(linear, x23()))
