@@ -123,6 +123,10 @@ def linear(x):
     return x * 2
 
 
+def inside(x):
+    return jactri.linearize(linear, x) @ x
+
+
 def x23():
     return randn(2, 3)
 
@@ -147,7 +151,7 @@ WRONG = {
     "pickle": (pickle.dumps, TypeError, r"save op\.dense\(\)"),
     "copy": (copy.deepcopy, TypeError, r"save op\.dense\(\)"),
     "vmap": (lambda op: torch.func.vmap(lambda v: op @ v)(randn(4, 2, 3)), RuntimeError, "as one block"),
-    "jacrev": (lambda op: torch.func.jacrev(lambda x: jactri.linearize(linear, x) @ x)(x23()), RuntimeError, "torch.func"),
+    "jacrev": (lambda op: torch.func.jacrev(inside)(x23()), RuntimeError, "torch.func.linearize there"),
     "create_graph": (lambda op: jactri.linearize(linear, x23(), create_graph=True), TypeError, "jvp and vjp take"),
     "limit": (lambda op: jactri.linearize(linear, x23(), memory_limit="much"), ValueError, "memory_limit"),
     "chunk": (lambda op: jactri.linearize(linear, x23(), chunk_size=0), ValueError, "chunk_size"),
