@@ -89,11 +89,13 @@ class Roots(torch.nn.Module):
 
     def __init__(self, d):
         super().__init__()
+        self.into = torch.nn.Linear(d, d)
         self.up, self.down = torch.nn.Linear(d, 4 * d), torch.nn.Linear(4 * d, d)
         self.attention = torch.nn.MultiheadAttention(d, 4, batch_first=True)
 
     def forward(self, x):
-        x = self.down(self.up(x).relu().sqrt())
+        x = self.into(x)
+        x = x + self.down(self.up(x).relu().sqrt())
         return self.attention(x, x, x, need_weights=False)[0]
 
 
