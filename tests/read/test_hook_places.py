@@ -3,6 +3,7 @@
 import pytest
 import torch
 from common import F64
+from test_hooks import before_the_node, on_the_node
 
 import jactri
 from jactri._src.base.memory import Taken
@@ -16,18 +17,6 @@ def on_the_value(x):
     y = (x * 2).sin()
     y.register_hook(lambda g: 3 * g)
     return y * x.exp()
-
-
-def on_the_node(x):
-    y = x.sin()
-    y.grad_fn.register_hook(lambda into, out: (into[0] * 3,))
-    return y * x
-
-
-def before_the_node(x):
-    y = x.sin()
-    y.grad_fn.register_prehook(lambda out: (out[0] * 3,))
-    return y * x
 
 
 def at_the_output(x):

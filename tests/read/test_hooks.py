@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import F64, MODES, make, seeded
+from common import F64, MODES, Square, make, seeded
 from tolerances import assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -338,17 +338,6 @@ def test_a_probe_is_not_fooled_by_hooks():
 def test_a_hook_that_mixes_samples():
     with pytest.raises(RuntimeError, match="samples mix"):
         jactri.jacobian(hooked(lambda g: g + g.roll(1, 0)), points(), per_sample=True)
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
 
 
 def test_a_probe_does_not_call_hooks():

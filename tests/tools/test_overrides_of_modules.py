@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from common import F64, in_threads, make
+from common import F64, Square, in_threads, make
 from overridden import Attention, Block, Gelu, Rms, close, draw, f_soft, over, sloped
 from torch import nn
 from torch.autograd.functional import jacobian as truth
@@ -359,17 +359,6 @@ def test_hooks_that_only_look_are_let_be():
             pytest.warns(UserWarning, match="hook"),
         ):
             jactri.jacobian(lambda x: f(x, 2.0), x)
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 def test_a_function_of_the_callers_by_its_class():
