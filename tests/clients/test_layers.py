@@ -172,6 +172,19 @@ def test_checkpointed_layers(sources):
         assert_close(J, wanted[layer], F64, length=16 * 12, what=layer)
 
 
+def test_devices_that_accelerate_chose():
+    accelerate = client("accelerate", "pip install accelerate")
+    inputs, names = prompts(), "model.layers.*"
+    wanted = jactri.layer_jacobian(
+        build("LlamaForCausalLM", SMALL, "sdpa"), inputs, names, "model.norm"
+    )
+    model = build("LlamaForCausalLM", SMALL, "sdpa")
+    model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)  # it wraps each forward
+    found = jactri.layer_jacobian(model, inputs, names, "model.norm")
+    for layer, J in found.items():
+        assert_close(J, wanted[layer], F64, length=16 * 12, what=layer)
+
+
 def test_half_precision_weights():
     model, inputs = build("LlamaForCausalLM", SMALL, "sdpa", torch.bfloat16), prompts()
     found = jactri.layer_jacobian(model, inputs, "model.layers.*", "model.norm")
