@@ -227,30 +227,6 @@ def test_contractions_and_limits(name):
         assert_close(got.reshape(J.shape), J, F64, length=100)
 
 
-def test_every_layer_has_factors():
-    """Behind the first attention, too, keys and queries meet their weights before they meet the seeds."""
-    wide = {n: w.repeat(8, 8) / 8 for n, w in W.items() if n in "qkvo"}
-    t, d = 4, 8 * D
-
-    def layers(n):
-        def func(x):
-            for _ in range(n):
-                q, k, v = ((x @ wide[n]).unflatten(-1, (H, -1)).transpose(1, 2) for n in "qkv")
-                x = together(scores(q, k) @ v) @ wide["o"]
-            return x
-
-        return func
-
-    x = draw(1, t, d)
-    options = {"per_sample": True, "strategy": "reverse-mode"}
-    two, three = (jactri.explain(layers(n), x, **options).flops for n in (2, 3))
-    assert (
-        three - two < 2 * (t * d) * t * 2.8 * d * d
-    )  # of a layer's four weights, two at their size
-    J = jactri.jacobian(layers(3), x, **options)
-    assert_close(J, blocks(truth_of(layers(3), x)), F64, length=1000)
-
-
 @pytest.mark.parametrize("name", ["written", "packed", "encoder"])
 def test_create_graph(name):
     func, x = FUNCTIONS[name], draw(2, 3, D).requires_grad_()

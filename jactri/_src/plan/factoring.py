@@ -28,10 +28,9 @@ Path = tuple[tuple[int, int], ...]
 
 def factored(graph: Graph, sweep: Sweep) -> Sweep:
     """The sweep with such steps, where they take less."""
-    for grown in (True, False):  # what gives more seeds first: all that follows acts on them
-        if any(_releases(graph, sweep, s, grown) for s in sweep.steps):
-            sweep = _Factoring(graph, sweep, grown).made()
-    return sweep
+    if not any(_releases(graph, sweep, s) for s in sweep.steps):
+        return sweep
+    return _Factoring(graph, sweep).made()
 
 
 def swept(graph: Graph, seed: int, reverse: bool, targets: list[int | None], **more: Any) -> Sweep:
@@ -39,16 +38,14 @@ def swept(graph: Graph, seed: int, reverse: bool, targets: list[int | None], **m
     return factored(graph, follow(graph, seed, reverse, targets, **more))
 
 
-def _releases(graph: Graph, sweep: Sweep, step: Step, grown: bool) -> bool:
-    """Whether a step is a product with a batch of matrices: if ``grown``, of each seed of a tied axis with many."""
+def _releases(graph: Graph, sweep: Sweep, step: Step) -> bool:
+    """Whether a step multiplies each seed of a tied axis with many partners."""
     term = step.terms[0]
-    if len(step.terms) > 1 or term.path:
+    if len(step.terms) > 1 or term.route.axis is None:
         return False
     edge = graph.values[term.owner].sources[term.edge][1]
-    if not isinstance(edge, MatMul) or edge.structure != "batched matrix":
-        return False
-    grows = term.route.out.numel > sweep.layouts[term.other].numel
-    return not grown or (term.route.axis is not None and grows)
+    grown = term.route.out.numel > sweep.layouts[term.other].numel
+    return isinstance(edge, MatMul) and edge.structure == "batched matrix" and grown
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class _Way:
 class _Factoring:
     """One sweep, while it is looked through."""
 
-    def __init__(self, graph: Graph, sweep: Sweep, grown: bool):
-        self.graph, self.sweep, self.grown = graph, sweep, grown
+    def __init__(self, graph: Graph, sweep: Sweep):
+        self.graph, self.sweep = graph, sweep
         self.steps = {s.value: s for s in sweep.steps}
         self.readers: dict[int, list[Step]] = {}
         for s in sweep.steps:
@@ -77,7 +74,7 @@ class _Factoring:
         taken: set[int] = set()
         new: dict[int, Step] = {}
         for step in sweep.steps:
-            if step.value in taken or not self._releases(step):
+            if step.value in taken or not _releases(self.graph, sweep, step):
                 continue
             options = [
                 found
@@ -92,9 +89,6 @@ class _Factoring:
                 taken |= gone
         return with_steps(sweep, new, taken) if new else sweep
 
-    def _releases(self, step: Step) -> bool:
-        return _releases(self.graph, self.sweep, step, self.grown)
-
     @staticmethod
     def _apart(option: tuple[Step, set[int]], taken: set[int], new: dict[int, Step]) -> bool:
         """Whether a step has nothing to do with those that are gone by now."""
@@ -106,10 +100,8 @@ class _Factoring:
         return cost([step]) - cost([self.steps[v] for v in gone])
 
     def _inner(self, value: int) -> bool:
-        """Whether a block is read once and is not asked for, and made map by map."""
-        if self.uses[value] != 1 or value in self.ends or value not in self.steps:
-            return False
-        return not any(t.path for t in self.steps[value].terms)
+        """Whether a block is read once and is not asked for."""
+        return self.uses[value] == 1 and value not in self.ends and value in self.steps
 
     def _edges(self, step: Step) -> list[LinearMap]:
         values = self.graph.values
@@ -120,8 +112,6 @@ class _Factoring:
         line, crossed = [step], False
         while self._inner(line[-1].value):
             (step,) = self.readers[line[-1].value]
-            if any(t.path for t in step.terms):
-                return
             edges = self._edges(step)
             if len(edges) == 1 and isinstance(edges[0], MatMul):
                 if step.terms[0].route.axis is not None:
@@ -159,7 +149,7 @@ class _Factoring:
     def _collect(self, step: Step, path: Path, line: set[int], ways, gone: set[int]) -> None:
         """The ways that end with ``path``, which begins behind a step: along a line, and through what is plain."""
         gone.add(step.value)
-        released = self._releases(step)
+        released = _releases(self.graph, self.sweep, step)
         for term in step.terms:
             longer = ((term.owner, term.edge), *path)
             before = self.steps.get(term.other)
@@ -179,7 +169,7 @@ class _Factoring:
 
     def _has_released(self, step: Step) -> bool:
         """Whether there is such a product behind a step, and nothing but matrices and scalings on the way."""
-        while not self._releases(step):
+        while not _releases(self.graph, self.sweep, step):
             (edge, *more), (term, *_) = self._edges(step), step.terms
             matrix = isinstance(edge, MatMul) and term.route.axis is None
             if more or not (matrix or edge.__class__ in (Diagonal, *_PLAIN)):
