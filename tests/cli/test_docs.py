@@ -49,6 +49,14 @@ def test_headline_figures_are_those_of_the_file():
     assert REPORT["headline"](measured) in (ROOT / "README.md").read_text()
 
 
+def test_the_lens_of_the_docs_is_the_one_measured():
+    measured = json.loads((ROOT / "benchmarks/results/lens.json").read_text())["results"]
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    for r in measured:
+        flops, peak = r["flops"] / 1e9, r["peak_bytes"] / 1e6
+        assert f"| {flops:.0f} | {r['seconds']['median']:.2f} | {peak:.0f} |" in page
+
+
 @pytest.mark.parametrize("name", ["cpu-2core", "penalty", "worst"])
 def test_measured_tables_are_those_of_the_files(name):
     measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
