@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ALL
-from common import MODES
+from common import MODES, Square
 from routing import ORDER, ROUTED, W6, D, N, inverse, write
 from test_ops import F64, ids, truth
 
@@ -176,16 +176,6 @@ def test_rows_that_move_in_some_columns_only(func):
 def test_zero_here_and_not_beside():
     """Apart to first order where the second is not: what differentiates once more refuses."""
     x = torch.zeros(N, 2, dtype=F64)
-
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * x
-
-        @staticmethod
-        def backward(ctx, g):
-            return 2 * g * ctx.saved_tensors[0]
 
     for square in (torch.square, Square.apply):
 
