@@ -16,19 +16,16 @@ from torch import Tensor
 from ..base.classes import plain
 from ..base.memory import Budget
 from ..base.remedies import one_of
-from ..maps.linear_map import Identity
-from ..plan.planning import plan_for_given
 from ..plan.poles import finite, suspects
 from ..prologue.arguments import Options, as_tuple, taken
 from ..prologue.running import computing, detached, eagerly, prepare, public
 from ..prologue.streaming import Streamed
 from ..read import handover, overriding
-from ..read.graph import Graph, UnsupportedGraph, Value
+from ..read.graph import Graph, UnsupportedGraph
 from ..read.joining import for_given
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
-from ..run.answers import Store
-from ..run.executor import run
+from ..run.given import multiply
 from .api import compute
 from .by_autograd import pulled, pushed
 from .strictness import check_ends, check_varying
@@ -343,35 +340,10 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: 
             refuse_or_log("the function", ys[0].shape, shapes, f"holds {graph}")
             whole = pulled if reverse else pushed
             return whole(ys, xs, blocks, columns, graph)
-        starts = graph.outputs if reverse else graph.inputs
-        total: list[Tensor | None] = [None] * len(ends)
         budget = Budget(asked.memory_limit, xs[0].device)
-        for part, given in _apart(graph, starts, blocks, reverse):
-            plan = plan_for_given(
-                part,
-                list(given),
-                columns,
-                reverse,
-                budget=budget,
-                chunk_size=asked.chunk_size,
-                alone=not keep,
-            )
-            (sweep,) = plan.sweeps
-            stores = {
-                k: Store(sweep.layouts[v], part.values[v])
-                for k, v in enumerate(sweep.targets)
-                if v is not None
-            }
-            run(
-                part,
-                plan,
-                {(0, k) if reverse else (k, 0): s for k, s in stores.items()},
-                None,
-                given,
-            )
-            for k, store in stores.items():
-                made = store.block()
-                total[k] = made if total[k] is None else total[k] + made
+        total = multiply(
+            graph, blocks, reverse, budget=budget, chunk_size=asked.chunk_size, keep=keep
+        )
         if not reverse and suspects(graph) and not all(finite(t) for t in total if t is not None):
             rows = _by_jacobian(ys, xs, blocks, asked)
             pairs = zip(total, rows, strict=True)
@@ -404,26 +376,3 @@ def _ready(block: Tensor, like: Tensor, create_graph: bool) -> Tensor:
     if not create_graph:
         block = block.detach()
     return block.to(like.dtype)
-
-
-def _apart(graph: Graph, starts, blocks, reverse: bool):
-    """The graph and the given blocks, by value, of the sweeps to run: in a sweep, no seed lies on another's way."""
-    seeds = [(v, b) for v, b in zip(starts, blocks, strict=True) if v is not None and b is not None]
-    if len(seeds) < 2:
-        return [(graph, dict(seeds))] if seeds else []
-    if reverse:
-        # every output gets a copy of itself at the end, which nothing else depends on
-        values, n = list(graph.values), len(graph.values)
-        for v, _ in seeds:
-            old = values[v]
-            values.append(Value("output", old.shape, old.dtype, old.device, ((v, Identity()),)))
-        key = (graph.key, tuple(v for v, _ in seeds))
-        ends = list(range(n, n + len(seeds)))
-        whole = Graph(values, graph.inputs, ends, key, graph.layers)
-        return [(whole, {n + i: b for i, (_, b) in enumerate(seeds)})]
-    leaves: dict[int, Tensor] = {}
-    for v, block in seeds:
-        if not graph.values[v].sources:
-            leaves[v] = leaves[v] + block if v in leaves else block
-    inner = [(graph, {v: block}) for v, block in seeds if graph.values[v].sources]
-    return [(graph, leaves), *inner] if leaves else inner

@@ -1,0 +1,77 @@
+"""Entries of a pattern of a recorded computation's Jacobian, by few products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..base.backends import capturing
+from ..base.memory import Budget
+from ..plan.compressing import Compression, compressed
+from ..plan.poles import finite, suspects
+from ..read.graph import Graph, UnsupportedGraph
+from ..read.joining import for_given
+from ..read.opaque import refuse_or_log
+from ..run.compressed import values
+from ..run.given import multiply
+from .by_autograd import pulled, pushed
+
+
+def entries(
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    how: Compression,
+    graph: Graph | UnsupportedGraph,
+    *,
+    budget: Budget,
+    chunk_size: int | None = None,
+    samples: int = 1,
+) -> Tensor:
+    """The entries of ``how.pattern``, in its order (CSR), of the matrix of all ``ys`` by all ``xs``.
+
+    To be called within `running.computing`: where that records, the values can be differentiated. What colours the
+    columns, the rows or both makes ``how``: `compressing.compressed`, or who knows more of the matrix, as that it is
+    symmetric. It is taken at its word: of entries outside of the pattern, those that are read are wrong.
+
+    Args:
+        ys, xs: the ends of the computation. Rows are the entries of all outputs, one output after the other, each in
+            flat order; columns those of the inputs.
+        how: which products are made, and where in them each entry stands.
+        graph: what `reading.read` gave, or why it did not: then autograd makes the products.
+        budget: what may be taken; a quarter of it for the blocks of seeds at once.
+        chunk_size: how many seeds run at once, instead.
+        samples: of so many samples on the first axes of all ends, which do not mix: the matrix and the pattern are
+            those of each.
+
+    Returns:
+        ``(samples, entries)`` on the device of the first input, in the widest dtype of the products.
+
+    Cost:
+        As many pushes and pulls as ``how.products``, in blocks. What of ``how`` is a tensor is kept by its key.
+    """
+
+    def product(blocks: list[Tensor], reverse: bool) -> list[Tensor]:
+        k, ends = len(blocks[0]), xs if reverse else ys
+        if isinstance(graph, UnsupportedGraph):
+            return (pulled if reverse else pushed)(ys, xs, blocks, k, graph)
+        found = multiply(
+            for_given(graph, k), blocks, reverse, budget=budget, chunk_size=chunk_size, keep=True
+        )
+        return [
+            e.new_zeros(k, *e.shape) if f is None else f for f, e in zip(found, ends, strict=True)
+        ]
+
+    if isinstance(graph, UnsupportedGraph):
+        refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {graph}")
+        poles = False
+    else:
+        poles = bool(how.tangents.count and suspects(graph, seeds=True))
+    made = None
+    if not (poles and capturing(xs[0].device)):
+        made = values(how, ys, xs, product, budget, chunk_size, samples)
+    if made is None or (poles and not finite(made)):
+        # where forward mode meets an infinity, only rows are autograd's
+        how = compressed(how.pattern, "reverse-mode")
+        made = values(how, ys, xs, product, budget, chunk_size, samples)
+    return made

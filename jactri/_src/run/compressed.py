@@ -1,0 +1,77 @@
+"""The entries of a matrix out of its compressed products (see `plan.compressing`): seeds, chunks, and where to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.constants import fixed
+from ..base.memory import LARGE, Budget
+from ..plan.compressing import Compression
+
+Product = Callable[[list[Tensor], bool], Sequence[Tensor]]
+"""Blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output; from outputs to inputs if True."""
+
+
+def values(
+    how: Compression,
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    product: Product,
+    budget: Budget,
+    chunk_size: int | None = None,
+    samples: int = 1,
+) -> Tensor:
+    """The entries of ``how.pattern``, in its order, of the matrix of all ``ys`` by all ``xs``: ``(samples, entries)``.
+
+    Its rows are the entries of the outputs one after the other, its columns those of the inputs. ``samples``: on the
+    first axes of all, which do not mix; the matrix is then that of each. The values are on the device of the first
+    input, in the widest dtype of the products, and have a graph if these do. How many seeds run at once:
+    ``chunk_size``, or as many as fit a quarter of the budget.
+    """
+    device = xs[0].device
+    each = sum(t.numel() * t.element_size() for t in (*ys, *xs))
+    parts = []
+    for reverse, reads in how.reads.items():
+        seeds = ys if reverse else xs
+        count, start = reads.table.count, reads.start.tolist()
+        step = chunk_size or min(budget.count(4 * each, count), max(1, LARGE // max(each, 1)))
+        place = _kept(("compressed", how.key, reverse), reads.place, device)
+        for first in range(0, count, step):
+            colours = range(first, min(first + step, count))
+            made = [
+                m.reshape(len(colours), samples, m[:1].numel() // samples).to(device)
+                for m in product(_seeds(how, reverse, colours, seeds, samples), reverse)
+            ]
+            flat = (made[0] if len(made) == 1 else torch.cat(made, 2)).transpose(0, 1)
+            here = place[start[first] : start[colours.stop]] - first * reads.size
+            parts.append(flat.reshape(samples, -1).index_select(1, here))
+    if not parts:
+        return torch.zeros(samples, 0, dtype=xs[0].dtype, device=device)
+    order = _kept(("compressed", how.key), how.order, device)
+    return torch.cat(parts, 1).index_select(1, order)
+
+
+def _seeds(
+    how: Compression, reverse: bool, colours: range, ends: Sequence[Tensor], samples: int
+) -> list[Tensor]:
+    """The sums of the unit vectors of some colours, one block an end, alike for all samples."""
+    blocks, start = [], 0
+    table = how.reads[reverse].table
+    for t in ends:
+        size = t.numel() // samples
+        key = "compressed seeds", how.key, reverse, start, size
+        colour = _kept(key, table.colour[start : start + size], t.device)
+        wanted = torch.arange(colours.start, colours.stop, device=t.device)[:, None, None]
+        block = (colour == wanted).to(t.dtype).expand(-1, samples, -1)
+        blocks.append(block.reshape(len(colours), *t.shape))
+        start += size
+    return blocks
+
+
+def _kept(key: tuple, array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device."""
+    return fixed((*key, device), lambda: (torch.from_numpy(array).to(device),))[0]
