@@ -24,6 +24,7 @@ from ._src.compile.exported import export
 from ._src.read.opaque import FallbackError, fallback
 from ._src.read.structure import Node
 from ._src.run.banded import Banded
+from ._src.run.solvers import to_scipy
 from ._src.tools import profiling as _profiling
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule
@@ -81,6 +82,7 @@ __all__ = [
     "rule",
     "sparsity",
     "taps",
+    "to_scipy",
     "uniform",
     "vjp",
     "zero",

@@ -118,14 +118,23 @@ def test_sparse_and_diagonal():
     assert made.layout is torch.sparse_coo and made._nnz() < want.numel()
     close(made.to_dense(), want)
     close(op.T.sparse().to_dense(), want.permute(2, 3, 0, 1))
-    csr, turned = op.sparse(torch.sparse_csr), op.T.sparse(torch.sparse_csr)
-    assert csr.layout is turned.layout is torch.sparse_csr
-    close(csr.to_dense(), want.reshape(10, 10))
-    close(turned.to_dense(), want.reshape(10, 10).T)
+    for layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr):
+        size = {"blocksize": (2, 5)} if layout is torch.sparse_bsr else {}
+        one, turned = op.sparse(layout, **size), op.T.sparse(layout, **size)
+        assert one.layout is turned.layout is layout
+        close(one.to_dense(), want.reshape(10, 10))
+        close(turned.to_dense(), want.reshape(10, 10).T)
+        if size:
+            assert one.values().shape[1:] == turned.values().shape[1:] == (2, 5)
+    close(op.sparse("banded").to_dense(), want)
     close(op.diagonal(), want.reshape(10, 10).diagonal().reshape(2, 5))
     close(op.T.diagonal(), op.diagonal())
-    with pytest.raises(ValueError, match=r"sparse_coo or torch\.sparse_csr, got 'banded'"):
-        op.sparse("banded")
+    with pytest.raises(ValueError, match="not transposed 'banded', got 'banded'"):
+        op.T.sparse("banded")
+    with pytest.raises(ValueError, match=r"layout must be torch\.sparse_coo.*got torch\.strided"):
+        op.sparse(torch.strided)
+    with pytest.raises(TypeError, match=r"tuple of two integers.*got 5"):
+        op.T.sparse(torch.sparse_bsr, 5)
     with pytest.raises(ValueError, match="every entry of the Jacobian"):
         jactri.linearize(lambda x: x.softmax(0), randn(3)).sparse()
     with pytest.raises(RuntimeError, match="output of the shape of x"):

@@ -313,7 +313,7 @@ def test_what_mixes_is_named():
 @pytest.mark.parametrize(
     ("error", "match", "kw"),
     [
-        (ValueError, "layout must be torch.strided", {"layout": torch.sparse_bsr}),
+        (ValueError, "layout must be torch.strided", {"layout": torch.sparse_bsc}),
         (ValueError, "layout must be torch.strided", {"layout": "coo"}),
         (RuntimeError, "out= takes dense", {"layout": torch.sparse_coo, "out": torch.empty(2, 2)}),
     ],

@@ -34,7 +34,7 @@ class Csr:
         there = column >= 0
         if there.all():
             return Csr(np.arange(len(column) + 1), column, width)
-        return Csr(_starts(there), column[there], width)
+        return Csr(starts(there), column[there], width)
 
     @staticmethod
     def of(row: np.ndarray, column: np.ndarray, height: int, width: int) -> Csr:
@@ -51,7 +51,7 @@ class Csr:
     @staticmethod
     def of_dense(dense: np.ndarray) -> Csr:
         row, column = np.nonzero(dense)
-        return Csr(_starts(np.bincount(row, minlength=len(dense))), column, dense.shape[1])
+        return Csr(starts(np.bincount(row, minlength=len(dense))), column, dense.shape[1])
 
     @property
     def height(self) -> int:
@@ -110,12 +110,12 @@ class Csr:
     def T(self) -> Csr:
         order = np.argsort(self.column, kind="stable")
         counts = np.bincount(self.column, minlength=self.width)
-        return Csr(_starts(counts), self.row[order], self.height)
+        return Csr(starts(counts), self.row[order], self.height)
 
     def take(self, rows: np.ndarray) -> Csr:
         """Some of the rows, in another order."""
         counts = self.counts[rows]
-        start = _starts(counts)
+        start = starts(counts)
         at = np.arange(start[-1]) + (self.start[rows] - start[:-1]).repeat(counts)
         return Csr(start, self.column[at], self.width)
 
@@ -146,7 +146,7 @@ class Csr:
                 return before.take(self.column)
             held = np.zeros(self.height, np.int64)
             held[self.row] = counts
-            return Csr(_starts(held), before.take(self.column).column, before.width)
+            return Csr(starts(held), before.take(self.column).column, before.width)
         if limit is None and total > BITS * (self.height * before.width // 8) + SMALL:
             return self._of_bits(before)
         ends = np.cumsum(counts)
@@ -185,7 +185,7 @@ def union(parts: Sequence[Csr]) -> Csr:
 def stacked(parts: Sequence[Csr]) -> Csr:
     """Matrices of one width, one below the other."""
     counts = np.concatenate([p.counts for p in parts])
-    return Csr(_starts(counts), np.concatenate([p.column for p in parts]), parts[0].width)
+    return Csr(starts(counts), np.concatenate([p.column for p in parts]), parts[0].width)
 
 
 def digest(*arrays: np.ndarray) -> bytes:
@@ -197,7 +197,8 @@ def digest(*arrays: np.ndarray) -> bytes:
     return made.digest()
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
+def starts(counts: np.ndarray) -> np.ndarray:
+    """Where rows of these many entries start, and the end."""
     made = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=made[1:])
     return made
@@ -214,4 +215,4 @@ def _once(keys: np.ndarray) -> np.ndarray:
 def _of_keys(keys: np.ndarray, height: int, width: int) -> Csr:
     keys = _once(keys)
     row, column = np.divmod(keys, max(width, 1))
-    return Csr(_starts(np.bincount(row, minlength=height)), column, width)
+    return Csr(starts(np.bincount(row, minlength=height)), column, width)

@@ -45,7 +45,8 @@ from ..read.opaque import refuse_or_log
 from ..read.reading import read
 from ..run.answers import Answer
 from ..run.banded import Banded
-from ..run.entries import Entries, check_pattern, nothing
+from ..run.blocks import Blocks, Sizes
+from ..run.entries import BLOCKED, Entries, check_pattern, nothing
 from ..run.executor import run
 from . import few, reentrant, whole
 from .strictness import check_dependence
@@ -69,6 +70,7 @@ def jacobian(
     progress: bool = False,
     resume: bool = True,
     layout: torch.layout | str = torch.strided,
+    blocksize: tuple[int, int] | None = None,
 ) -> Any:
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
@@ -109,9 +111,12 @@ def jacobian(
         progress: show a progress bar over the chunks.
         resume: go on where an interrupted call left a memmap ``out`` (opened with mode ``"r+"``); with False, start
             over. What was left is known by the file ``.progress`` beside the memmap's.
-        layout: ``torch.sparse_coo``: a sparse tensor of the same shape; ``torch.sparse_csr``: the matrix
-            ``(out.numel(), in.numel())``, under ``per_sample`` one a sample; ``"banded"``: a `Banded`. Only the entries
-            that `sparsity` finds are computed, zeros among them included.
+        layout: ``torch.sparse_coo``: a sparse tensor of the same shape; ``torch.sparse_csr``, ``sparse_csc`` or
+            ``sparse_bsr``: the matrix ``(out.numel(), in.numel())``, under ``per_sample`` one a sample; ``"banded"``: a
+            `Banded`. Only the entries that `sparsity` finds are computed, zeros among them included; `to_scipy` hands
+            them to solvers.
+        blocksize: rows and columns of a block of ``torch.sparse_bsr``; by default the last axes of output and input (of
+            a sample) where these have others beside them, else 1. A block is there if any of its entries is.
 
     Returns:
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
@@ -126,7 +131,7 @@ def jacobian(
             (the op is named); an ``out`` that does not fit.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend or layout, no
             common batch axis under ``per_sample``; a sparse ``layout`` where every entry can be non-zero (the op is
-            named).
+            named); a ``blocksize`` that does not divide the matrix.
         AssertionError: an unknown strategy.
         IndexError: an empty tuple of inputs or outputs.
 
@@ -153,7 +158,7 @@ def jacobian(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        layout, of="",
+        layout, of="", blocksize=blocksize,
     )  # fmt: skip
     tupled, xs = taken("jacobian", inputs, asked)
     if handover.transforming(xs):
@@ -191,6 +196,7 @@ def jacobian_of(
     progress: bool = False,
     resume: bool = True,
     layout: torch.layout | str = torch.strided,
+    blocksize: tuple[int, int] | None = None,
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
@@ -210,6 +216,7 @@ def jacobian_of(
         progress: show a progress bar over the chunks.
         resume: go on where an interrupted call left a memmap.
         layout: dense, sparse or banded.
+        blocksize: of blocks, for ``torch.sparse_bsr``.
 
     Returns:
         What `jacobian` returns, nested as ``outputs`` and ``inputs`` are.
@@ -235,7 +242,7 @@ def jacobian_of(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        layout, None, of="",
+        layout, None, of="", blocksize=blocksize,
     )  # fmt: skip
     tupled, xs = taken("jacobian_of", inputs, asked)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -287,7 +294,7 @@ def compute(ys, xs, asked: Options) -> list[list[Tensor]]:
     if asked.strict and asked.create_graph:
         for j, row in enumerate(rows):
             for i, block in enumerate(row):
-                block = block.values if isinstance(block, Banded) else block
+                block = block.values if isinstance(block, (Banded, Blocks)) else block
                 if not block.requires_grad:
                     raise RuntimeError(
                         f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
@@ -307,6 +314,8 @@ def _rows(ys, xs, asked: Options, dests):
     wanted = Wanted(
         budget, strategy, per_sample, False, asked.chunk_size, dests is not None, False, sparse, of=asked.of,
     )  # fmt: skip
+    if asked.form in BLOCKED and not isinstance(asked.blocksize, Sizes):
+        asked.blocksize = Sizes.asked(asked.blocksize, ys, xs, per_sample)
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)
     walk = Walk(ys, xs)
@@ -354,7 +363,7 @@ def _rows(ys, xs, asked: Options, dests):
             plan = None
     forward = strategy == "forward-mode"
     if sparse:
-        check_pattern(graph, ys, xs, per_sample)
+        check_pattern(graph, ys, xs, per_sample, asked.form == "blocks")
     try:
         pieces: list[Piece] = [(None, graph, plan or plan_for(graph, ys, xs, wanted))]
         if journal is None:
@@ -387,7 +396,7 @@ def _rows(ys, xs, asked: Options, dests):
             [
                 answers[j, i].finish()
                 if (j, i) in answers
-                else nothing(asked.form, y, x, per_sample)
+                else nothing(asked.form, y, x, per_sample, asked.block(j, i))
                 if sparse
                 else whole.zero_block(
                     y, x, per_sample, y if forward else x, dests[j][i] if dests else None
@@ -436,7 +445,10 @@ def _run(graph, plan, ends: Ends | None, ys, xs, asked: Options, dests, watch):
                 answers[j, i] = Answer(*given)
             else:
                 patch = sweep.windows.get(target)
-                answers[j, i] = Entries(*given, pattern=pattern, form=asked.form, patch=patch)
+                size = asked.block(j, i)
+                answers[j, i] = Entries(
+                    *given, pattern=pattern, form=asked.form, patch=patch, size=size
+                )
     run(graph, plan, answers, watch)
     return answers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base.memory import Budget, si
 from ..base.remedies import one_of
 from ..base.tables import Shown, Table
-from ..prologue.arguments import Options, as_tuple, taken
+from ..prologue.arguments import Options, as_tuple, check_blocksize, taken
 from ..prologue.running import prepare, public
 from ..read import handover
 from . import gram
@@ -266,14 +266,14 @@ class Linearization(Shown):
         made = self._formed(self._point.rows(per_sample=per_sample), bool(per_sample))
         return self._point.ran.dressed(made, self._point.given)
 
-    def _formed(self, rows, per_sample: bool = False, csr: bool = False):
+    def _formed(self, rows, per_sample: bool = False, layout: torch.layout = torch.strided):
         """Blocks ``rows[output][input]``, nested as asked for."""
         point = self._point
         if not self._transposed:
             return nest(rows, point.ran.tupled, point.tupled)
         rows = [
             [
-                turned(row[i], y.dim() - per_sample, x.dim() - per_sample, csr)
+                turned(row[i], y.dim() - per_sample, x.dim() - per_sample, layout)
                 for row, y in zip(rows, point.ys, strict=True)
             ]
             for i, x in enumerate(point.xs)
@@ -281,19 +281,32 @@ class Linearization(Shown):
         return nest(rows, point.tupled, point.ran.tupled)
 
     @public
-    def sparse(self, layout: torch.layout = torch.sparse_coo) -> Any:
+    def sparse(
+        self,
+        layout: torch.layout | str = torch.sparse_coo,
+        blocksize: tuple[int, int] | None = None,
+    ) -> Any:
         """The entries that can be non-zero, as `jacobian` with a ``layout`` returns them.
 
         Args:
-            layout: ``torch.sparse_coo``, of the shape of `dense`, or ``torch.sparse_csr``, a matrix of the entries of
-                an output and an input.
+            layout: ``torch.sparse_coo``, of the shape of `dense`, or ``torch.sparse_csr``, ``sparse_csc`` or
+                ``sparse_bsr``, a matrix of the entries of an output and an input, or, not of a transpose, ``"banded"``.
+            blocksize: of ``torch.sparse_bsr``, rows and columns of a block (of the transpose: its own).
 
         Raises:
-            ValueError: every entry can be non-zero (the op is named), another layout.
+            ValueError: every entry can be non-zero (the op is named), another layout, a ``blocksize`` that does not
+                divide the matrix.
         """
-        if layout not in (torch.sparse_coo, torch.sparse_csr):
-            raise ValueError(f"layout must be torch.sparse_coo or torch.sparse_csr, got {layout!r}")
-        return self._formed(self._point.rows(layout=layout), csr=layout is torch.sparse_csr)
+        if layout is torch.strided or (layout == "banded" and self._transposed):
+            known = "torch.sparse_coo, torch.sparse_csr, torch.sparse_csc or torch.sparse_bsr"
+            raise ValueError(
+                f"layout must be {known}, or of what is not transposed 'banded', got {layout!r}"
+            )
+        if self._transposed and blocksize is not None:
+            check_blocksize(blocksize, "bsr")
+            blocksize = blocksize[::-1]
+        rows = self._point.rows(layout=layout, blocksize=blocksize)
+        return self._formed(rows, layout=layout)
 
     @public
     def diagonal(self) -> Tensor:

@@ -133,10 +133,13 @@ class Recording:
         return self.run(lambda: proof(graph, "auto", self.ys, self.xs, limited=limited).tied)
 
 
-def turned(block: Tensor, out: int, into: int, csr: bool) -> Tensor:
+def turned(block: Tensor, out: int, into: int, layout: torch.layout | str) -> Tensor:
     """A block whose last axes are ``out`` of an output and ``into`` of an input, with the input's before them."""
-    if csr:
-        return block.t().to_sparse_csr()
+    if layout is torch.sparse_bsr:
+        r, c = block.values().shape[-2:]
+        return block.t().to_sparse_bsr((c, r))
+    if layout in (torch.sparse_csr, torch.sparse_csc):
+        return block.t().to_sparse(layout=layout)
     lead = block.dim() - out - into
     first = range(lead + out, lead + out + into)
     made = block.permute([*range(lead), *first, *range(lead, lead + out)])

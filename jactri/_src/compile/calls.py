@@ -35,7 +35,17 @@ _TAKEN = {
 _CALLS = (*_OF_TUPLES, *_TAKEN, *OF_FUNCTIONS)
 
 _NOT_TAKEN = frozenset(
-    {"differentiate", "estimate", "layout", "out", "progress", "resume", "strict", "vectorize"}
+    {
+        "blocksize",
+        "differentiate",
+        "estimate",
+        "layout",
+        "out",
+        "progress",
+        "resume",
+        "strict",
+        "vectorize",
+    }
 )
 """Options that are for one long call, or that a trace cannot have."""
 

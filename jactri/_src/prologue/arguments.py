@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base import backends
 from ..base.remedies import instead_of, nearest, of_shape, one_of, returned
+from ..run.blocks import Sizes
 from ..run.entries import FORMS
 
 ASSUME = "assume"
@@ -26,7 +27,7 @@ class Options:
 
     ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `entries.Entries`
     names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
-    refusals, ``of``: see `planning.Wanted`.
+    refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`.
     """
 
     create_graph: bool = False
@@ -44,11 +45,16 @@ class Options:
     what: str = "the Jacobian"
     of: str | None = None
     form: str = "dense"
+    blocksize: Any = None
 
     @property
     def assume(self) -> bool:
         """Whether it is the caller's word that samples do not mix."""
         return self.per_sample == ASSUME
+
+    def block(self, j: int, i: int) -> tuple[int, int] | None:
+        """Rows and columns of a block of that output and input, in forms that have blocks."""
+        return self.blocksize.of(j, i) if isinstance(self.blocksize, Sizes) else None
 
 
 def taken(
@@ -56,6 +62,7 @@ def taken(
 ) -> tuple[bool, tuple[Tensor, ...]]:
     """Whether the inputs of a call are a tuple, and they as one. Raises for what they or its options cannot be."""
     asked.form = _form(asked.layout, asked.out)
+    check_blocksize(asked.blocksize, asked.form)
     check_options(asked.strategy, asked.chunk_size, asked.out, asked.create_graph)
     tupled, xs = as_tuple(inputs, name, call)
     backends.check_asked(asked.backend, xs[0].device if xs else None, asked.create_graph)
@@ -78,10 +85,11 @@ def check_options(strategy, chunk_size, out, create_graph) -> None:
         )
 
 
+_SPARSE = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr")
 _LAYOUTS = {
-    "coo": "torch.sparse_coo", "csr": "torch.sparse_csr", "banded": "'banded'", "dense": "torch.strided",
-    **{name: name for name in ("torch.sparse_coo", "torch.sparse_csr", "torch.strided")},
-    **{name: f"torch.{name}" for name in ("sparse_coo", "sparse_csr", "strided")},
+    **{name[-3:]: f"torch.{name}" for name in _SPARSE}, "banded": "'banded'", "dense": "torch.strided",
+    **{f"torch.{name}": f"torch.{name}" for name in (*_SPARSE, "strided")},
+    **{name: f"torch.{name}" for name in (*_SPARSE, "strided")},
 }  # fmt: skip
 """What names of layouts stand for."""
 
@@ -92,12 +100,29 @@ def _form(layout, out) -> str:
     if kind is None:
         close = nearest(layout, _LAYOUTS)
         raise ValueError(
-            f"layout must be torch.strided, torch.sparse_coo, torch.sparse_csr or 'banded', got {layout!r}"
+            "layout must be torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr or "
+            f"'banded', got {layout!r}"
             + ("" if close is None else f", did you mean {_LAYOUTS[close]}?")
         )
     if kind != "dense" and out is not None:
         raise RuntimeError(f"out= takes dense Jacobians; leave it out for layout={layout}")
     return kind
+
+
+def check_blocksize(blocksize: Any, form: str) -> None:
+    """Raise for what is no size of blocks, and for one that a form has no use for."""
+    if blocksize is None:
+        return
+    if not isinstance(blocksize, (tuple, list)) or len(blocksize) != 2:
+        raise TypeError(
+            f"blocksize must be a tuple of two integers, rows and columns of a block, or None, got {blocksize!r}"
+        )
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in blocksize):
+        raise ValueError(f"blocksize must be two positive integers, got {blocksize!r}")
+    if form != "bsr":
+        raise ValueError(
+            "blocksize is for layout=torch.sparse_bsr; leave it out, or ask for that layout"
+        )
 
 
 def as_tuple(

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..base.memory import si
+from ..base.scipy_arrays import as_numpy, scipy_sparse
 from ..base.tables import Picture, Shown, spy
+
+_FEW = 1 << 16
+"""Entries of a band that are no matter, whatever the matrix has."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +59,70 @@ class Banded(Shown):
         )
         row = torch.arange(rows, device=there.device).repeat_interleave(width)[there.flatten()]
         return [text, spy(row, self.columns[there], (rows, n))]
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.csr_array``: the matrix of all rows by all entries of the input.
+
+        Jacobians of samples are blocks on its diagonal. Values are detached.
+
+        Raises:
+            ModuleNotFoundError: SciPy is not installed.
+        """
+        sparse = scipy_sparse("Banded.to_scipy")
+        values, columns, shape = self._matrix()
+        there = columns >= 0
+        start = np.concatenate([[0], np.cumsum(there.sum(1))])
+        return sparse.csr_array((values[there], columns[there], start), shape=shape)
+
+    def to_lapack(self) -> tuple[tuple[int, int], np.ndarray]:
+        """What ``scipy.linalg.solve_banded`` takes: ``(l, u), ab``, with ``ab[u + i - j, j]`` the entry ``(i, j)``.
+
+        ``l`` and ``u`` are how many diagonals there are below and above the main one, by the pattern. Jacobians of
+        samples are blocks on the diagonal of one matrix.
+
+        Raises:
+            ValueError: a matrix that is not square; a band that is larger than the matrix itself.
+
+        Cost:
+            Memory for ``(l + u + 1) * n`` entries. Solving costs about ``2 n l (l + u)`` flops.
+
+        Examples:
+            >>> def residual(u):  # of u'' = u ** 3 + 1 with 0 at both ends
+            ...     v = torch.nn.functional.pad(u, (1, 1))
+            ...     return v[:-2] - 2 * u + v[2:] - (u**3 + 1) / 400
+            >>> J = jactri.jacobian(residual, torch.zeros(19), layout="banded")
+            >>> (l, u), ab = J.to_lapack()
+            >>> l, u, ab.shape
+            (1, 1, (3, 19))
+        """
+        values, columns, (m, n) = self._matrix()
+        if m != n:
+            raise ValueError(
+                f"solve_banded takes square matrices, but this one is {m} by {n}; for least squares, "
+                "scipy.sparse.linalg.lsmr(band.to_scipy(), b), or jactri.normal_equations"
+            )
+        row, at = np.nonzero(columns >= 0)
+        values, column = values[row, at], columns[row, at]
+        below, above = (max(0, int((d * (row - column)).max(initial=0))) for d in (1, -1))
+        if below + above + 1 > n and n * (below + above + 1) > _FEW:
+            raise ValueError(
+                f"entries lie up to {below} rows below and {above} above the diagonal of a matrix of {n} rows, so its "
+                "band is larger than itself; solve scipy.sparse.linalg.splu(band.to_scipy().tocsc()) or .to_dense(), "
+                "or put unknowns that depend on one another side by side"
+            )
+        ab = np.zeros((below + above + 1, n), values.dtype)
+        ab[above + row - column, column] = values
+        return (below, above), ab
+
+    def _matrix(self) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        """Values and columns ``(rows, width)`` of the matrix, and its shape."""
+        samples, rows, n = self._sizes()
+        width = self.columns.shape[-1]
+        values = as_numpy(self.values).reshape(samples * rows, width)
+        columns = as_numpy(self.columns).reshape(1, rows, width)
+        offset = np.arange(samples)[:, None, None] * n
+        columns = np.where(columns < 0, columns, columns + offset)
+        return values, columns.reshape(samples * rows, width), (samples * rows, samples * n)
 
     def to_dense(self) -> Tensor:
         """The Jacobian itself, of ``shape``."""

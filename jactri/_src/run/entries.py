@@ -16,6 +16,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.constants import fixed
+from ..base.csr import starts
 from ..base.tracing import may_write
 from ..device import chooser
 from ..device.passes import Pass, PassKind
@@ -27,6 +28,8 @@ from ..plan.sweep import Sweep, factors_of
 from ..read.graph import Graph
 from .answers import Answer, Store
 from .banded import Banded
+from .blocks import Blocks, empty, indexed
+from .coo import Coo, unravel
 from .seeds import colours_in, tables_key
 
 _checked: Cache[tuple, bool] = Cache()
@@ -36,9 +39,14 @@ FORMS = {
     torch.strided: "dense",
     torch.sparse_coo: "coo",
     torch.sparse_csr: "csr",
+    torch.sparse_csc: "csc",
+    torch.sparse_bsr: "bsr",
     "banded": "banded",
 }
 """By the ``layout`` of a call."""
+
+BLOCKED = ("bsr", "blocks")
+"""Forms that have a size of blocks; the second is for callers in here, which get `Blocks`."""
 
 ROWS_BYTES = 1 << 26
 """Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
@@ -77,14 +85,21 @@ def band(
 
 
 class Entries(Answer):
-    """A Jacobian of which the entries of ``pattern`` are known. ``form``: "dense", "coo", "csr" or "banded".
+    """A Jacobian of which the entries of ``pattern`` are known, in one of the `FORMS`, or as "blocks".
 
-    ``patch``: the window of the target, if the sweep runs by patches.
+    ``patch``: the window of the target, if the sweep runs by patches. ``size``: of blocks, in forms that have them.
     """
 
-    def __init__(self, *answer, pattern: Pattern, form: str, patch: ReceptiveField | None = None):
+    def __init__(
+        self,
+        *answer,
+        pattern: Pattern,
+        form: str,
+        patch: ReceptiveField | None = None,
+        size: tuple[int, int] | None = None,
+    ):
         super().__init__(*answer)
-        self.patch = patch
+        self.patch, self.size = patch, size
         self.final, self.form = self.layout, form
         self.samples, self.pattern = blocks(
             self.sweep, self.layout, self.out, self.into, pattern, self.per_sample
@@ -199,6 +214,16 @@ class Entries(Answer):
             if self.form == "dense":
                 found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
                 found.append(entries.start)
+            elif self.size is not None:
+                each = numpy.arange(copies).repeat(len(entries.row))
+                rows, columns = self.pattern.shape
+                row = numpy.tile(entries.row, copies) + each * rows
+                column = numpy.tile(entries.column, copies) + each * columns
+                found += indexed(row, column, (copies * rows, copies * columns), self.size)
+            elif self.form == "csc":
+                order = numpy.argsort(entries.column, kind="stable")
+                count = numpy.bincount(entries.column, minlength=self.pattern.shape[1])
+                found = [found[0][order], entries.column[order], entries.row[order], starts(count)]
             else:
                 found += [entries.row, entries.column, entries.start]
             made = tuple(torch.from_numpy(t).to(device) for t in found)
@@ -206,9 +231,10 @@ class Entries(Answer):
                 return made
             return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
 
+        form = "bsr" if self.size is not None else self.form
         key = (
-            self.form, self.pattern.key, tables_key(self.sweep), self.sweep.layout, self.final, self.sweep.reverse,
-            self.samples, copies, device, self.patch,
+            form, self.pattern.key, tables_key(self.sweep), self.sweep.layout, self.final, self.sweep.reverse,
+            self.samples, copies, device, self.patch, self.size,
         )  # fmt: skip
         return fixed(key, make)
 
@@ -234,10 +260,13 @@ class Entries(Answer):
         if self.form == "dense":
             made = self._dense(values, self.dest, *where)
             return self._given(made, made is self.dest)
+        if self.size is not None:
+            made = self._blocked(values, *where)
+            return made if self.form == "blocks" else made.to(self.form)
+        if self.form in ("csr", "csc"):
+            return self._compressed(values, *where)
         shape = (*self.out, *(self.into[1:] if self.per_sample else self.into))
-        return {"coo": self._coo, "csr": self._csr, "banded": self._banded}[self.form](
-            values, shape, *where
-        )
+        return {"coo": self._coo, "banded": self._banded}[self.form](values, shape, *where)
 
     def _written_out(self) -> Tensor | None:
         """The dense answer, written from the block by a kernel in one pass; None where that is torch's."""
@@ -339,21 +368,34 @@ class Entries(Answer):
             index.append(unravel(sample * columns + column, self.into))
         return Coo.apply(values.reshape(-1), torch.cat(index), shape)
 
-    def _csr(self, values: Tensor, shape, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+    def _compressed(self, values: Tensor, major: Tensor, minor: Tensor, start: Tensor) -> Tensor:
+        """CSR or CSC: entries in the order of ``major``, rows or columns, each of which has a ``start``."""
         rows, columns = self.pattern.shape
-        many = max(self.samples, 1)
+        many, wide, make = max(self.samples, 1), columns, torch.sparse_csr_tensor
+        if self.form == "csc":
+            wide, make = rows, torch.sparse_csc_tensor
         if self.per_sample:
-            ends, place = (t.expand(many, -1).contiguous() for t in (start, column))
-            return torch.sparse_csr_tensor(
-                ends, place, values, (many, rows, columns), check_invariants=False
-            )
-        sample, _, column = self._blocks(row, column)
-        first = start[:-1] + (torch.arange(many, device=row.device) * len(row))[:, None]
-        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(row))])
-        size = (many * rows, many * columns)
-        return torch.sparse_csr_tensor(
-            ends, sample * columns + column, values.reshape(-1), size, check_invariants=False
-        )
+            ends, place = (t.expand(many, -1).contiguous() for t in (start, minor))
+            return make(ends, place, values, (many, rows, columns), check_invariants=False)
+        sample, _, minor = self._blocks(major, minor)
+        first = start[:-1] + (torch.arange(many, device=major.device) * len(major))[:, None]
+        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(major))])
+        place, size = sample * wide + minor, (many * rows, many * columns)
+        return make(ends, place, values.reshape(-1), size, check_invariants=False)
+
+    def _blocked(self, values: Tensor, start: Tensor, column: Tensor, slot: Tensor) -> Blocks:
+        """Blocks of all samples together, or ``per_sample`` of each."""
+        (rows, columns), (r, c) = self.pattern.shape, self.size
+        many = max(self.samples, 1)
+        if not self.per_sample:
+            values, rows, columns = values.reshape(1, -1), many * rows, many * columns
+        if r * c > 1:  # entries are in the order of rows
+            size = len(column) * r * c
+            values = values.new_zeros(len(values), size).index_copy(1, slot, values)
+        values = values.view(len(values), len(column), r, c)
+        key = (self.pattern.key, self.samples, self.size)
+        made = Blocks(start, column, values, (rows, columns), key)
+        return made if self.per_sample else made.with_values(values[0])
 
     def _banded(self, values: Tensor, shape, row, column, start, width: Tensor) -> Banded:
         rows, columns = self.pattern.shape
@@ -369,49 +411,18 @@ class Entries(Answer):
         return Banded(band.view(*self.out, width), where.view(*self.out, width), shape)
 
 
-class Coo(torch.autograd.Function):
-    """``torch.sparse_coo_tensor`` of coalesced indices; torch 2.13 cannot differentiate its own from eight axes on."""
+def check_pattern(graph: Graph, ys, xs, per_sample: bool | str, some: bool = False) -> None:
+    """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``).
 
-    @staticmethod
-    def forward(ctx, values, index, shape):
-        ctx.save_for_backward(index)
-        return torch.sparse_coo_tensor(
-            index, values, shape, is_coalesced=True, check_invariants=False
-        )
-
-    @staticmethod
-    def backward(ctx, g):
-        (index,) = ctx.saved_tensors
-        if g.layout is torch.strided:
-            return g[tuple(index)], None, None
-        g = g.coalesce()
-        if torch.equal(g.indices(), index):
-            return g.values(), None, None
-        strides = torch.tensor([prod(g.shape[a + 1 :]) for a in range(g.dim())], device=g.device)
-        given, wanted = strides @ g.indices(), strides @ index
-        at = torch.searchsorted(given, wanted).clamp(max=max(len(given) - 1, 0))
-        found = given[at] == wanted if len(given) else torch.zeros_like(wanted, dtype=torch.bool)
-        values = g.values()[at] if len(given) else g.values().new_zeros(len(wanted))
-        return torch.where(found, values, 0.0), None, None
-
-
-def unravel(flat: Tensor, shape) -> Tensor:
-    """The index on every axis: ``(axes, entries)``."""
-    found = flat.new_empty(len(shape), len(flat))
-    for a in reversed(range(len(shape))):
-        n = max(shape[a], 1)  # an empty axis has no entries
-        found[a] = flat % n
-        flat = flat // n
-    return found
-
-
-def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
-    """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``)."""
+    ``some``: not where it does in that of another output or input.
+    """
     told = indices(graph)
     sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
-    key = graph.key, known_by(graph), bool(per_sample), sizes
+    key = graph.key, known_by(graph), bool(per_sample), some, sizes
     if key in _checked:
         return
+    dense: ValueError | None = None
+    known = False
     for i, v in enumerate(graph.inputs):
         trace = None if v is None else Trace(graph, v, told is not None)
         for j, end in enumerate(graph.outputs):
@@ -429,15 +440,23 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str) -> None:
             if pattern.nnz == prod(pattern.shape) > 1:
                 op = graph.values[trace.lost(end, n > 1)]
                 what = "of a sample's Jacobian" if whole is not pattern else "of the Jacobian"
-                raise ValueError(
+                dense = ValueError(
                     f"layout asks for a sparse result, but every entry {what} of output {j} by input {i} can be "
                     f"non-zero, as far as is known: the op {op.op} (output {tuple(op.shape)}) mixes all that it is "
                     "given; use layout=torch.strided"
                 )
+                if not some:
+                    raise dense
+            else:
+                known = True
+    if dense is not None and not known:
+        raise dense
     _checked[key] = True
 
 
-def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool | str):
+def nothing(
+    form: str, y: Tensor, x: Tensor, per_sample: bool | str, size: tuple[int, int] | None = None
+):
     """The sparse Jacobian of an output that does not depend on an input."""
     shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
     samples = len(x) if per_sample else 1
@@ -451,7 +470,12 @@ def nothing(form: str, y: Tensor, x: Tensor, per_sample: bool | str):
         where = torch.empty((*own, 0), dtype=torch.int64, device=x.device)
         return Banded(x.new_empty((*y.shape, 0)), where, shape)
     lead = (samples,) if per_sample else ()
-    ends = torch.zeros((*lead, rows + 1), dtype=torch.int64, device=x.device)
-    return torch.sparse_csr_tensor(
-        ends, ends[..., :0], x.new_empty((*lead, 0)), (*lead, rows, columns), check_invariants=False
-    )
+    made = empty((rows, columns), size or (1, 1), lead, x)
+    if form == "csc":
+        turned = empty((columns, rows), (1, 1), lead, x).to("csr")
+        made = torch.sparse_csc_tensor(
+            turned.crow_indices(), turned.col_indices(), turned.values(), (*lead, rows, columns),
+            check_invariants=False,
+        )  # fmt: skip
+        return made
+    return made if form == "blocks" else made.to(form)

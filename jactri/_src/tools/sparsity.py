@@ -22,7 +22,7 @@ from ..prologue.arguments import as_tuple, check_batch
 from ..prologue.running import buffers_kept, computing, prepare, public
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
-from ..run.entries import unravel
+from ..run.coo import unravel
 
 
 class Sparsity(Shown, Tensor):
