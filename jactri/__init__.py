@@ -3,7 +3,7 @@
 import warnings as _warnings
 from typing import Any as _Any
 
-from . import func
+from . import distributed, func
 from ._src.calls.api import jacobian, jacobian_of
 from ._src.calls.diagonal import diagonal
 from ._src.calls.divergence import divergence
@@ -56,6 +56,7 @@ __all__ = [
     "compile",
     "detached_std",
     "diagonal",
+    "distributed",
     "divergence",
     "empirical_ntk",
     "explain",

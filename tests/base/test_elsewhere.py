@@ -52,7 +52,9 @@ def test_distributed_weights():
     assert len(found) == 8 * 22 + 18 + 2
     for name, outcome in found.items():
         way, call = name.split("/")
-        if way in ("a DTensor in", "a DTensor out"):
+        if way == "a DTensor in" and call != "jacrev":  # all of it is on every rank
+            assert outcome == "right", f"{name}: {outcome}"
+        elif way in ("a DTensor in", "a DTensor out"):
             assert "is a DTensor, so" in outcome, f"{name}: {outcome}"
         elif way in KEEP:
             assert outcome == "right", f"{name}: {outcome}"

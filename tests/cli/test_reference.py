@@ -14,7 +14,14 @@ import torch
 import jactri
 
 PAGES = pathlib.Path(__file__).parents[2] / "docs/reference"
-NAMES = [*jactri.__all__, *(f"func.{name}" for name in jactri.func.__all__)]
+NAMES = [
+    *jactri.__all__,
+    *(
+        f"{m.__name__.rpartition('.')[2]}.{name}"
+        for m in (jactri.func, jactri.distributed)
+        for name in m.__all__
+    ),
+]
 PUBLIC = {name: operator.attrgetter(name)(jactri) for name in NAMES}
 CLASSES = {name: it for name, it in PUBLIC.items() if inspect.isclass(it)}
 

@@ -48,11 +48,13 @@ from ..run.banded import Banded
 from ..run.blocks import Blocks, Sizes
 from ..run.entries import BLOCKED, Entries, check_pattern, nothing
 from ..run.executor import run
+from ..spread.shards import by_rank
 from . import few, reentrant, whole
 from .strictness import check_dependence
 
 
 @public
+@by_rank("inputs")
 def jacobian(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

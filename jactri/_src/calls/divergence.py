@@ -21,11 +21,13 @@ from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
 from ..read.vmapped import looping
+from ..spread.shards import by_rank
 from . import points
 from .vectors import pull
 
 
 @public
+@by_rank("x")
 def divergence(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -10,10 +10,12 @@ from ..base.classes import dressed
 from ..prologue.arguments import Options
 from ..prologue.running import eagerly, public
 from ..read import handover
+from ..spread.shards import by_rank
 from . import points
 
 
 @public
+@by_rank("x")
 def gradient(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -34,11 +34,13 @@ from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
+from ..spread.shards import by_rank
 from . import whole
 from .api import compute
 
 
 @public
+@by_rank("inputs", "weight")
 def jtj(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -95,6 +97,7 @@ def jtj(
 
 
 @public
+@by_rank("inputs", "weight")
 def jjt(
     func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],

@@ -23,6 +23,7 @@ from ..read.overriding import refuse
 from ..read.vmapped import looping
 from ..second.curves import UnknownCurvature, read_curves
 from ..second.forward import Course, LaplacianRun, course, narrowed
+from ..spread.shards import by_rank
 from . import points
 from . import weight as weights
 
@@ -37,6 +38,7 @@ FEWEST = 8
 
 
 @public
+@by_rank("x", "weight")
 def laplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -111,6 +113,7 @@ def laplacian(
 
 
 @public
+@by_rank("x")
 def bilaplacian(
     func: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -324,7 +324,7 @@ class Linearization(Shown):
         check_shape(point.ys if point.ran.tupled else point.ran.result, point.xs[0])
         asked = point.asked
         budget = Budget(asked.memory_limit, self.device)
-        made = point.run(lambda: diagonal_of(point.ys[0], point.xs[0], asked.chunk_size, budget))
+        made = point.run(lambda: diagonal_of(point.ys[0], point.xs[0], asked, budget))
         return point.ran.dressed(made, point.given)
 
     @public

@@ -99,7 +99,7 @@ def rows(
     memory, rows are taken. Under ``per_sample`` a probe decides whether samples mix (of hooks; the rest is proven as
     ever), and RuntimeError is raised if they do. Raises MemoryLimitTooSmall where one seed does not fit.
     """
-    _check(ys, xs, per_sample, reason, budget)
+    check(ys, xs, per_sample, reason, budget)
     if dests is None:
         budget = budget.less(answer_bytes(ys, xs, per_sample))
     whole = Whole(ys, xs, per_sample, reason, budget, strategy, chunk_size)
@@ -169,7 +169,7 @@ def foreseen(
     ys, xs, per_sample, reason: UnsupportedGraph, *, budget: Budget, strategy: str, chunk_size: int | None
 ) -> Foreseen:  # fmt: skip
     """What `rows` will do, by a first row of each output or a first column of each input. Raises what it raises."""
-    _check(ys, xs, per_sample, reason, budget)
+    check(ys, xs, per_sample, reason, budget)
     budget = budget.less(answer_bytes(ys, xs, per_sample))
     return _by_either(Whole(ys, xs, per_sample, reason, budget, strategy, chunk_size), _tried)
 
@@ -209,7 +209,7 @@ def all_rows(whole: Whole) -> Iterator[Passes]:
     return (_row(whole, j) for j, y in enumerate(whole.ys) if y.requires_grad and y.numel())
 
 
-def _check(ys, xs, per_sample, reason: UnsupportedGraph, budget: Budget) -> None:
+def check(ys, xs, per_sample, reason: UnsupportedGraph, budget: Budget) -> None:
     """Raise RuntimeError for ends that have no rows, and under ``per_sample`` where samples mix."""
     check_ends(ys, xs)
     if per_sample and not reason.linear:

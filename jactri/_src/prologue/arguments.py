@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.elsewhere import check_local
 from ..base.remedies import instead_of, nearest, of_shape, one_of, returned
 from ..run.blocks import Sizes
 from ..run.entries import FORMS
@@ -164,6 +165,7 @@ def check_batch(per_sample, ys, xs) -> None:
     check_samples(per_sample)
     if not per_sample:
         return
+    check_local(ys, xs)
     n = None
     for name, tensors in (("inputs", xs), ("outputs", ys)):
         for i, t in enumerate(tensors):

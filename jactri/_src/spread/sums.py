@@ -1,0 +1,54 @@
+"""Sums over ranks: all tensors of an answer in one all_reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shards import Share, local
+
+
+def summed(tensors: Sequence[Tensor], share: Share) -> list[Tensor]:
+    """The sums over the ranks that a batch is shared out among, each of its tensor's shape and dtype.
+
+    Those of one dtype go as one; half types are summed in float32, complex numbers as pairs. Gradients of a loss that
+    all ranks have alike flow back to the part of this rank.
+    """
+    if not share.dims:
+        return list(tensors)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, t in enumerate(tensors):
+        groups.setdefault((_wide(t.dtype), t.device), []).append(i)
+    made: list[Any] = [None] * len(tensors)
+    for (dtype, _), members in groups.items():
+        flat = [_real(tensors[i]).reshape(-1).to(dtype) for i in members]
+        whole = _reduced(flat[0] if len(flat) == 1 else torch.cat(flat), share)
+        for i, part in zip(members, whole.split([t.numel() for t in flat]), strict=True):
+            t = tensors[i]
+            part = part.reshape(_real(t).shape)
+            made[i] = (torch.view_as_complex(part) if t.is_complex() else part).to(t.dtype)
+    return made
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers are summed."""
+    dtype = dtype.to_real() if dtype.is_complex else dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _reduced(flat: Tensor, share: Share) -> Tensor:
+    """The sum of vectors, of which every rank has one."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = share.mesh
+    parts = [Partial() if d in share.dims else Replicate() for d in range(mesh.ndim)]
+    with torch.set_grad_enabled(flat.requires_grad):
+        whole = DTensor.from_local(flat, mesh, parts, run_check=False)
+        return local(whole.redistribute(placements=[Replicate()] * mesh.ndim), flat.requires_grad)
