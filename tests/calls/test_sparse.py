@@ -16,7 +16,7 @@ from jactri._src.base.csr import Csr
 from jactri._src.plan.colours import period
 from jactri._src.plan.supports import Trace, pattern_of
 from jactri._src.read.reading import read
-from jactri._src.run import entries
+from jactri._src.run import entries, formed
 
 F64 = torch.float64
 LAYOUTS = [torch.sparse_coo, torch.sparse_csr, "banded"]
@@ -205,7 +205,7 @@ def test_chunks_of_samples_that_mix_after_the_windows(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_a_memmap_is_filled_from_the_entries(per_sample, mode, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(entries, "ROWS_BYTES", rows)
+    monkeypatch.setattr(formed, "ROWS_BYTES", rows)
     func, x, _ = data("three convolutions", 2)
     want = truth(func, x, per_sample)
     file = numpy.lib.format.open_memmap(tmp_path / "J.npy", "w+", "float64", want.shape)

@@ -46,8 +46,9 @@ from ..read.reading import read
 from ..run.answers import Answer
 from ..run.banded import Banded
 from ..run.blocks import Blocks, Sizes
-from ..run.entries import BLOCKED, Entries, check_pattern, nothing
+from ..run.entries import Entries, check_pattern, nothing
 from ..run.executor import run
+from ..run.formed import BLOCKED
 from ..spread.shards import by_rank
 from . import few, reentrant, whole
 from .strictness import check_dependence

@@ -14,7 +14,7 @@ from ..base import backends
 from ..base.elsewhere import check_local
 from ..base.remedies import instead_of, nearest, of_shape, one_of, returned
 from ..run.blocks import Sizes
-from ..run.entries import FORMS
+from ..run.formed import FORMS
 
 ASSUME = "assume"
 """As ``per_sample``: that samples do not mix is the caller's word."""
@@ -26,7 +26,7 @@ STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 class Options:
     """What a call was asked for, beside its function and inputs; each call has some of it.
 
-    ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `entries.Entries`
+    ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `formed.Formed`
     names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
     refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`.
     """

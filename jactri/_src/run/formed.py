@@ -1,0 +1,213 @@
+"""Values of the entries of a pattern as an answer: filled into zeros, as a sparse tensor of any layout, or `Banded`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..base.constants import fixed
+from ..base.csr import starts
+from ..base.tracing import may_write
+from ..maps.cut import Shape
+from ..plan.pattern import Entries, Pattern
+from .banded import Banded
+from .blocks import Blocks, indexed
+from .coo import Coo, unravel
+
+FORMS = {
+    torch.strided: "dense",
+    torch.sparse_coo: "coo",
+    torch.sparse_csr: "csr",
+    torch.sparse_csc: "csc",
+    torch.sparse_bsr: "bsr",
+    "banded": "banded",
+}
+"""By the ``layout`` of a call."""
+
+
+BLOCKED = ("bsr", "blocks")
+"""Forms that have a size of blocks; the second is for callers in here, which get `Blocks`."""
+
+
+ROWS_BYTES = 1 << 26
+"""Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
+
+
+class Formed:
+    """A Jacobian of ``out`` by ``into`` of which the entries of a pattern are known.
+
+    ``samples``: the ``pattern`` is that of each of so many, which do not mix; 0: of all together. ``form``: by the
+    ``layout`` of a call, with the ``size`` of blocks where it has any. ``like`` has the dtype and device of the answer,
+    which goes to ``dest``, if there is one and it is dense.
+    """
+
+    out: Shape
+    into: Shape
+    per_sample: bool | str
+    samples: int
+    pattern: Pattern
+    form: str
+    size: tuple[int, int] | None
+    like: Tensor
+    dest: Tensor | None
+
+    @property
+    def both(self) -> bool:
+        """Whether the samples are on both sides."""
+        return not self.per_sample and self.samples > 1
+
+    def sized(self, n: int) -> tuple[int, ...]:
+        """The shape of a dense answer of ``n`` samples, flat at either end."""
+        rows, columns = self.pattern.shape
+        return (n, rows, n, columns) if self.both else (n, rows, columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.out, *(self.into[1:] if self.per_sample else self.into))
+
+    def where(
+        self, key: tuple, place: Callable[[Entries], numpy.ndarray] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The ``place`` of every entry among what is known, and where it goes: as the form of the answer needs it.
+
+        ``key``: what decides the place beside the pattern. Without a ``place``, values are in the order of the pattern.
+        """
+        device = self.like.device
+        copies = 1 if self.per_sample else max(self.samples, 1)
+
+        def make() -> tuple[Tensor, ...]:
+            entries = self.pattern.entries()
+            found = [numpy.arange(len(entries.row)) if place is None else place(entries)]
+            if self.form == "dense":
+                found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
+                found.append(entries.start)
+            elif self.size is not None:
+                each = numpy.arange(copies).repeat(len(entries.row))
+                rows, columns = self.pattern.shape
+                row = numpy.tile(entries.row, copies) + each * rows
+                column = numpy.tile(entries.column, copies) + each * columns
+                found += indexed(row, column, (copies * rows, copies * columns), self.size)
+            elif self.form == "csc":
+                order = numpy.argsort(entries.column, kind="stable")
+                count = numpy.bincount(entries.column, minlength=self.pattern.shape[1])
+                found = [found[0][order], entries.column[order], entries.row[order], starts(count)]
+            else:
+                found += [entries.row, entries.column, entries.start]
+            made = tuple(torch.from_numpy(t).to(device) for t in found)
+            if self.form != "banded":
+                return made
+            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
+
+        form = "bsr" if self.size is not None else self.form
+        return fixed((form, self.pattern.key, *key, self.samples, copies, device, self.size), make)
+
+    def answer(self, values: Tensor, *where: Tensor) -> Tensor | Banded | Blocks:
+        """The answer of ``values`` ``(samples or 1, entries)``, which belong ``where`` the index says."""
+        if values.dtype != self.like.dtype or values.device != self.like.device:
+            values = values.to(device=self.like.device, dtype=self.like.dtype)
+        if self.form == "dense":
+            made = self.dense(values, self.dest, *where)
+            return self.given(made, made is self.dest)
+        if self.size is not None:
+            made = self._blocked(values, *where)
+            return made if self.form == "blocks" else made.to(self.form)
+        if self.form in ("csr", "csc"):
+            return self._compressed(values, *where)
+        return self._banded(values, *where) if self.form == "banded" else self._coo(values, *where)
+
+    def given(self, dense: Tensor, written: bool) -> Tensor:
+        """A dense answer in the caller's tensor, if there is one; ``written``: it is there."""
+        if written:
+            return self.dest
+        dense = dense.view(self.shape)
+        return dense if self.dest is None else self.dest.copy_(dense)
+
+    def dense(self, values: Tensor, dest: Tensor | None, target: Tensor, start: Tensor) -> Tensor:
+        """Zeros around the ``values`` of some samples, in ``dest`` if it is contiguous."""
+        rows, columns = self.pattern.shape
+        many = len(values)
+        width = columns * (1 if self.per_sample else many)
+        step = rows * width + (0 if self.per_sample else columns)
+        if not may_write():
+            at = target + step * torch.arange(many, device=target.device)[:, None]
+            flat = values.new_zeros(many * rows * width)
+            return flat.index_copy(0, at.reshape(-1), values.reshape(-1))
+        if dest is None or not dest.is_contiguous() or dest.device != values.device:
+            dest = values.new_empty(many * rows * width)
+        flat, each = dest.view(-1), max(rows, 1)
+        if dest.device.type == "cpu":
+            each = max(1, ROWS_BYTES // max(width * values.element_size(), 1))
+        if each >= rows:
+            # from its first row to its last, no sample reaches into another
+            span = max(0, (rows - 1) * width + columns)
+            flat.zero_().as_strided((many, span), (step, 1)).index_copy_(1, target, values)
+            return dest
+        ends = [*range(0, rows, each), rows]
+        places = start[ends].tolist()
+        for i, own in enumerate(values):
+            for (r0, r1), (a, b) in zip(pairwise(ends), pairwise(places), strict=True):
+                flat[(i * rows + r0) * width : (i * rows + r1) * width].zero_()
+                flat[i * step :].index_copy_(0, target[a:b], own[a:b])
+        return dest
+
+    def _blocks(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, row, column) of every entry, row by row, of all samples."""
+        many = max(self.samples, 1)
+        sample = torch.arange(many, device=row.device).repeat_interleave(len(row))
+        return sample, row.repeat(many), column.repeat(many)
+
+    def _coo(self, values: Tensor, row: Tensor, column: Tensor, start: Tensor) -> Tensor:
+        rows, columns = self.pattern.shape
+        sample, row, column = self._blocks(row, column)
+        index = [unravel(sample * rows + row, self.out)]
+        if self.per_sample:
+            index.append(unravel(column, self.into[1:]))
+        else:
+            index.append(unravel(sample * columns + column, self.into))
+        return Coo.apply(values.reshape(-1), torch.cat(index), self.shape)
+
+    def _compressed(self, values: Tensor, major: Tensor, minor: Tensor, start: Tensor) -> Tensor:
+        """CSR or CSC: entries in the order of ``major``, rows or columns, each of which has a ``start``."""
+        rows, columns = self.pattern.shape
+        many, wide, make = max(self.samples, 1), columns, torch.sparse_csr_tensor
+        if self.form == "csc":
+            wide, make = rows, torch.sparse_csc_tensor
+        if self.per_sample:
+            ends, place = (t.expand(many, -1).contiguous() for t in (start, minor))
+            return make(ends, place, values, (many, rows, columns), check_invariants=False)
+        sample, _, minor = self._blocks(major, minor)
+        first = start[:-1] + (torch.arange(many, device=major.device) * len(major))[:, None]
+        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(major))])
+        place, size = sample * wide + minor, (many * rows, many * columns)
+        return make(ends, place, values.reshape(-1), size, check_invariants=False)
+
+    def _blocked(self, values: Tensor, start: Tensor, column: Tensor, slot: Tensor) -> Blocks:
+        """Blocks of all samples together, or ``per_sample`` of each."""
+        (rows, columns), (r, c) = self.pattern.shape, self.size
+        many = max(self.samples, 1)
+        if not self.per_sample:
+            values, rows, columns = values.reshape(1, -1), many * rows, many * columns
+        if r * c > 1:  # entries are in the order of rows
+            size = len(column) * r * c
+            values = values.new_zeros(len(values), size).index_copy(1, slot, values)
+        values = values.view(len(values), len(column), r, c)
+        key = (self.pattern.key, self.samples, self.size)
+        made = Blocks(start, column, values, (rows, columns), key)
+        return made if self.per_sample else made.with_values(values[0])
+
+    def _banded(self, values: Tensor, row, column, start, width: Tensor) -> Banded:
+        rows, columns = self.pattern.shape
+        width = int(width)
+        at = row * width + torch.arange(len(row), device=row.device) - start[row]
+        band = values.new_zeros(len(values), rows * width).index_copy(1, at, values)
+        where = column.new_full((rows * width,), -1).index_copy(0, at, column)
+        if self.per_sample:
+            return Banded(band.view(*self.out, width), where.view(*self.out[1:], width), self.shape)
+        many = max(self.samples, 1)
+        offset = torch.arange(many, device=row.device)[:, None] * columns
+        where = torch.where(where < 0, where, where + offset)
+        return Banded(band.view(*self.out, width), where.view(*self.out, width), self.shape)
