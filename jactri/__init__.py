@@ -15,6 +15,7 @@ from ._src.calls.laplacian import bilaplacian, laplacian
 from ._src.calls.layers import layer_jacobian
 from ._src.calls.linearize import Linearization, linearize
 from ._src.calls.mean import JacobianMean
+from ._src.calls.normal import NormalEquations, normal_equations
 from ._src.calls.ntk import empirical_ntk
 from ._src.calls.parameters import ParameterJacobian, parameter_jacobian
 from ._src.calls.taps import Taps, taps
@@ -47,6 +48,7 @@ __all__ = [
     "JacobianMismatch",
     "Linearization",
     "Node",
+    "NormalEquations",
     "ParameterJacobian",
     "Profile",
     "Rule",
@@ -76,6 +78,7 @@ __all__ = [
     "layer_jacobian",
     "linearize",
     "named_layers",
+    "normal_equations",
     "overrides",
     "parameter_jacobian",
     "profile",

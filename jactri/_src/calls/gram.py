@@ -28,7 +28,15 @@ from ..plan.owners import apart
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe, samples_of
 from ..plan.poles import met, suspects
 from ..plan.sweep import follow
-from ..prologue.arguments import ASSUME, Options, as_tuple, check_batch, outputs, taken
+from ..prologue.arguments import (
+    ASSUME,
+    Options,
+    as_tuple,
+    check_batch,
+    check_real,
+    outputs,
+    taken,
+)
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover
 from ..read.graph import Graph, UnsupportedGraph
@@ -37,6 +45,7 @@ from ..read.reading import read
 from ..spread.shards import by_rank
 from . import whole
 from .api import compute
+from .normal import equations
 
 
 @public
@@ -52,6 +61,8 @@ def jtj(
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
     backend: str = "auto",
+    layout: torch.layout = torch.strided,
+    blocksize: int | tuple[int, ...] | None = None,
 ) -> Any:
     """``J^T M J``: the metric that ``func`` pulls back to its inputs, a Gauss-Newton matrix.
 
@@ -68,17 +79,21 @@ def jtj(
         chunk_size: how many seeds run at once.
         memory_limit: bytes (or ``"2GB"``) that the call may allocate after ``func`` has run, the result included.
         backend: as of `jacobian`.
+        layout: ``torch.sparse_bsr``, ``sparse_csr`` or ``sparse_csc`` where J is sparse, which then is never dense; see
+            `normal_equations`, which gives J^T r and more from the same run, and says which weights it takes.
+        blocksize: of ``torch.sparse_bsr``, how many entries of an input are one variable, as of `normal_equations`.
 
     Returns:
         ``G[i][k]`` of shape ``in_i + in_k`` (per sample: ``(N, *in_i, *in_k)``), a tensor for one input that is no
-        tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated).
+        tuple. Exactly symmetric where M is (but for a dense M that is itself differentiated). With a sparse ``layout``
+        the matrix ``(in_i.numel(), in_k.numel())``.
 
     Raises:
         TypeError: inputs, outputs or weights that are not tensors (or None) or tuples of them.
         RuntimeError: integer or complex inputs; complex outputs; a weight that does not match an output; under
             ``per_sample``, samples that mix.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small, an unknown backend, no common batch axis
-            under ``per_sample``.
+            under ``per_sample``; another ``layout``, and what `normal_equations` raises of one.
 
     Cost:
         The sweeps of a Jacobian and ``2 m n^2`` flops a sample, or less: of ``2 h^2 (m + n)`` and ``2 h n^2`` with a
@@ -92,7 +107,10 @@ def jtj(
         >>> metric.shape, torch.allclose(metric, J.mT @ J, atol=1e-4)
         (torch.Size([8, 2, 2]), True)
     """
-    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample)
+    asked = Options(create_graph, chunk_size, memory_limit, backend, per_sample, layout=layout)
+    if layout is not torch.strided or blocksize is not None:
+        made = equations("jtj", func, inputs, weight, asked, blocksize)
+        return (made.residual, made.matrix) if return_output else made.matrix
     return _gram("jtj", func, inputs, weight, asked, return_output)
 
 
@@ -172,7 +190,7 @@ def rows_of(kind: str, ys, xs, weight, options: Options):
     if not ys:
         raise IndexError("outputs is an empty tuple: return at least one tensor")
     per_sample, create_graph = options.per_sample, options.create_graph
-    _check_real(kind, ys, xs)
+    check_real(kind, ys, xs if kind == "jtj" else ())
     check_batch(per_sample, ys, xs)
     weights = weight if isinstance(weight, tuple) else (weight,)
     ends = ("outputs", ys) if kind == "jtj" else ("inputs", xs)
@@ -193,21 +211,6 @@ def nested(kind, rows, tupled: bool, tupled_out: bool, result, return_output: bo
     if not (tupled if kind == "jtj" else tupled_out):
         rows = rows[0][0]
     return (result, rows) if return_output else rows
-
-
-def _check_real(kind: str, ys, xs) -> None:
-    """Raise for complex numbers at an outer end, whose pairs no entry of the result could hold."""
-    for j, y in enumerate(ys):
-        if y.is_complex():
-            raise RuntimeError(
-                f"{kind} takes real outputs, but outputs[{j}] is {y.dtype}; return torch.view_as_real(output)"
-            )
-    for i, x in enumerate(xs if kind == "jtj" else ()):
-        if x.is_complex():
-            raise RuntimeError(
-                f"jtj takes real inputs, but inputs[{i}] is {x.dtype}; pass torch.view_as_real(x) and make it "
-                "complex inside of func"
-            )
 
 
 def check_weights(weights, of: str, tensors, per_sample: bool | str) -> tuple[str, ...]:
@@ -383,7 +386,7 @@ def _composed(kind, func, xs, weights, per_sample, chunk_size):
         return outputs(y, kind)[1]
 
     ys, rows = handover.jacobian(as_tuples, xs, True, per_sample=per_sample, chunk_size=chunk_size)
-    _check_real(kind, ys, xs)
+    check_real(kind, ys, xs if kind == "jtj" else ())
     ends = (ys, xs) if kind == "jtj" else (xs, ys)
     forms = check_weights(weights, "outputs" if kind == "jtj" else "inputs", ends[0], per_sample)
     asked = GramRequest(kind, forms, per_sample, chunk_size, Budget.unbounded(xs[0].device))

@@ -188,6 +188,21 @@ def check_batch(per_sample, ys, xs) -> None:
                 )
 
 
+def check_real(call: str, ys, xs=()) -> None:
+    """Raise for complex numbers at an outer end, whose pairs no entry of a matrix could hold."""
+    for j, y in enumerate(ys):
+        if y.is_complex():
+            raise RuntimeError(
+                f"{call} takes real outputs, but outputs[{j}] is {y.dtype}; return torch.view_as_real(output)"
+            )
+    for i, x in enumerate(xs):
+        if x.is_complex():
+            raise RuntimeError(
+                f"{call} takes real inputs, but inputs[{i}] is {x.dtype}; pass torch.view_as_real(x) and make it "
+                "complex inside of func"
+            )
+
+
 def block_shape(y: Tensor, x: Tensor, per_sample: bool | str) -> tuple[int, ...]:
     """The shape of one Jacobian block."""
     return (*y.shape, *x.shape[1:]) if per_sample else (*y.shape, *x.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import prod
 
 import numpy
 import torch
@@ -90,7 +91,12 @@ class Formed:
                 rows, columns = self.pattern.shape
                 row = numpy.tile(entries.row, copies) + each * rows
                 column = numpy.tile(entries.column, copies) + each * columns
-                found += indexed(row, column, (copies * rows, copies * columns), self.size)
+                shape = copies * rows, copies * columns
+                ends, beside, slot = indexed(row, column, shape, self.size)
+                full = len(slot) == len(beside) * prod(self.size)  # no block has a hole
+                if full and copies == 1:
+                    found, slot = [found[0][numpy.argsort(slot)]], slot[:0]
+                found += [ends, beside, slot]
             elif self.form == "csc":
                 order = numpy.argsort(entries.column, kind="stable")
                 count = numpy.bincount(entries.column, minlength=self.pattern.shape[1])
@@ -191,7 +197,7 @@ class Formed:
         many = max(self.samples, 1)
         if not self.per_sample:
             values, rows, columns = values.reshape(1, -1), many * rows, many * columns
-        if r * c > 1:  # entries are in the order of rows
+        if len(slot):  # else entries are in the order of blocks
             size = len(column) * r * c
             values = values.new_zeros(len(values), size).index_copy(1, slot, values)
         values = values.view(len(values), len(column), r, c)
