@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import jactri
 from jactri import examples
 from jactri.examples import (
     attention,
+    bundle,
     common,
     contractive,
     flow,
@@ -28,7 +30,18 @@ from jactri.examples import (
 
 ALL = {
     m.__name__.rpartition(".")[2]: m
-    for m in (attention, contractive, flow, geodesic, kalman, laplace, lens, meanflow, poisson)
+    for m in (
+        attention,
+        bundle,
+        contractive,
+        flow,
+        geodesic,
+        kalman,
+        laplace,
+        lens,
+        meanflow,
+        poisson,
+    )
 }
 
 
@@ -94,6 +107,37 @@ def test_poisson_source_is_that_of_the_solution():
     laplacian = jactri.laplacian(poisson.exact, points)
     torch.testing.assert_close(-laplacian, poisson.source(points))
     torch.testing.assert_close(laplacian, poisson.laplacian_by_autograd(poisson.exact, points))
+
+
+def test_bundle_leaves_the_blur(found):
+    course = found.course
+    assert course.rms[0] > 50 * course.rms[-1]
+    assert abs(course.rms[-1] / found.floor - 1) < 0.05
+    assert bundle.wrong(found.solved, found) < 0.02 * bundle.wrong(found.guessed, found)
+    assert found.apart < 1e-12
+
+
+def test_bundle_steps_solve_the_normal_equations(monkeypatch):
+    torch.manual_seed(0)
+    seen = bundle.problem(8, 40)
+    J = torch.autograd.functional.jacobian(seen.residual, seen.guess)
+    J = torch.cat([b.reshape(seen.sightings.numel(), -1) for b in J], 1)
+    H, r = J.T @ J, seen.residual(*seen.guess).flatten()
+    want = torch.linalg.solve(H + 0.1 * H.diagonal().diag(), -J.T @ r)
+    equations = jactri.normal_equations(seen.residual, seen.guess)
+    d, _, by = bundle.step(equations, 0.1)
+    torch.testing.assert_close(torch.cat([v.flatten() for v in d]), want, rtol=1e-6, atol=1e-8)
+    dense = torch.linalg.solve  # what stands for CHOLMOD takes the same matrix
+
+    def of(S):
+        return lambda b: dense(torch.from_numpy(S.toarray()), torch.from_numpy(b)).numpy()
+
+    new = types.SimpleNamespace(cho_factor=lambda S: types.SimpleNamespace(solve=of(S)))
+    for cholmod in (new, types.SimpleNamespace(cholesky=of)):
+        monkeypatch.setitem(sys.modules, "sksparse", types.SimpleNamespace(cholmod=cholmod))
+        d, _, by = bundle.step(equations, 0.1)
+        assert by == "CHOLMOD"
+        torch.testing.assert_close(torch.cat([v.flatten() for v in d]), want, rtol=1e-6, atol=1e-8)
 
 
 def test_flow_learns_the_moons(found):
