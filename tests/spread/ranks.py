@@ -28,7 +28,7 @@ class RankError(Exception):
 class Ranks:
     """``ranks(n, function, *args)``: what it returned on each of n ranks. It must be at the top of its module.
 
-    ``errors=True``: a `RankError` in the place of what raised; else the first is raised.
+    ``errors=True``: a `RankError` in the place of what raised; else AssertionError with all of them.
     """
 
     def __init__(self):
@@ -48,7 +48,7 @@ class Ranks:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def __call__(self, n, function, *args, timeout=60.0, errors=False):
+    def __call__(self, n, function, *args, timeout=20.0, errors=False):
         self._grow(n)
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")
@@ -62,9 +62,9 @@ class Ranks:
                     raise TimeoutError(f"rank {rank} gave no answer within {timeout + 60} seconds")
                 kind, value = pipe.recv()
                 found.append(value if kind == "value" else RankError(rank, *value))
-        for value in found:
-            if isinstance(value, RankError) and not errors:
-                raise value
+        failed = [str(v) for v in found if isinstance(v, RankError)]
+        if failed and not errors:
+            raise AssertionError("\n".join(failed))
         return found
 
     def close(self):

@@ -18,6 +18,8 @@ from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
+from ..spread.shards import ALONE, Share, taken_here
+from ..spread.sums import totals
 from .parameters import ParameterJacobian
 
 
@@ -70,8 +72,9 @@ def ggn(
         True
     """
     check_options("auto", chunk_size, None, create_graph)
+    share, x = taken_here("ggn", "x", x, per_sample, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
-    return GGN(Factors(run, chunk_size, memory_limit), loss_hessian)
+    return GGN(Factors(run, chunk_size, memory_limit), loss_hessian, share)
 
 
 class GGN(Shown):
@@ -91,17 +94,20 @@ class GGN(Shown):
         True
     """
 
-    def __init__(self, factors: Factors[Recorded], loss_hessian):
-        self._factors = factors
-        self.jacobian, self.hessian = ParameterJacobian(factors), loss_hessian
-        shape = tuple(self.output.shape)
+    def __init__(self, factors: Factors[Recorded], loss_hessian, share: Share = ALONE):
+        self._factors, self._share = factors, share
+        self.jacobian, self.hessian = ParameterJacobian(factors, share), loss_hessian
+        self._local, y = ParameterJacobian(factors), factors.run.y
+        loss_hessian = share.own(loss_hessian, "loss_hessian", 0, factors.run.create_graph)
+        self._own = loss_hessian
+        shape = tuple(y.shape)
         if isinstance(loss_hessian, Tensor):
             if tuple(loss_hessian.shape) not in (shape, (*shape, *shape[1:])):
                 raise RuntimeError(
                     f"loss_hessian must have shape {shape} (its diagonal) or {(*shape, *shape[1:])}, got "
                     f"{tuple(loss_hessian.shape)}"
                 )
-            check_real("loss_hessian", loss_hessian, "the output", self.output)
+            check_real("loss_hessian", loss_hessian, "the output", y)
         elif not callable(loss_hessian):
             raise TypeError(
                 f"loss_hessian must be a Tensor or a function, got {type(loss_hessian)}"
@@ -124,8 +130,10 @@ class GGN(Shown):
 
     def _times(self, block: Tensor) -> Tensor:
         """``H`` times a block ``(K, N, *out)``."""
-        h, shape = self.hessian, self.jacobian.output.shape
+        h, shape = self._own, self._factors.run.y.shape
         if not isinstance(h, Tensor):
+            if self._share.padded:  # it knows of this rank's samples
+                block = block[:, :1]
             made = h(block)
             if not isinstance(made, Tensor) or made.shape != block.shape:
                 got = tuple(made.shape) if isinstance(made, Tensor) else type(made)
@@ -134,25 +142,26 @@ class GGN(Shown):
                     f"got {got}"
                 )
             check_real("what loss_hessian returned", made, "the output", block)
-            return made
+            return torch.cat([made, torch.zeros_like(made)], 1) if self._share.padded else made
         if h.shape == shape:
             return block * h
         n, m = shape[0], prod(shape[1:])
-        return torch.einsum("nij,knj->kni", h.reshape(n, m, m), block.reshape(-1, n, m)).reshape(
-            block.shape
-        )
+        return torch.einsum(
+            "nij,knj->kni", h.reshape(n, m, m), block.reshape(block.shape[0], n, m)
+        ).reshape(block.shape)
 
     @public
     def __matmul__(self, v: dict[str, Tensor]) -> dict[str, Tensor]:
         """The product with ``{name: tensor}`` of the parameters' shapes, or with one more leading axis, a block."""
         if not isinstance(v, dict):
             return NotImplemented
-        jac = self.jacobian
-        with self._factors.run.computing():
+        jac, run = self._local, self._factors.run
+        with run.computing():
             pushed = jac @ v
-            block = pushed.dim() > jac.output.dim()
+            block = pushed.dim() > run.y.dim()
             turned = self._times(pushed if block else pushed.unsqueeze(0))
-            return jac.T @ (turned if block else turned[0])
+            made = jac.T @ (turned if block else turned[0])
+            return totals(made, self._share)
 
     @public
     def diagonal(self) -> dict[str, Tensor]:
@@ -162,17 +171,19 @@ class GGN(Shown):
         """
         run = self._factors.run
         with run.computing():
-            h, n, m = self.hessian, run.n, prod(run.out)
+            h, n, m = self._own, run.n, prod(run.out)
             if not isinstance(h, Tensor):
                 eye = torch.eye(m, dtype=run.y.dtype, device=run.y.device).reshape(m, 1, *run.out)
                 h = self._times(eye.expand(m, n, *run.out)).reshape(m, n, m).permute(1, 2, 0)
             if run.structure is None:
-                return self._formed(h.reshape(n, m, m) if h.numel() != n * m else h.reshape(n, m))
-            return self._contracted(h, h.numel() == n * m and h.shape == run.y.shape)
+                made = self._formed(h.reshape(n, m, m) if h.numel() != n * m else h.reshape(n, m))
+            else:
+                made = self._contracted(h, h.numel() == n * m and h.shape == run.y.shape)
+            return totals(made, self._share)
 
     def _formed(self, h: Tensor) -> dict[str, Tensor]:
         run, made = self._factors.run, {}
-        dense = self.jacobian.dense() if run.n and run.by_autograd else {}
+        dense = self._local.dense() if run.n and run.by_autograd else {}
         for name, p in run.params.items():
             if name not in dense:
                 made[name] = torch.zeros(p.shape, dtype=p.dtype.to_real(), device=p.device)

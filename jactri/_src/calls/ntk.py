@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,6 +16,8 @@ from ..parameters.inner import Link, of_second
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
+from ..spread.kernels import of_ranks
+from ..spread.shards import ALONE, Share, taken_here
 from .parameters import formed_gram
 
 COMPUTE = ("full", "trace", "diagonal")
@@ -74,11 +78,14 @@ def empirical_ntk(
     check(compute)
     check_options("auto", chunk_size, None, create_graph)
     xs = (x1,) if x2 is None else (x1, x2)
-    runs = [
-        Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=per_sample)
-        for x in xs
-    ]
-    return of_runs(runs, compute, chunk_size, memory_limit)
+    runs, shares = [], []
+    for i, x in enumerate(xs):
+        share, x = taken_here("empirical_ntk", f"x{i + 1}", x, per_sample, create_graph)
+        runs.append(
+            Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=per_sample)
+        )
+        shares.append(share)
+    return of_runs(runs, compute, chunk_size, memory_limit, shares)
 
 
 def check(compute: str) -> None:
@@ -87,22 +94,32 @@ def check(compute: str) -> None:
         raise ValueError(one_of("compute", compute, COMPUTE))
 
 
-def of_runs(runs: list[Recorded], compute: str, chunk_size, memory_limit) -> Tensor:
-    """The kernel of one forward pass with itself, or of two."""
-    with runs[0].computing():
-        return _kernel([Factors(run, chunk_size, memory_limit) for run in runs], compute)
-
-
-def _kernel(factors: list[Factors[Recorded]], compute: str) -> Tensor:
-    first, second = factors[0], factors[-1]
-    a, b = first.run, second.run
+def of_runs(
+    runs: list[Recorded], compute: str, chunk_size, memory_limit, shares: Sequence[Share] = (ALONE,)
+) -> Tensor:
+    """The kernel of one forward pass with itself, or of two; ``shares``: how their batches are shared out."""
+    a, b = runs[0], runs[-1]
     if a.out != b.out:
         raise RuntimeError(
             f"the outputs for x1 and x2 must have one shape behind the batch, got {a.out} and {b.out}"
         )
+    shapes = (a.n,), _shapes(a.out)[compute]
+    with a.computing():
+        made = [Factors(run, chunk_size, memory_limit) for run in runs]
+        return of_ranks(
+            partial(_kernel, compute), (made[0], made[-1]), (shares[0], shares[-1]), shapes
+        )
+
+
+def _shapes(out: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """What the kernel of two samples is."""
+    return {"full": (*out, *out), "diagonal": out, "trace": ()}
+
+
+def _kernel(compute: str, first: Factors[Recorded], second: Factors[Any]) -> Tensor:
+    a, b = first.run, second.run
     n1, n2, out = a.n, b.n, a.out
-    m, axes = prod(out), len(out)
-    shapes = {"full": (*out, *out), "diagonal": out, "trace": ()}
+    m, axes, shapes = prod(out), len(out), _shapes(out)
     if not (n1 and n2 and m):
         return a.y.new_zeros((n1, n2, *shapes[compute]))
     if a.structure is None or b.structure is None:

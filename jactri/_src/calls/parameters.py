@@ -20,6 +20,9 @@ from ..parameters.recorded import Recorded
 from ..parameters.used import selections
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
+from ..spread.kernels import of_ranks
+from ..spread.shards import ALONE, Share, taken_here
+from ..spread.sums import totals, whole_of
 from . import whole
 from .vectors import pull, push
 
@@ -82,8 +85,9 @@ def parameter_jacobian(
         torch.Size([5, 2])
     """
     check_options("auto", chunk_size, None, create_graph)
+    share, x = taken_here("parameter_jacobian", "x", x, per_sample, create_graph)
     run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=per_sample)
-    return ParameterJacobian(Factors(run, chunk_size, memory_limit))
+    return ParameterJacobian(Factors(run, chunk_size, memory_limit), share)
 
 
 class ParameterJacobian(Shown):
@@ -108,10 +112,10 @@ class ParameterJacobian(Shown):
         (torch.Size([5, 2, 2]), torch.Size([5, 2, 5, 2]))
     """
 
-    def __init__(self, factors: Factors[Recorded]):
+    def __init__(self, factors: Factors[Recorded], share: Share = ALONE):
         run = factors.run
-        self._factors, self._run = factors, run
-        self.output: Tensor = run.y if run.create_graph else run.y.detach()
+        self._factors, self._run, self._share = factors, run, share
+        self.output: Tensor = share.rows(run.y if run.create_graph else run.y.detach())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,10 +162,15 @@ class ParameterJacobian(Shown):
             RuntimeError: an ``out`` that does not fit, or with ``create_graph``.
             ValueError: ``out`` has other names; a ``memory_limit`` that is too small.
         """
+        if out is not None:
+            self._share.check_out("dense")
+            operands.check_out(self._run, out)
+        return {name: self._share.rows(t) for name, t in self._dense(out).items()}
+
+    def _dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """That of this process's samples."""
         run = self._run
         shape = tuple(run.y.shape)
-        if out is not None:
-            operands.check_out(run, out)
         with run.computing():
             taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
             offer = OFFER if out is not None else Offer(out="out=")
@@ -215,16 +224,17 @@ class ParameterJacobian(Shown):
         dtypes = {p.dtype for p in run.params.values()}
         wide = reduce(torch.promote_types, dtypes)
         if run.create_graph or len(dtypes) > 1:
-            dense = self.dense().values()
+            dense = self._dense().values()
             with run.computing():
-                return torch.cat([t.reshape(*run.y.shape, -1).to(wide) for t in dense], -1)
+                parts = [t.reshape(*run.y.shape, -1).to(wide) for t in dense]
+                return self._share.rows(torch.cat(parts, -1))
         entries = sum(p.numel() for p in run.params.values())
         with run.computing():
             taken = run.y.numel() * entries * wide.itemsize
             budget = self._factors.budget("the Jacobian", taken)
             made = torch.empty((*run.y.shape, entries), dtype=wide, device=run.y.device)
             self._write(self.split(made), budget)
-            return made
+            return self._share.rows(made)
 
     @public
     def split(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -281,16 +291,18 @@ class ParameterJacobian(Shown):
         if not isinstance(v, dict):
             return NotImplemented
         operands.check_names(run.params, v, "v")
+        v = whole_of(v, run.create_graph)
         k = operands.block(run.params, v)
         with run.computing():
             if run.structure is None:
-                return self._by_rows(v, k, run.by_autograd)
+                made = self._by_rows(v, k, run.by_autograd)
+                return self._share.rows(made, 0 if k is None else 1)
             run.check_unchanged()
             blocks = [v[name] if k is not None else v[name].unsqueeze(0) for name in run.params]
             ends = (run.y,), tuple(run.params.values())
             (made,) = push(*ends, blocks, self._options(), run.of_parameters)
             made = made.to(run.y.dtype)
-            return made[0] if k is None else made
+            return self._share.rows(made[0] if k is None else made, 0 if k is None else 1)
 
     def _options(self) -> Options:
         """Those of a product."""
@@ -301,7 +313,7 @@ class ParameterJacobian(Shown):
         """``J v`` by the whole Jacobian."""
         y = self._run.y
         total = y.new_zeros(y.shape if k is None else (k, *y.shape))
-        for name, j in self.dense().items() if depends and k != 0 else ():
+        for name, j in self._dense().items() if depends and k != 0 else ():
             made = flat(v[name].to(j.dtype), k or 1) @ flat(j, y.numel()).t()
             total = total + made.reshape(total.shape).to(total.dtype)
         return total
@@ -312,6 +324,7 @@ class ParameterJacobian(Shown):
             raise TypeError(f"u must be a Tensor, got {type(u)}")
         shape = run.y.shape
         block = u.dim() == len(shape) + 1
+        u = self._share.own(u, "u", int(block), run.create_graph)
         if tuple(u.shape[block:]) != tuple(shape):
             raise RuntimeError(
                 f"u must have the output's shape {tuple(shape)}, or one leading axis more, got {tuple(u.shape)}"
@@ -322,7 +335,7 @@ class ParameterJacobian(Shown):
             k = c.shape[0]
             if run.structure is None:
                 found = {}
-                for name, j in self.dense().items() if run.by_autograd else ():
+                for name, j in self._dense().items() if run.by_autograd else ():
                     flat = c.reshape(k, -1).to(j.dtype) @ j.reshape(run.y.numel(), -1)
                     found[name] = flat.reshape(k, *run.params[name].shape)
             else:
@@ -336,7 +349,7 @@ class ParameterJacobian(Shown):
                 if t is None:
                     t = torch.zeros((k, *p.shape), dtype=p.dtype, device=p.device)
                 made[name] = t if block else t[0]
-        return made
+            return totals(made, self._share)
 
     @public
     def gram(self, other: ParameterJacobian | None = None) -> Tensor:
@@ -370,13 +383,8 @@ class ParameterJacobian(Shown):
             raise TypeError(f"other must be a ParameterJacobian, got {type(other)}")
         run, its = self._run, other._run
         operands.check_alike(run.params, its.params)
-        if run.structure is None or its.structure is None:
-            return formed_gram(self._factors, other._factors)
-        (batch, out), (batch2, out2) = run.letters(), its.letters()
-        with run.computing():
-            link = Link((), (*batch, *out, *of_second(batch2), *of_second(out2)))
-            made = inner(self._factors, other._factors, link, what="J J^T")
-            return made.reshape(*run.y.shape, *its.y.shape)
+        factors, shares = (self._factors, other._factors), (self._share, other._share)
+        return of_ranks(_gram, factors, shares, (tuple(run.y.shape), its.out))
 
     @public
     def variance(self, v: dict[str, Tensor], diagonal: bool = False) -> Tensor:
@@ -415,7 +423,7 @@ class ParameterJacobian(Shown):
         with run.computing():
             if run.structure is None:
                 made = run.y.new_zeros((n, m) if diagonal else (n, m, m))
-                for name, j in self.dense().items() if run.by_autograd else ():
+                for name, j in self._dense().items() if run.by_autograd else ():
                     w = v[name].to(j.dtype)
                     w = flat(torch.complex(w.real, w.real) if w.is_complex() else w, 1)
                     rows = flat(j, n * m).reshape(n, m, -1)
@@ -427,7 +435,19 @@ class ParameterJacobian(Shown):
                 more = () if diagonal else of_second(out)
                 link = Link(each_with_itself(alike), (*batch, *out, *more))
                 made = inner(self._factors, self._factors, link, v, what="J diag(v) J^T")
-            return made.reshape(n, *run.out, *(() if diagonal else run.out))
+            return self._share.rows(made.reshape(n, *run.out, *(() if diagonal else run.out)))
+
+
+def _gram(first: Factors[Recorded], second: Factors[Any]) -> Tensor:
+    """``J K^T`` of what is here: ``(N, *out, N', *out')``."""
+    run, its = first.run, second.run
+    if run.structure is None or its.structure is None:
+        return formed_gram(first, second)
+    (batch, out), (batch2, out2) = run.letters(), its.letters()
+    with run.computing():
+        link = Link((), (*batch, *out, *of_second(batch2), *of_second(out2)))
+        made = inner(first, second, link, what="J J^T")
+        return made.reshape(run.n, *run.out, its.n, *its.out)
 
 
 def formed_gram(first: Factors[Recorded], second: Factors[Recorded]) -> Tensor:

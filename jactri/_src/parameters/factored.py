@@ -77,6 +77,48 @@ class Factors(Generic[Run]):
         }
 
 
+class Held(Factors[Used]):
+    """Factors that are there as a whole, of the Jacobian of another batch, of ``n`` samples, in the same parameters."""
+
+    def __init__(
+        self,
+        like: Used,
+        n: int,
+        seeds: tuple[int, ...],
+        batch: Letters,
+        pieces: dict[str, list[Piece]],
+    ):
+        super().__init__(_Elsewhere(like, n, seeds, batch), None, None)
+        self._held = pieces
+
+    def chunks(self, budget: Budget, offer: Offer = OFFER) -> Chunks:
+        return {}
+
+    def pieces(self, sel: Selection | None, budget: Budget) -> dict[str, list[Piece]]:
+        if sel is not None:
+            raise ValueError(
+                "a part of the factors at a time fits the memory, and those of another rank are whole; use more ranks, "
+                "or a kernel of a part of the samples at a time"
+            )
+        return self._held
+
+
+class _Elsewhere(Used):
+    """An output that another process has."""
+
+    def __init__(self, like: Used, n: int, seeds: tuple[int, ...], batch: Letters):
+        super().__init__(like.y, like.params, like.values, like.graph, like.structure, False)
+        self.n, self._seeds, self._batch = n, seeds, batch
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self._seeds
+
+    def letters(self) -> tuple[Letters, Letters]:
+        every = range(len(self._seeds))
+        return self._batch, tuple(s for s in every if s not in self._batch)
+
+
 def inner(
     first: Factors,
     second: Factors,

@@ -129,7 +129,6 @@ class Recorded(Used):
             self._check_output(y, leaves, module)
             y = plain(y)
             self.y, self.n, self.leaves = y, y.shape[0], leaves
-            self.out = tuple(y.shape[1:])
             self.watched = [(name, p, p._version) for name, p in self.params.items()]
             self.watched += [("x", t, t._version) for t in leaves]
             self.by_autograd = False

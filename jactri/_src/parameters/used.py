@@ -54,6 +54,11 @@ class Used:
         self.graph, self.structure, self.create_graph = graph, structure, create_graph
 
     @property
+    def out(self) -> tuple[int, ...]:
+        """The shape of the output of one sample."""
+        return tuple(self.y.shape[1:])
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The sizes of the output's letters, those of its samples first."""
         return self.structure.sweep.layout.seed

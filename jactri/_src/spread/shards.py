@@ -90,6 +90,14 @@ class Share:
             )
         return local(t, graph)
 
+    def check_out(self, call: str) -> None:
+        """Raise RuntimeError where a result cannot be written to the caller's tensors."""
+        if self.mesh is not None and (self.placements is not None or self.padded):
+            raise RuntimeError(
+                f"out= of {call} is not possible for a batch that is shared out among ranks; leave it out, or pass "
+                "x.to_local() without jactri.distributed.samples for this rank's part"
+            )
+
     # -- what goes out ----------------------------------------------------------------------------
 
     def placed(self, axis: int) -> tuple[Any, ...]:
@@ -173,6 +181,17 @@ def share_of(call: str, name: str, xs: tuple[Tensor, ...], prove: bool) -> Share
     total = first.shape[0]
     padded = prove and total > 1 and local(first, False).shape[0] == 1
     return Share(mesh, dims, placements, total, padded)
+
+
+def taken_here(
+    call: str, name: str, x: Any, per_sample: bool | str, graph: bool
+) -> tuple[Share, Any]:
+    """How a batch is shared out, and what of it is here: a tensor or a tuple of them, as it was given."""
+    xs = tuple(_tensors([x]))
+    share = share_of(call, name, xs, bool(per_sample) and per_sample != ASSUMED)
+    if share.mesh is None:
+        return share, x
+    return share, _mapped(lambda t: share.batch(t, graph), x)
 
 
 def _check_placements(call: str, name: str, x: Any) -> None:

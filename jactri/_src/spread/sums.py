@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.elsewhere import is_distributed
 from .shards import Share, local
 
 
@@ -31,6 +32,20 @@ def summed(tensors: Sequence[Tensor], share: Share) -> list[Tensor]:
             part = part.reshape(_real(t).shape)
             made[i] = (torch.view_as_complex(part) if t.is_complex() else part).to(t.dtype)
     return made
+
+
+def totals(values: dict[str, Tensor], share: Share) -> dict[str, Tensor]:
+    """Sums over this rank's samples, for each parameter, as sums over all ranks."""
+    return dict(zip(values, summed(list(values.values()), share), strict=True))
+
+
+def whole_of(values: dict[str, Tensor], graph: bool) -> dict[str, Tensor]:
+    """Tangents of parameters, whole: of a DTensor, by an all_gather."""
+    with torch.set_grad_enabled(graph):
+        return {
+            name: t.full_tensor() if isinstance(t, Tensor) and is_distributed(t) else t  # type: ignore[attr-defined]
+            for name, t in values.items()
+        }
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
