@@ -246,6 +246,14 @@ def test_chunks_and_limits(monkeypatch):
     with pytest.raises(ValueError, match="memory_limit"):
         whole(jactri.normal_equations(lambda x: (x * x).sum(1), x, memory_limit=50_000).matrix)
 
+    def with_a_sum(x):  # all pairs of 3000 unknowns
+        return x, x.sum(0, keepdim=True)
+
+    found = jactri.normal_equations(with_a_sum, torch.ones(3000, dtype=F64), memory_limit="100MB")
+    assert_close(found.gradient, torch.full((3000,), 3001.0, dtype=F64), F64)
+    with pytest.raises(ValueError, match=r"the pattern of J\^T J takes 360 ?MB"):
+        whole(found.matrix)
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_matrix_can_be_differentiated(layout):

@@ -13,8 +13,9 @@ from torch._C import _len_torch_dispatch_stack
 from .backends import capturing
 from .tracing import making, own, tracing
 
-KEPT = 1 << 26
-"""Bytes of `fixed` tensors that are kept; of what is larger, nothing."""
+KEPT = 1 << 28
+"""Bytes of `fixed` tensors that are kept; of what is larger, nothing. Most are places of entries of sparse Jacobians: a
+loop over one pattern has to find them again."""
 
 _fixed: dict[Hashable, tuple[Tensor, ...]] = {}
 _ONES: dict[tuple[torch.dtype, torch.device], Tensor] = {}

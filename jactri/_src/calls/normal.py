@@ -68,7 +68,7 @@ def normal_equations(
 
     Cost:
         That of the sparse Jacobian. The matrix: ``2 r k^2`` flops and ``k^2`` entries moved for ``r`` residuals that
-        share ``k`` entries of the inputs; memory for it, for J, and for indices, 8 bytes a pair of blocks.
+        share ``k`` entries of the inputs; memory for it, for J, and 4 bytes of indices for a pair of blocks.
 
     Examples:
         A chain of points, held at one end, that want to be 1 apart and to stay near where they are:

@@ -17,8 +17,14 @@ from ..base.csr import starts
 from ..base.memory import Budget
 from ..run.blocks import Blocks
 
-CHUNK = 1 << 26
-"""Bytes of products that are there at once."""
+CHUNK = 1 << 22
+"""Bytes of products that are there at once: what a processor has near it."""
+
+PAIR = 40
+"""Bytes that a pair of blocks in one row takes while the pattern of the product is found."""
+
+FEW = 8
+"""Rows of a block up to which products are sums of that many outer ones: libraries are slow for tiny matrices."""
 
 Rows = Sequence[Sequence[Blocks]]
 """A Jacobian by output and input; blocks of one output have as many rows, of one input as many columns."""
@@ -60,7 +66,7 @@ def _product(left: list[Blocks], right: list[Blocks], budget: Budget) -> Blocks:
     key = "blocks of J^T J", tuple((a.key, b.key) for a, b in zip(left, right, strict=True))
 
     def make() -> tuple[Tensor, ...]:
-        of, *found = _symbolic(left, right, shape[1] // size[1])
+        of, *found = _symbolic(left, right, shape[1] // size[1], budget)
         return of, *(t.to(device) for t in found)
 
     of, start, column, *groups = fixed((key, device), make)
@@ -76,19 +82,30 @@ def _product(left: list[Blocks], right: list[Blocks], budget: Budget) -> Blocks:
             m = len(mine)
             above = left[p].values.index_select(0, mine.reshape(-1)).to(wide)
             beside = right[p].values.index_select(0, theirs.reshape(-1)).to(wide)
-            above = above.view(m, ka, r, size[0]).transpose(2, 3).reshape(m, ka * size[0], r)
+            above = above.view(m, ka, r, size[0]).transpose(1, 2).reshape(m, r, ka * size[0])
             beside = beside.view(m, kb, r, size[1]).transpose(1, 2).reshape(m, r, kb * size[1])
-            made = (above @ beside).view(m, ka, size[0], kb, size[1]).transpose(2, 3)
+            made = _times(above, beside).view(m, ka, size[0], kb, size[1]).transpose(2, 3)
             total = _added(total, to.reshape(-1), made.reshape(-1, *size))
     return Blocks(start, column, total.to(dtype), shape, key)
 
 
-def _symbolic(left: list[Blocks], right: list[Blocks], wide: int) -> list[Tensor]:
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T b`` of matrices ``(m, r, ...)``."""
+    if a.shape[1] > FEW:
+        return a.mT @ b
+    made = a[:, 0, :, None] * b[:, 0, None]
+    for k in range(1, a.shape[1]):
+        made.addcmul_(a[:, k, :, None], b[:, k, None])
+    return made
+
+
+def _symbolic(left: list[Blocks], right: list[Blocks], wide: int, budget: Budget) -> list[Tensor]:
     """The pattern of a product; and by number of blocks in a row their pair, their blocks ``(rows, k)``, and places."""
     of, groups, keys = [], [], []
     for p, (a, b) in enumerate(zip(left, right, strict=True)):
         ends = [(t.start.cpu().numpy(), t.column.cpu().numpy()) for t in (a, b)]
         counts = np.stack([np.diff(start) for start, _ in ends])
+        budget.check("the pattern of J^T J", PAIR * int(counts.prod(0).sum()))
         kinds, kind = np.unique(counts, axis=1, return_inverse=True)
         for number, (ka, kb) in enumerate(kinds.T):
             if not ka * kb:
@@ -107,9 +124,10 @@ def _symbolic(left: list[Blocks], right: list[Blocks], wide: int) -> list[Tensor
     above, beside = np.divmod(kept, max(wide, 1))
     height = left[0].shape[1] // left[0].size[1]
     made = [np.array(of, np.int64), starts(np.bincount(above, minlength=height)), beside]
-    begin = 0
+    begin, small = 0, max(flat.size, *(len(t.column) for t in (*left, *right))) < 1 << 31
     for (mine, theirs), key in zip(groups, keys, strict=True):
-        made += [mine, theirs, place[begin : begin + key.size].reshape(key.shape)]
+        found = mine, theirs, place[begin : begin + key.size].reshape(key.shape)
+        made += [t.astype(np.int32) for t in found] if small else found
         begin += key.size
     return [torch.from_numpy(np.ascontiguousarray(t)) for t in made]
 
@@ -136,8 +154,10 @@ def block_diagonal(rows: Rows, weights: Sequence[Tensor | None], i: int) -> Tens
     total = torch.zeros(first.shape[1] // size, size, size, dtype=wide, device=first.values.device)
     for weight, row in zip(weights, rows, strict=True):
         block = row[i]
-        made = block.values.to(wide).mT @ weighted(weight, block).values.to(wide)
-        total = _added(total, block.column, made)
+        other, many = weighted(weight, block), max(1, CHUNK // (size**2 * wide.itemsize))
+        parts = (t.split(many) for t in (block.column, block.values, other.values))
+        for column, mine, theirs in zip(*parts, strict=True):
+            total = _added(total, column, _times(mine.to(wide), theirs.to(wide)))
     return total.to(dtype)
 
 

@@ -96,6 +96,8 @@ class Formed:
                 full = len(slot) == len(beside) * prod(self.size)  # no block has a hole
                 if full and copies == 1:
                     found, slot = [found[0][numpy.argsort(slot)]], slot[:0]
+                if found[0].max(initial=0) < 1 << 31:
+                    found = [found[0].astype(numpy.int32)]
                 found += [ends, beside, slot]
             elif self.form == "csc":
                 order = numpy.argsort(entries.column, kind="stable")
