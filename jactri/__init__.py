@@ -26,6 +26,7 @@ from ._src.read.opaque import FallbackError, fallback
 from ._src.read.structure import Node
 from ._src.run.banded import Banded
 from ._src.run.solvers import to_scipy
+from ._src.run.sparsity import Sparsity
 from ._src.tools import profiling as _profiling
 from ._src.tools.check import CheckReport, JacobianMismatch, check
 from ._src.tools.custom import Rule, rule
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterJacobian",
     "Profile",
     "Rule",
+    "Sparsity",
     "Taps",
     "bilaplacian",
     "check",

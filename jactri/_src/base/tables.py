@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,22 @@ class Picture(NamedTuple):
             f'style="border: 1px solid currentColor" role="img">{"".join(cells)}</svg>'
         )
 
+    def braille(self) -> str:
+        """A frame around dots of the cells that have an entry, two by four of them in a character."""
+        rows, columns = self.shares.shape
+        lines, wide = -(-rows // 4), -(-columns // 2)
+        there = np.zeros((4 * lines, 2 * wide), np.int64)
+        there[:rows, :columns] = self.shares.numpy() > 0
+        dots = (there.reshape(lines, 4, wide, 2) * _DOTS[:, None]).sum((1, 3))
+        text = ["".join(chr(0x2800 + dot) for dot in line) for line in dots.tolist()]
+        return "\n".join(
+            ["┌" + "─" * wide + "┐", *(f"│{t}│" for t in text), "└" + "─" * wide + "┘"]
+        )
+
+
+_DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
+"""What each dot of a braille character adds to its number in Unicode."""
+
 
 class Shown:
     """An object whose text and whose HTML are made of the parts that ``_parts`` gives: texts, tables and pictures."""
@@ -83,9 +100,11 @@ def _row(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{made}</tr>"
 
 
-def spy(row: Tensor, column: Tensor, shape: tuple[int, int], cells: int = 64) -> Picture:
-    """A picture of at most ``cells`` by ``cells`` of a matrix's entries, whose indices these are."""
-    grid = [max(min(n, cells), 1) for n in shape]
+def spy(
+    row: Tensor, column: Tensor, shape: tuple[int, int], cells: tuple[int, int] = (64, 64)
+) -> Picture:
+    """A picture of at most so many ``cells`` of a matrix's entries, whose indices these are."""
+    grid = [max(min(n, most), 1) for n, most in zip(shape, cells, strict=True)]
     at = [
         (i.cpu() * g).div(max(n, 1), rounding_mode="floor")
         for i, g, n in zip((row, column), grid, shape, strict=True)

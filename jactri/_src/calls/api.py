@@ -37,6 +37,7 @@ from ..prologue.arguments import (
     out_rows,
     taken,
 )
+from ..prologue.patterns import taken_pattern
 from ..prologue.running import computing, eagerly, prepare, public
 from ..read import handover, overriding
 from ..read.behind import Walk, leaves_behind, reached
@@ -50,7 +51,7 @@ from ..run.entries import Entries, check_pattern, nothing
 from ..run.executor import run
 from ..run.formed import BLOCKED
 from ..spread.shards import by_rank
-from . import few, reentrant, whole
+from . import few, patterned, reentrant, whole
 from .strictness import check_dependence
 
 
@@ -74,6 +75,8 @@ def jacobian(
     resume: bool = True,
     layout: torch.layout | str = torch.strided,
     blocksize: tuple[int, int] | None = None,
+    pattern: Any = None,
+    check: bool = False,
 ) -> Any:
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
@@ -120,6 +123,11 @@ def jacobian(
             them to solvers.
         blocksize: rows and columns of a block of ``torch.sparse_bsr``; by default the last axes of output and input (of
             a sample) where these have others beside them, else 1. A block is there if any of its entries is.
+        pattern: the entries that can be non-zero, nested as the result: what `sparsity` gave, a boolean tensor or
+            array, a sparse tensor or a SciPy matrix, of the Jacobian's shape or of the matrix's, under ``per_sample``
+            also of one sample's. It is taken at its word: nothing is analysed, and products are as few as its
+            `Sparsity.colours`. In any layout; what it leaves out is zero.
+        check: hold products with two tangents against the entries, and raise for one that the pattern leaves out.
 
     Returns:
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
@@ -131,10 +139,11 @@ def jacobian(
     Raises:
         TypeError: inputs or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix
-            (the op is named); an ``out`` that does not fit.
+            (the op is named); an ``out`` that does not fit; a ``pattern`` of another shape.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend or layout, no
             common batch axis under ``per_sample``; a sparse ``layout`` where every entry can be non-zero (the op is
-            named); a ``blocksize`` that does not divide the matrix.
+            named); a ``blocksize`` that does not divide the matrix; under ``check``, an entry that is not in the
+            pattern and not zero.
         AssertionError: an unknown strategy.
         IndexError: an empty tuple of inputs or outputs.
 
@@ -161,12 +170,13 @@ def jacobian(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        layout, of="", blocksize=blocksize,
+        layout, of="", blocksize=blocksize, pattern=pattern, check=check,
     )  # fmt: skip
     tupled, xs = taken("jacobian", inputs, asked)
     if handover.transforming(xs):
         if asked.form != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
+        handover.refuse(pattern=pattern is not None)
         return handover.jacobian(
             eagerly(func), xs, tupled, strategy=strategy, strict=strict, per_sample=per_sample,
             return_output=return_output, chunk_size=chunk_size, out=out,
@@ -174,6 +184,8 @@ def jacobian(
     ran = prepare(func, xs, create_graph)
     if out is not None:
         asked.out = out_rows(out, ran.tupled, tupled)
+    if pattern is not None:
+        asked.pattern = taken_pattern(pattern, ran.ys, ran.leaves, ran.tupled, tupled, per_sample)
     rows = compute(ran.ys, ran.leaves, asked)
     answer = out
     if out is None:
@@ -200,6 +212,8 @@ def jacobian_of(
     resume: bool = True,
     layout: torch.layout | str = torch.strided,
     blocksize: tuple[int, int] | None = None,
+    pattern: Any = None,
+    check: bool = False,
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
@@ -220,6 +234,8 @@ def jacobian_of(
         resume: go on where an interrupted call left a memmap.
         layout: dense, sparse or banded.
         blocksize: of blocks, for ``torch.sparse_bsr``.
+        pattern: the entries that can be non-zero, where they are known.
+        check: test the pattern.
 
     Returns:
         What `jacobian` returns, nested as ``outputs`` and ``inputs`` are.
@@ -245,7 +261,7 @@ def jacobian_of(
     """
     asked = Options(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
-        layout, None, of="", blocksize=blocksize,
+        layout, None, of="", blocksize=blocksize, pattern=pattern, check=check,
     )  # fmt: skip
     tupled, xs = taken("jacobian_of", inputs, asked)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
@@ -269,6 +285,8 @@ def jacobian_of(
             )
     if out is not None:
         asked.out = out_rows(out, tupled_out, tupled)
+    if pattern is not None:
+        asked.pattern = taken_pattern(pattern, ys, xs, tupled_out, tupled, per_sample)
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
         return out
@@ -319,6 +337,8 @@ def _rows(ys, xs, asked: Options, dests):
     )  # fmt: skip
     if asked.form in BLOCKED and not isinstance(asked.blocksize, Sizes):
         asked.blocksize = Sizes.asked(asked.blocksize, ys, xs, per_sample)
+    if asked.pattern is not None:
+        return patterned.rows(ys, xs, asked, budget, dests)
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)
     walk = Walk(ys, xs)
@@ -367,6 +387,8 @@ def _rows(ys, xs, asked: Options, dests):
     forward = strategy == "forward-mode"
     if sparse:
         check_pattern(graph, ys, xs, per_sample, asked.form == "blocks")
+        if (made := patterned.by_both(graph, ys, xs, asked, budget)) is not None:
+            return made
     try:
         pieces: list[Piece] = [(None, graph, plan or plan_for(graph, ys, xs, wanted))]
         if journal is None:

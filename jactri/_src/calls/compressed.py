@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ def entries(
     budget: Budget,
     chunk_size: int | None = None,
     samples: int = 1,
+    progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """The entries of ``how.pattern``, in its order (CSR), of the matrix of all ``ys`` by all ``xs``.
 
@@ -43,6 +44,7 @@ def entries(
         chunk_size: how many seeds run at once, instead.
         samples: of so many samples on the first axes of all ends, which do not mix: the matrix and the pattern are
             those of each.
+        progress: called for each product.
 
     Returns:
         ``(samples, entries)`` on the device of the first input, in the widest dtype of the products.
@@ -52,15 +54,10 @@ def entries(
     """
 
     def product(blocks: list[Tensor], reverse: bool) -> list[Tensor]:
-        k, ends = len(blocks[0]), xs if reverse else ys
-        if isinstance(graph, UnsupportedGraph):
-            return (pulled if reverse else pushed)(ys, xs, blocks, k, graph)
-        found = multiply(
-            for_given(graph, k), blocks, reverse, budget=budget, chunk_size=chunk_size, keep=True
-        )
-        return [
-            e.new_zeros(k, *e.shape) if f is None else f for f, e in zip(found, ends, strict=True)
-        ]
+        made = multiplied(ys, xs, blocks, reverse, graph, budget, chunk_size)
+        for _ in blocks[0] if progress else ():
+            progress()
+        return made
 
     if isinstance(graph, UnsupportedGraph):
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {graph}")
@@ -75,3 +72,21 @@ def entries(
         how = compressed(how.pattern, "reverse-mode")
         made = values(how, ys, xs, product, budget, chunk_size, samples)
     return made
+
+
+def multiplied(
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    blocks: list[Tensor],
+    reverse: bool,
+    graph: Graph | UnsupportedGraph,
+    budget: Budget,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """Products with blocks ``(K, *x)`` of tangents, one an input, or of cotangents, one an output (``reverse``)."""
+    k, ends = len(blocks[0]), xs if reverse else ys
+    if isinstance(graph, UnsupportedGraph):
+        return (pulled if reverse else pushed)(ys, xs, blocks, k, graph)
+    graph = for_given(graph, k)
+    found = multiply(graph, blocks, reverse, budget=budget, chunk_size=chunk_size, keep=True)
+    return [e.new_zeros(k, *e.shape) if f is None else f for f, e in zip(found, ends, strict=True)]

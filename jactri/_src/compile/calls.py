@@ -37,10 +37,12 @@ _CALLS = (*_OF_TUPLES, *_TAKEN, *OF_FUNCTIONS)
 _NOT_TAKEN = frozenset(
     {
         "blocksize",
+        "check",
         "differentiate",
         "estimate",
         "layout",
         "out",
+        "pattern",
         "progress",
         "resume",
         "strict",

@@ -11,14 +11,21 @@ solved for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
 from ..base.cache import Cache
 from ..base.csr import Csr, digest
+from ..maps.layout import FREE
 from .colours import Table, table_of
+from .pattern import Pattern
+
+Factors = tuple[tuple[int, int], ...]
+"""Of an end of a pattern: (size, tie)."""
 
 FEW = 4
 """Products that are not worth to be looked at again."""
@@ -108,6 +115,35 @@ class Reads:
     entries: np.ndarray
 
 
+def joined(blocks: Sequence[Sequence[Csr]]) -> tuple[Csr, list[list[np.ndarray]]]:
+    """Blocks, by output and input, as one matrix, and where the entries of each are in it, in order. Remembered."""
+    if len(blocks) == len(blocks[0]) == 1:
+        return blocks[0][0], [[np.arange(blocks[0][0].nnz)]]
+    return _joined.of(tuple(tuple(b.key for b in row) for row in blocks), lambda: _join(blocks))
+
+
+_joined: Cache[tuple, tuple[Csr, list[list[np.ndarray]]]] = Cache(8)
+
+
+def _join(blocks: Sequence[Sequence[Csr]]) -> tuple[Csr, list[list[np.ndarray]]]:
+    top = np.cumsum([0, *(row[0].height for row in blocks)])
+    left = np.cumsum([0, *(b.width for b in blocks[0])])
+    parts = [
+        (b.row + top[j], b.column + left[i])
+        for j, row in enumerate(blocks)
+        for i, b in enumerate(row)
+    ]
+    row, column = (np.concatenate(p) for p in zip(*parts, strict=True))
+    order = np.lexsort((column, row))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([len(r) for r, _ in parts])[:-1]
+    found = iter(np.split(place, ends))
+    return Csr.of(row, column, int(top[-1]), int(left[-1])), [
+        [next(found) for _ in r] for r in blocks
+    ]
+
+
 def compressed(
     pattern: Csr,
     strategy: str = "auto",
@@ -140,6 +176,54 @@ def _compressed(
     if len(found) == 2 and best.products > FEW and pattern.nnz <= _ENTRIES:
         return two_sided(pattern, int(WORTH * best.products)) or best
     return best
+
+
+def each_row(pattern: Csr) -> Compression:
+    """Every row by itself."""
+    rows = Table(np.arange(pattern.height), pattern.height)
+    return Compression.of(pattern, _none(pattern.width), rows, np.ones(pattern.nnz, bool))
+
+
+def worth_both(blocks: Sequence[Sequence[Pattern]]) -> int | None:
+    """As many products of both kinds as would be worth it, or None where their numbers of entries show too few.
+
+    ``blocks``: by output and input.
+    """
+    counts = [
+        [(_counts(p.out, p.into, p.supports), _counts(p.into, p.out, _turned(p))) for p in row]
+        for row in blocks
+    ]
+    rows = np.concatenate([sum(r for r, _ in row) for row in counts])
+    columns = np.concatenate([sum(c for _, c in column) for column in zip(*counts, strict=True)])
+    least = int(min(rows.max(initial=0), columns.max(initial=0)))
+    most = int(WORTH * least)
+    if least <= FEW or not (
+        _may_split(rows, len(columns), most) or _may_split(columns, len(rows), most)
+    ):
+        return None
+    return most
+
+
+def _counts(out: Factors, into: Factors, supports: dict[int, Csr]) -> np.ndarray:
+    """How many entries each row of a pattern has."""
+    made = np.full(1, prod(n for n, t in into if t == FREE))
+    for n, t in out:
+        own = np.ones(n, np.int64) if t == FREE else supports[t].counts
+        made = np.multiply.outer(made, own).ravel()
+    return made
+
+
+def _turned(pattern: Pattern) -> dict[int, Csr]:
+    return {t: s.T for t, s in pattern.supports.items()}
+
+
+def _may_split(counts: np.ndarray, width: int, most: int) -> bool:
+    """Whether the rows may be split for at most so many products: some column has the average of what is taken out."""
+    ordered = np.sort(counts)
+    beyond = np.concatenate([np.cumsum(ordered[::-1])[::-1], np.zeros(1, np.int64)])
+    levels = np.unique(counts)[:-1]
+    taken = beyond[np.searchsorted(ordered, levels, "right")]
+    return bool((levels + taken / max(width, 1) <= most).any())
 
 
 def two_sided(pattern: Csr, most: int) -> Compression | None:

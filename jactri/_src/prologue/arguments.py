@@ -28,7 +28,8 @@ class Options:
 
     ``out``: the caller's tensors and arrays, by output and input. ``form`` is that of the answer, as `formed.Formed`
     names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
-    refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`.
+    refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`. ``pattern``: the
+    caller's, then by output and input as `patterns.taken_pattern` gives it; ``check``: whether it is to be tested.
     """
 
     create_graph: bool = False
@@ -47,6 +48,8 @@ class Options:
     of: str | None = None
     form: str = "dense"
     blocksize: Any = None
+    pattern: Any = None
+    check: bool = False
 
     @property
     def assume(self) -> bool:
@@ -64,6 +67,10 @@ def taken(
     """Whether the inputs of a call are a tuple, and they as one. Raises for what they or its options cannot be."""
     asked.form = _form(asked.layout, asked.out)
     check_blocksize(asked.blocksize, asked.form)
+    if asked.check and asked.pattern is None:
+        raise ValueError(
+            "check=True tests a pattern; pass pattern=, or call jactri.check(func, inputs)"
+        )
     check_options(asked.strategy, asked.chunk_size, asked.out, asked.create_graph)
     tupled, xs = as_tuple(inputs, name, call)
     backends.check_asked(asked.backend, xs[0].device if xs else None, asked.create_graph)

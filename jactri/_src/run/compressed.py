@@ -39,7 +39,7 @@ def values(
         seeds = ys if reverse else xs
         count, start = reads.table.count, reads.start.tolist()
         step = chunk_size or min(budget.count(4 * each, count), max(1, LARGE // max(each, 1)))
-        place = _kept(("compressed", how.key, reverse), reads.place, device)
+        place = kept(("compressed", how.key, reverse), reads.place, device)
         for first in range(0, count, step):
             colours = range(first, min(first + step, count))
             made = [
@@ -51,7 +51,7 @@ def values(
             parts.append(flat.reshape(samples, -1).index_select(1, here))
     if not parts:
         return torch.zeros(samples, 0, dtype=xs[0].dtype, device=device)
-    order = _kept(("compressed", how.key), how.order, device)
+    order = kept(("compressed", how.key), how.order, device)
     return torch.cat(parts, 1).index_select(1, order)
 
 
@@ -64,7 +64,7 @@ def _seeds(
     for t in ends:
         size = t.numel() // samples
         key = "compressed seeds", how.key, reverse, start, size
-        colour = _kept(key, table.colour[start : start + size], t.device)
+        colour = kept(key, table.colour[start : start + size], t.device)
         wanted = torch.arange(colours.start, colours.stop, device=t.device)[:, None, None]
         block = (colour == wanted).to(t.dtype).expand(-1, samples, -1)
         blocks.append(block.reshape(len(colours), *t.shape))
@@ -72,6 +72,6 @@ def _seeds(
     return blocks
 
 
-def _kept(key: tuple, array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device."""
+def kept(key: tuple, array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, which ``key`` determines."""
     return fixed((*key, device), lambda: (torch.from_numpy(array).to(device),))[0]

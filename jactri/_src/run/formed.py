@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import fixed
-from ..base.csr import starts
+from ..base.csr import Csr, starts
 from ..base.tracing import may_write
 from ..maps.cut import Shape
 from ..plan.pattern import Entries, Pattern
@@ -55,6 +55,30 @@ class Formed:
     size: tuple[int, int] | None
     like: Tensor
     dest: Tensor | None
+
+    @staticmethod
+    def known(
+        out: Shape,
+        into: Shape,
+        per_sample: bool | str,
+        pattern: Csr,
+        form: str,
+        size: tuple[int, int] | None,
+        like: Tensor,
+        dest: Tensor | None = None,
+    ) -> Formed:
+        """For values of a pattern that is known; under ``per_sample`` that of each sample."""
+        made = Formed()
+        made.out, made.into, made.per_sample = out, into, per_sample
+        made.samples = out[0] if per_sample else 0
+        made.pattern, made.form, made.size = Pattern.of(pattern), form, size
+        made.like, made.dest = like, dest
+        return made
+
+    def of_values(self, values: Tensor) -> Tensor | Banded | Blocks:
+        """The answer of ``values`` ``(samples or 1, entries)`` in the order of the pattern."""
+        place, *where = self.where(("values",))
+        return self.answer(values.index_select(1, place) if self.form == "csc" else values, *where)
 
     @property
     def both(self) -> bool:

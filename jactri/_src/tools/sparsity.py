@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base.memory import si
-from ..base.tables import Picture, Shown, spy
 from ..calls.api import nest
 from ..compile.reached import modules_of
 from ..plan import masked
@@ -23,50 +20,7 @@ from ..prologue.running import buffers_kept, computing, prepare, public
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
 from ..run.coo import unravel
-
-
-class Sparsity(Shown, Tensor):
-    """A boolean ``torch.sparse_coo`` tensor, which shows its pattern. What is computed of it is a plain tensor.
-
-    Attributes:
-        rows: how many of its axes are those of the matrix's rows.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    rows: int
-
-    @staticmethod
-    def of(mask: Tensor, rows: int) -> Sparsity:
-        made = Tensor._make_subclass(Sparsity, mask)
-        made.rows = rows
-        return made
-
-    def __deepcopy__(self, memo) -> Sparsity:
-        made = memo[id(self)] = Sparsity.of(self.clone(), self.rows)
-        return made
-
-    def __reduce_ex__(self, protocol):
-        return self.clone().__reduce_ex__(protocol)  # a plain tensor, which any torch can load
-
-    def _parts(self) -> list[str | Picture]:
-        outer, inner = self.shape[: self.rows], self.shape[self.rows :]
-        total, dense = self._nnz(), prod(self.shape)
-        text = (
-            f"Sparsity(shape {tuple(self.shape)} on {self.device}: {total} of {dense} entries can be non-zero"
-            + (f", {total / dense:.3g} of them" if dense else "")
-            + f"; {si(self._indices().nbytes + total)}B)"
-        )
-        index = self._indices().cpu()
-        row, column = _flat(index[: self.rows], outer), _flat(index[self.rows :], inner)
-        return [text, spy(row, column, (prod(outer), prod(inner)))]
-
-
-def _flat(index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Indices by axis as those of the flattened axes."""
-    flat = torch.zeros(index.shape[1], dtype=torch.int64)
-    for i, n in zip(index, shape, strict=True):
-        flat = flat * n + i
-    return flat
+from ..run.sparsity import of_mask
 
 
 @public
@@ -88,8 +42,7 @@ def sparsity(
         per_sample: of the blocks of samples, ``(N, *out, *in)``.
 
     Returns:
-        Boolean ``torch.sparse_coo`` tensors of the Jacobian's shape, nested as it is, whose text is their size, and
-        which are a picture of the entries in a notebook.
+        A `Sparsity`, a boolean ``torch.sparse_coo`` tensor of the Jacobian's shape, or several nested as it is.
 
     Raises:
         TypeError, RuntimeError, IndexError: as by `jacobian`, of inputs and outputs.
@@ -192,4 +145,4 @@ def _made(patterns: list[Pattern], y: Tensor, x: Tensor, per_sample: bool) -> Te
     index = torch.cat(found, 1)
     hits = torch.ones(index.shape[1], dtype=torch.bool)
     mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
-    return Sparsity.of(mask.to(x.device), y.dim())
+    return of_mask(mask.to(x.device), y.dim(), per_sample)

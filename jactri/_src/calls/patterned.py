@@ -1,0 +1,254 @@
+"""Jacobians by few products, of which the pattern is known: a caller's ``pattern=``, or that of a sparse layout.
+
+With ``check``, products with two tangents, of which nothing is left out, are held against the entries.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from itertools import accumulate
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.cache import Cache
+from ..base.constants import firm
+from ..base.csr import Csr
+from ..base.memory import Budget
+from ..base.progress import bar
+from ..plan.compressing import Compression, compressed, each_row, joined, two_sided, worth_both
+from ..plan.owners import apart
+from ..plan.pattern import Pattern
+from ..plan.planning import Wanted, check_answer, proof, prove_by_probe
+from ..plan.supports import MOST, Trace, indices, pattern_of
+from ..prologue.arguments import ASSUME, Options
+from ..read.graph import Graph, UnsupportedGraph
+from ..read.reading import read
+from ..read.unrecorded import tight
+from ..run.compressed import kept
+from ..run.entries import nothing
+from ..run.formed import Formed
+from . import whole
+from .compressed import entries, multiplied
+
+ROWS = 64
+"""Rows in which a pattern may miss an entry are looked at so many together."""
+
+Blocks = list[list[Csr]]
+"""By output and input."""
+
+Parts = list[list[np.ndarray]]
+"""Where the entries of each block are among those of all (see `joined`)."""
+
+
+def rows(ys, xs, asked: Options, budget: Budget, dests) -> list[list]:
+    """``J[j][i]`` of a computation by the caller's pattern, ``asked.pattern``."""
+    per_sample = asked.per_sample
+    for name, ends in (("outputs", ys), ("inputs", xs)):
+        for k, t in enumerate(ends):
+            if t.is_complex():
+                raise RuntimeError(
+                    f"pattern= is of real Jacobians, but {name}[{k}] is {t.dtype}; pass torch.view_as_real of it, or "
+                    "leave pattern out"
+                )
+    if asked.form == "dense" and dests is None:
+        check_answer(ys, xs, Wanted(budget, per_sample=per_sample, of=asked.of), asked.what)
+    graph = _read(ys, xs, asked, budget)
+    matrix, parts = joined(asked.pattern)
+    grids = [tuple(e[0].shape[bool(per_sample) :]) for e in (ys, xs) if len(ys) == len(xs) == 1]
+    strategy = asked.strategy
+    if isinstance(graph, UnsupportedGraph):
+        if not graph.linear:  # as hooks that clip: what a sum of rows gives is no sum
+            how = each_row(matrix)
+            return _made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
+        if graph.graph is not None or not graph.twice:  # a tangent would take all rows
+            strategy = "reverse-mode"
+    how = compressed(matrix, strategy, *grids)
+    return _made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
+
+
+def by_both(graph: Graph, ys, xs, asked: Options, budget: Budget) -> list[list] | None:
+    """The sparse Jacobian by columns and rows, where at most half as many products do as of columns or of rows alone.
+
+    None where they do not, or a direction is asked for.
+    """
+    told = indices(graph)
+    if told is None or asked.strategy not in ("auto", "mixed"):
+        return None
+    if not all(t.numel() for t in (*ys, *xs)):
+        return None
+    sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
+    key = graph.key, told, bool(asked.per_sample), sizes
+    found = _both.of(key, lambda: _look(graph, ys, xs, bool(asked.per_sample)))
+    return None if found is None else _made(ys, xs, *found, graph, asked, budget, None)
+
+
+_both: Cache[tuple, tuple[Blocks, Parts, Compression] | None] = Cache(8)
+
+
+def _look(graph: Graph, ys, xs, per_sample: bool) -> tuple[Blocks, Parts, Compression] | None:
+    """The pattern by blocks, where their entries are in the whole, and how these are read."""
+    traces = [None if v is None else Trace(graph, v, True) for v in graph.inputs]
+    found: list[list[Pattern]] = []
+    for end, y in zip(graph.outputs, ys, strict=True):
+        found.append([])
+        for trace, x in zip(traces, xs, strict=True):
+            pattern = None if trace is None or end is None else pattern_of(trace, end)
+            if pattern is None:
+                m, n = (t.shape[per_sample:].numel() for t in (y, x))
+                pattern = Pattern.of(Csr(np.zeros(m + 1, np.int64), np.zeros(0, np.int64), n))
+            elif per_sample and (pattern := pattern.sample(len(x), joined=True)) is None:
+                return None
+            found[-1].append(pattern)
+    most = worth_both(found)
+    if most is None or sum(p.nnz for row in found for p in row) > MOST:
+        return None
+    blocks = [[p.flat for p in row] for row in found]
+    matrix, parts = joined(blocks)
+    how = two_sided(matrix, most)
+    return None if how is None else (blocks, parts, how)
+
+
+def _made(
+    ys, xs, blocks: Blocks, parts: Parts, how: Compression, graph: Graph | UnsupportedGraph, asked: Options,
+    budget: Budget, dests,
+) -> list[list]:  # fmt: skip
+    """The answer by its entries, tested if that is asked for."""
+    per_sample = bool(asked.per_sample)
+    samples = len(xs[0]) if per_sample else 1
+    values = xs[0].new_zeros(samples, 0)
+    if all(t.numel() for t in (*ys, *xs)):
+        budget = budget.less(samples * how.pattern.nnz * xs[0].element_size())
+        with ExitStack() as stack:
+            told = stack.enter_context(bar(how.products)) if asked.progress else None
+            values = entries(
+                ys, xs, how, graph,
+                budget=budget, chunk_size=asked.chunk_size, samples=samples, progress=told,
+            )  # fmt: skip
+        if asked.check:
+            with torch.no_grad():
+                _check(ys, xs, how.pattern, graph, values.detach(), budget, per_sample)
+    forward = asked.strategy == "forward-mode"
+    keys = tuple(tuple(b.key for b in row) for row in blocks)
+    answer: list[list] = []
+    for j, y in enumerate(ys):
+        answer.append([])
+        for i, x in enumerate(xs):
+            pattern, size, like = blocks[j][i], asked.block(j, i), y if forward else x
+            dest = dests[j][i] if dests else None
+            if pattern.nnz and values.numel():
+                given = y.shape, x.shape, per_sample, pattern, asked.form, size, like, dest
+                mine = values
+                if pattern is not how.pattern:
+                    at = kept(("part of a pattern", keys, j, i), parts[j][i], values.device)
+                    mine = values.index_select(1, at)
+                made = Formed.known(*given).of_values(mine)
+            elif asked.form == "dense":
+                made = whole.zero_block(y, x, per_sample, like, dest)
+            else:
+                made = nothing(asked.form, y, x, per_sample, size)
+            answer[j].append(made)
+    return answer
+
+
+def _read(ys, xs, asked: Options, budget: Budget) -> Graph | UnsupportedGraph:
+    """The graph, or why there is none. Raises where samples are to be apart and are not."""
+    per_sample = asked.per_sample
+    try:
+        graph = read(ys, xs, handles=asked.handles)
+    except UnsupportedGraph as reason:
+        whole.check(ys, xs, per_sample, reason, budget)
+        return reason.with_traceback(None)  # which holds what surrounds it
+    if per_sample and per_sample != ASSUME:
+        plan = proof(graph, "auto", ys, xs, limited=budget.given is not None)
+        if not plan.tied and not apart(graph):
+            prove_by_probe(graph, plan, ys, xs, budget)
+    return graph
+
+
+# -- a pattern that is too small --------------------------------------------------------------------
+
+
+def _check(
+    ys, xs, matrix: Csr, graph: Graph | UnsupportedGraph, values: Tensor, budget: Budget, per_sample: bool
+) -> None:  # fmt: skip
+    """Raise ValueError for an entry outside of the pattern that is not zero, as two products without it tell.
+
+    Rows that are not finite are not compared.
+    """
+    samples, device = len(values), values.device
+    tangents = [firm((2, *x.shape), x) for x in xs]
+    exact = _flat(multiplied(ys, xs, tangents, False, graph, budget), samples, device)
+    row, column = (torch.from_numpy(t).to(device) for t in (matrix.row, matrix.column))
+    terms = values * _flat(tangents, samples, device).to(values.dtype)[:, :, column]
+    zeros = terms.new_zeros(2, samples, matrix.height)
+    found, size = (zeros.index_add(2, row, t) for t in (terms, terms.abs()))
+    size = size + exact.abs()
+    gap = (found - exact).abs()
+    kinds = {t.dtype for t in (*ys, *xs)}
+    if isinstance(graph, Graph):
+        kinds |= {v.dtype for v in graph.values if v.dtype.is_floating_point}
+    near, eps = max(map(tight, kinds)), max(torch.finfo(k).eps for k in kinds)
+    noise = 64 * eps * size.nan_to_num(0, 0, 0).amax()
+    off = torch.where(gap.isfinite(), gap - near * size - noise, 0).amax(0)
+    count = int((off > 0).sum())
+    if not count:
+        return
+    worst = off.flatten().argsort(descending=True)[:count]
+    for some in worst.split(ROWS):
+        _name(ys, xs, matrix, graph, budget, some, samples, near, per_sample)
+    s, r = divmod(int(worst[0]), matrix.height)
+    raise ValueError(
+        f"check=True: by pattern, a product with the Jacobian is off by {float(gap[:, s, r].max()):.3g} in "
+        f"{_at(r, ys, 'output', per_sample, s)}, though no entry that is not zero is missing in pattern there; "
+        "jactri.check(func, inputs) tells whether the function computes the same twice"
+    )
+
+
+def _name(
+    ys, xs, matrix: Csr, graph: Graph | UnsupportedGraph, budget: Budget, some: Tensor, samples: int, near: float,
+    per_sample: bool,
+) -> None:  # fmt: skip
+    """Raise for the largest entry of some rows that is outside of the pattern, if one is not zero."""
+    sample, row = some // matrix.height, some % matrix.height
+    each = torch.arange(len(some), device=some.device)
+    units = torch.zeros(len(some), samples, matrix.height, dtype=ys[0].dtype, device=some.device)
+    units[each, sample, row] = 1
+    parts = units.split([y.numel() // samples for y in ys], 2)
+    cotangents = [u.reshape(len(some), *y.shape).to(y) for u, y in zip(parts, ys, strict=True)]
+    pulled = multiplied(ys, xs, cotangents, True, graph, budget)
+    exact = _flat(pulled, samples, some.device)[each, sample]
+    size = exact.abs().nan_to_num(0, 0, 0)
+    there = matrix.take(row.cpu().numpy())
+    least = near * size.amax(1, keepdim=True)
+    size[torch.from_numpy(there.row), torch.from_numpy(there.column)] = 0
+    size = torch.where(size > least, size, 0)
+    k, c = divmod(int(size.argmax()), matrix.width)
+    if not size[k, c]:
+        return
+    at = int(sample[k])
+    of, by = _at(int(row[k]), ys, "output", per_sample, at), _at(c, xs, "input", per_sample, at)
+    raise ValueError(
+        f"pattern leaves out an entry that is not zero: the derivative of {of} by {by} is {float(exact[k, c]):.6g}, "
+        "and entries that are read together with it are wrong; pass a pattern that has it, as "
+        "jactri.sparsity(func, inputs) finds one, or leave pattern out"
+    )
+
+
+def _flat(blocks: list[Tensor], samples: int, device: torch.device) -> Tensor:
+    """Blocks ``(K, *end)`` side by side, ``(K, samples, entries)``."""
+    return torch.cat([b.reshape(len(b), samples, -1).to(device) for b in blocks], 2)
+
+
+def _at(flat: int, ends, name: str, per_sample: bool, sample: int) -> str:
+    """An entry of all ends one after the other, for a message: ``outputs[0][2, 1]``."""
+    shapes = [tuple(t.shape[per_sample:]) for t in ends]
+    stops = [*accumulate(map(prod, shapes))]
+    k = next(k for k, stop in enumerate(stops) if flat < stop)
+    flat -= stops[k] - prod(shapes[k])
+    index = [int(i) for i in np.unravel_index(flat, shapes[k])]
+    index = [sample, *index] if per_sample else index
+    which = f"{name}s[{k}]" if len(ends) > 1 else name
+    return f"{which}[{', '.join(map(str, index))}]" if index else which
