@@ -283,7 +283,7 @@ def _none(size: int) -> Table:
 def _used(table: Table, counts: np.ndarray) -> Table:
     """Colours without seeds that have no entry, and so in no product."""
     there = counts > 0
-    if there.all():
+    if len(counts) and there.all():
         return table
     colour = np.full(len(counts), -1)
     names, colour[there] = np.unique(table.colour[there], return_inverse=True)

@@ -297,7 +297,7 @@ def nothing(
     """The sparse Jacobian of an output that does not depend on an input."""
     shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
     samples = len(x) if per_sample else 1
-    rows, columns = prod(y.shape) // max(samples, 1), prod(x.shape) // max(samples, 1)
+    rows, columns = (prod(t.shape[1:] if per_sample else t.shape) for t in (y, x))
     if form == "coo":
         return torch.sparse_coo_tensor(
             size=shape, dtype=x.dtype, device=x.device, check_invariants=False

@@ -59,8 +59,8 @@ class Sparsity(Shown, Tensor):
         (22, Colours(columns=2, rows=1))
         >>> print(pattern.spy())
         ┌────┐
-        │⣿⣭⣉⣉│
-        │⣇⣀⣑⣵│
+        │⡟⢍⠉⠉│
+        │⡇⠀⠑⢄│
         └────┘
         >>> J = jactri.jacobian(func, torch.randn(8), layout=torch.sparse_csr, pattern=pattern)
         >>> J.values().shape
