@@ -143,7 +143,7 @@ def test_a_killed_process_loses_no_more_than_a_second(tmp_path):
     script = f"""
     import os, sys, numpy as np, torch, jactri
     from jactri._src.base import journal
-    journal._EVERY = 0.0
+    journal.EVERY = 0.0
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(12, 30), torch.nn.Tanh(), torch.nn.Linear(30, 10)).double()
     x = torch.ones(6, 12, dtype=torch.float64)

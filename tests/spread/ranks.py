@@ -60,8 +60,13 @@ class Ranks:
                 if not pipe.poll(timeout + 60):
                     self.close()
                     raise TimeoutError(f"rank {rank} gave no answer within {timeout + 60} seconds")
-                kind, value = pipe.recv()
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    kind, value = "error", ("Died", "its process ended", "")
                 found.append(value if kind == "value" else RankError(rank, *value))
+        if any(isinstance(v, RankError) and v.kind == "Died" for v in found):
+            self.close()  # the next call begins others
         failed = [str(v) for v in found if isinstance(v, RankError)]
         if failed and not errors:
             raise AssertionError("\n".join(failed))

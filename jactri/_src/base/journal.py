@@ -6,12 +6,14 @@ finished chunk a checksum of some of its entries. It goes when the result is com
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from .classes import PLAIN, plain
 
 _log = logging.getLogger("jactri")
 
-_EVERY = 1.0
+EVERY = 1.0
 """Seconds between two saves: a killed process loses the chunks since the last one."""
 
 _ENTRIES = 64
@@ -83,7 +85,7 @@ def _places(seed: int, shape) -> list[Tensor]:
     return [torch.randint(0, max(n, 1), (_ENTRIES,), generator=gen) for n in shape]
 
 
-def _differs(mine: dict, theirs: dict) -> str | None:
+def differs(mine: dict, theirs: dict) -> str | None:
     """Which part of two computations is not the same, or None."""
     for name in ("form", "function", "per_sample", "inputs", "weights"):
         if mine[name] != theirs.get(name):
@@ -98,6 +100,31 @@ def _differs(mine: dict, theirs: dict) -> str | None:
     return None
 
 
+def checksum(number: int, parts: Sequence[Tensor]) -> int:
+    """Of some entries of the parts of the results that chunk ``number`` was written to."""
+    found = 0
+    for k, part in enumerate(parts):
+        if part.numel():
+            entries = part[tuple(_places(1000 * number + k, part.shape))]
+            found = zlib.crc32(entries.numpy().tobytes(), found)
+    return found
+
+
+def write(maps: Sequence[np.memmap], path: Path, state: dict) -> None:
+    """Write what was computed to disk, then ``state`` in one step."""
+    for mapped in maps:
+        mapped.flush()
+    written = path.with_name(path.name + ".new")
+    written.write_text(json.dumps(state))
+    os.replace(written, path)
+
+
+def left_by_ranks(path: Path) -> dict[int, Path]:
+    """By rank: the journals that a call over ranks has left beside ``path``, which is of a call alone."""
+    found = path.parent.glob(glob.escape(path.name) + ".*")
+    return {int(f.suffix[1:]): f for f in found if f.suffix[1:].isdecimal()}
+
+
 class Journal:
     """The progress file of one call. Use as a context manager around the chunks."""
 
@@ -106,6 +133,14 @@ class Journal:
         self.maps, self.path = maps, path_of(maps[0])
         self.state = {**what, "limit": None, "plan": None, "chunks": []}
         self.at, self._saved, self.resumed = 0, 0.0, False
+        if left := left_by_ranks(self.path):
+            if resume:
+                raise RuntimeError(
+                    f"out: {self.path}.{min(left)} is of an interrupted call over the ranks of a mesh; pass mesh=, "
+                    "of as many ranks as you like, to go on, or resume=False to start over"
+                )
+            for file in left.values():
+                file.unlink()
         if not self.path.exists():
             return
         if not resume:
@@ -113,7 +148,7 @@ class Journal:
             return
         try:
             left = json.loads(self.path.read_text())
-            reason = _differs(what, left)
+            reason = differs(what, left)
         except (ValueError, KeyError, TypeError, AttributeError):
             reason = "format"
         if reason is not None:
@@ -149,7 +184,7 @@ class Journal:
         """Whether the next chunk is written already, to ``parts`` of the results; then it counts as done."""
         if not self.ahead:
             return False
-        if self._checksum(parts) != self.state["chunks"][self.at]:
+        if checksum(self.at, parts) != self.state["chunks"][self.at]:
             raise RuntimeError(
                 f"out: the file of {self.path} does not hold what the interrupted call wrote (was it made anew with "
                 "mode 'w+'?); open it with mode 'r+', or pass resume=False to start over"
@@ -159,26 +194,14 @@ class Journal:
 
     def done(self, parts: list[Tensor]) -> None:
         """A chunk was written to ``parts`` of the results."""
-        self.state["chunks"].append(self._checksum(parts))
+        self.state["chunks"].append(checksum(self.at, parts))
         self.at += 1
-        if time.monotonic() - self._saved > _EVERY:
+        if time.monotonic() - self._saved > EVERY:
             self.save()
-
-    def _checksum(self, parts: list[Tensor]) -> int:
-        found = 0
-        for k, part in enumerate(parts):
-            if part.numel():
-                entries = part[tuple(_places(1000 * self.at + k, part.shape))]
-                found = zlib.crc32(entries.numpy().tobytes(), found)
-        return found
 
     def save(self) -> None:
         """Write the results to disk, then the journal: it never claims what is not there."""
-        for mapped in self.maps:
-            mapped.flush()
-        written = self.path.with_name(self.path.name + ".new")
-        written.write_text(json.dumps(self.state))
-        os.replace(written, self.path)
+        write(self.maps, self.path, self.state)
         self._saved = time.monotonic()
 
     def __enter__(self) -> Journal:

@@ -18,7 +18,6 @@ from ..base.progress import Watch, bar
 from ..plan.folding import fold
 from ..plan.owners import apart
 from ..plan.planning import (
-    Ends,
     Piece,
     Wanted,
     check_answer,
@@ -44,14 +43,14 @@ from ..read.behind import Walk, leaves_behind, reached
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
-from ..run.answers import Answer
 from ..run.banded import Banded
 from ..run.blocks import Blocks, Sizes
-from ..run.entries import Entries, check_pattern, nothing
-from ..run.executor import run
+from ..run.entries import check_pattern, nothing
 from ..run.formed import BLOCKED
+from ..spread.agreement import of_mesh
 from ..spread.shards import by_rank
-from . import few, patterned, reentrant, whole
+from . import few, meshed, patterned, reentrant, whole
+from .pieces import run_piece
 from .strictness import check_dependence
 
 
@@ -77,6 +76,7 @@ def jacobian(
     blocksize: tuple[int, int] | None = None,
     pattern: Any = None,
     check: bool = False,
+    mesh: Any = None,
 ) -> Any:
     """The Jacobian of ``func`` at ``inputs``: what ``torch.autograd.functional.jacobian`` returns, faster.
 
@@ -128,6 +128,11 @@ def jacobian(
             also of one sample's. It is taken at its word: nothing is analysed, and products are as few as its
             `Sparsity.colours`. In any layout; what it leaves out is zero.
         check: hold products with two tangents against the entries, and raise for one that the pattern leaves out.
+        mesh: a ``torch.distributed.device_mesh.DeviceMesh`` of one axis, whose ranks all make this call, with the same
+            inputs and weights. Each computes its part of the rows (in forward mode of the columns; where samples do not
+            mix and are many, of the samples) and sends nothing. The Jacobian is a DTensor, sharded along the longest
+            such axis; or ``out``, a memmap of one file that rank 0 made and all opened with ``"r+"``, which is whole
+            when the call returns. An interrupted one is resumed by as many ranks as you like.
 
     Returns:
         ``J[i][j]`` of shape ``out_i.shape + in_j.shape`` with a tuple level for each of outputs and inputs that
@@ -139,11 +144,13 @@ def jacobian(
     Raises:
         TypeError: inputs or outputs that are not tensors or tuples of them.
         RuntimeError: integer inputs; under ``strict``, a missing dependence; under ``per_sample``, samples that mix
-            (the op is named); an ``out`` that does not fit; a ``pattern`` of another shape.
+            (the op is named); an ``out`` that does not fit; a ``pattern`` of another shape; with ``mesh``, ranks that
+            differ in what they were given (by name, on all of them) or that failed, ``create_graph``, a sparse
+            ``layout``, a ``pattern``, an ``out`` that is no file.
         ValueError: ``chunk_size`` below 1, a ``memory_limit`` too small for one seed, an unknown backend or layout, no
             common batch axis under ``per_sample``; a sparse ``layout`` where every entry can be non-zero (the op is
             named); a ``blocksize`` that does not divide the matrix; under ``check``, an entry that is not in the
-            pattern and not zero.
+            pattern and not zero; a ``mesh`` of several axes.
         AssertionError: an unknown strategy.
         IndexError: an empty tuple of inputs or outputs.
 
@@ -173,7 +180,11 @@ def jacobian(
         layout, of="", blocksize=blocksize, pattern=pattern, check=check,
     )  # fmt: skip
     tupled, xs = taken("jacobian", inputs, asked)
+    if mesh is not None:
+        asked.ranks = of_mesh(mesh, "jacobian")
     if handover.transforming(xs):
+        if mesh is not None:
+            raise RuntimeError("mesh= is not possible inside of a torch.func transform")
         if asked.form != "dense":
             raise RuntimeError(f"layout={layout} is not possible inside of a torch.func transform")
         handover.refuse(pattern=pattern is not None)
@@ -181,16 +192,19 @@ def jacobian(
             eagerly(func), xs, tupled, strategy=strategy, strict=strict, per_sample=per_sample,
             return_output=return_output, chunk_size=chunk_size, out=out,
         )  # fmt: skip
-    ran = prepare(func, xs, create_graph)
-    if out is not None:
-        asked.out = out_rows(out, ran.tupled, tupled)
-    if pattern is not None:
-        asked.pattern = taken_pattern(pattern, ran.ys, ran.leaves, ran.tupled, tupled, per_sample)
-    rows = compute(ran.ys, ran.leaves, asked)
+    with _UNWATCHED if mesh is None else asked.ranks.together():
+        if mesh is not None:
+            meshed.check(asked, xs, mesh)
+        ran = prepare(func, xs, create_graph)
+        if out is not None:
+            asked.out = out_rows(out, ran.tupled, tupled)
+        if pattern is not None:
+            asked.pattern = taken_pattern(pattern, ran.ys, ran.leaves, ran.tupled, tupled, per_sample)
+        rows = compute(ran.ys, ran.leaves, asked)
     answer = out
     if out is None:
         answer = nest(rows, ran.tupled, tupled)
-        if asked.form == "dense":
+        if asked.form == "dense" and mesh is None:
             answer = ran.dressed(answer, xs)
     return (ran.output(create_graph), answer) if return_output else answer
 
@@ -330,6 +344,8 @@ def _in_mode(ys, xs, asked: Options, dests):
 
 
 def _rows(ys, xs, asked: Options, dests):
+    if asked.ranks is not None:
+        return meshed.rows(ys, xs, asked, dests, _rows)
     strategy, per_sample = asked.strategy, asked.per_sample
     budget, sparse = Budget(asked.memory_limit, xs[0].device), asked.form != "dense"
     wanted = Wanted(
@@ -411,7 +427,7 @@ def _rows(ys, xs, asked: Options, dests):
     watched = asked.progress or journal is not None
     with _watching(pieces, asked.progress, journal) if watched else _UNWATCHED as watch:
         for ends, part, part_plan in pieces:
-            answers = _run(part, part_plan, ends, ys, xs, asked, dests, watch)
+            answers = run_piece(part, part_plan, ends, ys, xs, asked, dests, watch)
             if ends is not None:
                 for answer in answers.values():
                     answer.finish()
@@ -446,36 +462,6 @@ def _watching(pieces, progress: bool, journal: Journal | None):
         if journal is not None:
             stack.enter_context(journal)
         yield Watch(advance, journal)
-
-
-def _run(graph, plan, ends: Ends | None, ys, xs, asked: Options, dests, watch):
-    """Run a plan for all outputs and inputs, or for the part of them that ``graph`` computes."""
-    per_sample, forward = asked.per_sample, asked.strategy == "forward-mode"
-    answers: dict[tuple[int, int], Answer] = {}
-    for sweep in plan.sweeps:
-        for k, target in enumerate(sweep.targets):
-            if target is None:
-                continue
-            j, i = (sweep.index, k) if plan.reverse else (k, sweep.index)
-            y, x, dest = ys[j], xs[i], dests[j][i] if dests else None
-            out, into = y.shape, x.shape
-            if ends is not None:
-                out, into = ends.shapes(j, i, y, x)
-                dest = ends.of(dest, j, i, y.dim(), per_sample)
-            given = (
-                sweep, sweep.layouts[target], out, into, per_sample, y if forward else x, dest,
-            )  # fmt: skip
-            pattern = sweep.patterns.get(target)
-            if pattern is None:
-                answers[j, i] = Answer(*given)
-            else:
-                patch = sweep.windows.get(target)
-                size = asked.block(j, i)
-                answers[j, i] = Entries(
-                    *given, pattern=pattern, form=asked.form, patch=patch, size=size
-                )
-    run(graph, plan, answers, watch)
-    return answers
 
 
 def nest(rows, tupled_out: bool, tupled: bool):

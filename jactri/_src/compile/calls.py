@@ -41,6 +41,7 @@ _NOT_TAKEN = frozenset(
         "differentiate",
         "estimate",
         "layout",
+        "mesh",
         "out",
         "pattern",
         "progress",

@@ -171,7 +171,7 @@ class MatMul(LinearMap):
         return 2.0 * (out_shape if reverse else in_shape)[-1 if self.side == "right" else -2]
 
     def narrow(self, source, target, in_shape, out_shape):
-        partner = self._cut(self.partner, source, target)
+        partner = self._cut(self.partner, source, target, len(in_shape))
         if partner is self.partner:
             return self
         return MatMul(partner, self.side, self._unmasked(source, in_shape))
@@ -182,17 +182,15 @@ class MatMul(LinearMap):
             return None
         return self.unmasked.of(source, in_shape[0])
 
-    def _cut(self, p: Tensor, source: Cut, target: Cut) -> Tensor:
+    def _cut(self, p: Tensor, source: Cut, target: Cut, ndim: int) -> Tensor:
         """A partner for a range of samples, or of what is summed over and what it gives."""
-        if p.dim() != 3:
-            return p
-        if source.axis == 0:
+        if p.dim() == 3 and source.axis == 0:
             return source.of(p, 3)
         right = self.side == "right"
-        if source.axis != 1 + right:
+        if source.axis != ndim - 2 + right or source.outer > 1 or target.outer > 1:
             return p
         rows, columns = (source, target) if right else (target, source)
-        return p.narrow(1, rows.start, rows.length).narrow(2, columns.start, columns.length)
+        return p.narrow(-2, rows.start, rows.length).narrow(-1, columns.start, columns.length)
 
     def push(self, t, own):
         return self._multiply(t, False)

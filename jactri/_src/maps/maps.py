@@ -241,7 +241,9 @@ class Batched(MatMul):
         if source.axis not in (0, 2 if self.side == "right" else 1):
             return self
         unmasked = self._unmasked(source, in_shape)
-        return Batched(lambda: self._cut(make(), source, target), self.side, unmasked)
+        return Batched(
+            lambda: self._cut(make(), source, target, len(in_shape)), self.side, unmasked
+        )
 
 
 class Sample(LinearMap):

@@ -7,7 +7,7 @@ which these are, intervals tell (see `owners`), by masks alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..maps.unmasked import Unmasked
 from ..read.graph import Graph
 from .narrowing import CUT, Box, Range, cut_shape
 from .owners import follow
-from .sweep import simulate
+from .sweep import Sweep, simulate
 
 LEAST = 4
 """Tokens of a range, at least."""
@@ -152,35 +152,62 @@ def ranges(graph: Graph, reverse: bool, count: int, number: int) -> list[Range] 
     targets = [t for t in dict.fromkeys(sweep.targets) if t is not None]
     shape = graph.values[seed].shape
     best, found = WORTH, None
-    needed = follow(graph, {t: _ones(graph, t) for t in targets}, [seed], not reverse)
+    needed = needed_by(graph, sweep)
     for axis, n in enumerate(shape):
         ties = {t for _, t in sweep.layout.axes[axis]}
         free = [t for t in targets if not ties & sweep.layouts[t].tied]
         parts = min(count, n // LEAST)
         if parts < 2 or not free:
             continue
-        reached = _follow(graph, seed, targets, axis, reverse)
-        if any(t not in reached for t in targets):
-            return None
         size = -(-n // parts)
         spans = [(start, min(size, n - start)) for start in range(0, n, size)]
-        tied = frozenset([v for v, lay in sweep.layouts.items() if reverse and ties & lay.tied])
-        made = [Range(number, {}, tied) for _ in spans]
-        for v, layout in sweep.layouts.items():
-            if v in reached and v in needed:
-                near, far = (thin(t[v]).cpu().numpy() for t in (reached, needed))
-                for (start, length), part in zip(spans, made, strict=True):
-                    box = _box(near, far, start, length, n, layout)
-                    if box is not None:
-                        part.boxes[v] = box
-        for (start, length), part in zip(spans, made, strict=True):
-            part.boxes[seed] = {axis: Cut(axis, start, length)}
+        made = along(graph, sweep, number, axis, spans, needed)
+        if made is None:
+            return None
         share = sum(_share(graph, r, free) for r in made) / len(made)
         ends = {seed, *targets}
         runs = any(c.outer > 1 for r in made for e in ends for c in r.boxes.get(e, {}).values())
         if share < best and not runs:  # an answer is written in one piece a range
             best, found = share, made
     return found
+
+
+def needed_by(graph: Graph, sweep: Sweep) -> dict[int, Tensor]:
+    """The entries of all values that a sweep's targets need."""
+    targets = [t for t in dict.fromkeys(sweep.targets) if t is not None]
+    return follow(graph, {t: _ones(graph, t) for t in targets}, [sweep.seed], not sweep.reverse)
+
+
+def along(
+    graph: Graph,
+    sweep: Sweep,
+    number: int,
+    axis: int,
+    spans: Sequence[tuple[int, int]],
+    needed: dict[int, Tensor],
+) -> list[Range] | None:
+    """Ranges, (start, length), of an axis of a sweep's seed, which is output or input ``number``: what each reaches.
+
+    None where a target is reached from none of them. ``needed``: by `needed_by`.
+    """
+    seed, reverse, n = sweep.seed, sweep.reverse, sweep.layout.shape[axis]
+    targets = [t for t in dict.fromkeys(sweep.targets) if t is not None]
+    reached = _follow(graph, seed, targets, axis, reverse)
+    if any(t not in reached for t in targets):
+        return None
+    ties = {t for _, t in sweep.layout.axes[axis]}
+    tied = frozenset([v for v, lay in sweep.layouts.items() if reverse and ties & lay.tied])
+    made = [Range(number, {}, tied) for _ in spans]
+    for v, layout in sweep.layouts.items():
+        if v in reached and v in needed:
+            near, far = (thin(t[v]).cpu().numpy() for t in (reached, needed))
+            for (start, length), part in zip(spans, made, strict=True):
+                box = _box(near, far, start, length, n, layout)
+                if box is not None:
+                    part.boxes[v] = box
+    for (start, length), part in zip(spans, made, strict=True):
+        part.boxes[seed] = {axis: Cut(axis, start, length)}
+    return made
 
 
 def _ones(graph: Graph, value: int) -> Tensor:

@@ -220,7 +220,7 @@ def _summed(edge: LinearMap, ndim: int) -> int | None:
     """The axis that a map mixes, and along which a part of it is the map of the parts."""
     if isinstance(edge, Softmax):
         return edge.axis
-    if isinstance(edge, MatMul) and edge.structure == "batched matrix":
+    if isinstance(edge, MatMul):
         return ndim - 1 if edge.side == "right" else ndim - 2
     return None
 

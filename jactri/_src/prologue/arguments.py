@@ -30,6 +30,7 @@ class Options:
     names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
     refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`. ``pattern``: the
     caller's, then by output and input as `patterns.taken_pattern` gives it; ``check``: whether it is to be tested.
+    ``ranks``: the `agreement.Ranks` that have a part of the answer each.
     """
 
     create_graph: bool = False
@@ -50,6 +51,7 @@ class Options:
     blocksize: Any = None
     pattern: Any = None
     check: bool = False
+    ranks: Any = None
 
     @property
     def assume(self) -> bool:

@@ -269,6 +269,11 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
                 )
         if not (share.padded and per_sample):
             return call(*bound.args, **bound.kwargs)
+    elif given.get("mesh") is not None:
+        raise RuntimeError(
+            f"{name} of {call.__name__} is a DTensor, and with mesh= every rank has all of it; pass "
+            f"{name}.full_tensor(), or leave mesh= out for what each rank computes of its own samples"
+        )
     elif share.dims:
         _check_asked(call.__name__, name, given, xs)
     given[name] = _mapped(lambda x: share.batch(x, graph), given[name])
