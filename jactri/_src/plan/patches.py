@@ -229,6 +229,12 @@ class Block:
     alike: bool
 
 
+def _shared(block: Block, blocks: dict[int, Block]) -> bool:
+    """Whether another block lies in the same memory, as behind an op that passes it on."""
+    memory = block.data.untyped_storage()._cdata
+    return sum(b.data.untyped_storage()._cdata == memory for b in blocks.values()) > 1
+
+
 class PatchRun:
     """One sweep by patches, some samples and lines of the seed's image at a time.
 
@@ -307,6 +313,7 @@ class PatchRun:
             elif isinstance(edge, Diagonal):
                 own = self.writable and not same and len(step.terms) == 1
                 own = own and t.other in step.frees and t.other not in pinned
+                own = own and not _shared(block, blocks)
                 data, cleaned = self._scaled(data, edge, at, values[step.value].shape, chunk, own)
                 fine, same = fine or cleaned, False
             elif edge.__class__ is Scale:
