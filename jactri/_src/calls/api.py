@@ -199,7 +199,9 @@ def jacobian(
         if out is not None:
             asked.out = out_rows(out, ran.tupled, tupled)
         if pattern is not None:
-            asked.pattern = taken_pattern(pattern, ran.ys, ran.leaves, ran.tupled, tupled, per_sample)
+            asked.pattern = taken_pattern(
+                pattern, ran.ys, ran.leaves, ran.tupled, tupled, per_sample
+            )
         rows = compute(ran.ys, ran.leaves, asked)
     answer = out
     if out is None:
