@@ -72,7 +72,7 @@ def ggn(
         True
     """
     check_options("auto", chunk_size, None, create_graph)
-    share, x = taken_here("ggn", "x", x, per_sample, create_graph)
+    share, x, per_sample = taken_here("ggn", "x", x, per_sample, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
     return GGN(Factors(run, chunk_size, memory_limit), loss_hessian, share)
 
@@ -132,8 +132,7 @@ class GGN(Shown):
         """``H`` times a block ``(K, N, *out)``."""
         h, shape = self._own, self._factors.run.y.shape
         if not isinstance(h, Tensor):
-            if self._share.padded:  # it knows of this rank's samples
-                block = block[:, :1]
+            block = self._share.dropped(block, 1)  # it knows of this rank's samples
             made = h(block)
             if not isinstance(made, Tensor) or made.shape != block.shape:
                 got = tuple(made.shape) if isinstance(made, Tensor) else type(made)
@@ -142,7 +141,7 @@ class GGN(Shown):
                     f"got {got}"
                 )
             check_real("what loss_hessian returned", made, "the output", block)
-            return torch.cat([made, torch.zeros_like(made)], 1) if self._share.padded else made
+            return self._share.filled(made, 1)
         if h.shape == shape:
             return block * h
         n, m = shape[0], prod(shape[1:])

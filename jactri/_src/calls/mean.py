@@ -17,8 +17,10 @@ from ..base.classes import PLAIN
 from ..base.progress import bar
 from ..prologue.running import public
 from ..read.overriding import refuse
+from ..spread.sums import gathered, merged
 from .layers import Between, options_of
 from .masks import AUTO
+from .ranks import everyone
 from .reduction import How
 
 _FORM = 1
@@ -239,6 +241,46 @@ class JacobianMean:
             self._add_mean(other)
             self._prompts += other._prompts
         return self
+
+    @public
+    def merge_ranks(self, mesh: Any) -> JacobianMean:
+        """The mean over the prompts of all ranks, on each of them; this one stays as it is.
+
+        Every rank calls it, with a mean of its own share of the prompts, which may be none.
+
+        Args:
+            mesh: a ``DeviceMesh`` of these ranks (of several dimensions: all of them; ``mesh["dp"]`` for one).
+
+        Raises:
+            TypeError: ``mesh`` is no DeviceMesh.
+            RuntimeError: means of another model or reduction, or of other shapes, on some rank: on all of them.
+
+        Cost:
+            Names of prompts are gathered; then one all_reduce of the mean, and with ``errors`` another.
+        """
+        self._check_whole()
+        share = everyone(mesh)
+        shapes = {name: (tuple(t.shape), t.dtype) for name, t in self._mean.items()}
+        asked = {name: fingerprint.of_value(value) for name, value in self._asked.items()}
+        told = gathered((self._of, asked, self._errors, shapes, self._prompts), share)
+        known = next((t[3] for t in told if t[3]), {})
+        for rank, t in enumerate(told):
+            if t[:3] != told[0][:3] or t[3] not in ({}, known):
+                raise RuntimeError(
+                    f"the mean of rank {rank} in the mesh is of another model, reduction, errors or shapes than others"
+                )
+        prompts = [p for t in told for p in t[4]]
+        made = JacobianMean.__new__(JacobianMean)
+        made._set(self._asked, self._errors, self._of)
+        if self._model is not None:
+            made._model, made._options, made._state = self._model, self._options, self._state
+        if prompts:
+            none = {name: torch.zeros(s, dtype=d) for name, (s, d) in known.items()}
+            squares = (self._squares or none) if self._errors else {}
+            counts = self.count, len(prompts)
+            made._mean, made._squares = merged(self._mean or none, squares, counts, share)
+        made._prompts = prompts
+        return made
 
     @public
     def save(self, path: str | os.PathLike) -> None:

@@ -80,10 +80,9 @@ def empirical_ntk(
     xs = (x1,) if x2 is None else (x1, x2)
     runs, shares = [], []
     for i, x in enumerate(xs):
-        share, x = taken_here("empirical_ntk", f"x{i + 1}", x, per_sample, create_graph)
-        runs.append(
-            Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=per_sample)
-        )
+        name = f"x{i + 1}"
+        share, x, proving = taken_here("empirical_ntk", name, x, per_sample, create_graph)
+        runs.append(Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=proving))
         shares.append(share)
     return of_runs(runs, compute, chunk_size, memory_limit, shares)
 

@@ -85,8 +85,8 @@ def parameter_jacobian(
         torch.Size([5, 2])
     """
     check_options("auto", chunk_size, None, create_graph)
-    share, x = taken_here("parameter_jacobian", "x", x, per_sample, create_graph)
-    run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=per_sample)
+    share, x, proving = taken_here("parameter_jacobian", "x", x, per_sample, create_graph)
+    run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=proving)
     return ParameterJacobian(Factors(run, chunk_size, memory_limit), share)
 
 

@@ -46,7 +46,7 @@ def samples(mesh: Any) -> AbstractContextManager[None]:
         torch.Size([2, 3])
         >>> dist.destroy_process_group()
     """
-    check_mesh(mesh)
+    everyone(mesh)
     return sharing(mesh)
 
 
@@ -81,15 +81,14 @@ def all_reduce(value: Any, mesh: Any) -> Any:
         torch.Size([3, 3])
         >>> dist.destroy_process_group()
     """
-    check_mesh(mesh)
-    found: list[Tensor] = []
+    share, found = everyone(mesh), list[Tensor]()
     _collect(value, found)
-    made = iter(summed(found, Share(mesh, tuple(range(mesh.ndim)))))
+    made = iter(summed(found, share))
     return _rebuilt(value, made)
 
 
-def check_mesh(mesh: Any) -> None:
-    """Raise for what is no mesh that this rank is in."""
+def everyone(mesh: Any) -> Share:
+    """That all ranks of a mesh have a part. Raises for what is no mesh that this rank is in."""
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
@@ -99,6 +98,7 @@ def check_mesh(mesh: Any) -> None:
         )
     if mesh.get_coordinate() is None:
         raise RuntimeError(f"this rank is not in {mesh}; call it on the ranks of the mesh only")
+    return Share(mesh, tuple(range(mesh.ndim)))
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:

@@ -325,7 +325,8 @@ def _after_forward(module, params: dict[str, Tensor]) -> dict[str, Tensor]:
         raise RuntimeError(
             f"parameters are DTensors after the forward pass ({', '.join(spread[:4])}"
             f"{', ...' if len(spread) > 4 else ''}), so a process has a part of their numbers only: {FSDP}; for tensor "
-            "parallel weights, use a module with the whole ones (full_tensor())"
+            "parallel weights, use a module with the whole ones (full_tensor()); of those, autograd has J^T u, by "
+            "torch.autograd.grad(output, [*module.parameters()], u)"
         )
     return params
 

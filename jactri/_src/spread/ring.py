@@ -20,6 +20,7 @@ from ..parameters.factored import Factors, Held
 from ..parameters.factors import Piece
 from ..parameters.recorded import Recorded
 from .shards import Share
+from .sums import gathered
 
 ALIGNED = 16
 """Bytes at multiples of which tensors begin in a message."""
@@ -75,7 +76,7 @@ class Ring:
     """The ranks that a batch is shared out among, in the order of its samples."""
 
     def __init__(self, share: Share, device: torch.device):
-        mesh, self.device = share.mesh, device
+        mesh, self.share, self.device = share.mesh, share, device
         at = mesh.get_coordinate()
         spans = [range(mesh.size(d)) if d in share.dims else [at[d]] for d in range(mesh.ndim)]
         self.ranks = [int(mesh.mesh[place]) for place in product(*spans)]
@@ -91,7 +92,7 @@ class Ring:
             mine, message = _packed(rank, of, share, message)
         except Exception as error:  # raised again below, when the others know
             failed, mine = error, Told(rank, error=f"{type(error).__name__}: {error}")
-        told = self._gathered(mine)
+        told = gathered(mine, self.share)
         if failed is not None:
             raise failed
         for t in told:
@@ -101,14 +102,6 @@ class Ring:
         if len(outs) > 1:
             raise RuntimeError(f"the outputs of a sample have other shapes on other ranks: {outs}")
         return told, message
-
-    def _gathered(self, mine: Told) -> list[Told]:
-        found: list[Any] = [mine]
-        for group in reversed(self.groups):
-            each: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(each, found, group=group)
-            found = [t for part in each for t in part]
-        return found
 
     def round(
         self, told: list[Told], message: Tensor, own: Factors[Recorded], first: Factors[Recorded]
@@ -151,7 +144,7 @@ def _packed(rank: int, of: Factors[Recorded], share: Share, nothing: Tensor) -> 
             f"the Jacobian in the parameters has no factors to go to other ranks: the module holds {run.reason}; "
             "pass x.full_tensor() for the kernel on every rank"
         )
-    own = 1 if share.padded else run.n
+    own = run.n if share.few is None else share.few
     told = Told(rank, run.n, own, run.out)
     if run.structure is None:
         return told, nothing

@@ -1,7 +1,8 @@
 """A batch whose samples are shared out among ranks: what of it a call gets here, and what its result is.
 
 Samples do not influence one another, so a rank's blocks are those of its own samples, and no collective is needed.
-That they do not is proven on every rank, of two samples at least: where a rank has one, it runs with that one twice.
+That they do not is proven on every rank, of two samples at least: a rank with one runs it twice, and one with none runs
+stand-ins, so that collectives of the function's own, as FSDP's, are the same on all ranks. What they give is dropped.
 """
 
 from __future__ import annotations
@@ -43,24 +44,37 @@ class Share:
 
     ``dims``: the dimensions of ``mesh`` along which samples differ; none: this process has all of them. ``placements``:
     of a batch that is a DTensor, of ``total`` samples; None for one that is given as a plain tensor, as results then
-    are. ``padded``: this rank has one sample, and runs it twice.
+    are. ``few``: this rank has so many samples, 1 or 0, of the two that it runs.
     """
 
     mesh: Any = None
     dims: tuple[int, ...] = ()
     placements: tuple[Any, ...] | None = None
     total: int | None = None
-    padded: bool = False
+    few: int | None = None
+
+    def dropped(self, t: Tensor, axis: int) -> Tensor:
+        """What has samples on an axis, without stand-ins."""
+        return t if self.few is None else t.narrow(axis, 0, self.few)
 
     # -- what comes in ----------------------------------------------------------------------------
 
     def batch(self, x: Tensor, graph: bool) -> Tensor:
         """What func gets of an input."""
         x = local(x, graph)
-        return x.repeat(2, *[1] * (x.dim() - 1)) if self.padded else x
+        if self.few is None:
+            return x
+        value = float(
+            x.is_floating_point()
+        )  # an index of whatever is looked up, and no pole of most functions
+        return torch.cat([x, x if self.few else x.new_full((2, *x.shape[1:]), value)])
+
+    def proving(self, per_sample: bool | str) -> bool | str:
+        """``per_sample`` for this rank's call: of stand-ins nothing is to be proven."""
+        return ASSUMED if per_sample and self.few == 0 else per_sample
 
     def own(self, t: Any, name: str, axis: int = 0, graph: bool = False) -> Any:
-        """This rank's part of a cotangent or the like, which has the samples on an axis; of a padded one zeros."""
+        """This rank's part of a cotangent or the like, which has the samples on an axis; of a stand-in's zeros."""
         if not isinstance(t, Tensor):
             return t
         if self.placements is not None:
@@ -69,9 +83,14 @@ class Share:
             raise RuntimeError(
                 f"{name} is a DTensor, but the batch is not; pass {name}.to_local(), or a batch that is one"
             )
-        if self.padded and axis < t.dim():
-            t = torch.cat([t, torch.zeros_like(t)], axis)
-        return t
+        return self.filled(t, axis) if axis < t.dim() else t
+
+    def filled(self, t: Tensor, axis: int) -> Tensor:
+        """What has this rank's samples on an axis, with zeros for stand-ins."""
+        if self.few is None:
+            return t
+        shape = [2 - self.few if a == axis else n for a, n in enumerate(t.shape)]
+        return torch.cat([t, t.new_zeros(shape)], axis)
 
     def _part(self, t: Tensor, name: str, axis: int, graph: bool) -> Tensor:
         want = self.placed(axis)
@@ -92,7 +111,7 @@ class Share:
 
     def check_out(self, call: str) -> None:
         """Raise RuntimeError where a result cannot be written to the caller's tensors."""
-        if self.mesh is not None and (self.placements is not None or self.padded):
+        if self.mesh is not None and (self.placements is not None or self.few is not None):
             raise RuntimeError(
                 f"out= of {call} is not possible for a batch that is shared out among ranks; leave it out, or pass "
                 "x.to_local() without jactri.distributed.samples for this rank's part"
@@ -109,8 +128,7 @@ class Share:
 
     def rows(self, t: Tensor, axis: int = 0) -> Tensor:
         """A result that has this rank's samples on an axis, as the caller gets it."""
-        if self.padded:
-            t = t.narrow(axis, 0, 1)
+        t = self.dropped(t, axis)
         if self.placements is None:
             return t
         from torch.distributed.tensor import DTensor
@@ -158,8 +176,10 @@ def share_of(call: str, name: str, xs: tuple[Tensor, ...], prove: bool) -> Share
         mesh = _sharing.get()
         if mesh is None:
             return ALONE
-        single = bool(xs) and xs[0].dim() > 0 and xs[0].shape[0] == 1
-        return Share(mesh, tuple(range(mesh.ndim)), padded=prove and single and mesh.size() > 1)
+        few = None
+        if prove and mesh.size() > 1 and xs and xs[0].dim() and xs[0].shape[0] < 2:
+            few = xs[0].shape[0]
+        return Share(mesh, tuple(range(mesh.ndim)), few=few)
     names = [name if len(xs) == 1 else f"{name}[{i}]" for i in range(len(xs))]
     first: Any = xs[0]
     for n, x, is_spread in zip(names, xs, spread, strict=True):
@@ -179,19 +199,20 @@ def share_of(call: str, name: str, xs: tuple[Tensor, ...], prove: bool) -> Share
     if not dims:
         return Share(mesh, (), placements)
     total = first.shape[0]
-    padded = prove and total > 1 and local(first, False).shape[0] == 1
-    return Share(mesh, dims, placements, total, padded)
+    n = local(first, False).shape[0]
+    few = n if prove and n < min(total, 2) else None
+    return Share(mesh, dims, placements, total, few)
 
 
 def taken_here(
     call: str, name: str, x: Any, per_sample: bool | str, graph: bool
-) -> tuple[Share, Any]:
-    """How a batch is shared out, and what of it is here: a tensor or a tuple of them, as it was given."""
+) -> tuple[Share, Any, bool | str]:
+    """How a batch is shared out, what of it is here, nested as it was given, and ``per_sample`` of that."""
     xs = tuple(_tensors([x]))
     share = share_of(call, name, xs, bool(per_sample) and per_sample != ASSUMED)
     if share.mesh is None:
-        return share, x
-    return share, _mapped(lambda t: share.batch(t, graph), x)
+        return share, x, per_sample
+    return share, _mapped(lambda t: share.batch(t, graph), x), share.proving(per_sample)
 
 
 def _check_placements(call: str, name: str, x: Any) -> None:
@@ -267,7 +288,7 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
                     f"{other} of {call.__name__} is a DTensor, and {name} is not; pass {name} as one, or "
                     f"{other}.full_tensor()"
                 )
-        if not (share.padded and per_sample):
+        if share.few is None:
             return call(*bound.args, **bound.kwargs)
     elif given.get("mesh") is not None:
         raise RuntimeError(
@@ -277,6 +298,7 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
     elif share.dims:
         _check_asked(call.__name__, name, given, xs)
     given[name] = _mapped(lambda x: share.batch(x, graph), given[name])
+    given["per_sample"] = share.proving(per_sample)
     for other in more:
         given[other] = _mapped(partial(_beside, share, other, graph), given[other])
     return _mapped(share.rows, call(*bound.args, **bound.kwargs))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..base.elsewhere import is_distributed
 from .shards import Share, local
+
+T = TypeVar("T")
 
 
 def summed(tensors: Sequence[Tensor], share: Share) -> list[Tensor]:
@@ -37,6 +39,19 @@ def summed(tensors: Sequence[Tensor], share: Share) -> list[Tensor]:
 def totals(values: dict[str, Tensor], share: Share) -> dict[str, Tensor]:
     """Sums over this rank's samples, for each parameter, as sums over all ranks."""
     return dict(zip(values, summed(list(values.values()), share), strict=True))
+
+
+def gathered(mine: T, share: Share) -> list[T]:
+    """What every rank has, in the order of their samples: small things, as descriptions."""
+    import torch.distributed as dist
+
+    found = [mine]
+    for d in reversed(share.dims):
+        group = share.mesh.get_group(d)
+        each: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(each, found, group=group)
+        found = [t for part in each for t in part]
+    return found
 
 
 def whole_of(values: dict[str, Tensor], graph: bool) -> dict[str, Tensor]:
@@ -67,3 +82,18 @@ def _reduced(flat: Tensor, share: Share) -> Tensor:
     with torch.set_grad_enabled(flat.requires_grad):
         whole = DTensor.from_local(flat, mesh, parts, run_check=False)
         return local(whole.redistribute(placements=[Replicate()] * mesh.ndim), flat.requires_grad)
+
+
+def merged(
+    mean: dict[str, Tensor], squares: dict[str, Tensor], counts: tuple[int, int], share: Share
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The mean over all ranks of means, and the sum of squared deviations from it (Chan, Golub and LeVeque 1983).
+
+    ``counts``: of what is behind this rank's, and of all. One all_reduce, and for ``squares`` one more.
+    """
+    n, total = counts
+    whole = totals({name: t * (n / total) for name, t in mean.items()}, share)
+    more = {
+        name: t + (mean[name] - whole[name].to(t.device)) ** 2 * n for name, t in squares.items()
+    }
+    return whole, totals(more, share) if more else {}
