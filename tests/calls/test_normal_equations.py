@@ -204,15 +204,16 @@ def test_a_loop_plans_once(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_how_many_residuals(n):
-    def func(x):
-        return x[1:] * x[:-1] - 1
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_many_residuals(n, layout):
+    def func(x):  # of one, all entries of J are there
+        return (x[1:] - x[:-1]).norm(dim=1) - 1
 
     x = torch.randn(n + 1, 3, dtype=F64)
     want, gradient, _ = (
         truth(func, x) if n else (torch.zeros(3, 3, dtype=F64), torch.zeros(3, dtype=F64), None)
     )
-    check(jactri.normal_equations(func, x), want, gradient, [(n + 1, 3)])
+    check(jactri.normal_equations(func, x, layout=layout), want, gradient, [(n + 1, 3)])
 
 
 def test_memory_that_is_not_contiguous_and_dtypes():
@@ -289,7 +290,7 @@ BAD = {
     "blocks of a dense jtj": (lambda: jactri.jtj(line, torch.ones(8), blocksize=2), ValueError, "without blocksize"),
     "blocks of CSR": (lambda: normal_of(layout=torch.sparse_csr, blocksize=1), ValueError, "is for layout"),
     "a dense Jacobian": (
-        lambda: jactri.normal_equations(lambda x: x.softmax(0), torch.ones(4)), ValueError, "every entry of",
+        lambda: jactri.normal_equations(lambda x: x.softmax(0), torch.ones(99)), ValueError, "every entry of",
     ),
     "samples": (
         lambda: jactri.jtj(torch.sin, torch.ones(4, 2), per_sample=True, layout=torch.sparse_bsr), ValueError,

@@ -62,9 +62,9 @@ def normal_equations(
             no integer.
         RuntimeError: integer or complex inputs; complex outputs; a weight that does not match an output; inside of a
             ``torch.func`` transform.
-        ValueError: every entry of J can be non-zero (the op is named), as far as is known (a block of one input that
-            all residuals depend on may be); another layout; a ``blocksize`` that does not divide an input; a
-            ``memory_limit`` that is too small.
+        ValueError: every entry of J can be non-zero (the op is named), as far as is known, and J is not small (the
+            block of an input that all residuals depend on may be dense); another layout; a ``blocksize`` that does not
+            divide an input; a ``memory_limit`` that is too small.
 
     Cost:
         That of the sparse Jacobian. The matrix: ``2 r k^2`` flops and ``k^2`` entries moved for ``r`` residuals that

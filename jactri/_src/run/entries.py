@@ -248,10 +248,14 @@ class Entries(Formed, Answer):
         return None if made is None else self.given(made, out is not None)
 
 
+SMALL = 1 << 12
+"""Entries of a Jacobian up to which it is no matter that all are there: two points are enough for one distance."""
+
+
 def check_pattern(graph: Graph, ys, xs, per_sample: bool | str, some: bool = False) -> None:
     """Raise ValueError where the analysis knows of no zeros in a Jacobian (of a sample, under ``per_sample``).
 
-    ``some``: not where it does in that of another output or input.
+    ``some``: not where it does in that of another output or input, nor for `SMALL` ones.
     """
     told = indices(graph)
     sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
@@ -286,7 +290,8 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str, some: bool = Fal
                     raise dense
             else:
                 known = True
-    if dense is not None and not known:
+    small = sum(y.numel() for y in ys) * sum(x.numel() for x in xs) <= SMALL
+    if dense is not None and not (known or small):
         raise dense
     _checked[key] = True
 
