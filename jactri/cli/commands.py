@@ -1,4 +1,4 @@
-"""The command line: ``python -m jactri demo | check | explain | profile | lens | doctor``.
+"""The command line: ``python -m jactri demo | check | explain | profile | jacobian | lens | doctor``.
 
 Exit codes: 0 all is well, 1 a result is wrong or something is missing, 2 the call was wrong or the user's own function
 failed. A user's mistake is answered in one sentence; only an exception out of their own code shows a traceback.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import os
 import sys
 import tempfile
@@ -16,13 +15,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import jactri
 
-from . import lens
-from .targets import UserCodeError, UserError, find, kind, refusal, without_our_frames
+from . import jacobian, lens
+from .inputs import add_inputs, load
+from .targets import UserCodeError, UserError, refusal, without_our_frames
 
 EPILOG = """\
 examples:
@@ -34,6 +31,9 @@ examples:
       what would jactri do, and at what cost?
   python -m jactri profile model.py:net --input x.npy --trace trace.json
       where does the time go, layer by layer?
+  python -m jactri jacobian model.py:net --input x.npy --out J.npy
+      the whole Jacobian into a file, interrupted when you like; by several
+      processes under torchrun --nproc-per-node 4 -m jactri jacobian ...
   python -m jactri lens model.py:make --prompts prompts.txt \\
       --source "layers.*" --target norm --out lens.safetensors
       the Jacobian lens of a language model, interrupted when you like
@@ -114,32 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=MODEL_EPILOG.format(command=name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument(
-            "target",
-            metavar="MODULE:FUNCTION",
-            help="where your function is, for example model.py:net",
-        )
-        command.add_argument(
-            "--input",
-            dest="inputs",
-            action="append",
-            required=True,
-            metavar="FILE.npy",
-            help="an array saved by numpy.save; give it again for each further argument of the function",
-        )
-        command.add_argument(
-            "--per-sample",
-            action="store_true",
-            help="axis 0 counts samples that do not mix; J is (N, *out, *in)",
-        )
-        command.add_argument(
-            "--dtype",
-            choices=("float32", "float64"),
-            help="convert the arrays, and a module's parameters, to this (default: what the module has, else float32)",
-        )
-        command.add_argument(
-            "--train", action="store_true", help="leave a module in the mode that it is in"
-        )
+        add_inputs(command)
         if name == "check":
             command.add_argument(
                 "--finite-difference",
@@ -154,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
             )
         command.set_defaults(run=run)
 
+    jacobian.add_parser(commands)
     lens.add_parser(commands)
 
     doctor = commands.add_parser(
@@ -212,7 +188,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    function, inputs = _load(arguments)
+    function, inputs = load(arguments)
     check = functools.partial(jactri.check, finite_difference=arguments.finite_difference)
     report = _ask(check, function, inputs, arguments)
     print(report)
@@ -220,13 +196,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    function, inputs = _load(arguments)
+    function, inputs = load(arguments)
     print(_ask(jactri.explain, function, inputs, arguments))
     return 0
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    function, inputs = _load(arguments)
+    function, inputs = load(arguments)
     profile = functools.partial(jactri.profile, path=arguments.trace)
     try:
         print(_ask(profile, function, inputs, arguments))
@@ -252,95 +228,3 @@ def _ask(command: Callable, function: Callable, inputs, arguments: argparse.Name
         if not refusal(error):
             raise
         raise UserError(f"{arguments.target}: {error}") from error
-
-
-def _load(
-    arguments: argparse.Namespace,
-) -> tuple[Callable, torch.Tensor | tuple[torch.Tensor, ...]]:
-    """The user's function and its inputs, after one call has shown that they fit each other."""
-    target = arguments.target
-    raw = [_read_array(path, arguments.dtype is not None) for path in arguments.inputs]
-    function = find(target)
-    dtype, device = getattr(torch, arguments.dtype or "float32"), torch.device("cpu")
-    if isinstance(function, torch.nn.Module):
-        if arguments.dtype:
-            function.to(dtype)
-        if (
-            parameter := next((p for p in function.parameters() if p.is_floating_point()), None)
-        ) is not None:
-            dtype, device = parameter.dtype, parameter.device
-        if function.training and not arguments.train:
-            function.eval()
-            print(f"{target} was put into eval mode; --train keeps it as it is", file=sys.stderr)
-    inputs = tuple(tensor.to(device, dtype) for tensor in raw)
-    _require_arity(target, function, len(inputs))
-    try:
-        # Leaves that require grad, as inside jactri: the function may itself differentiate.
-        outputs = function(*(tensor.clone().requires_grad_() for tensor in inputs))
-    except Exception as error:  # whatever it is, it is theirs to see
-        shapes = ", ".join(
-            f"{str(dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in inputs
-        )
-        raise UserCodeError(
-            f"{target} raised {type(error).__name__} (above) when called with {shapes}"
-        ) from error
-    _require_tensors(target, outputs)
-    return function, inputs[0] if len(inputs) == 1 else inputs
-
-
-def _require_arity(target: str, function: Callable, count: int) -> None:
-    takes = function.forward if isinstance(function, torch.nn.Module) else function
-    try:
-        signature = inspect.signature(takes)
-    except ValueError:  # some C functions have none
-        return
-    try:
-        signature.bind(*range(count))
-    except TypeError as error:
-        raise UserError(
-            f"{target}{signature} cannot take {count} argument{'s' * (count != 1)} ({error}); "
-            "pass --input once for each tensor that it takes"
-        ) from None
-
-
-def _require_tensors(target: str, outputs: object) -> None:
-    parts = outputs if isinstance(outputs, tuple) and outputs else (outputs,)
-    for part in parts:
-        if not isinstance(part, torch.Tensor):
-            raise UserError(
-                f"{target} returned {kind(part)}; it has to return a tensor or a tuple of tensors"
-            )
-
-
-def _read_array(path: str, convert: bool) -> torch.Tensor:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"--input {path}: there is no such file; pass one that numpy.save wrote"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--input {path}: {error.strerror or error}; pass a file that numpy.save wrote"
-        ) from error
-    except (
-        ValueError,
-        EOFError,
-    ) as error:  # what numpy raises for other formats, truncated files and objects
-        raise UserError(
-            f"--input {path}: not an array of numbers in .npy format; pass what numpy.save wrote"
-        ) from error
-    if not isinstance(array, np.ndarray):  # an .npz archive, and numpy keeps its file open
-        names = ", ".join(array.files)
-        array.close()
-        raise UserError(
-            f"--input {path}: an archive of several arrays ({names}); save one of them with numpy.save"
-        )
-    if array.dtype.kind not in "fiub":
-        raise UserError(f"--input {path}: holds {array.dtype}; pass an array of float32 or float64")
-    if array.dtype.kind != "f" and not convert:
-        raise UserError(
-            f"--input {path}: holds {array.dtype}, and Jacobians are taken in floating-point inputs; "
-            "save it as floats, or convert it here with --dtype float32"
-        )
-    return torch.from_numpy(np.array(array, dtype="float64"))  # wide enough; _load narrows it

@@ -130,12 +130,24 @@ def run_process(*arguments, **environment):
 def test_help_from_a_shell_shows_every_command():
     done = run_process("--help", COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("demo", "check", "explain", "profile", "lens", "doctor", "examples:", "--version"):
+    for word in (
+        "demo",
+        "check",
+        "explain",
+        "profile",
+        "jacobian",
+        "lens",
+        "doctor",
+        "examples:",
+        "--version",
+    ):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", ["demo", "check", "explain", "profile", "lens", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "check", "explain", "profile", "jacobian", "lens", "doctor"]
+)
 def test_help_of_a_command(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:

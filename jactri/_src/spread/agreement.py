@@ -119,7 +119,13 @@ class Ranks:
         self._due = False
         mine = told.to(self.mesh.device_type)  # of CUDA's, the current device
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        torch.distributed.all_gather(found, mine, group=self.group)
+        try:
+            torch.distributed.all_gather(found, mine, group=self.group)
+        except RuntimeError as error:  # of gloo as of NCCL
+            raise RuntimeError(
+                f"{self.call}: a rank of the mesh has ended, or did not answer within the timeout of its group "
+                f"({str(error).splitlines()[0]}); a file holds what all have noted in it, to go on from"
+            ) from error
         return [t.cpu() for t in found]
 
 
