@@ -19,6 +19,8 @@ from jactri.cli import doctor
 from jactri.demo import digits, measure
 from jactri.demo import main as demo_main
 
+COMMANDS = ("demo", "check", "explain", "profile", "jacobian", "lens", "doctor")
+
 MODEL = """
 import torch
 
@@ -130,24 +132,12 @@ def run_process(*arguments, **environment):
 def test_help_from_a_shell_shows_every_command():
     done = run_process("--help", COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in (
-        "demo",
-        "check",
-        "explain",
-        "profile",
-        "jacobian",
-        "lens",
-        "doctor",
-        "examples:",
-        "--version",
-    ):
+    for word in (*COMMANDS, "examples:", "--version"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "check", "explain", "profile", "jacobian", "lens", "doctor"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
