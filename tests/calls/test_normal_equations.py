@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from common import unfollowed
 from tolerances import assert_close
 
 import jactri
@@ -268,6 +269,25 @@ def test_the_matrix_can_be_differentiated(layout):
     want = torch.autograd.grad(((J.T @ (w.reshape(-1, 1) * J)) ** 2).sum(), [*ends, w])
     for g, t in zip(got, want, strict=True):
         assert_close(g, t, F64, length=500)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pattern_of_the_callers(layout):
+    func, xs = given("two inputs")
+
+    def unknown(a, b):
+        y = func(a, b)
+        return unfollowed(torch.complex(y, y)).real
+
+    with pytest.raises(ValueError, match="no pattern is known"):
+        jactri.normal_equations(unknown, xs, layout=layout)
+    want, gradient, _ = truth(func, xs)
+    pattern = jactri.sparsity(func, xs)
+    found = jactri.normal_equations(unknown, xs, layout=layout, pattern=pattern, check=True)
+    check(found, want, gradient, CASES["two inputs"][1])
+    wrong = tuple(torch.zeros(14, x.numel(), dtype=torch.bool) for x in xs)
+    with pytest.raises(ValueError, match="leaves out an entry"):
+        jactri.normal_equations(func, xs, layout=layout, pattern=wrong, check=True)
 
 
 def test_what_it_says():

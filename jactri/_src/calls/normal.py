@@ -14,6 +14,7 @@ from ..base.memory import Budget, si
 from ..base.tables import Picture, Shown, Table
 from ..meet.normal import Rows, block_diagonal, gradient, gram
 from ..prologue.arguments import Options, as_tuple, check_real, taken
+from ..prologue.patterns import taken_pattern
 from ..prologue.running import Ran, computing, prepare, public
 from ..read import handover
 from ..run.blocks import Blocks, Sizes, variable
@@ -28,6 +29,8 @@ def normal_equations(
     *,
     layout: torch.layout = torch.sparse_bsr,
     blocksize: int | tuple[int, ...] | None = None,
+    pattern: Any = None,
+    check: bool = False,
     strategy: str = "auto",
     chunk_size: int | None = None,
     memory_limit: int | str | None = None,
@@ -49,6 +52,9 @@ def normal_equations(
             cannot be non-zero.
         blocksize: of ``torch.sparse_bsr``, how many entries of an input, one after another, are one variable; for
             several inputs a tuple. By default the last axis of an input that has others, else 1.
+        pattern: the entries of J that can be non-zero, where they are known, as of `jacobian`. It may be any function
+            then, and nothing has to be found.
+        check: test the pattern, as of `jacobian`.
         strategy: the order of accumulation of J, as of `jacobian`.
         chunk_size: how many seeds run at once.
         memory_limit: bytes (or ``"2GB"``) that J may take to be computed, and the matrix beside it.
@@ -64,7 +70,8 @@ def normal_equations(
             ``torch.func`` transform.
         ValueError: every entry of J can be non-zero (the op is named), as far as is known, and J is not small (the
             block of an input that all residuals depend on may be dense); another layout; a ``blocksize`` that does not
-            divide an input; a ``memory_limit`` that is too small.
+            divide an input; a ``memory_limit`` that is too small; under ``check``, an entry that the pattern
+            leaves out.
 
     Cost:
         That of the sparse Jacobian. The matrix: ``2 r k^2`` flops and ``k^2`` entries moved for ``r`` residuals that
@@ -89,7 +96,9 @@ def normal_equations(
         >>> found.block_diagonal().shape  # a preconditioner
         torch.Size([6, 2, 2])
     """
-    asked = Options(False, chunk_size, memory_limit, backend, False, strategy, layout=layout)
+    asked = Options(
+        False, chunk_size, memory_limit, backend, False, strategy, layout=layout, pattern=pattern, check=check,
+    )  # fmt: skip
     return equations("normal_equations", func, inputs, weight, asked, blocksize)
 
 
@@ -240,6 +249,8 @@ def equations(
     check_real(call, ran.ys, xs)
     rows = tuple(variable(y.shape) if asked.form == "bsr" else 1 for y in ran.ys)
     ready = _weights(weights, ran.ys, rows, asked)
+    if asked.pattern is not None:
+        asked.pattern = taken_pattern(asked.pattern, ran.ys, ran.leaves, ran.tupled, tupled, False)
     form, asked.form, asked.blocksize = asked.form, "blocks", Sizes(rows, columns)
     made = compute(ran.ys, ran.leaves, asked)
     return NormalEquations(ran, xs, tupled, ready, made, asked, form)
