@@ -118,12 +118,8 @@ def folder(tmp_path, monkeypatch):
 def run_process(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "jactri", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-        check=False,
-    )
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
 
 
 # help
