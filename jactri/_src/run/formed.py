@@ -220,14 +220,14 @@ class Formed:
     def _blocked(self, values: Tensor, start: Tensor, column: Tensor, slot: Tensor) -> Blocks:
         """Blocks of all samples together, or ``per_sample`` of each."""
         (rows, columns), (r, c) = self.pattern.shape, self.size
-        many = max(self.samples, 1)
+        many = 1 if self.per_sample else max(self.samples, 1)
         if not self.per_sample:
             values, rows, columns = values.reshape(1, -1), many * rows, many * columns
         if len(slot):  # else entries are in the order of blocks
             size = len(column) * r * c
             values = values.new_zeros(len(values), size).index_copy(1, slot, values)
         values = values.view(len(values), len(column), r, c)
-        key = (self.pattern.key, self.samples, self.size)
+        key = (self.pattern.key, many, self.size)
         made = Blocks(start, column, values, (rows, columns), key)
         return made if self.per_sample else made.with_values(values[0])
 
