@@ -165,6 +165,16 @@ def test_outputs_and_inputs_in_tuples():
     assert J[2][0].dtype == torch.float32 and J[0][0].dtype == F64
 
 
+def test_an_entry_that_another_input_takes():
+    """Two inputs of one product: what is missing in the one is added to the other, at the same place."""
+    func = lambda a, b: torch.cat([b, 2 * a + 3 * b])  # noqa: E731
+    given = torch.tensor([[False], [True]]), torch.tensor([[True], [False]])
+    with pytest.raises(ValueError, match=r"of output\[1\] by inputs\[1\]\[0\] is 3,"):
+        jactri.jacobian(
+            func, (point(1), point(1)), pattern=given, check=True, strategy="forward-mode"
+        )
+
+
 def test_jacobian_of_what_is_there():
     func, mask = drawn(5, 6)
     x = point(6).requires_grad_()

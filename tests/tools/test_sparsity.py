@@ -147,6 +147,11 @@ def test_files_that_are_none(tmp_path):
             write(file)
         with pytest.raises(RuntimeError, match="was not written by"):
             jactri.Sparsity.load(path)
+    told, start = numpy.array([1, 0, 3, 4]), numpy.array([0, 1, 2])
+    with open(path, "wb") as file:
+        numpy.savez(file, **{"jactri.Sparsity": told, "start": start, "column": start[:1]})
+    with pytest.raises(RuntimeError, match="does not hold together"):
+        jactri.Sparsity.load(path)
     of(torch.eye(30).bool()).save(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(RuntimeError, match="was not written by"):

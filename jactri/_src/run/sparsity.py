@@ -211,6 +211,10 @@ class Sparsity(Shown, Tensor):
             ) from None
         rows, per_sample, *shape = told.tolist()
         matrix = Csr(start, column, prod(shape[rows:]))
+        if (matrix.height, start[-1]) != (prod(shape[:rows]), len(column)):
+            raise RuntimeError(
+                f"{os.fspath(path)!r} does not hold together: it was written to since"
+            )
         return _of(matrix, tuple(shape), rows, bool(per_sample), device)
 
     def to_scipy(self) -> Any:
