@@ -179,6 +179,38 @@ def test_plain_batches(ranks, world):
     ranks(world, plain_batches)
 
 
+def within_limits():
+    """How many parts go round under each limit, or the error."""
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    net, x, y = model("mlp"), data("mlp", 23), data("mlp", 9, 6)
+    want = {c: jactri.empirical_ntk(net, x, y, compute=c) for c in ("full", "diagonal", "trace")}
+    given, other = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, y))
+    found = []
+    for limit in (100, 3_000, 6_000, 80_000):
+        mine = 1 << 20 if rank and limit < 80_000 else limit  # ranks may differ
+        runs = [jactri.parameter_jacobian(net, t, memory_limit=mine) for t in (given, other)]
+        try:
+            with CommDebugMode() as comm:
+                gram = runs[0].gram(runs[1])
+        except (ValueError, RuntimeError) as error:
+            found.append(f"{limit}: {error}")
+            continue
+        found.append(comm.get_total_counts() // 2)
+        same(gram.full_tensor().movedim(2, 1), want["full"], "gram")
+        for compute, expected in want.items():
+            got = jactri.empirical_ntk(net, given, other, compute=compute, memory_limit=mine)
+            same(got, expected, compute)
+    return found
+
+
+def test_kernels_within_a_memory_limit(ranks):
+    for found in ranks(2, within_limits):
+        one, rows, parts, whole = found
+        assert "one output entry of one sample" in one and "memory_limit is 100 B" in one
+        assert "rows of the kernel on rank 0 take 3.46 kB" in rows
+        assert parts > 1 and whole == 1
+
+
 def in_two_dimensions():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     net, x = model("mlp"), data("mlp", 5)

@@ -219,6 +219,9 @@ def refusals():
         "sparse": lambda: jactri.jacobian(f, given, per_sample=True, layout=torch.sparse_coo),
         "out": lambda: jactri.jacobian(f, given, per_sample=True, out=torch.empty(2, 3, 3)),
         "a point": lambda: jactri.gradient(torch.sin, distribute_tensor(x[0], mesh, [Shard(0)])),
+        "vjp": lambda: jactri.vjp(f, given, given),
+        "linearize": lambda: jactri.linearize(f, given),
+        "check": lambda: jactri.check(f, given, per_sample=True),
         "a DTensor out": lambda: jactri.jacobian(
             lambda t: DTensor.from_local(t, mesh, [Shard(0)]), given, per_sample=True
         ),
@@ -246,7 +249,9 @@ def test_refusals_say_what_to_write(ranks):
         "sparse": "inputs.to_local()",
         "out": "inputs.to_local()",
         "a point": "single point",
-        "a DTensor out": "is a DTensor",
+        **dict.fromkeys(
+            ("vjp", "linearize", "check", "a DTensor out"), "is a DTensor, so a process"
+        ),
     }
     for said in ranks(2, refusals):
         assert {k: v for k, v in said.items() if words[k] not in v} == {}

@@ -88,7 +88,8 @@ def jacobian(
 
     Args:
         func: takes the tensors of ``inputs``, returns a tensor or a tuple of tensors.
-        inputs: a floating-point tensor or a tuple of them. They are not modified.
+        inputs: a floating-point tensor or a tuple of them. They are not modified. DTensors under ``per_sample``: func
+            gets this rank's samples as plain tensors, and the Jacobian is a DTensor placed alike.
         create_graph: return a Jacobian that can be differentiated (in both directions).
         strict: raise if an output does not depend on an input, instead of returning zeros.
         vectorize: accepted for compatibility; jactri is always vectorized.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..base.classes import as_given, dressed, plain
 from ..base.constants import halves
+from ..base.elsewhere import check_local
 from ..base.memory import Budget
 from ..plan.planning import Wanted, check_answer
 from ..prologue.arguments import ASSUME, as_tuple, block_shape, check_batch, outputs
@@ -77,6 +78,7 @@ def finite_difference(
         True
     """
     tupled, xs = as_tuple(inputs, "inputs", "finite_difference")
+    check_local((), xs)
     overriding.refuse("finite_difference")
     if handover.transforming(xs):
         raise RuntimeError("finite_difference is not available inside of a torch.func transform")

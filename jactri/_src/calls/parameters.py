@@ -52,7 +52,8 @@ def parameter_jacobian(
             and buffers that the forward pass writes to are put back.
         x: a tensor ``(N, *in)`` or a tuple of them, the first axis a batch of ``N`` samples that do not influence one
             another. This is proven op by op (for integer inputs, from what they look up), or where that cannot tell by
-            a probe, as for `jacobian` under ``per_sample``.
+            a probe, as for `jacobian` under ``per_sample``. DTensors, sharded by samples, and plain tensors within
+            `jactri.distributed.samples`: results of samples are this rank's, and sums over them go over all ranks.
         params: names, tensors of ``module.parameters()``, or None for all that require grad. A shared parameter is one,
             under its first name (or the one given).
         per_sample: ``"assume"``: it is not proven that samples do not influence one another. The Jacobian is that of
@@ -418,6 +419,7 @@ class ParameterJacobian(Shown):
             True
         """
         run = self._run
+        v = whole_of(v, run.create_graph)
         operands.check_variances(run.params, v)
         n, m = run.n, prod(run.out)
         with run.computing():

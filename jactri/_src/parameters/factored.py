@@ -87,20 +87,16 @@ class Held(Factors[Used]):
         seeds: tuple[int, ...],
         batch: Letters,
         pieces: dict[str, list[Piece]],
+        memory_limit: int | str | None,
     ):
-        super().__init__(_Elsewhere(like, n, seeds, batch), None, None)
-        self._held = pieces
+        super().__init__(_Elsewhere(like, n, seeds, batch), None, memory_limit)
+        self.whole = pieces
 
     def chunks(self, budget: Budget, offer: Offer = OFFER) -> Chunks:
         return {}
 
     def pieces(self, sel: Selection | None, budget: Budget) -> dict[str, list[Piece]]:
-        if sel is not None:
-            raise ValueError(
-                "a part of the factors at a time fits the memory, and those of another rank are whole; use more ranks, "
-                "or a kernel of a part of the samples at a time"
-            )
-        return self._held
+        return self.whole
 
 
 class _Elsewhere(Used):

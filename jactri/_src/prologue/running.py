@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from ...kernels.support import Ready
 from ..base import backends
 from ..base.classes import PLAIN, dressed, leaf_and_given, plain
+from ..base.elsewhere import check_local
 from ..base.remedies import misfit, not_callable
 from ..base.tracing import own
 from ..read import overriding, ranges
@@ -137,6 +138,7 @@ def prepare(
     """
     if not xs:
         raise IndexError("inputs is an empty tuple: pass at least one tensor")
+    check_local((), xs)
     grad = torch.is_grad_enabled()
     if grad and answers and not create_graph and recording() and any(x.requires_grad for x in xs):
         warnings.warn(_CONSTANT.format(call), stacklevel=2)

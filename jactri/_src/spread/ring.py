@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
+from math import ceil, inf, prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..base.memory import MemoryLimitTooSmall, si
 from ..parameters.factored import Factors, Held
 from ..parameters.factors import Piece
 from ..parameters.recorded import Recorded
@@ -28,12 +29,20 @@ ALIGNED = 16
 
 @dataclass
 class Told:
-    """What a rank says of its factors: of ``n`` samples, the first ``own`` of which count; or its ``error``."""
+    """What a rank says of its factors, those of a part of its samples; or the ``error`` that it has.
+
+    ``own``: how many samples count, of all that it has; ``start``: of those, the first in this part, one of ``parts``.
+    ``each``, ``room``: bytes that its rows of the kernel take for a column, and what it has for them.
+    """
 
     rank: int
-    n: int = 0
     own: int = 0
     out: tuple[int, ...] = ()
+    each: float = 0.0
+    room: float = inf
+    parts: int = 1
+    start: int = 0
+    n: int = 0
     seeds: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     pieces: dict[str, list[Piece]] | None = None
@@ -52,24 +61,98 @@ def rows(
     """This rank's rows of a kernel ``(*before, N2, *after)``, the samples of ``second`` on an axis of their own.
 
     ``multiply`` gives a tile of two factors; ``shapes``: what is before that axis, the rows themselves, and after it.
-    Raises RuntimeError on all ranks where one fails before anything was sent.
+    Where a rank's factors do not fit its memory, those of a part of its samples go round at a time. Raises on all ranks
+    where one fails before they do.
     """
     before, after = shapes
     y, axis = first.run.y, len(before)
-    ring = Ring(shares[1], y.device)
-    told, message = ring.begin(second, shares[1])
-    total = sum(t.own for t in told)
-    first.budget(
-        "this rank's rows of the kernel", prod((*before, total, *after)) * y.element_size()
-    )
-    made = y.new_zeros((*before, total, *after))
-    for t, factors in ring.round(told, message, second, first):
-        start = sum(other.own for other in told[: told.index(t)])
-        if factors is None or first.run.structure is None or not made.numel():
-            continue
-        tile = multiply(first, factors)
-        made.narrow(axis, start, t.own).copy_(tile.narrow(axis, 0, t.own))
+    ring, mine, its = Ring(shares[1], y.device), Parts(first, shares[0]), Parts(second, shares[1])
+    its = mine if second is first else its
+    each, room = prod((*before, *after)) * y.element_size(), first.budget("the rows", 0).left
+    made, part, parts = None, 0, 1
+    with first.run.computing():
+        while part < parts:
+            told, message = ring.begin(its, part, each, room)
+            if made is None:
+                total, parts = sum(t.own for t in told), max(t.parts for t in told)
+                for t in told:
+                    if t.each * total > t.room:
+                        need = ceil(t.each * total)
+                        raise MemoryLimitTooSmall(
+                            f"the rows of the kernel on rank {t.rank} take {si(need)}B, and it has {si(t.room)}B for "
+                            "them; use more ranks, or a larger memory_limit",
+                            need,
+                        )
+                made = y.new_zeros((*before, total, *after))
+            for t, held in ring.round(told, message, its.held(part), first):
+                n = min(t.n, t.own - t.start)
+                if held is None or first.run.structure is None or n <= 0 or not made.numel():
+                    continue
+                column = sum(other.own for other in told[: told.index(t)]) + t.start
+                for number in range(len(mine.spans)):
+                    left = mine.held(number)
+                    tile = multiply(left, held).narrow(axis, 0, n)
+                    of_them = made.narrow(0, mine.spans[number][0], left.run.n)
+                    of_them.narrow(axis, column, n).copy_(tile)
+            part += 1
+    assert made is not None
     return made
+
+
+class Parts:
+    """Factors of ranges of samples, ``spans``, of which a few fit the memory beside one another."""
+
+    def __init__(self, of: Factors[Recorded], share: Share):
+        self.of, self.share = of, share
+        self._spans: list[tuple[int, int]] | None = None
+        self._last: tuple[int, Held] | None = None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First samples, and how many. Raises ValueError where not even the factors of one sample fit."""
+        if self._spans is None:
+            self._spans = self._found()
+        return self._spans
+
+    def _found(self) -> list[tuple[int, int]]:
+        run = self.of.run
+        if run.by_autograd:
+            raise RuntimeError(
+                f"the Jacobian in the parameters has no factors to go to other ranks: the module holds {run.reason}; "
+                "pass x.full_tensor() for the kernel on every rank"
+            )
+        if run.structure is None:
+            return [(0, run.n)]
+        budget = self.of.budget("the factors of the Jacobian", 0)
+        chunks = self.of.chunks(budget.less(budget.left / 2))  # what goes round is there twice
+        if not chunks:
+            return [(0, run.n)]
+        batch, _ = run.letters()
+        if len(batch) > 1 or any(s not in batch for s in chunks):
+            raise ValueError(
+                "the factors of a sample's Jacobian do not fit the memory, where those of another rank are, too; "
+                "pass a larger memory_limit, or compute the kernel of some outputs at a time"
+            )
+        (size,) = chunks.values()
+        return [(i, min(size, run.n - i)) for i in range(0, run.n, size)]
+
+    def held(self, number: int) -> Held | None:
+        """The factors of a range; None where all of the Jacobian is zero, and behind the last range."""
+        run = self.of.run
+        if run.structure is None or number >= len(self.spans):
+            return None
+        if self._last is None or self._last[0] != number:
+            self._last = None
+            start, n = self.spans[number]
+            batch, _ = run.letters()
+            whole = n == run.n
+            budget = self.of.budget("the factors of the Jacobian", 0)
+            pieces = self.of.pieces(None if whole else {batch[0]: (start, n)}, budget)
+            seeds = run.seeds
+            if not whole:
+                seeds = tuple(n if s in batch else size for s, size in enumerate(seeds))
+            self._last = number, Held(run, n, seeds, batch, pieces, self.of.memory_limit)
+        return self._last[1]
 
 
 class Ring:
@@ -83,13 +166,14 @@ class Ring:
         self.groups = [mesh.get_group(d) for d in share.dims]
         self.here = self.ranks.index(dist.get_rank())
 
-    def begin(self, of: Factors[Recorded], share: Share) -> tuple[list[Told], Tensor]:
+    def begin(self, of: Parts, part: int, each: float, room: float) -> tuple[list[Told], Tensor]:
         """What all ranks say, in order, and this rank's message. Raises on all of them where one raises."""
         rank = self.ranks[self.here]
         failed: Exception | None = None
         message = torch.empty(0, dtype=torch.uint8, device=self.device)
         try:
-            mine, message = _packed(rank, of, share, message)
+            mine, message = _packed(rank, of, part, message)
+            mine.each, mine.room = each, room
         except Exception as error:  # raised again below, when the others know
             failed, mine = error, Told(rank, error=f"{type(error).__name__}: {error}")
         told = gathered(mine, self.share)
@@ -104,15 +188,14 @@ class Ring:
         return told, message
 
     def round(
-        self, told: list[Told], message: Tensor, own: Factors[Recorded], first: Factors[Recorded]
+        self, told: list[Told], message: Tensor, own: Held | None, first: Factors[Recorded]
     ) -> Iterator[tuple[Told, Any]]:
         """Every rank's description and factors, beginning with this one's; None for those that are zero.
 
         ``first``: what they will be multiplied with.
         """
         count = len(self.ranks)
-        mine = told[self.here]
-        theirs: Any = own if mine.pieces is not None else None
+        theirs = own
         group = self.groups[0] if len(self.groups) == 1 else None
         after, before = self.ranks[(self.here + 1) % count], self.ranks[(self.here - 1) % count]
         for step in range(count):
@@ -136,24 +219,15 @@ class Ring:
                     theirs = _unpacked(t, message, first)
 
 
-def _packed(rank: int, of: Factors[Recorded], share: Share, nothing: Tensor) -> tuple[Told, Tensor]:
+def _packed(rank: int, of: Parts, part: int, nothing: Tensor) -> tuple[Told, Tensor]:
     """A description, and the bytes of all tensors. Raises what computing the factors raises."""
-    run = of.run
-    if run.by_autograd:
-        raise RuntimeError(
-            f"the Jacobian in the parameters has no factors to go to other ranks: the module holds {run.reason}; "
-            "pass x.full_tensor() for the kernel on every rank"
-        )
-    own = run.n if share.few is None else share.few
-    told = Told(rank, run.n, own, run.out)
-    if run.structure is None:
+    run, spans = of.of.run, of.spans
+    own = run.n if of.share.few is None else of.share.few
+    told = Told(rank, own, run.out, parts=len(spans))
+    held = of.held(part)
+    if held is None:
         return told, nothing
-    budget = of.budget("the factors of the Jacobian", 0)
-    if of.chunks(budget):
-        raise ValueError(
-            f"the factors of this rank's {run.n} samples do not fit the memory, in which those of another rank are, "
-            "too; use more ranks, or a kernel of a part of the samples at a time"
-        )
+    told.start, told.n = spans[part]
     tensors: list[Tensor] = []
     places: dict[int, tuple] = {}
     origins: dict[Any, int] = {}
@@ -180,9 +254,8 @@ def _packed(rank: int, of: Factors[Recorded], share: Share, nothing: Tensor) -> 
             origin = origins.setdefault(origin, len(origins))
         return replace(p, c=place(p.c), a=place(p.a), index=place(p.index), origin=origin)
 
-    found = of.pieces(None, budget)
-    told.pieces = {name: [placed(p) for p in pieces] for name, pieces in found.items()}
-    told.seeds, told.batch, told.size = run.seeds, run.letters()[0], start
+    told.pieces = {name: [placed(p) for p in pieces] for name, pieces in held.whole.items()}
+    told.seeds, told.batch, told.size = held.run.seeds, held.run.letters()[0], start
     message = nothing.new_empty(start)
     for t, (at, shape, _, dtype) in zip(tensors, places.values(), strict=True):
         _part(message, at, shape, dtype).copy_(t)
@@ -208,4 +281,4 @@ def _unpacked(told: Told, message: Tensor, first: Factors[Recorded]) -> Held:
         name: [replace(p, c=tensor(p.c), a=tensor(p.a), index=tensor(p.index)) for p in pieces]
         for name, pieces in told.pieces.items()
     }
-    return Held(first.run, told.n, told.seeds, told.batch, made)
+    return Held(first.run, told.n, told.seeds, told.batch, made, first.memory_limit)

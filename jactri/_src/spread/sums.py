@@ -56,9 +56,11 @@ def gathered(mine: T, share: Share) -> list[T]:
 
 def whole_of(values: dict[str, Tensor], graph: bool) -> dict[str, Tensor]:
     """Tangents of parameters, whole: of a DTensor, by an all_gather."""
+    if not isinstance(values, dict) or not any(map(is_distributed, values.values())):
+        return values
     with torch.set_grad_enabled(graph):
         return {
-            name: t.full_tensor() if isinstance(t, Tensor) and is_distributed(t) else t  # type: ignore[attr-defined]
+            name: t.full_tensor() if is_distributed(t) else t  # type: ignore[attr-defined]
             for name, t in values.items()
         }
 

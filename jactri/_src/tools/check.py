@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..base.classes import plain
-from ..base.elsewhere import check_here
+from ..base.elsewhere import check_here, check_local
 from ..base.tables import Shown, Table
 from ..calls.api import jacobian
 from ..calls.finite_difference import Differences
@@ -223,6 +223,7 @@ def check(
     """
     refuse("jactri.check, whose truth is autograd's own derivative,")
     tupled, xs = as_tuple(inputs, "inputs", "check")
+    check_local((), xs)
     given, func, modules = func, eagerly(func), modules_of(func)
     devices = sorted({x.device.index for x in xs if x.device.type == "cuda"})
 
