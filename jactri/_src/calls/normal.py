@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.classes import plain
 from ..base.memory import Budget, si
+from ..base.scipy_arrays import as_numpy
 from ..base.tables import Picture, Shown, Table
 from ..meet.normal import Rows, block_diagonal, gradient, gram
 from ..prologue.arguments import Options, as_tuple, check_real, taken
@@ -18,6 +19,7 @@ from ..prologue.patterns import taken_pattern
 from ..prologue.running import Ran, computing, prepare, public
 from ..read import handover
 from ..run.blocks import Blocks, Sizes, variable
+from ..run.solvers import to_scipy
 from .api import compute, nest
 
 
@@ -185,6 +187,19 @@ class NormalEquations(Shown):
                 block_diagonal(self._rows, self._weights, i) for i in range(len(self._shapes))
             )
         return made if self._tupled else made[0]
+
+    def to_scipy(self) -> tuple[Any, Any]:
+        """``(H, g)`` for a solver: ``J^T M J`` of all inputs as one ``scipy.sparse`` array, ``J^T M r`` as a vector.
+
+        All entries of an input come one after another, and so do the inputs. H is what `jactri.to_scipy` makes of
+        `matrix`, g is NumPy's.
+
+        Raises:
+            ModuleNotFoundError: SciPy is not installed.
+        """
+        made = self.gradient if self._tupled else (self.gradient,)
+        whole = torch.cat([g.reshape(-1).to(made[0].device) for g in made])
+        return to_scipy(self.matrix), as_numpy(whole)
 
     def _computing(self) -> computing:
         return computing(self._asked.create_graph, self._asked.backend)
