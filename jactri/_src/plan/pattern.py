@@ -115,6 +115,9 @@ class Pattern:
 
     def entries(self) -> Entries:
         """All entries, in the order of rows, and of columns within a row."""
+        if self.single:
+            flat = self.flat
+            return Entries(flat.start, flat.row, (flat.row,), (flat.column,), self)
         rows, _ = self.shape
         place = {t: i for i, (_, t) in enumerate(self.out) if t != FREE}
         strides = _strides([n for n, _ in self.out])
