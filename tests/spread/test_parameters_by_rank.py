@@ -275,6 +275,8 @@ def refusals():
         "columns": lambda: jactri.parameter_jacobian(net, distribute_tensor(x, mesh, [Shard(1)])),
         "mesh": lambda: jactri.distributed.samples("dp"),
         "value": lambda: jactri.distributed.all_reduce([1.0], mesh),
+        "sparse": lambda: jactri.distributed.all_reduce(u.to_sparse(), mesh),
+        "DTensor": lambda: jactri.distributed.all_reduce(given, mesh),
     }
     said = {}
     for name, call in tries.items():
@@ -297,6 +299,8 @@ def test_refusals_say_what_to_write(ranks):
         "columns": "x.redistribute(placements=[Shard(dim=0)])",
         "mesh": "init_device_mesh",
         "value": "value must hold tensors",
+        "sparse": "to_dense()",
+        "DTensor": "redistribute",
     }
     for said in ranks(2, refusals):
         assert {k: v for k, v in said.items() if words[k] not in v} == {}

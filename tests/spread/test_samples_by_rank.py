@@ -159,6 +159,7 @@ def not_contiguous():
         assert torch.allclose(
             (got @ got.mT).full_tensor(), (got.full_tensor() @ got.full_tensor().mT)
         )
+    each = torch.randn(6, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(4))
     with jactri.distributed.samples(mesh):  # plain tensors stay plain
         mine = x[:1] if mesh.get_local_rank() else x
         got = jactri.jacobian(f, mine, per_sample=True)
@@ -166,6 +167,23 @@ def not_contiguous():
         assert torch.allclose(got, jactri.jacobian(f, x, per_sample=True)[: len(mine)])
         with pytest.raises(RuntimeError, match="mix"):
             jactri.jacobian(lambda x: x - x.mean(0), mine, per_sample=True)
+        for n in (len(mine), 0):  # weights of each sample, and of all
+            for m in (each, each[0], each[0, 0]):
+                own = m[:n] if m.dim() == 3 else m
+                got = jactri.jtj(f, x[:n], own, per_sample=True)
+                assert torch.allclose(got, jactri.jtj(f, x, m, per_sample=True)[:n])
+        for options in ({"layout": "banded"}, {"out": torch.empty(len(mine), 3, 3, dtype=F64)}):
+            with pytest.raises(RuntimeError, match="per_sample='assume'"):
+                jactri.jacobian(f, mine, per_sample=True, **options)
+        out = jactri.jacobian(
+            f, mine, per_sample="assume", out=torch.empty(len(mine), 3, 3, dtype=F64)
+        )
+        assert torch.allclose(out, jactri.jacobian(f, x, per_sample=True)[: len(mine)])
+        leaf = mine.clone().requires_grad_()
+        if len(mine) == 1:
+            with pytest.raises(RuntimeError, match="one sample on this rank"):
+                jactri.jacobian_of(f(leaf), leaf, per_sample=True)
+        assert torch.allclose(jactri.jacobian_of(f(leaf), leaf, per_sample="assume"), out)
 
 
 def test_strides_and_plain_batches(ranks):
@@ -189,7 +207,7 @@ def gradients(n):
     return [t.sum().item() for t in parts]
 
 
-@pytest.mark.parametrize("n", [5, 2])
+@pytest.mark.parametrize("n", [5, 2, 1])
 def test_gradients_of_losses(ranks, n):
     """They go to the batch as a DTensor, and to weights from this rank's samples."""
     found = ranks(2, gradients, n)

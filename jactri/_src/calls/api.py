@@ -48,7 +48,7 @@ from ..run.blocks import Blocks, Sizes
 from ..run.entries import check_pattern, nothing
 from ..run.formed import BLOCKED
 from ..spread.agreement import of_mesh
-from ..spread.shards import by_rank
+from ..spread.shards import by_rank, check_several
 from . import few, meshed, patterned, reentrant, whole
 from .pieces import run_piece
 from .strictness import check_dependence
@@ -290,6 +290,7 @@ def jacobian_of(
                 f"inputs[{i}] does not require grad, so outputs have no graph to it; call requires_grad_() on it "
                 "before computing outputs (for what a layer returned to a hook, on the input of the model)"
             )
+    check_several("jacobian_of", xs, per_sample)
     found = reached(ys, xs)
     for i in range(len(xs) if ys else 0):
         if i not in found:

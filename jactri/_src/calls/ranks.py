@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..base.elsewhere import is_distributed
 from ..spread.shards import Share, sharing
 from ..spread.sums import summed
 
@@ -103,6 +105,15 @@ def everyone(mesh: Any) -> Share:
 
 def _collect(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
+        if is_distributed(value):
+            raise TypeError(
+                "value holds a DTensor, whose sums are redistribute's: pass plain tensors"
+            )
+        if value.layout is not torch.strided:
+            raise TypeError(
+                f"value holds a tensor of layout {value.layout}, whose entries may lie elsewhere on other ranks; pass "
+                "to_dense(), or values() where all ranks have one pattern"
+            )
         found.append(value)
     elif isinstance(value, Mapping):
         for v in value.values():
@@ -119,4 +130,5 @@ def _rebuilt(value: Any, made: Any) -> Any:
         return next(made)
     if isinstance(value, Mapping):
         return {k: _rebuilt(v, made) for k, v in value.items()}
-    return type(value)([_rebuilt(v, made) for v in value])
+    parts = [_rebuilt(v, made) for v in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

@@ -288,6 +288,8 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
                     f"{other} of {call.__name__} is a DTensor, and {name} is not; pass {name} as one, or "
                     f"{other}.full_tensor()"
                 )
+        if share.mesh is not None and per_sample and per_sample != ASSUMED:
+            _check_plain(call.__name__, given)
         if share.few is None:
             return call(*bound.args, **bound.kwargs)
     elif given.get("mesh") is not None:
@@ -305,12 +307,41 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
 
 
 def _beside(share: Share, name: str, graph: bool, w: Any) -> Any:
-    """An operand beside the inputs: a DTensor has something of its own for each sample, or is whole on every rank."""
+    """An operand beside the inputs: a DTensor has something of its own for each sample, or is whole on every rank.
+
+    Of a plain one beside plain inputs the shape tells; where it does not, the call refuses it.
+    """
+    if share.placements is None and isinstance(w, Tensor):
+        each = w.shape[:1] == (share.few,) and (w.dim() > 2 or share.few == 0)
+        return share.filled(w, 0) if each else w
     if not is_distributed(w) or not share.dims:
         return local(w, graph) if isinstance(w, Tensor) else w
     if all(p.is_replicate() for p in w.placements):
         return local(w, graph)
     return share.own(w, name, 0, graph)
+
+
+def _check_plain(call: str, given: dict[str, Any]) -> None:
+    """Raise RuntimeError for what a rank with one sample could not give, which runs two, on all ranks alike."""
+    asked = [n for n in ("out", "mesh") if given.get(n) is not None]
+    if given.get("layout", torch.strided) is not torch.strided:
+        asked.append("layout")
+    if asked:
+        raise RuntimeError(
+            f"{asked[0]}= of {call} is not possible within jactri.distributed.samples but with per_sample='assume': "
+            "that samples do not mix is proven of two at least; or call it outside, for this rank's samples alone"
+        )
+
+
+def check_several(call: str, xs: tuple[Tensor, ...], per_sample: bool | str) -> None:
+    """Raise RuntimeError where a rank has one sample of many, and a graph in which it cannot run twice."""
+    if _sharing.get() is None or not per_sample or per_sample == ASSUMED:
+        return
+    if not any(map(is_distributed, xs)) and share_of(call, "inputs", xs, True).few == 1:
+        raise RuntimeError(
+            f"{call} within jactri.distributed.samples has one sample on this rank, of which nothing tells whether it "
+            "mixes with others; pass per_sample='assume', or the function to jactri.jacobian"
+        )
 
 
 def _check_asked(call: str, name: str, given: dict[str, Any], xs: tuple[Tensor, ...]) -> None:
