@@ -333,3 +333,43 @@ def test_weights_that_are_gone():
 
     with pytest.raises(RuntimeError, match="was freed after the forward pass"):
         jactri.jacobian(f, x)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_cotangent_is_one_backward_pass(n):
+    x = torch.linspace(-1, 1, 2 * n, dtype=D).reshape(n, 2)
+    c = (
+        torch.randn(n, 2, dtype=D).T.contiguous().T
+    )  # backwards may write to what they get, not to this
+    given = c.clone()
+    cube = own(lambda g, x: g.mul_(3 * x**2))
+
+    def f(x, z):
+        return cube(Passes.apply(x).sin()), z.detach()
+
+    Passes.count = 0
+    _, (of_x, of_z) = jactri.vjp(f, (x, torch.ones(3)), (c, torch.ones(3)))
+    assert Passes.count == 1
+    assert torch.equal(c, given)
+    torch.testing.assert_close(of_x, c * 3 * x.sin() ** 2 * x.cos(), rtol=1e-12, atol=1e-14)
+    assert torch.equal(of_z, torch.zeros(3))
+    block = jactri.vjp(f, (x, torch.ones(3)), (c[None], torch.ones(1, 3)))[1]
+    torch.testing.assert_close(block, (of_x[None], of_z[None]), rtol=0, atol=0)
+
+
+def test_a_scalar_function_is_one_backward_pass():
+    x = torch.linspace(-1, 1, 3, dtype=D)
+
+    def f(x):
+        return Passes.apply(x).sin().prod()
+
+    want = torch.autograd.functional.jacobian(f, x)
+    for call in (jactri.jacobian, jactri.gradient):
+        Passes.count = 0
+        torch.testing.assert_close(call(f, x), want, rtol=1e-12, atol=1e-14)
+        assert Passes.count == 1
+    assert jactri.explain(f, x).reason == "one row is one backward pass"
+    alone = jactri.jacobian(lambda x: f(x[0])[None], x[None], per_sample=True)
+    torch.testing.assert_close(alone, want[None], rtol=1e-12, atol=1e-14)
+    z = x.clone().requires_grad_()  # a derivative of a derivative is that of the rules
+    torch.autograd.gradcheck(lambda z: jactri.gradient(f, z, create_graph=True), z)

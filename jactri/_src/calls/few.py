@@ -1,4 +1,4 @@
-"""Few rows of a long graph of small nodes: by autograd's engine, before anything is read.
+"""One row of any graph, and few rows of a long graph of small nodes: by autograd's engine, before anything is read.
 
 A node costs the engine some microseconds a pass, in C++; jactri spends some tens on it, in Python, to read it, to plan
 its step and to run that, for all rows at once. Where values are small, nothing else decides. So the nodes of a long
@@ -23,16 +23,16 @@ from ..base.memory import Budget
 from ..base.rates import rough
 from ..plan.planning import answer_bytes, samples_of
 from ..plan.samples import probe_mixing
-from ..prologue.arguments import ASSUME, Options
+from ..prologue.arguments import ASSUME, Options, block_shape
 from ..read import overriding
 from ..read.behind import Walk, handles_of
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refusing
 from ..read.ranges import watching
-from .whole import Passes, Whole, all_rows, filled
+from .whole import Passes, Whole, all_rows, filled, row
 
 LONG = 128
-"""Nodes from which it pays to look at their sizes: below, reading them is no matter."""
+"""Nodes from which it pays to look at their sizes where passes are several: below, reading them is no matter."""
 
 PASS = 4e-6
 """Seconds that a node takes in a pass of the engine,"""
@@ -56,6 +56,8 @@ class Engine(NamedTuple):
 
     @property
     def reason(self) -> str:
+        if self.rows == 1 and not self.probes:
+            return "one row is one backward pass"
         probes = f" and {self.probes} passes that show samples apart" if self.probes else ""
         return (
             f"{self.nodes} small nodes, predicted {self.seconds * 1e3:.3g} ms for {self.rows} rows{probes}, against "
@@ -65,7 +67,8 @@ class Engine(NamedTuple):
 
 def foreseen(walk: Walk, ys, xs, asked: Options, budget: Budget) -> Engine | None:
     """What the engine would do of a recorded computation, or None where a sweep is to run."""
-    if len(walk.edges) < LONG or not _may(ys, xs, asked):
+    one = scalar(ys, xs, asked)
+    if not one and (len(walk.edges) < LONG or not _may(ys, xs, asked)):
         return None
     per_sample, device = asked.per_sample, xs[0].device
     live = [y for y in ys if y.requires_grad]
@@ -81,7 +84,9 @@ def foreseen(walk: Walk, ys, xs, asked: Options, budget: Budget) -> Engine | Non
     seconds = (probes + rows) * (work.nodes * PASS + once)
     steps = work.nodes * STEP + once
     found = Engine(work.nodes, rows, probes, seconds, steps, work.held)
-    return found if found.seconds <= found.steps and budget.fits(found.held) else None
+    if one or (found.seconds <= found.steps and budget.fits(found.held)):
+        return found
+    return None
 
 
 def _may(ys, xs, asked: Options) -> bool:
@@ -125,3 +130,39 @@ def rows(
         return None
     found = filled(passes[0].whole, passes, dests)
     return found if all(bool(b.detach().isfinite().all()) for row in found for b in row) else None
+
+
+def scalar(ys, xs, asked: Options) -> bool:
+    """Whether the Jacobian is one row, which the engine makes before anything is read."""
+    return len(ys) == 1 and ys[0].numel() == 1 and asked.out is None and _product(ys, xs, asked)
+
+
+def gradient(ys, xs, asked: Options) -> list[Tensor] | None:
+    """The row of a scalar function, by input, or None where it is none or the graph has to be read."""
+    if not scalar(ys, xs, asked):
+        return None
+    made = product(ys, xs, [torch.ones_like(ys[0]).unsqueeze(0)], 1, asked)
+    return made and [
+        g.reshape(block_shape(ys[0], x, asked.per_sample)) for g, x in zip(made, xs, strict=True)
+    ]
+
+
+def product(ys, xs, cotangents, columns: int, asked: Options) -> list[Tensor] | None:
+    """``c J`` by the engine, blocks ``(K, *x)``, or None where the graph has to be read.
+
+    One cotangent is one pass, of which a sweep of the same ops in Python can save nothing. Second derivatives are left
+    to the rules, as some of torch's own are wrong.
+    """
+    if columns > 1 or not _product(ys, xs, asked):
+        return None
+    check_graph(ys)
+    pairs = zip(ys, cotangents, strict=True)
+    ends = [(y, c[0]) for y, c in pairs if y.requires_grad and c is not None]
+    if not ends:
+        return [x.new_zeros(1, *x.shape) for x in xs]
+    made = [g.unsqueeze(0) for g in row([y for y, _ in ends], xs, [c for _, c in ends])]
+    return made if all(bool(m.isfinite().all()) for m in made) else None
+
+
+def _product(ys, xs, asked: Options) -> bool:
+    return not torch.is_grad_enabled() and asked.memory_limit is None and _may(ys, xs, asked)

@@ -26,6 +26,7 @@ from ..read.joining import for_given
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
 from ..run.given import multiply
+from . import few
 from .api import compute
 from .by_autograd import pulled, pushed
 from .strictness import check_ends, check_varying
@@ -330,6 +331,10 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: 
     with computing(asked.create_graph, asked.backend):
         if not columns:
             return [e.new_zeros(0, *e.shape) for e in ends]
+        if reverse and graph is None:
+            made = few.product(ys, xs, blocks, columns, asked)
+            if made is not None:
+                return made
         if not isinstance(graph, UnsupportedGraph):
             try:
                 graph = for_given(graph or read(ys, xs), columns)

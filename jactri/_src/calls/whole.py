@@ -324,22 +324,32 @@ def _row(whole: Whole, j: int) -> Passes:
     targets = [(j, i) for i in range(len(whole.xs))]
 
     def one(c: Tensor) -> tuple[Tensor, ...]:
-        # backwards may write to it, or view it, as they may to what the engine gives them
-        c = c.clone(memory_format=torch.contiguous_format)
-        if whole.measured:
-            found = torch.autograd.grad(
-                y, whole.xs, c, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
-        else:
-            found = fitting(y, whole.xs, c, create_graph)
-        # a backward may give nothing for some cotangents
-        return tuple(
-            x.new_zeros(x.shape) if g is None else _dense(g)
-            for g, x in zip(found, whole.xs, strict=True)
-        )
+        return row([y], whole.xs, [c], create_graph, not whole.measured)
 
     name = "an input" if y.grad_fn is None else y.grad_fn.name()
     return Passes(whole, y, False, one, targets, f"the whole function ({name})")
+
+
+def row(
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    cs: Sequence[Tensor],
+    create_graph: bool = False,
+    fits: bool = True,
+) -> tuple[Tensor, ...]:
+    """One pass of the engine from cotangents, to all inputs. ``fits``: these are known to be as the outputs are."""
+    # backwards may write to them, or view them, as they may to what the engine gives them
+    cs = [c.clone(memory_format=torch.contiguous_format) for c in cs]
+    if fits:
+        found = fitting(ys, xs, cs, create_graph)
+    else:
+        found = torch.autograd.grad(
+            ys, xs, cs, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    # a backward may give nothing for some cotangents
+    return tuple(
+        x.new_zeros(x.shape) if g is None else _dense(g) for g, x in zip(found, xs, strict=True)
+    )
 
 
 def _columns(whole: Whole) -> list[Passes]:

@@ -417,7 +417,7 @@ class Opaque(LinearMap):
             g = _reduce(g, self.value.shape)
 
         def one_row(row):
-            (found,) = fitting(g, (u,), row, create_graph)
+            (found,) = fitting((g,), (u,), (row,), create_graph)
             return (torch.zeros_like(u) if found is None else found,)
 
         key = self.call.key("push", self.nr, self.edge)

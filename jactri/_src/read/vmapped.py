@@ -127,10 +127,10 @@ class Vmapped:
         logger.info("fallback: %s is not vmapped (%s); one row at a time", self.name, why)
 
 
-def fitting(y: Tensor, ends: Sequence[Tensor], c: Tensor, create_graph: bool):
+def fitting(ys: Sequence[Tensor], ends: Sequence[Tensor], cs: Sequence[Tensor], create_graph: bool):
     """``torch.autograd.grad`` where nobody need ask whether a cotangent fits: torch imports sympy for that."""
     return _engine_run_backward(
-        (y,), (c,), True, create_graph, tuple(ends), True, accumulate_grad=False
+        tuple(ys), tuple(cs), True, create_graph, tuple(ends), True, accumulate_grad=False
     )
 
 
