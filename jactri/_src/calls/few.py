@@ -34,6 +34,9 @@ from .whole import Passes, Whole, all_rows, filled, row
 LONG = 128
 """Nodes from which it pays to look at their sizes where passes are several: below, reading them is no matter."""
 
+SMALL = 1 << 16
+"""Entries of all ends up to which Python's part of a product is more than what structure might save of its memory."""
+
 PASS = 4e-6
 """Seconds that a node takes in a pass of the engine,"""
 STEP = 6e-5
@@ -165,4 +168,6 @@ def product(ys, xs, cotangents, columns: int, asked: Options) -> list[Tensor] | 
 
 
 def _product(ys, xs, asked: Options) -> bool:
+    if sum(t.numel() for t in (*ys, *xs)) > SMALL:
+        return False
     return not torch.is_grad_enabled() and asked.memory_limit is None and _may(ys, xs, asked)
