@@ -39,6 +39,14 @@ class Conv(nn.Module):
         return self.norm(self.conv(x.unsqueeze(1)).tanh()).mean(1)
 
 
+class Waves(Tokens):
+    """Complex numbers in an op without a rule: autograd computes it as a whole."""
+
+    def forward(self, i):
+        h = torch.fft.fft(self.table(i), dim=1)
+        return h.prod(1).abs()
+
+
 def model(kind):
     torch.manual_seed(1)
     made = {"mlp": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)),
@@ -121,6 +129,9 @@ def all_methods(kind, n):
     gram = counted("gram", gathers, jac.gram)
     assert tuple(gram.placements) == (Shard(0),)
     same(gram, whole.gram(), "gram")
+    assumed = jactri.parameter_jacobian(net, given, per_sample="assume")  # no stand-ins
+    same(assumed.gram(), whole.gram(), "gram, assumed")
+    same(assumed.T @ mine, whole.T @ u, "J^T u, assumed")
     for x2 in (data(kind, 3, 6), data(kind, 1, 6)):
         given2 = distribute_tensor(x2, mesh, [Shard(0)])
         for compute in ("full", "diagonal", "trace"):
@@ -272,6 +283,9 @@ def refusals():
             nn.Sequential(net, nn.BatchNorm1d(2, affine=False, dtype=F64)),
             distribute_tensor(x[:2], mesh, [Shard(0)]),
         ),
+        "unproven": lambda: jactri.parameter_jacobian(
+            Waves(), distribute_tensor(data("tokens", 4), mesh, [Shard(0)])
+        ),
         "columns": lambda: jactri.parameter_jacobian(net, distribute_tensor(x, mesh, [Shard(1)])),
         "mesh": lambda: jactri.distributed.samples("dp"),
         "value": lambda: jactri.distributed.all_reduce([1.0], mesh),
@@ -296,6 +310,7 @@ def test_refusals_say_what_to_write(ranks):
         "out": "leave it out",
         "mixing": "mix",
         "mixing ones": "mix",
+        "unproven": "per_sample='assume'",
         "columns": "x.redistribute(placements=[Shard(dim=0)])",
         "mesh": "init_device_mesh",
         "value": "value must hold tensors",

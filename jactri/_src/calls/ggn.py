@@ -18,6 +18,7 @@ from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
+from ..spread.kernels import check_proven
 from ..spread.shards import ALONE, Share, taken_here
 from ..spread.sums import totals
 from .parameters import ParameterJacobian
@@ -74,6 +75,7 @@ def ggn(
     check_options("auto", chunk_size, None, create_graph)
     share, x, per_sample = taken_here("ggn", "x", x, per_sample, create_graph)
     run = Recorded(module, x, params, create_graph, "ggn", per_sample=per_sample)
+    check_proven(run, share)
     return GGN(Factors(run, chunk_size, memory_limit), loss_hessian, share)
 
 

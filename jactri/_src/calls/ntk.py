@@ -16,7 +16,7 @@ from ..parameters.inner import Link, of_second
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
-from ..spread.kernels import of_ranks
+from ..spread.kernels import check_proven, of_ranks
 from ..spread.shards import ALONE, Share, taken_here
 from .parameters import formed_gram
 
@@ -83,6 +83,7 @@ def empirical_ntk(
         name = f"x{i + 1}"
         share, x, proving = taken_here("empirical_ntk", name, x, per_sample, create_graph)
         runs.append(Recorded(module, x, params, create_graph, "empirical_ntk", per_sample=proving))
+        check_proven(runs[-1], share)
         shares.append(share)
     return of_runs(runs, compute, chunk_size, memory_limit, shares)
 

@@ -20,7 +20,7 @@ from ..parameters.recorded import Recorded
 from ..parameters.used import selections
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
-from ..spread.kernels import of_ranks
+from ..spread.kernels import check_proven, of_ranks
 from ..spread.shards import ALONE, Share, taken_here
 from ..spread.sums import totals, whole_of
 from . import whole
@@ -88,6 +88,7 @@ def parameter_jacobian(
     check_options("auto", chunk_size, None, create_graph)
     share, x, proving = taken_here("parameter_jacobian", "x", x, per_sample, create_graph)
     run = Recorded(module, x, params, create_graph, "parameter_jacobian", per_sample=proving)
+    check_proven(run, share)
     return ParameterJacobian(Factors(run, chunk_size, memory_limit), share)
 
 

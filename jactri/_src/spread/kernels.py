@@ -13,6 +13,20 @@ from . import ring
 from .shards import Share
 
 
+def check_proven(run: Recorded, share: Share) -> None:
+    """Raise RuntimeError where nothing shows that samples do not mix, as other ranks have to have it.
+
+    On one device the Jacobian of what autograd computes as a whole is right either way.
+    """
+    reason = run.reason
+    shown = run.assume or reason is None or reason.graph is not None
+    if share.dims and not shown and not any(t.requires_grad for t in run.leaves):
+        raise RuntimeError(
+            f"nothing shows that samples do not mix: x is of integers, and the module holds {reason}; pass "
+            "per_sample='assume' if they do not, or x.full_tensor()"
+        )
+
+
 def of_ranks(
     multiply: Callable[[Any, Any], Tensor],
     factors: tuple[Factors[Recorded], Factors[Recorded]],
