@@ -11,6 +11,7 @@ from ._src.calls.finite_difference import finite_difference
 from ._src.calls.ggn import GGN, ggn
 from ._src.calls.gradient import gradient
 from ._src.calls.gram import jjt, jtj
+from ._src.calls.hessian import hessian
 from ._src.calls.laplacian import bilaplacian, laplacian
 from ._src.calls.layers import layer_jacobian
 from ._src.calls.linearize import Linearization, linearize
@@ -70,6 +71,7 @@ __all__ = [
     "func",
     "ggn",
     "gradient",
+    "hessian",
     "identity",
     "jacobian",
     "jacobian_of",

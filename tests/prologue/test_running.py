@@ -40,6 +40,7 @@ CALLS = {
     "jacrev": lambda f, x: jactri.func.jacrev(f)(x),
     "jacfwd": lambda f, x: jactri.func.jacfwd(f)(x),
     "hessian": lambda f, x: jactri.func.hessian(lambda v: f(v).square().sum())(x),
+    "hessians": lambda f, x: jactri.hessian(lambda v: f(v).square().sum(1), x, per_sample=True),
     "jvp": lambda f, x: jactri.jvp(f, x, torch.ones_like(x))[1],
     "vjp": lambda f, x: jactri.vjp(f, x, torch.ones_like(x))[1],
     "gradient": lambda f, x: jactri.gradient(f, x),

@@ -43,15 +43,14 @@ from ..read.behind import Walk, leaves_behind, reached
 from ..read.graph import UnsupportedGraph
 from ..read.opaque import refuse_or_log
 from ..read.reading import read
-from ..run.banded import Banded
-from ..run.blocks import Blocks, Sizes
+from ..run.blocks import Sizes
 from ..run.entries import check_pattern, nothing
 from ..run.formed import BLOCKED
 from ..spread.agreement import of_mesh
 from ..spread.shards import by_rank, check_several
 from . import few, meshed, patterned, reentrant, whole
 from .pieces import run_piece
-from .strictness import check_dependence
+from .strictness import check_blocks, check_dependence
 
 
 @public
@@ -331,14 +330,7 @@ def compute(ys, xs, asked: Options) -> list[list[Tensor]]:
     else:
         rows = _in_mode(ys, xs, asked, dests)
     if asked.strict and asked.create_graph:
-        for j, row in enumerate(rows):
-            for i, block in enumerate(row):
-                block = block.values if isinstance(block, (Banded, Blocks)) else block
-                if not block.requires_grad:
-                    raise RuntimeError(
-                        f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
-                        "strict mode when create_graph=True."
-                    )
+        check_blocks(rows)
     return rows
 
 

@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.autograd import _get_sequence_nr
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from ..base.elsewhere import check_graph
 from ..base.remedies import NO_DERIVATIVE, instead_of, not_callable, one_of, returned
 from ..base.tracing import making, own
-from ..prologue.arguments import Options, check_options
+from ..prologue.arguments import HESSIAN, Options, check_options, form_of
 from ..prologue.failures import note
-from ..prologue.running import computing, eagerly, prepare, recording, with_remedies
+from ..prologue.patterns import taken_pattern
+from ..prologue.running import eagerly, prepare, recording, with_remedies
 from ..read import handover, overriding
-from ..read.behind import Outside, handles_of
-from ..read.opaque import others
+from ..read.behind import Outside
+from . import symmetric
 from .api import compute
 from .deferred import differentiable
+from .twice import gradients
 
 _RANDOMNESS = ("error", "different", "same")
 
@@ -136,6 +137,8 @@ def hessian(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    layout: torch.layout | str = torch.strided,
+    pattern: Any = None,
 ) -> Callable[..., Any]:
     """``torch.func.hessian``, faster: the Jacobian of the gradient, by a structured sweep over the gradient's graph.
 
@@ -144,6 +147,8 @@ def hessian(
         argnums: as of `jacrev`.
         has_aux: as of `jacrev`.
         chunk_size: as of `jacrev`.
+        layout: as of `jactri.hessian`, for outputs of one element: each leaf is sparse.
+        pattern: as of `jactri.hessian`: a tree of patterns, as the result is one of tensors.
 
     Returns:
         A function of the arguments of ``func``. It gives the tree of the outputs; in place of each leaf the tree of
@@ -151,13 +156,15 @@ def hessian(
         ``(*out, *in, *in)``. The dtype is that of the first of the two.
 
     Raises:
-        ValueError: when called, tensors of integers to differentiate by.
-        RuntimeError: as `jacrev`.
+        ValueError: an unknown ``layout`` (here); when called, tensors of integers to differentiate by; a sparse
+            ``layout`` where every entry can be non-zero.
+        RuntimeError: as `jacrev`; when called, a sparse ``layout`` for an output of several elements, or inside of a
+            torch.func transform.
 
     Cost:
         An output of one element: one backward pass and a sweep over its graph, in which samples that do not mix are
-        carried once: the Hessian of the sum of a function of each of ``N`` samples costs ``N`` blocks, not ``N * N``.
-        Other outputs: a differentiable Jacobian and a sweep over that one's graph.
+        carried once: the Hessian of the sum of a function of each of ``N`` samples costs ``N`` blocks, not ``N * N``;
+        a sparse one as `jactri.hessian`. Other outputs: a differentiable Jacobian and a sweep over that one's graph.
 
     Examples:
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
@@ -165,7 +172,9 @@ def hessian(
         >>> torch.allclose(H, A)
         True
     """
-    return _Transform("hessian", func, argnums, has_aux, chunk_size).wrapper()
+    return _Transform(
+        "hessian", func, argnums, has_aux, chunk_size, layout=layout, pattern=pattern
+    ).wrapper()
 
 
 @dataclass(slots=True)
@@ -186,7 +195,17 @@ class _Evaluated:
 class _Transform:
     """What the three have in common. ``name`` is of the one that is asked for."""
 
-    def __init__(self, name, func, argnums, has_aux, chunk_size, randomness="same"):
+    def __init__(
+        self,
+        name,
+        func,
+        argnums,
+        has_aux,
+        chunk_size,
+        randomness="same",
+        layout=torch.strided,
+        pattern=None,
+    ):
         check_options("auto", chunk_size, None, False)
         if not callable(func):
             raise not_callable(func)
@@ -196,6 +215,7 @@ class _Transform:
             )
         self.name, self.func, self.argnums, self.has_aux = name, func, argnums, has_aux
         self.chunk_size, self.randomness = chunk_size, randomness
+        self.layout, self.form, self.pattern = layout, form_of(layout), pattern
 
     def wrapper(self):
         @functools.wraps(self.func, updated=())
@@ -219,6 +239,11 @@ class _Transform:
 
     def _by_torch(self, args, kwargs):
         overriding.refuse(f"{self.name} by torch.func (randomness={self.randomness!r})")
+        if self.form != "dense":
+            raise RuntimeError(
+                f"layout={self.layout} is not possible inside of a torch.func transform"
+            )
+        handover.refuse(pattern=self.pattern is not None)
         for k in self._places(len(args)):
             self._check_inputs(tree_leaves(args[k]))
         func = functools.partial(self.func, **kwargs) if kwargs else self.func
@@ -288,7 +313,7 @@ class _Transform:
     # -- first and second derivatives --------------------------------------------------------------
 
     def _compute(self, ys, run: _Evaluated, graph: bool, strategy: str, roots=None):
-        what = "the Hessian" if self.name == "hessian" else "the Jacobian"
+        what = HESSIAN if self.name == "hessian" else "the Jacobian"
         asked = Options(
             strategy=strategy, chunk_size=self.chunk_size, what=what, of="jactri.jacobian with "
         )
@@ -313,13 +338,43 @@ class _Transform:
     def _second(self, run: _Evaluated, graph: bool):
         """The Hessians, by output and input, as trees of inputs."""
         overriding.refuse("a second derivative")
-        gradients = [g for y in run.ys for g in _gradients(y, run.leaves)]
+        if self.form != "dense" or self.pattern is not None:
+            return self._entries(run, graph)
+        slopes = [g for y in run.ys for g in gradients(y, run.leaves)]
         mixed = len({x.dtype for x in run.leaves}) > 1
         roots = [y for y in run.ys for _ in run.leaves]
-        rows = self._compute(gradients, run, graph, "forward-mode" if mixed else "auto", roots)
+        rows = self._compute(slopes, run, graph, "forward-mode" if mixed else "auto", roots)
         trees = [tree_unflatten(row, run.inputs) for row in rows]
         n = len(run.leaves)
         return [trees[k : k + n] for k in range(0, len(trees), n)]
+
+    def _entries(self, run: _Evaluated, graph: bool):
+        """The Hessians by the entries of a pattern, by output and input, as trees of inputs."""
+        n, made = len(run.leaves), []
+        given = None if self.pattern is None else tree_leaves(self.pattern)
+        if given is not None and len(given) != len(run.ys) * n * n:
+            raise RuntimeError(
+                f"pattern must be nested as the result is, a tree of {len(run.ys) * n * n} patterns, got {len(given)}"
+            )
+        for k, y in enumerate(run.ys):
+            if y.numel() != 1:
+                what = f"layout={self.layout}" if self.pattern is None else "pattern="
+                raise RuntimeError(
+                    f"{what} is for outputs of one element, but func returned one of shape {tuple(y.shape)}; return "
+                    "its sum, or use layout=torch.strided"
+                )
+            slopes = gradients(y, run.leaves)
+            asked = Options(
+                graph and bool(Outside(y, run.start)), self.chunk_size, layout=self.layout, form=self.form,
+                what=HESSIAN,
+            )  # fmt: skip
+            if given is not None:
+                own = iter(given[k * n * n : (k + 1) * n * n])
+                nest = [[next(own) for _ in run.leaves] for _ in run.leaves]
+                asked.pattern = taken_pattern(nest, slopes, run.leaves, True, True, False)
+            rows = symmetric.rows(y, slopes, run.leaves, asked, run.start)
+            made.append([tree_unflatten(row, run.inputs) for row in rows])
+        return made
 
     # -- what the caller passed --------------------------------------------------------------------
 
@@ -395,51 +450,6 @@ class _Transform:
                     f"{self.name}: func must return floating-point tensors, but it returned one of {y.dtype}, "
                     + NO_DERIVATIVE
                 )
-
-
-def _gradients(y: Tensor, leaves) -> list[Tensor]:
-    """The Jacobian of one output by every input, with a graph."""
-    # which it differentiates as far as they are recorded; a hook that changes nothing now may cut that short
-    if y.numel() == 1 and not handles_of(leaves) and not others([y]):
-        with computing(True):
-            if y.requires_grad:
-                check_graph([y])
-                found = torch.autograd.grad(y.sum(), leaves, create_graph=True, allow_unused=True)
-            else:
-                found = (None,) * len(leaves)
-            dense = all(g is None or g.layout is torch.strided for g in found)
-            if dense and not _dead_end(found):
-                shapes = [(*y.shape, *x.shape) for x in leaves]
-                return [
-                    x.new_zeros(s) if g is None else g.reshape(s)
-                    for g, x, s in zip(found, leaves, shapes, strict=True)
-                ]
-    asked = Options(create_graph=True, of="jactri.jacobian with ")
-    return compute((y,), leaves, asked)[0]
-
-
-DEAD_ENDS = {
-    "torch::autograd::NotImplemented",
-    "CdistBackwardBackward0",
-    "PdistBackwardBackward0",
-    "EuclideanDistBackward0",  # differentiated to 0 where points coincide, whatever is true there
-}
-"""Nodes in the graph of a gradient that autograd cannot differentiate, or not rightly."""
-
-
-def _dead_end(gradients) -> bool:
-    """Whether autograd cannot differentiate them, as through a fused attention's backward, where our Jacobian can."""
-    seen: set = set()
-    stack = [g.grad_fn for g in gradients if g is not None]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() in DEAD_ENDS:
-            return True
-        seen.add(node)
-        stack += [p for p, _ in node.next_functions]
-    return False
 
 
 def _ordinary(x):

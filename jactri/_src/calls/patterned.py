@@ -23,7 +23,7 @@ from ..plan.owners import apart
 from ..plan.pattern import Pattern
 from ..plan.planning import Wanted, check_answer, proof, prove_by_probe
 from ..plan.supports import MOST, Trace, indices, pattern_of
-from ..prologue.arguments import ASSUME, Options
+from ..prologue.arguments import ASSUME, HESSIAN, Options
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
 from ..read.unrecorded import tight
@@ -55,18 +55,18 @@ def rows(ys, xs, asked: Options, budget: Budget, dests) -> list[list]:
                 )
     if asked.form == "dense" and dests is None:
         check_answer(ys, xs, Wanted(budget, per_sample=per_sample, of=asked.of), asked.what)
-    graph = _read(ys, xs, asked, budget)
+    graph = graph_of(ys, xs, asked, budget)
     matrix, parts = joined(asked.pattern)
     grids = [tuple(e[0].shape[bool(per_sample) :]) for e in (ys, xs) if len(ys) == len(xs) == 1]
     strategy = asked.strategy
     if isinstance(graph, UnsupportedGraph):
         if not graph.linear:  # as hooks that clip: what a sum of rows gives is no sum
             how = each_row(matrix)
-            return _made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
+            return made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
         if graph.graph is not None or not graph.twice:  # a tangent would take all rows
             strategy = "reverse-mode"
     how = compressed(matrix, strategy, *grids)
-    return _made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
+    return made(ys, xs, asked.pattern, parts, how, graph, asked, budget, dests)
 
 
 def by_both(graph: Graph, ys, xs, asked: Options, budget: Budget) -> list[list] | None:
@@ -82,7 +82,7 @@ def by_both(graph: Graph, ys, xs, asked: Options, budget: Budget) -> list[list] 
     sizes = (*(y.shape for y in ys), *(x.shape for x in xs))
     key = graph.key, told, bool(asked.per_sample), sizes
     found = _both.of(key, lambda: _look(graph, ys, xs, bool(asked.per_sample)))
-    return None if found is None else _made(ys, xs, *found, graph, asked, budget, None)
+    return None if found is None else made(ys, xs, *found, graph, asked, budget, None)
 
 
 _both: Cache[tuple, tuple[Blocks, Parts, Compression] | None] = Cache(8)
@@ -111,7 +111,7 @@ def _look(graph: Graph, ys, xs, per_sample: bool) -> tuple[Blocks, Parts, Compre
     return None if how is None else (blocks, parts, how)
 
 
-def _made(
+def made(
     ys, xs, blocks: Blocks, parts: Parts, how: Compression, graph: Graph | UnsupportedGraph, asked: Options,
     budget: Budget, dests,
 ) -> list[list]:  # fmt: skip
@@ -129,7 +129,7 @@ def _made(
             )  # fmt: skip
         if asked.check:
             with torch.no_grad():
-                _check(ys, xs, how.pattern, graph, values.detach(), budget, per_sample)
+                _check(ys, xs, how.pattern, graph, values.detach(), budget, asked)
     forward = asked.strategy == "forward-mode"
     keys = tuple(tuple(b.key for b in row) for row in blocks)
     answer: list[list] = []
@@ -144,16 +144,16 @@ def _made(
                 if pattern is not how.pattern:
                     at = kept(("part of a pattern", keys, j, i), parts[j][i], values.device)
                     mine = values.index_select(1, at)
-                made = Formed.known(*given).of_values(mine)
+                block = Formed.known(*given).of_values(mine)
             elif asked.form == "dense":
-                made = whole.zero_block(y, x, per_sample, like, dest)
+                block = whole.zero_block(y, x, per_sample, like, dest)
             else:
-                made = nothing(asked.form, y, x, per_sample, size)
-            answer[j].append(made)
+                block = nothing(asked.form, y, x, per_sample, size)
+            answer[j].append(block)
     return answer
 
 
-def _read(ys, xs, asked: Options, budget: Budget) -> Graph | UnsupportedGraph:
+def graph_of(ys, xs, asked: Options, budget: Budget) -> Graph | UnsupportedGraph:
     """The graph, or why there is none. Raises where samples are to be apart and are not."""
     per_sample = asked.per_sample
     try:
@@ -172,13 +172,14 @@ def _read(ys, xs, asked: Options, budget: Budget) -> Graph | UnsupportedGraph:
 
 
 def _check(
-    ys, xs, matrix: Csr, graph: Graph | UnsupportedGraph, values: Tensor, budget: Budget, per_sample: bool
+    ys, xs, matrix: Csr, graph: Graph | UnsupportedGraph, values: Tensor, budget: Budget, asked: Options
 ) -> None:  # fmt: skip
     """Raise ValueError for an entry outside of the pattern that is not zero, as two products without it tell.
 
     Rows that are not finite are not compared.
     """
-    samples, device = len(values), values.device
+    samples, device, per_sample = len(values), values.device, bool(asked.per_sample)
+    of = "gradient" if asked.what == HESSIAN else "output"
     row = firm(
         (2, sum(x.numel() for x in xs)), xs[0]
     )  # alike nowhere: what takes another's place shows
@@ -204,18 +205,18 @@ def _check(
         return
     worst = off.flatten().argsort(descending=True)[:count]
     for some in worst.split(ROWS):
-        _name(ys, xs, matrix, graph, budget, some, samples, near, per_sample)
+        _name(ys, xs, matrix, graph, budget, some, samples, near, per_sample, of)
     s, r = divmod(int(worst[0]), matrix.height)
     raise ValueError(
-        f"check=True: by pattern, a product with the Jacobian is off by {float(gap[:, s, r].max()):.3g} in "
-        f"{_at(r, ys, 'output', per_sample, s)}, though no entry that is not zero is missing in pattern there; "
+        f"check=True: by pattern, a product with {asked.what} is off by {float(gap[:, s, r].max()):.3g} in "
+        f"{_at(r, ys, of, per_sample, s)}, though no entry that is not zero is missing in pattern there; "
         "jactri.check(func, inputs) tells whether the function computes the same twice"
     )
 
 
 def _name(
     ys, xs, matrix: Csr, graph: Graph | UnsupportedGraph, budget: Budget, some: Tensor, samples: int, near: float,
-    per_sample: bool,
+    per_sample: bool, name: str,
 ) -> None:  # fmt: skip
     """Raise for the largest entry of some rows that is outside of the pattern, if one is not zero."""
     sample, row = some // matrix.height, some % matrix.height
@@ -235,11 +236,11 @@ def _name(
     if not size[k, c]:
         return
     at = int(sample[k])
-    of, by = _at(int(row[k]), ys, "output", per_sample, at), _at(c, xs, "input", per_sample, at)
+    of, by = _at(int(row[k]), ys, name, per_sample, at), _at(c, xs, "input", per_sample, at)
     raise ValueError(
         f"pattern leaves out an entry that is not zero: the derivative of {of} by {by} is {float(exact[k, c]):.6g}, "
-        "and entries that are read together with it are wrong; pass a pattern that has it, as "
-        "jactri.sparsity(func, inputs) finds one, or leave pattern out"
+        "and entries that are read together with it are wrong; pass a pattern that has it, or leave pattern out and "
+        "have it found"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..read.behind import reached
 from ..read.overriding import refuse
+from ..run.banded import Banded
+from ..run.blocks import Blocks
 
 _ALLOWED = "This is not allowed in strict mode"
 
@@ -45,6 +47,18 @@ def check_varying(made, of: str) -> None:
             raise RuntimeError(
                 f"The product with the Jacobian for {of} {i} is constant. {_ALLOWED} when create_graph=True."
             )
+
+
+def check_blocks(rows) -> None:
+    """Raise for blocks of a Jacobian under ``create_graph`` that are constant."""
+    for j, row in enumerate(rows):
+        for i, block in enumerate(row):
+            block = block.values if isinstance(block, (Banded, Blocks)) else block
+            if not block.requires_grad:
+                raise RuntimeError(
+                    f"The jacobian of output {j} with respect to input {i} is constant. This is not allowed in "
+                    "strict mode when create_graph=True."
+                )
 
 
 def _check_outputs(ys) -> None:

@@ -15,12 +15,13 @@ from ..calls.diagonal import diagonal
 from ..calls.divergence import divergence
 from ..calls.gradient import gradient
 from ..calls.gram import jjt, jtj
+from ..calls.hessian import hessian
 from ..calls.laplacian import bilaplacian, laplacian
 from ..calls.ntk import empirical_ntk
 from ..calls.parameters import parameter_jacobian
 from ..calls.vectors import jvp, vjp
 
-_OF_TUPLES = (jacobian, jtj, jjt, parameter_jacobian)
+_OF_TUPLES = (jacobian, hessian, jtj, jjt, parameter_jacobian)
 """Calls that take several inputs as one tuple."""
 
 OF_FUNCTIONS = (transforms.jacrev, transforms.jacfwd, transforms.hessian)

@@ -19,6 +19,9 @@ from ..run.formed import FORMS
 ASSUME = "assume"
 """As ``per_sample``: that samples do not mix is the caller's word."""
 
+HESSIAN = "the Hessian"
+"""As ``what``: the answer is the Jacobian of a gradient."""
+
 STRATEGIES = ("auto", "forward-mode", "reverse-mode", "mixed")
 
 
@@ -67,7 +70,7 @@ def taken(
     call: str, inputs: Any, asked: Options, name: str = "inputs"
 ) -> tuple[bool, tuple[Tensor, ...]]:
     """Whether the inputs of a call are a tuple, and they as one. Raises for what they or its options cannot be."""
-    asked.form = _form(asked.layout, asked.out)
+    asked.form = form_of(asked.layout, asked.out)
     check_blocksize(asked.blocksize, asked.form)
     if asked.check and asked.pattern is None:
         raise ValueError(
@@ -104,7 +107,7 @@ _LAYOUTS = {
 """What names of layouts stand for."""
 
 
-def _form(layout, out) -> str:
+def form_of(layout, out=None) -> str:
     """The form of the answer."""
     kind = FORMS.get(layout)
     if kind is None:
