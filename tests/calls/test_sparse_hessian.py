@@ -1,12 +1,15 @@
 """Sparse Hessians: entries and their count beside autograd's dense ones, and how many products tell them."""
 
+import random
+
 import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from common import F64, Square, unfollowed
+from common import F64, MODES, Square, unfollowed
 from tolerances import assert_close, assert_same_tree
 from torch.autograd import functional
+from torch.nn import functional as F
 
 import jactri
 from jactri._src.calls import symmetric
@@ -206,6 +209,66 @@ def test_hooks_count():
     assert_close(got.to_dense(), want, F64, length=64)
     with pytest.raises(ValueError, match="of which no pattern is known"):
         jactri.hessian(func, x, layout=torch.sparse_csr)
+
+
+def picked(u, seed):
+    return torch.randint(6, (6,), generator=torch.Generator().manual_seed(seed))
+
+
+def written(u, v):
+    w = u.clone()
+    w[1:3] = v[2:4] * u[1:3]
+    return w
+
+
+OPS = [
+    lambda u, v, seed: u * v,
+    lambda u, v, seed: u.sin(),
+    lambda u, v, seed: u.roll(seed % 5),
+    lambda u, v, seed: torch.cat([u[1:], v[:1]]),
+    lambda u, v, seed: u[picked(u, seed)],
+    lambda u, v, seed: torch.where(u > v, u * v, u**2),
+    lambda u, v, seed: torch.maximum(u.relu(), v**2),
+    lambda u, v, seed: torch.zeros(6, dtype=F64).index_add(0, picked(u, seed), u * v),
+    lambda u, v, seed: u / (1 + v * v),
+    lambda u, v, seed: written(u, v),
+    lambda u, v, seed: u.view(2, 3).sum(1).repeat_interleave(3) * v,
+    lambda u, v, seed: u.detach() * v,
+    lambda u, v, seed: torch.stack([u[:3], v[3:]], 1).flatten().tanh(),
+    lambda u, v, seed: u.view(3, 2).t().reshape(6) * F.pad(v, (1, 1))[:-2].abs(),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_functions(seed):
+    gen = random.Random(seed)
+    steps = [
+        (gen.choice(OPS), gen.random(), gen.random(), gen.randrange(99))
+        for _ in range(gen.randrange(2, 6))
+    ]
+
+    def func(x, t):
+        made = [x.flatten()[:6], t.expand(6)]
+        for op, a, b, s in steps:
+            made.append(op(made[int(a * len(made))], made[int(b * len(made))], s))
+        return sum((t**2).sum() if k % 2 else t.sum() for k, t in enumerate(made[2:]))
+
+    xs = (values(3, 4, seed=seed), values(seed=seed + 1))
+    got = jactri.hessian(
+        func, xs, layout=gen.choice(LAYOUTS), outer_jacobian_strategy=gen.choice(MODES)
+    )
+    want = functional.hessian(func, xs)
+    for a, b in ((a, b) for a in range(2) for b in range(2)):
+        assert_close(got[a][b].to_dense().reshape(want[a][b].shape), want[a][b], F64, length=999)
+
+
+def test_a_backward_without_a_derivative_is_refused():
+    def func(w):
+        return F.embedding_bag(torch.tensor([[0, 1], [2, 3]]), w, mode="sum").square().sum()
+
+    for options in ({}, {"pattern": band(8), "layout": torch.sparse_csr}):
+        with pytest.raises(NotImplementedError, match="EmbeddingBag has no further derivative"):
+            jactri.hessian(func, values(4, 2), **options)
 
 
 def test_kinks_are_those_of_autograd():
