@@ -67,7 +67,9 @@ def name(of: Callable | None) -> str:
 def check(what: str, of: Any, options: dict[str, Any], examples: Sequence[Any]) -> None:
     """Raise for what ``what``, `compile` or `export`, cannot make one graph of, whatever the function does."""
     if of is not None and of not in _CALLS:
-        names = ", ".join(f"jactri.{f.__name__}" for f in _CALLS)
+        names = ", ".join(
+            f"jactri.{'func.' if f in OF_FUNCTIONS else ''}{f.__name__}" for f in _CALLS
+        )
         raise TypeError(f"of must be one of {names}, or None for func itself, got {of!r}")
     known = [*_options(of), *(("engine", "freeze") if what == "compile" else ("path",))]
     wrong = [option for option in options if option not in known]
