@@ -170,6 +170,8 @@ def test_scipy_matrices_there_and_back():
     assert torch.equal(grid.to_dense().view(9, 9), pattern.to_dense())
     with pytest.raises(RuntimeError, match=r"pattern has shape \(9, 9\); expected \(9, 8\)"):
         jactri.Sparsity.of(matrix, (9,), (8,))
+    with pytest.raises(TypeError, match=r"into must be a shape, as \(3,\), got 9"):
+        jactri.Sparsity.of(matrix, (9,), 9)
     assert samples().to_scipy().shape == (30, 7)
 
 

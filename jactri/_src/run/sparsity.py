@@ -83,14 +83,17 @@ class Sparsity(Shown, Tensor):
             into: that of the input.
 
         Raises:
-            TypeError: a pattern of numbers, or of another kind.
-            RuntimeError: another shape.
+            TypeError: a pattern of numbers, or of another kind; a shape that is none.
+            RuntimeError: a pattern of another shape.
 
         Examples:
             >>> mask = torch.eye(3, 4, dtype=torch.bool)
             >>> jactri.Sparsity.of(mask, (3,), (4,)).nnz
             3
         """
+        for name, shape in (("out", out), ("into", into)):
+            if not isinstance(shape, (tuple, list)):
+                raise TypeError(f"{name} must be a shape, as (3,), got {shape!r}")
         matrix = csr_of(pattern, torch.Size(out), torch.Size(into), "pattern")
         return _of(matrix, (*out, *into), len(out), False)
 
