@@ -42,8 +42,8 @@ CASES = {
     "two outputs": (chain, [(6, 3)]),
     "a shared input": (shared, [(5, 3), (2,)]),
     "one axis": (line, [(8,)]),
-    "one sample": (lambda x: x[:, 1:] * x[:, :-1], [(1, 6)]),
-    "samples": (lambda x: x[:, 1:, 0] * x[:, :-1, 1], [(3, 5, 2)]),
+    "an arrow": (lambda x: torch.cat([x.sum()[None], (x[1:] * x[0, 0]).flatten()]), [(9, 2)]),
+    "pairs": (lambda x: ((d := x[1:] * x[:-1]).sum(1, keepdim=True) * d)[:, :2], [(7, 3)]),
 }
 
 
@@ -274,11 +274,12 @@ def test_the_matrix_can_be_differentiated(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_pattern_of_the_callers(layout):
-    func, xs = given("two inputs")
+@pytest.mark.parametrize("name", ["two inputs", "an arrow", "pairs"])
+def test_a_pattern_of_the_callers(layout, name):
+    func, xs = given(name)
 
-    def unknown(a, b):
-        y = func(a, b)
+    def unknown(*xs):
+        y = func(*xs)
         return unfollowed(torch.complex(y, y)).real
 
     with pytest.raises(ValueError, match="no pattern is known"):
@@ -286,8 +287,12 @@ def test_a_pattern_of_the_callers(layout):
     want, gradient, _ = truth(func, xs)
     pattern = jactri.sparsity(func, xs)
     found = jactri.normal_equations(unknown, xs, layout=layout, pattern=pattern, check=True)
-    check(found, want, gradient, CASES["two inputs"][1])
-    wrong = tuple(torch.zeros(14, x.numel(), dtype=torch.bool) for x in xs)
+    check(found, want, gradient, CASES[name][1])
+    ends = xs if isinstance(xs, tuple) else (xs,)
+    wrong = tuple(
+        torch.zeros(outputs(func, xs)[0].numel(), x.numel(), dtype=torch.bool) for x in ends
+    )
+    wrong = wrong if isinstance(xs, tuple) else wrong[0]
     with pytest.raises(ValueError, match="leaves out an entry"):
         jactri.normal_equations(func, xs, layout=layout, pattern=wrong, check=True)
 

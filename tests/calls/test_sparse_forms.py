@@ -62,6 +62,27 @@ def test_blocks_hold_the_jacobian(strategy, turned):
     close(J.to_dense(), want)
 
 
+def arrow(x):
+    """Five rows, of which the first has all, and so has the first column: rows and columns meet."""
+    return torch.cat([x.sum()[None], x[1:] * x[0]])
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, "banded"]
+)
+@pytest.mark.parametrize("func", [springs, lambda x: arrow(x.flatten()), lambda x: x[1:] * x[:-1]])
+def test_every_form_of_a_pattern_that_is_given(func, layout):
+    """Blocks with holes and without, one or several in a row."""
+    x = torch.randn(6, 3 if func is springs else 4, dtype=F64)
+    want = truth(func, x)
+    pattern = jactri.sparsity(func, x)
+    sizes = [None, (1, 2), (2, 1), (2, 6)] if layout is torch.sparse_bsr else [None]
+    for given in ({}, {"pattern": pattern}, {"pattern": pattern, "strategy": "reverse-mode"}):
+        for size in sizes:
+            found = jactri.jacobian(func, x, layout=layout, blocksize=size, **given)
+            close(found.to_dense().reshape(want.shape), want)
+
+
 @pytest.mark.parametrize("n", [0, 1, 4])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("layout", [torch.sparse_bsr, torch.sparse_csc, torch.sparse_csr, "banded"])

@@ -78,7 +78,9 @@ class Formed:
     def of_values(self, values: Tensor) -> Tensor | Banded | Blocks:
         """The answer of ``values`` ``(samples or 1, entries)`` in the order of the pattern."""
         place, *where = self.where(("values",))
-        return self.answer(values.index_select(1, place) if self.form == "csc" else values, *where)
+        if self.form == "csc" or self.size is not None:  # which have an order of their own
+            values = values.index_select(1, place)
+        return self.answer(values, *where)
 
     @property
     def both(self) -> bool:
@@ -118,7 +120,7 @@ class Formed:
                 shape = copies * rows, copies * columns
                 ends, beside, slot = indexed(row, column, shape, self.size)
                 full = len(slot) == len(beside) * prod(self.size)  # no block has a hole
-                if full and copies == 1:
+                if full and copies == 1:  # then values come in the order of blocks
                     found, slot = [found[0][numpy.argsort(slot)]], slot[:0]
                 if found[0].max(initial=0) < 1 << 31:
                     found = [found[0].astype(numpy.int32)]
