@@ -4,12 +4,9 @@ interrupted."""
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,10 @@ import torch.distributed as dist
 import jactri
 from jactri._src.base.journal import left_by_ranks
 from jactri._src.base.memory import si
-from jactri._src.spread.agreement import Ranks, of_mesh
+from jactri._src.spread.agreement import Ranks
 
 from .inputs import add_inputs, called
+from .processes import processes
 from .targets import UserError, refusal
 
 DESCRIPTION = """\
@@ -107,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("jacobian needs torch.distributed, which this torch was built without")
     function, inputs, output = called(arguments, _device(arguments.device))
     shapes = _shapes(arguments, inputs, output)
-    with _ranks(arguments.timeout) as ranks:
+    with processes(arguments.timeout, "jacobian") as ranks:
         shown = any(map(importlib.util.find_spec, ("rich", "tqdm")))
         single = len(inputs) == 1
         try:
@@ -177,23 +175,6 @@ def _shapes(arguments, inputs, output) -> list[tuple[int, ...]]:
         )
     skip = int(arguments.per_sample)
     return [(*output.shape, *x.shape[skip:]) for x in inputs]
-
-
-@contextmanager
-def _ranks(hours: float) -> Iterator[Ranks]:
-    """The processes of torchrun, or this one alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    wait = datetime.timedelta(hours=hours)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo", timeout=wait)
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
-    try:
-        # what is sent are a few numbers from the host, whatever the device
-        yield of_mesh(init_device_mesh("cpu", (dist.get_world_size(),)), "jacobian")
-    finally:
-        dist.destroy_process_group()
 
 
 def _files(arguments, shapes, dtype: torch.dtype, ranks: Ranks) -> list[np.memmap]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib.util
 import inspect
 import sys
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 import jactri
+from jactri._src.spread.agreement import Ranks
 
+from .processes import processes, several
 from .targets import UserCodeError, UserError, find, kind, refusal
 
 DESCRIPTION = """\
@@ -31,7 +34,8 @@ model, or a pair: the model, and what makes its inputs of a line of --prompts. A
 tokenizer of transformers will do, or a function from the line to a tensor, a
 tuple of arguments or a dict of keyword arguments. Without one a line holds the
 numbers of its tokens. The weights must be the same each time: a file is of one
-model. The file is read by jactri.JacobianMean.load.
+model. The file is read by jactri.JacobianMean.load. Under torchrun each process
+adds its part of the prompts; interrupted, as many processes go on.
 
 examples:
   python -m jactri lens model.py:make --prompts prompts.txt \\
@@ -39,6 +43,9 @@ examples:
   python -m jactri lens model.py:make --prompts prompts.txt \\
       --source "layers.*" --target norm --rows 64 --reduce -1 mean \\
       --out last.safetensors --picture last.png
+  torchrun --standalone --nproc-per-node 4 -m jactri lens model.py:make \\
+      --prompts prompts.txt --source "layers.*" --target norm \\
+      --out lens.safetensors
 """
 
 
@@ -91,6 +98,10 @@ def add_parser(commands) -> None:
     command.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="draw singular values and errors (needs matplotlib)"
     )  # fmt: skip
+    command.add_argument(
+        "--timeout", type=float, default=24.0, metavar="HOURS",
+        help="under torchrun: how long a process that is done waits for the others (default: 24)",
+    )  # fmt: skip
     command.set_defaults(run=run)
 
 
@@ -99,22 +110,95 @@ def run(arguments: argparse.Namespace) -> int:
     _check_before(arguments)
     lines = _lines(arguments.prompts)
     model, encode = _make(arguments.factory)
-    prompts = Prompts(arguments, model, encode, lines)
+    if not several():
+        prompts, mean = Prompts(arguments, model, encode, lines), _mean(arguments, model)
+        found = _add(arguments, mean, prompts, arguments.out, len(lines), _shown())
+        if not found:
+            _tell(arguments, mean)
+        return found
+    with processes(arguments.timeout, "lens") as ranks:
+        try:
+            return _together(arguments, model, encode, lines, ranks)
+        except RuntimeError as error:
+            if not refusal(error):
+                raise
+            raise UserError(f"process {ranks.rank}: {error}") from error
+
+
+def _together(arguments, model, encode, lines, ranks: Ranks) -> int:
+    """By the processes of torchrun: each adds its part of the prompts, and the first merges them in their order."""
     out = arguments.out
-    mean = jactri.JacobianMean(
+    parts = [out.with_name(f"{out.name}.{r}-of-{ranks.size}") for r in range(ranks.size)]
+    mine = parts[ranks.rank]
+    with ranks.together():
+        before = jactri.JacobianMean.load(out).count if out.exists() else 0
+        for other in sorted(out.parent.glob(glob.escape(out.name) + ".*-of-*")):
+            if other not in parts:
+                raise UserError(
+                    f"--out {out}: {other} was left by {other.name.rpartition('-')[2]} processes, and these are "
+                    f"{ranks.size}; go on with as many as before, or remove it"
+                )
+        ranks.agree({"file": (before, out.name), "inputs": [line for _, line in lines]})
+    left = lines[before:]
+    first, last = (len(left) * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
+    with ranks.together():
+        if not left:  # they were merged
+            mine.unlink(missing_ok=True)
+        prompts = Prompts(arguments, model, encode, left[first:last])
+        shown = _shown() and ranks.rank == 0
+        found = _add(arguments, _mean(arguments, model), prompts, mine, last - first, shown)
+        if found:
+            return found
+        ranks.agree({})
+    with ranks.together():
+        if ranks.rank == 0:
+            whole = _mean(arguments, model)
+            if before:  # of the same model, and of these prompts
+                done = lines[:before] if left else lines
+                _add(arguments, whole, Prompts(arguments, model, encode, done), out, before, False)
+            for part in parts:
+                if part.exists():
+                    whole.merge(part)
+            whole.save(out)
+            for part in parts:
+                part.unlink(missing_ok=True)
+            _tell(arguments, whole)
+        ranks.agree({})
+    return 0
+
+
+def _shown() -> bool:
+    """Whether progress can be shown."""
+    return any(map(importlib.util.find_spec, ("rich", "tqdm")))
+
+
+def _mean(arguments, model) -> jactri.JacobianMean:
+    return jactri.JacobianMean(
         model, arguments.source, arguments.target, arguments.reduce, rows=arguments.rows, seed=arguments.seed,
         memory_limit=arguments.memory_limit,
     )  # fmt: skip
+
+
+def _tell(arguments, mean: jactri.JacobianMean) -> None:
+    """What was found, and where it is."""
+    for line in told(mean):
+        print(line)
+    print(f"wrote {arguments.out}")
+    if arguments.picture is not None:
+        print(f"wrote {draw(mean, arguments.picture)}")
+
+
+def _add(arguments, mean, prompts: Prompts, out: Path, count: int, shown: bool) -> int:
+    """Add prompts to a mean and its file; the exit code."""
     try:
         if out.exists():
             before = jactri.JacobianMean.load(out).count
             print(f"going on from {out}, prompts done: {before}", file=sys.stderr)
-        shown = any(map(importlib.util.find_spec, ("rich", "tqdm")))
         mean.run(prompts, out, every=arguments.every, progress=shown)
     except KeyboardInterrupt:
         done = jactri.JacobianMean.load(out).count if out.exists() else 0
         print(
-            f"\njactri: interrupted after {done} of {len(lines)} prompts"
+            f"\njactri: interrupted after {done} of {count} prompts"
             + (f", which {out} holds: the same command goes on from there" if done else ""),
             file=sys.stderr,
         )
@@ -134,11 +218,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserCodeError(
             f"{arguments.factory}: {type(error).__name__} (above) at {where}"
         ) from error
-    for line in told(mean):
-        print(line)
-    print(f"wrote {out}")
-    if arguments.picture is not None:
-        print(f"wrote {draw(mean, arguments.picture)}")
     return 0
 
 
