@@ -44,6 +44,8 @@ CASES = {
     "one axis": (line, [(8,)]),
     "an arrow": (lambda x: torch.cat([x.sum()[None], (x[1:] * x[0, 0]).flatten()]), [(9, 2)]),
     "pairs": (lambda x: ((d := x[1:] * x[:-1]).sum(1, keepdim=True) * d)[:, :2], [(7, 3)]),
+    "one sample": (lambda x: x[:, 1:] * x[:, :-1], [(1, 6)]),
+    "samples": (lambda x: x[:, 1:, 0] * x[:, :-1, 1], [(3, 5, 2)]),
 }
 
 
