@@ -47,6 +47,7 @@ CPU_ONLY = {
     "test_captured.py": "a stand-in for CUDA graphs, on the CPU",
     "test_journal.py": "files, written from the CPU",
     "test_opinfo.py": "samples, drawn on the CPU",
+    "test_sparsity.py": "pictures, files and other people's matrices",
 }
 
 

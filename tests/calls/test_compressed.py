@@ -70,7 +70,7 @@ def test_entries_are_those_of_rows(name, strategy, chunk_size):
     ys, xs = recorded(name)
     want = dense(ys, xs)
     more = np.random.default_rng(0).random(want.shape) < 0.02  # entries that happen to be zero
-    pattern = Csr.of_dense((want != 0).numpy() | more)
+    pattern = Csr.of_dense((want != 0).cpu().numpy() | more)
     how = compressed(pattern, strategy)
     if strategy == "auto" and name in ("arrow", "by autograd"):
         assert how.tangents.count and how.cotangents.count
@@ -92,7 +92,7 @@ def test_samples(samples):
     x = torch.rand(samples, N, dtype=F64, requires_grad=True)
     y = torch.stack([arrow(v) for v in x])
     want = torch.stack([dense([y[s]], [x])[:, s * N : s * N + N] for s in range(samples)])
-    pattern = Csr.of_dense((want != 0).any(0).numpy())
+    pattern = Csr.of_dense((want != 0).any(0).cpu().numpy())
     with computing(False):
         how = compressed(pattern)
         found = entries(
@@ -111,7 +111,7 @@ def test_entries_can_be_differentiated(name):
             for y in ys for v in y.flatten()
         ]  # fmt: skip
     want = torch.stack(rows)
-    pattern = Csr.of_dense((want != 0).numpy())
+    pattern = Csr.of_dense((want != 0).cpu().numpy())
     with computing(True):
         graph = graph_of(ys, xs)
         found = entries(ys, xs, compressed(pattern), graph, budget=Budget(None, xs[0].device))

@@ -35,7 +35,7 @@ KINDS = {
     "a sparsity": lambda mask: jactri.Sparsity.of(mask, mask.shape[:1], mask.shape[1:]),
     "a mask": lambda mask: mask,
     "not contiguous": lambda mask: mask.t().contiguous().t(),
-    "an array": lambda mask: mask.numpy(),
+    "an array": lambda mask: mask.cpu().numpy(),
     "coo": lambda mask: mask.to_sparse(),
     "not coalesced": lambda mask: torch.sparse_coo_tensor(
         torch.cat([mask.nonzero().t().flip(1), mask.nonzero().t()], 1),
@@ -45,9 +45,9 @@ KINDS = {
     "csr": lambda mask: mask.double().to_sparse_csr(),
     "csc": lambda mask: mask.double().to_sparse_csc(),
     "blocks": lambda mask: mask.double().to_sparse_bsr((1, 1)),
-    "scipy csr": lambda mask: scipy.sparse.csr_matrix(mask.numpy()),
-    "scipy csc": lambda mask: scipy.sparse.csc_array(mask.numpy().astype(float)),
-    "scipy coo": lambda mask: scipy.sparse.coo_array(mask.numpy()),
+    "scipy csr": lambda mask: scipy.sparse.csr_matrix(mask.cpu().numpy()),
+    "scipy csc": lambda mask: scipy.sparse.csc_array(mask.cpu().numpy().astype(float)),
+    "scipy coo": lambda mask: scipy.sparse.coo_array(mask.cpu().numpy()),
 }
 
 
@@ -63,9 +63,9 @@ def test_every_kind_of_pattern(kind):
 
 def test_what_scipy_has_is_not_modified():
     func, mask = drawn(9, 7)
-    row, column = mask.nonzero().t().numpy()
+    row, column = mask.nonzero().t().cpu().numpy()
     order = numpy.lexsort((-column, row))
-    given = scipy.sparse.csr_array(mask.numpy())
+    given = scipy.sparse.csr_array(mask.cpu().numpy())
     given.indices[:] = column[order]  # not sorted
     before = given.indices.copy()
     x = point(7)
@@ -452,7 +452,7 @@ def test_into_a_tensor_of_the_callers(tmp_path):
     same(turned, want)
     file = numpy.lib.format.open_memmap(tmp_path / "J.npy", "w+", "float64", (6, 5))
     jactri.jacobian(func, x, pattern=mask, out=file)
-    same(torch.from_numpy(numpy.array(file)), want)
+    same(torch.from_numpy(numpy.array(file)).to(want), want)
 
 
 def test_output_progress_and_memory(capsys):
@@ -464,3 +464,17 @@ def test_output_progress_and_memory(capsys):
     assert "jacobian" in capsys.readouterr().err
     with pytest.raises(ValueError, match="memory_limit"):
         jactri.jacobian(func, x, pattern=mask, memory_limit=100)
+
+
+def test_results_are_where_the_inputs_are():
+    """Whatever device torch takes by default."""
+    func, mask = drawn(6, 5)
+    x, given = point(5), mask.cpu().numpy()
+    with torch.device("meta"):
+        found = [jactri.jacobian(func, x, pattern=given, layout=k, check=True) for k in LAYOUTS]
+        found += [jactri.jacobian(arrow, x, layout=k) for k in SPARSE]
+        pattern = jactri.sparsity(arrow, x)
+        own = jactri.Sparsity.of(given, (6,), (5,))
+    for J in (*found, pattern):
+        assert (J.values if isinstance(J, jactri.Banded) else J).device == x.device
+    assert own.nnz == mask.sum() and "⡇" in jactri.sparsity(arrow, point(40)).spy()

@@ -105,5 +105,5 @@ def flat(partner: Tensor) -> Tensor:
     block, row, column = p.indices()
     index = torch.stack([block * m + row, block * n + column])
     return torch.sparse_coo_tensor(
-        index, p.values(), (b * m, b * n), check_invariants=False
+        index, p.values(), (b * m, b * n), device=p.device, check_invariants=False
     ).coalesce()

@@ -72,6 +72,7 @@ class Blocks:
                 turned.column,
                 turned.values.reshape(-1),
                 self.shape,
+                device=self.values.device,
                 check_invariants=False,
             )
         values, shape, lead = self.values, self.shape, self.values.shape[:-3]
@@ -81,7 +82,8 @@ class Blocks:
         make = torch.sparse_bsr_tensor
         if form == "csr":
             make, values = torch.sparse_csr_tensor, values.flatten(-3)
-        return make(start, column, values, (*lead, *shape), check_invariants=False)
+        device = values.device
+        return make(start, column, values, (*lead, *shape), device=device, check_invariants=False)
 
 
 def indexed(

@@ -15,7 +15,7 @@ class Coo(torch.autograd.Function):
     def forward(ctx, values, index, shape):
         ctx.save_for_backward(index)
         return torch.sparse_coo_tensor(
-            index, values, shape, is_coalesced=True, check_invariants=False
+            index, values, shape, device=values.device, is_coalesced=True, check_invariants=False
         )
 
     @staticmethod

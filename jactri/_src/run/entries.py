@@ -317,7 +317,7 @@ def nothing(
         turned = empty((columns, rows), (1, 1), lead, x).to("csr")
         made = torch.sparse_csc_tensor(
             turned.crow_indices(), turned.col_indices(), turned.values(), (*lead, rows, columns),
-            check_invariants=False,
+            device=x.device, check_invariants=False,
         )  # fmt: skip
         return made
     return made if form == "blocks" else made.to(form)

@@ -134,7 +134,7 @@ class Formed:
             made = tuple(torch.from_numpy(t).to(device) for t in found)
             if self.form != "banded":
                 return made
-            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)))
+            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)), device="cpu")
 
         form = "bsr" if self.size is not None else self.form
         return fixed((form, self.pattern.key, *key, self.samples, copies, device, self.size), make)
@@ -212,12 +212,16 @@ class Formed:
             wide, make = rows, torch.sparse_csc_tensor
         if self.per_sample:
             ends, place = (t.expand(many, -1).contiguous() for t in (start, minor))
-            return make(ends, place, values, (many, rows, columns), check_invariants=False)
+            return self._matrix(make, ends, place, values, (many, rows, columns))
         sample, _, minor = self._blocks(major, minor)
         first = start[:-1] + (torch.arange(many, device=major.device) * len(major))[:, None]
         ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(major))])
         place, size = sample * wide + minor, (many * rows, many * columns)
-        return make(ends, place, values.reshape(-1), size, check_invariants=False)
+        return self._matrix(make, ends, place, values.reshape(-1), size)
+
+    def _matrix(self, make, ends: Tensor, place: Tensor, values: Tensor, size) -> Tensor:
+        """A sparse tensor where its values are, which is not torch's default."""
+        return make(ends, place, values, size, device=values.device, check_invariants=False)
 
     def _blocked(self, values: Tensor, start: Tensor, column: Tensor, slot: Tensor) -> Blocks:
         """Blocks of all samples together, or ``per_sample`` of each."""

@@ -271,9 +271,9 @@ def _of(
         unravel(torch.from_numpy(at), end)
         for at, end in ((matrix.row, shape[:rows]), (matrix.column, shape[rows:]))
     )
-    hits = torch.ones(matrix.nnz, dtype=torch.bool)
+    hits = torch.ones(matrix.nnz, dtype=torch.bool, device="cpu")
     mask = torch.sparse_coo_tensor(
-        torch.cat([out, into]), hits, shape, is_coalesced=True, check_invariants=False
+        torch.cat([out, into]), hits, shape, device="cpu", is_coalesced=True, check_invariants=False
     )
     found = of_mask(mask.to(device), rows, per_sample)
     found._matrices[None] = matrix

@@ -126,7 +126,7 @@ def _made(patterns: list[Pattern], y: Tensor, x: Tensor, per_sample: bool) -> Te
     if len(patterns) > 1:
         rows = y.shape[0] // len(patterns)  # of a sample, where samples come one after another
         ends = [torch.Size((rows, *y.shape[1:])), torch.Size((1, *x.shape[1:]))]
-    found = [torch.empty((len(shape), 0), dtype=torch.int64)]
+    found = [torch.empty((len(shape), 0), dtype=torch.int64, device="cpu")]
     made: dict[int, Tensor] = {}  # many samples may have one
     for sample, pattern in enumerate(patterns):
         if id(pattern) not in made:
@@ -143,6 +143,8 @@ def _made(patterns: list[Pattern], y: Tensor, x: Tensor, per_sample: bool) -> Te
                 index[y.dim()] = sample
         found.append(index)
     index = torch.cat(found, 1)
-    hits = torch.ones(index.shape[1], dtype=torch.bool)
-    mask = torch.sparse_coo_tensor(index, hits, shape, is_coalesced=True, check_invariants=False)
+    hits = torch.ones(index.shape[1], dtype=torch.bool, device="cpu")
+    mask = torch.sparse_coo_tensor(
+        index, hits, shape, device="cpu", is_coalesced=True, check_invariants=False
+    )
     return of_mask(mask.to(x.device), y.dim(), per_sample)
