@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from common import F64, seeded
+from common import F64, seeded, unfollowed
 from linear_cases import close, randn
 from torch.autograd.functional import jacobian as truth_of
 
 import jactri
+from jactri._src.base.memory import Taken
 
 # -- singular values --------------------------------------------------------------------------------
 
@@ -58,6 +59,71 @@ def test_singular_values_that_do_not_converge(monkeypatch):
     nan = jactri.linearize(lambda x: x.sqrt(), -torch.ones(20, dtype=F64))
     with pytest.raises(torch.linalg.LinAlgError):
         nan.norm(2)
+
+
+@pytest.mark.parametrize("at", ["input", "output", "inside", "autocast", "a whole"])
+def test_singular_values_of_what_a_narrow_dtype_rounds(at):
+    """Products with it and its transpose differ by that rounding, which bounds how far residuals can go."""
+    A, narrow = randn(120, 90), torch.float32
+    x = randn(90)
+    if at == "input":
+        x, func = x.to(narrow), lambda x: A @ x.double()
+    elif at == "output":
+        func = lambda x: A.to(narrow) @ x.to(narrow)  # noqa: E731
+    elif at == "inside":
+        func = lambda x: (A.to(narrow) @ x.to(narrow)).double()  # noqa: E731
+    elif at == "autocast":
+        narrow, x = torch.bfloat16, x.float()
+
+        def func(x):
+            with torch.autocast(x.device.type, narrow):
+                return torch.nn.functional.linear(x, A.float()).float()
+
+    else:
+        B = randn(90).to(narrow)
+        func = lambda x: torch.view_as_real(unfollowed(torch.fft.fft(B * x.to(narrow)))).double()  # noqa: E731
+    op = jactri.linearize(func, x)
+    values = torch.linalg.svdvals(op.dense().double().reshape(op.shape))
+    found = op.svd(2)[1].double()
+    assert (found - values[:2]).abs().max() < torch.finfo(narrow).eps * 8 * values[0]
+
+
+@pytest.mark.parametrize("size", [1e150, 1e-150])
+def test_norms_of_large_and_small_entries(size):
+    """Whose squares, of what is left of them, or of half ones, are out of range."""
+    op = jactri.linearize(lambda x: size * x.sin(), torch.zeros(40, dtype=F64))
+    close(op.norm(2) / size, torch.ones((), dtype=F64))
+    half = jactri.linearize(lambda x: 300 * x, torch.zeros(100, dtype=torch.float16))
+    assert half.norm() == 3000
+    assert (half.norm(2) - 300).abs() < 1
+
+
+def test_memory_limits():
+    decay, n = 0.9 ** torch.arange(4000, dtype=F64), 4000
+    for limit in (7_000_000, 12_000_000):
+        op = jactri.linearize(lambda x: decay * x, randn(n), memory_limit=limit)
+        op.matvec(randn(n))
+        with Taken() as taken:
+            values = op.svd(1)[1]
+        assert taken.peak < limit
+        close(values, decay[:1], 4096)
+    with pytest.raises(ValueError, match=r"svd takes .* a memory_limit of 6720000 bytes or more"):
+        jactri.linearize(lambda x: decay * x, randn(n), memory_limit=4_000_000).svd(1)
+    wide = jactri.linearize(lambda x: x.sin(), randn(20000, 8).float(), memory_limit=8_000_000)
+    with Taken() as taken:
+        wide.norm()
+    assert taken.peak < 8_000_000
+
+
+def test_products_take_no_memory_beside_their_result():
+    """Whether they are finite is asked where a selection may lie before a pole; one end's columns are the result."""
+    x = randn(3000)
+    op = jactri.linearize(lambda x: (x.roll(1) * x).sin(), x)
+    v = randn(3000, 100)
+    op @ v
+    with Taken() as taken:
+        made = op.matmat(v)
+    assert taken.peak < 3.1 * made.nbytes
 
 
 def test_the_generators_of_torch_are_left_alone():

@@ -18,7 +18,7 @@ from . import gram
 from .api import nest
 from .diagonal import check_shape, diagonal_of
 from .recording import Recording, turned
-from .singular import leading
+from .singular import BLOCKS, LEAST, basis_bytes, leading
 from .vectors import check_vectors
 
 
@@ -228,9 +228,9 @@ class Linearization(Shown):
         self._check_flat(v, 2)
         return self._flat(v)
 
-    def _flat(self, v: Tensor, turned: bool = False) -> Tensor:
+    def _flat(self, v: Tensor, turned: bool = False, spent: float = 0.0) -> Tensor:
         """The product with columns, or ``turned`` that of the transpose."""
-        return self._point.flat(v.mT, self._transposed != turned).mT.to(self.dtype)
+        return self._point.flat(v.mT, self._transposed != turned, spent).mT.to(self.dtype)
 
     def _check_flat(self, v: Any, dims: int) -> None:
         n = self.shape[1]
@@ -388,18 +388,20 @@ class Linearization(Shown):
         Args:
             k: at least 1, at most the smaller side.
             tol: the residuals ``|J^T u - s v|`` end below ``tol * S[0]``; each entry of S is then no farther than that
-                from a singular value, mostly than its square. None: the root of the dtype's eps.
+                from a singular value, mostly than its square. None: the root of the eps of the coarsest dtype that the
+                function computes in.
 
         Raises:
-            ValueError: a ``k`` or a ``tol`` out of range.
+            ValueError: a ``k`` or a ``tol`` out of range, a ``memory_limit`` that is too small.
             LinAlgError: no convergence in 200 passes (values that are nearly one, and a small ``tol``); entries that
                 are not finite.
 
         Cost:
             A pass is a product with ``k + 6`` tangents and one with as many cotangents (Halko, Martinsson and Tropp
             2011; Baglama and Reichel 2005): some 10 where the values decay, 30 for a random matrix, more the closer
-            the largest are. Memory for ``12 (k + 6)`` vectors of either side. The start is random, and the same every
-            time; torch's generators are left alone.
+            the largest are. Memory for about ``30 (k + 6)`` vectors of either side, or for a quarter under a
+            ``memory_limit``, which takes more passes. The start is random, and the same every time; torch's generators
+            are left alone.
 
         Examples:
             >>> op = jactri.linearize(lambda x: x * torch.tensor([3.0, 2.0, 1.0]), torch.zeros(3))
@@ -415,14 +417,22 @@ class Linearization(Shown):
         own = self.dtype
         if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):
             raise ValueError(f"tol must be a number above 0 or None, got {tol!r}")
-        tol = torch.finfo(own).eps ** 0.5 if tol is None else tol
+        tol = self._point.coarsest**0.5 if tol is None else tol
         wide = torch.promote_types(own, torch.float32)
+        budget, blocks = Budget(self._point.asked.memory_limit, self.device), BLOCKS
+        while blocks > LEAST and 2 * basis_bytes(self.shape, k, wide, blocks) > budget.left:
+            blocks -= 1
+        spent = basis_bytes(self.shape, k, wide, blocks)  # half is for products
+        budget.check("svd", 2 * spent)
+
+        def push(v: Tensor) -> Tensor:
+            return self._flat(v, spent=spent)
 
         def pull(u: Tensor) -> Tensor:
-            return self._flat(u, True)
+            return self._flat(u, True, spent)
 
         made = self._point.run(
-            lambda: leading(self._flat, pull, self.shape, k, tol, wide, self.device)
+            lambda: leading(push, pull, self.shape, k, tol, wide, self.device, blocks)
         )
         u, s, v = (t.to(own) for t in made)
         return u, s, v

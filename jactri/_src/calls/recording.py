@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from ..base.elsewhere import check_here
 from ..base.memory import LARGE, Budget
-from ..plan.planning import answer_bytes, proof, samples_of
+from ..plan.planning import proof, samples_of
 from ..prologue.arguments import Options, taken
 from ..prologue.running import Ran, computing
 from ..read import handover, overriding
-from ..read.behind import leaves_behind
+from ..read.behind import dtypes_behind, leaves_behind
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.reading import read
 from ..read.watching import Watching
@@ -24,6 +25,9 @@ from .api import compute
 from .vectors import pull, push
 
 T = TypeVar("T")
+
+WIDENED = 1 << 18
+"""Entries that are there in float64 at once."""
 
 
 class Recording:
@@ -65,24 +69,41 @@ class Recording:
         with overriding.using(self.overrides), computing(False, self.asked.backend):
             return reentrant.aside(call) if reentrant.in_backward() else call()
 
-    def times(self, blocks: Sequence[Tensor], reverse: bool) -> list[Tensor]:
-        """The product with blocks ``(K, *end)``."""
+    @cached_property
+    def coarsest(self) -> float:
+        """The largest eps of what lies between the ends, which no product is more exact than."""
+        if isinstance(self.graph, UnsupportedGraph):
+            found = dtypes_behind(self.ys, self.xs)
+        else:
+            found = {value.dtype for value in self.graph.values}
+        found |= {t.dtype for t in (*self.ys, *self.xs)}
+        return max(
+            torch.finfo(dtype).eps for dtype in found if dtype.is_floating_point or dtype.is_complex
+        )
+
+    def times(self, blocks: Sequence[Tensor], reverse: bool, spent: float = 0.0) -> list[Tensor]:
+        """The product with blocks ``(K, *end)``, where so many bytes of the limit are spent."""
         if handover.transforming(blocks):
             raise RuntimeError(
                 "products with an operator are not available inside of a torch.func transform; pass all vectors as "
                 "one block"
             )
         multiply = pull if reverse else push
-        return self.run(lambda: multiply(self.ys, self.xs, blocks, self.asked, self.graph, True))
+        return self.run(
+            lambda: multiply(self.ys, self.xs, blocks, self.asked, self.graph, True, spent)
+        )
 
-    def flat(self, block: Tensor, reverse: bool) -> Tensor:
+    def flat(self, block: Tensor, reverse: bool, spent: float = 0.0) -> Tensor:
         """The same of all ends side by side, ``(K, n)`` to ``(K, m)``."""
         (_, ends), (_, to) = self.ends(reverse), self.ends(not reverse)
         parts = block.split([t.numel() for t in ends], 1)
         k, device = len(block), self.xs[0].device
         blocks = [p.reshape(k, *t.shape).to(t.device) for p, t in zip(parts, ends, strict=True)]
-        made = zip(self.times(blocks, reverse), to, strict=True)
-        return torch.cat([m.reshape(k, t.numel()).to(device) for m, t in made], 1)
+        if len(to) > 1:  # they are put side by side in the end
+            spent += k * sum(t.numel() * t.dtype.itemsize for t in to)
+        made = zip(self.times(blocks, reverse, spent), to, strict=True)
+        sides = [m.reshape(k, t.numel()).to(device) for m, t in made]
+        return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
 
     def options(self, **more: Any) -> Options:
         asked = replace(self.asked, **more)
@@ -98,22 +119,23 @@ class Recording:
         """The root of the sum of all squares, in float64."""
         total = torch.zeros((), dtype=torch.float64, device=self.xs[0].device)
         for part in self._parts():
-            size = torch.linalg.vector_norm(part, dtype=torch.float64)
-            total = torch.hypot(total, size.to(total.device))
+            for some in part.reshape(-1).split(WIDENED):
+                size = torch.linalg.vector_norm(some, dtype=torch.float64)
+                total = torch.hypot(total, size.to(total.device))
         return total
 
     def _parts(self) -> Iterator[Tensor]:
-        """All of the Jacobian that is not known to be zero, in parts."""
+        """All of the Jacobian that is not known to be zero, in parts: seeds of all samples at once where these do not
+        mix.
+        """
         m, n = (sum(t.numel() for t in ends) for ends in (self.ys, self.xs))
         if not (m and n):
             return
         budget = Budget(self.asked.memory_limit, self.xs[0].device)
-        if self._apart() and budget.fits(2 * answer_bytes(self.ys, self.xs, True)):
-            for row in self.rows(per_sample=True):
-                yield from row
-            return
+        samples = samples_of(self.ys, self.xs) if self._apart() else 1
         _, seeds = self.ends(m < n)
-        dtype, total = seeds[0].dtype, min(m, n)
+        sizes = [t.numel() // samples for t in seeds]
+        total, dtype = sum(sizes), seeds[0].dtype
         for t in seeds:
             dtype = torch.promote_types(dtype, t.dtype)
         each = (m + n) * dtype.itemsize
@@ -122,7 +144,14 @@ class Recording:
             k = min(count, total - start)
             units = torch.zeros(k, total, dtype=dtype, device=self.xs[0].device)
             units.diagonal(start).fill_(1)
-            yield self.flat(units, m < n)
+            yield from self.times(
+                [
+                    part.unsqueeze(1).expand(k, samples, -1).reshape(k, *t.shape).to(t.device)
+                    for part, t in zip(units.split(sizes, 1), seeds, strict=True)
+                ],
+                m < n,
+                2 * k * each,
+            )
 
     def _apart(self) -> bool:
         """Whether samples are proven not to mix, by the algebra of axes."""

@@ -14,16 +14,24 @@ OVERSAMPLE = 6
 """Columns of a block beside those that are asked for: Halko, Martinsson and Tropp 2011 take 5 to 10."""
 
 BLOCKS = 12
-"""Of a basis at most,"""
-KEPT = 4
-"""and those of the best of it, with which it is restarted."""
+"""Of a basis at most, a third of which, the best, are kept when it is restarted,"""
+LEAST = 3
+"""and at the least."""
 
 PASSES = 200
 
 
+def basis_bytes(shape: tuple[int, int], k: int, dtype: torch.dtype, blocks: int) -> int:
+    """Bytes that `leading` takes at its worst moment, but for products, with a basis of so many blocks."""
+    least, most = sorted(shape)
+    # basis and vectors of the one side; image, its copy in LAPACK and vectors of the other
+    return (2 * least + 3 * most) * min(least, blocks * (k + OVERSAMPLE)) * dtype.itemsize
+
+
 def leading(
-    push: Times, pull: Times, shape: tuple[int, int], k: int, tol: float, dtype: torch.dtype, device
-) -> tuple[Tensor, Tensor, Tensor]:
+    push: Times, pull: Times, shape: tuple[int, int], k: int, tol: float, dtype: torch.dtype, device,
+    blocks: int = BLOCKS,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``U`` ``(m, k)``, ``S`` ``(k,)``, ``V`` ``(n, k)`` of an ``(m, n)`` matrix ``A``, from ``A v`` and ``A' u``.
 
     Block Golub-Kahan-Lanczos in exact Rayleigh-Ritz form: a random block (Halko, Martinsson and Tropp 2011,
@@ -33,7 +41,7 @@ def leading(
     """
     m, n = shape
     if m < n:
-        v, s, u = leading(pull, push, (n, m), k, tol, dtype, device)
+        v, s, u = leading(pull, push, (n, m), k, tol, dtype, device, blocks)
         return u, s, v
     width = min(n, k + OVERSAMPLE)
     random = torch.Generator(device).manual_seed(0)  # not the caller's, and the same every time
@@ -50,18 +58,21 @@ def leading(
         image = torch.cat([image, push(block).to(dtype)], 1)
         u, s, w = torch.linalg.svd(image, full_matrices=False)
         v = basis @ w.mT
-        if basis.shape[1] == n:
+        top = float(s[0])
+        if basis.shape[1] == n or top == 0:
             return u[:, :k], s[:k], v[:, :k]
-        block = pull(u[:, :width]).to(dtype) - v[:, :width] * s[:width]
+        # by the largest: squares of what is left of large numbers would overflow
+        block = pull(u[:, :width]).to(dtype) / top - v[:, :width] * (s[:width] / top)
         off = float(block[:, :k].norm(dim=0).max())
-        if off <= tol * float(s[0]):
+        if off <= tol:
             return u[:, :k], s[:k], v[:, :k]
-        if basis.shape[1] + width > BLOCKS * width:
-            kept = KEPT * width
-            basis, image = v[:, :kept], u[:, :kept] * s[:kept]
+        if basis.shape[1] + width > blocks * width:
+            kept = blocks // 3 * width
+            basis, image = v[:, :kept].clone(), u[:, :kept] * s[:kept]
+        del u, v, w
         block = block[:, : n - basis.shape[1]]
     raise torch.linalg.LinAlgError(
-        f"the {k} largest singular values did not converge in {PASSES} passes: residuals are {off / float(s[0]):.2g} "
+        f"the {k} largest singular values did not converge in {PASSES} passes: residuals are {off:.2g} "
         f"of the largest, and tol is {tol:.2g}; pass a larger tol, or another k"
     )
 

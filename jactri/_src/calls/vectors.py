@@ -296,13 +296,14 @@ def push(
     asked: Options,
     graph: Read = None,
     keep: bool = False,
+    spent: float = 0.0,
 ) -> list[Tensor]:
     """``J t`` of a recorded computation: blocks ``(K, *x)`` of tangents, one an input, to ``(K, *y)``, one an output.
 
     None stands for tangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
-    ``keep``: whether derivatives are kept with it, for other products.
+    ``keep``: whether derivatives are kept with it, for other products. ``spent``: bytes of the limit that are.
     """
-    return _multiply(ys, xs, tangents, False, asked, graph, keep)
+    return _multiply(ys, xs, tangents, False, asked, graph, keep, spent)
 
 
 def pull(
@@ -312,16 +313,19 @@ def pull(
     asked: Options,
     graph: Read = None,
     keep: bool = False,
+    spent: float = 0.0,
 ) -> list[Tensor]:
     """``c J`` of a recorded computation: blocks ``(K, *y)`` of cotangents, one an output, to ``(K, *x)``, one an input.
 
     None stands for cotangents of zero. ``graph``: that of ``ys`` and ``xs``, or why there is none, where that is known.
-    ``keep``: whether derivatives are kept with it, for other products.
+    ``keep``: whether derivatives are kept with it, for other products. ``spent``: bytes of the limit that are.
     """
-    return _multiply(ys, xs, cotangents, True, asked, graph, keep)
+    return _multiply(ys, xs, cotangents, True, asked, graph, keep, spent)
 
 
-def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: bool):
+def _multiply(
+    ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: bool, spent: float
+) -> list[Tensor]:
     seeds, ends = (ys, xs) if reverse else (xs, ys)
     columns = next(b.shape[0] for b in blocks if b is not None)
     blocks = [
@@ -339,7 +343,7 @@ def _multiply(ys, xs, blocks, reverse: bool, asked: Options, graph: Read, keep: 
             try:
                 graph = for_given(graph or read(ys, xs), columns)
             except UnsupportedGraph as error:
-                graph = error
+                graph = error.with_traceback(None)  # which holds this frame, and so the graph
         if isinstance(graph, UnsupportedGraph):
             shapes = [x.shape for x in xs]
             refuse_or_log("the function", ys[0].shape, shapes, f"holds {graph}")

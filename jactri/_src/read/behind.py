@@ -171,6 +171,12 @@ def _place(x: Tensor):
     return id(x) if x.grad_fn is None else (x.grad_fn, x.output_nr)
 
 
+def dtypes_behind(ys: Sequence[Tensor], xs: Sequence[Tensor]) -> set[torch.dtype]:
+    """The dtypes of all that lies between some tensors and inputs of a call."""
+    nodes = [node for node in Walk(ys, xs).order if node.__class__ is not _ACCUMULATE]
+    return {m.dtype for node in nodes for m in node._input_metadata}
+
+
 def handles_of(inputs: Sequence[Tensor]) -> int:
     """How many hooks a function registered when it was called with these."""
     count = 0

@@ -1,8 +1,8 @@
 """The only reader of autograd's graph: nodes, edges and saved values become a `Graph` of linear maps.
 
-Each value of the graph lists the values that it depends on and, for each, the `LinearMap` of that dependence.
-Nodes that no input reaches are not read. Rules (see `rules`) turn one autograd node into one or more values;
-a node without a rule becomes `Opaque` maps, which call the node itself.
+Each value of the graph lists the values that it depends on and, for each, the `LinearMap` of that dependence. Nodes
+that no input reaches are not read. Rules (see `rules`) turn an autograd node into values; a node without a rule becomes
+`Opaque` maps, which call the node itself.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ Others = dict[int, tuple[tuple[int, ...], tuple[LinearMap, ...], int]]
 class UnsupportedGraph(Exception):
     """The graph holds what blocks cannot represent (complex, sparse, nested values), or hooks that change gradients.
 
-    ``graph`` is what can be read of it nevertheless; ``linear``: whether gradients are linear in cotangents; ``why``:
-    why they must not be differentiated, or None; ``twice``: whether their dependence on cotangents is recorded.
+    ``graph``: what can be read of it; ``linear``: whether gradients are linear in cotangents, ``twice``: recorded as
+    depending on these; ``why``: why they must not be differentiated, or None.
     """
 
     graph: Graph | None = None
     linear = True
-    twice = True
     why: str | None = None
+
+    def __init__(self, what: str = "", twice: bool = True):
+        super().__init__(what)
+        self.twice = twice
 
 
 class Value:
@@ -69,11 +72,11 @@ class Value:
 class Graph:
     """Values in an order in which sources come first, and where the inputs and outputs are among them.
 
-    ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, or None where an input is not used or an
-    output does not depend on any input. ``key`` is hashable and determines every plan for the graph. ``layers``
-    names the layers of values while somebody looks (see ranges.py), and is None else. ``recorded`` is the graph as it
-    was read, where this one was made of it (see folding.py), and None else. ``complex``: whether pairs of reals stand
-    for complex numbers in it. ``others``: another way to a value (see joining.py): sources, their maps, entries saved.
+    ``inputs[i]`` and ``outputs[j]`` are indices into ``values``, None where an input is not used or an output depends
+    on none. ``key`` is hashable and determines every plan for the graph. ``layers`` names the layers of values while
+    somebody looks (see ranges.py), else None. ``recorded`` is the graph as it was read, where this one was made of it
+    (see folding.py), else None. ``complex``: whether pairs of reals stand for complex numbers in it. ``others``:
+    another way to a value (see joining.py): sources, their maps, entries saved.
     """
 
     __slots__ = ("complex", "inputs", "key", "layers", "looked", "others", "outputs", "recorded", "values")  # fmt: skip
@@ -201,9 +204,7 @@ class Reader:
 
     def unsupported(self, what: str) -> NoReturn:
         """The node holds what blocks cannot follow, nor autograd through its backward."""
-        reason = UnsupportedGraph(f"{what} ({self.name})")
-        reason.twice = False
-        raise reason
+        raise UnsupportedGraph(f"{what} ({self.name})", twice=False)
 
     def visit(self, node, src: list[int | None]) -> tuple[int | None, ...]:
         """The values of a node's outputs, by an override of the caller's or as it is understood."""
@@ -401,10 +402,7 @@ class _NamingReader(Reader):
 def follow(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], reader: Reader | None = None, walk: Walk | None = None
 ) -> Graph:  # fmt: skip
-    """The graph between ``inputs`` and ``outputs``, without a look at hooks. Raises UnsupportedGraph.
-
-    ``walk``: through their nodes, where it is known.
-    """
+    """The graph between two ends, without a look at hooks. Raises UnsupportedGraph. ``walk``: through it, if known."""
     log = ranges.noted() if (watched := ranges.watching()) and reader is None else None
     if reader is None:
         reader = Reader() if log is None else _NamingReader(log)

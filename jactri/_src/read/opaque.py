@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from math import hypot, inf, prod
@@ -128,18 +129,14 @@ class OpaqueCall:
     """One node as a function of the cotangents of its outputs; remembers the last answer until all edges had it."""
 
     __slots__ = (
-        "_anchors", "_key", "_last", "_recomputed", "_rows", "_why", "meta", "node", "present",
-        "python", "shapes",
+        "__weakref__", "_anchors", "_key", "_last", "_recomputed", "_rows", "_why", "meta", "node",
+        "present", "python", "shapes",
     )  # fmt: skip
 
     def __init__(
-        self,
-        node,
-        meta,
-        shapes: dict[int, tuple],
-        anchors: Sequence[Tensor] = (),
+        self, node, meta, shapes: dict[int, tuple], anchors: Sequence[Tensor] = (),
         recomputed: Recomputed | None = None,
-    ):
+    ):  # fmt: skip
         """``shapes``: of the inputs that are asked for, by edge; ``anchors``: tensors computed from the outputs."""
         self.node, self.meta, self.shapes, self._anchors = node, meta, shapes, anchors
         self._recomputed = Recomputed() if recomputed is None else recomputed
@@ -239,9 +236,10 @@ class OpaqueCall:
         """Products with one output's cotangents, and for which edges those had a gradient."""
         shapes = self.shapes
         present: list[bool] = []
+        call = weakref.proxy(self)  # a cycle would hold the graph until it is collected
 
         def one_row(row):
-            grads = self.edges(self.cotangents({nr: row}))
+            grads = call.edges(call.cotangents({nr: row}))
             grads = [
                 _reduce(g, shapes[i]) if g is not None and i in shapes else None
                 for i, g in enumerate(grads)

@@ -49,7 +49,8 @@ class Seen:
         self._all: dict[int, tuple[str, Tensor, int]] = {}
 
     def add(self, name: str, x: Tensor) -> None:
-        self._all.setdefault(id(x), (name, x, x._version))
+        if not x.is_inference():  # which has no version, and no derivative
+            self._all.setdefault(id(x), (name, x, x._version))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor, int]]:
         return iter(self._all.values())
