@@ -64,8 +64,8 @@ def test_singular_values_that_do_not_converge(monkeypatch):
 @pytest.mark.parametrize("at", ["input", "output", "inside", "autocast", "a whole"])
 def test_singular_values_of_what_a_narrow_dtype_rounds(at):
     """Products with it and its transpose differ by that rounding, which bounds how far residuals can go."""
-    A, narrow = randn(120, 90), torch.float32
-    x = randn(90)
+    A, narrow = randn(200, 180), torch.float32
+    x = randn(180)
     if at == "input":
         x, func = x.to(narrow), lambda x: A @ x.double()
     elif at == "output":
@@ -80,7 +80,7 @@ def test_singular_values_of_what_a_narrow_dtype_rounds(at):
                 return torch.nn.functional.linear(x, A.float()).float()
 
     else:
-        B = randn(90).to(narrow)
+        B = randn(180).to(narrow)
         func = lambda x: torch.view_as_real(unfollowed(torch.fft.fft(B * x.to(narrow)))).double()  # noqa: E731
     op = jactri.linearize(func, x)
     values = torch.linalg.svdvals(op.dense().double().reshape(op.shape))
@@ -88,11 +88,12 @@ def test_singular_values_of_what_a_narrow_dtype_rounds(at):
     assert (found - values[:2]).abs().max() < torch.finfo(narrow).eps * 8 * values[0]
 
 
-@pytest.mark.parametrize("size", [1e150, 1e-150])
+@pytest.mark.parametrize("size", [1e200, 1e-200])
 def test_norms_of_large_and_small_entries(size):
     """Whose squares, of what is left of them, or of half ones, are out of range."""
-    op = jactri.linearize(lambda x: size * x.sin(), torch.zeros(40, dtype=F64))
-    close(op.norm(2) / size, torch.ones((), dtype=F64))
+    entries = size * torch.linspace(0.5, 1, 300, dtype=F64)
+    op = jactri.linearize(lambda x: entries * x, randn(300))
+    close(op.norm(2) / size, torch.ones((), dtype=F64), 4096)
     half = jactri.linearize(lambda x: 300 * x, torch.zeros(100, dtype=torch.float16))
     assert half.norm() == 3000
     assert (half.norm(2) - 300).abs() < 1
@@ -123,7 +124,7 @@ def test_products_take_no_memory_beside_their_result():
     op @ v
     with Taken() as taken:
         made = op.matmat(v)
-    assert taken.peak < 3.1 * made.nbytes
+    assert taken.peak < 2.1 * made.nbytes
 
 
 def test_the_generators_of_torch_are_left_alone():
