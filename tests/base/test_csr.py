@@ -1,5 +1,7 @@
 """Boolean sparse matrices, against dense ones."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ def some(gen, height, width):
 @pytest.mark.parametrize("bits", [4, 0])
 def test_products_unions_and_parts(bits, monkeypatch):
     monkeypatch.setattr(csr, "BITS", bits)
+    monkeypatch.setattr(csr, "LISTED", 7)  # some rows at a time
     monkeypatch.setattr(csr, "SMALL", 1 if bits else -1)
     gen = np.random.default_rng(0)
     for _ in range(150):
@@ -22,9 +25,11 @@ def test_products_unions_and_parts(bits, monkeypatch):
         A, B, C = map(Csr.of_dense, (a, b, c))
         assert np.array_equal(A.dense(), a) and A.nnz == a.sum() and A.shape == a.shape
         product = (a.astype(int) @ b) > 0
-        assert np.array_equal(A.after(B).dense(), product)
+        made = A.after(B)
+        assert product.all() if made is None else np.array_equal(made.dense(), product)
         listed = int((a.sum(0) * b.sum(1)).sum())
-        assert A.after(B, listed - 1) is None and A.after(B, listed).key == A.after(B).key
+        assert A.after(B, listed - 1) is None
+        assert np.array_equal(A.after(B, listed).dense(), product)
         assert np.array_equal(union([A, C]).dense(), a | c)
         assert np.array_equal(stacked([A, C]).dense(), np.concatenate([a, c]))
         assert np.array_equal(A.T.dense(), a.T)
@@ -53,3 +58,40 @@ def test_windows_and_picks():
     want = [[max(0, 2 * i - 2) <= j <= 2 * i for j in range(6)] for i in range(4)]
     assert np.array_equal(seen, want)
     assert np.array_equal(Csr.picked([2, -1, 2], 3).dense(), [[0, 0, 1], [0, 0, 0], [0, 0, 1]])
+
+
+def peak(call):
+    """What comes of a call, and the bytes of arrays that it took at once."""
+    tracemalloc.start()
+    try:
+        return call(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def arrow(n):
+    made = np.eye(n, dtype=bool)
+    made[0] = made[:, 0] = True
+    return Csr.of_dense(made)
+
+
+def test_a_product_with_every_entry_is_not_listed():
+    n = 1200
+    made, taken = peak(lambda: arrow(n).after(arrow(n)))
+    assert made is None
+    assert taken < 3 * n * n  # bytes, where a list of its entries takes 16 each
+
+
+def test_a_product_is_listed_some_rows_at_a_time(monkeypatch):
+    n = 2000
+    band = Csr.windows(n, n, 41, 1, 20, 1)
+    monkeypatch.setattr(csr, "LISTED", 1 << 14)
+    made, taken = peak(lambda: band.after(band))
+    assert made.key == Csr.windows(n, n, 81, 1, 40, 1).key
+    assert taken < 8 * made.column.nbytes
+
+
+def test_a_triangle_takes_what_it_is():
+    made, taken = peak(lambda: Csr.triangle(1500))
+    assert np.array_equal(made.dense(), np.tri(1500, dtype=bool))
+    assert taken < 2.2 * made.column.nbytes

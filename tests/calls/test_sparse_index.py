@@ -401,3 +401,17 @@ def test_a_refusal_names_the_op_that_mixes():
             lambda x: x * x.sum(1, keepdim=True) + x.roll(1, 1) ** 2,
             x, layout=torch.sparse_coo, per_sample=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [5, 400])
+def test_a_product_of_arrows_is_full(n):
+    """Each sees all by way of the first: that is known before the entries are listed."""
+    i, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    index = torch.cat([torch.stack(pair) for pair in ((i, i), (i, zero), (zero, i))], 1)
+    arrow = torch.sparse_coo_tensor(index, torch.ones(3 * n, dtype=F64), (n, n)).coalesce()
+    x = torch.linspace(0, 1, n, dtype=F64)[:, None]
+    once = jactri.jacobian(lambda x: (arrow @ x).sin(), x, layout=torch.sparse_csr)
+    assert once._nnz() == 3 * n - 2
+    with pytest.raises(ValueError, match=r"every entry .* the op MmBackward0"):
+        jactri.jacobian(lambda x: (arrow @ (arrow @ x)).sin(), x, layout=torch.sparse_csr)
+    assert jactri.sparsity(lambda x: arrow @ (arrow @ x), x)._nnz() == n * n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,9 @@ BITS = 4
 """A product that would list this many times more entries than the result has bytes of bits is made of bits,"""
 SMALL = 1 << 16
 """if these are more than a few."""
+
+LISTED = 1 << 20
+"""Entries of a product that are listed at once: each takes some forty bytes until it is known which are the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,15 @@ class Csr:
         return Csr.of(row, places[row, tap], count, size)
 
     @staticmethod
+    def triangle(n: int) -> Csr:
+        """Row ``i`` has the columns up to ``i``."""
+        counts = np.arange(1, n + 1)
+        start = starts(counts)
+        column = np.arange(start[-1])
+        column -= start[:-1].repeat(counts)
+        return Csr(start, column, n)
+
+    @staticmethod
     def of_dense(dense: np.ndarray) -> Csr:
         row, column = np.nonzero(dense)
         return Csr(starts(np.bincount(row, minlength=len(dense))), column, dense.shape[1])
@@ -74,6 +86,11 @@ class Csr:
     def most(self) -> int:
         """Entries of the longest row."""
         return int(self.counts.max(initial=0))
+
+    @property
+    def most_in_column(self) -> int:
+        """Entries of the longest column."""
+        return int(np.bincount(self.column, minlength=1).max())
 
     @property
     def row(self) -> np.ndarray:
@@ -135,8 +152,10 @@ class Csr:
     def after(self, before: Csr, limit: float | None = None) -> Csr | None:
         """The product ``self @ before``: each row has those of the rows of ``before`` that it names.
 
-        None where more than ``limit`` entries would be listed.
+        None where more than ``limit`` entries would be listed; without one, where there are many, and it has every one.
         """
+        if before.is_identity and (limit is None or self.nnz <= limit):
+            return self
         counts = before.counts[self.column]
         total = int(counts.sum())
         if limit is not None and total > limit:
@@ -149,19 +168,53 @@ class Csr:
             return Csr(starts(held), before.take(self.column).column, before.width)
         if limit is None and total > BITS * (self.height * before.width // 8) + SMALL:
             return self._of_bits(before)
+        listed = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])[self.start]
+        parts: list[Csr] = []
+        first = 0
+        while first < self.height or not parts:
+            last = int(np.searchsorted(listed, listed[first] + LISTED, "right")) - 1
+            last = min(max(last, first + 1), self.height)
+            parts.append(self._rows(first, last)._listed(before))
+            first = last
+        return stacked(parts)
+
+    def _rows(self, first: int, last: int) -> Csr:
+        """Some that follow one another."""
+        start = self.start[first : last + 1]
+        return Csr(start - start[0], self.column[start[0] : start[-1]], self.width)
+
+    def _listed(self, before: Csr) -> Csr:
+        """The product, by a list of all its terms."""
+        counts = before.counts[self.column]
         ends = np.cumsum(counts)
-        at = np.arange(total) + (before.start[self.column] - ends + counts).repeat(counts)
+        at = np.arange(int(counts.sum()))
+        at += (before.start[self.column] - ends + counts).repeat(counts)
         row = self.row.repeat(counts)
         return Csr.of(row, before.column[at], self.height, before.width)
 
-    def _of_bits(self, before: Csr) -> Csr:
-        """The product with rows as bits, in as many passes as the longest row has entries."""
-        bits = np.packbits(before.dense(), axis=1)
+    def _of_bits(self, before: Csr) -> Csr | None:
+        """The product with rows as bits, in as many passes as the longest row has entries; None for every entry."""
+        width, high = before.width, max(1, LISTED // max(before.width, 1))
+        bits = np.concatenate([
+            np.packbits(part.dense(), axis=1) for part in before._cut(high)
+        ])  # fmt: skip
         made = np.zeros((self.height, bits.shape[1]), np.uint8)
         for j in range(self.most):
             rows = np.flatnonzero(self.counts > j)
-            made[rows] |= bits[self.column[self.start[rows] + j]]
-        return Csr.of_dense(np.unpackbits(made, axis=1, count=before.width).view(bool))
+            for some in np.array_split(rows, max(1, len(rows) // high)):
+                made[some] |= bits[self.column[self.start[some] + j]]
+        full = np.packbits(np.ones(width, bool))
+        if self.height * width > SMALL and all((row == full).all() for row in made):
+            return None
+        blocks = [made[i : i + high] for i in range(0, self.height, high)]
+        return stacked([
+            Csr.of_dense(np.unpackbits(block, axis=1, count=width).view(bool)) for block in blocks
+        ])  # fmt: skip
+
+    def _cut(self, high: int) -> Iterator[Csr]:
+        """All rows, so many at a time."""
+        for first in range(0, max(self.height, 1), high):
+            yield self._rows(first, min(first + high, self.height))
 
     def blocks(self, n: int) -> Csr | None:
         """The union of the ``n`` blocks on the diagonal; None where there are entries outside of them."""
@@ -184,6 +237,8 @@ def union(parts: Sequence[Csr]) -> Csr:
 
 def stacked(parts: Sequence[Csr]) -> Csr:
     """Matrices of one width, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
     counts = np.concatenate([p.counts for p in parts])
     return Csr(starts(counts), np.concatenate([p.column for p in parts]), parts[0].width)
 
@@ -193,7 +248,7 @@ def digest(*arrays: np.ndarray) -> bytes:
     made = hashlib.blake2b(digest_size=16)
     for a in arrays:
         made.update(repr((a.dtype, a.shape)).encode())
-        made.update(np.ascontiguousarray(a).tobytes())
+        made.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
     return made.digest()
 
 

@@ -118,7 +118,9 @@ class Fixed(LinearMap):
         at = axis - len(in_shape)
         found = []  # of each line, where it is seen
         with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-            for lines in torch.eye(n).split(LINES):
+            for first in range(0, n, LINES):
+                lines = torch.zeros(min(LINES, n - first), n, device="cpu")
+                lines.diagonal(first).fill_(1)
                 shape = [1] * self.tail
                 shape[at] = n
                 images = lines.view(len(lines), 1, *shape).expand(-1, 1, *size).contiguous()

@@ -260,7 +260,13 @@ def colours_of(
             ties = [other[a][i][1] for other in axes]
             if any(t not in at.layout.tied for t, (_, at) in zip(ties, found, strict=True)):
                 continue
-            supports = [trace.support_of(at, t) for t, (trace, at) in zip(ties, found, strict=True)]
+            formed = [trace.support_of(at, t) for t, (trace, at) in zip(ties, found, strict=True)]
+            supports = [s for s in formed if s is not None]
+            least = max(
+                (s.most_in_column if sweep.reverse else s.most for s in supports), default=0
+            )
+            if len(supports) < len(formed) or least > WORTH * n:
+                continue
             seen = stacked([s.T if sweep.reverse else s for s in supports])
             table = table_of(seen) if tables else None
             least = period(seen) if table is None else table.count

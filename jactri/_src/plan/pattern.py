@@ -116,8 +116,9 @@ class Pattern:
     def entries(self) -> Entries:
         """All entries, in the order of rows, and of columns within a row."""
         if self.single:
-            flat = self.flat
-            return Entries(flat.start, flat.row, (flat.row,), (flat.column,), self)
+            (support,) = self.supports.values()
+            row = support.row
+            return Entries(support.start, row, (row,), (support.column,), self)
         rows, _ = self.shape
         place = {t: i for i, (_, t) in enumerate(self.out) if t != FREE}
         strides = _strides([n for n, _ in self.out])
@@ -162,6 +163,8 @@ class Entries:
     @property
     def column(self) -> np.ndarray:
         strides = _strides([n for n, _ in self.pattern.into])
+        if strides == [1]:
+            return self.of_column[0]
         return np.zeros_like(self.row) + sum(
             d * s for d, s in zip(self.of_column, strides, strict=True)
         )

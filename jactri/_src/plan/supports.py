@@ -62,7 +62,7 @@ class Trace:
         while True:
             self.start = Layout.identity(shape, splits)
             self._nodes: list[tuple] = []
-            self._made: dict[int, Csr] = {}
+            self._made: dict[int, Csr | None] = {}  # None: all of them
             self._loose: set[int] = set()  # values whose entries are no product of supports,
             self._unions: dict[int, list[list[tuple[int, int]]]] = {}  # or perhaps none
             self.values: dict[int, Traced] = {}
@@ -198,7 +198,9 @@ class Trace:
             return True
         for differ in (d for v in behind for d in self._unions.get(v, ())):
             pairs = [(self._form(i), self._form(k)) for i, k in differ]
-            if not all(a.within(b) for a, b in pairs) and not all(b.within(a) for a, b in pairs):
+            if not all(_within(a, b) for a, b in pairs) and not all(
+                _within(b, a) for a, b in pairs
+            ):
                 return True
         return False
 
@@ -238,11 +240,11 @@ class Trace:
                 if last[s] == v:
                     found.pop(s, None)
 
-    def support_of(self, at: Traced, tie: int) -> Csr:
-        """The support of a tie: (value index, seed index)."""
+    def support_of(self, at: Traced, tie: int) -> Csr | None:
+        """The support of a tie: (value index, seed index); None where that is large, and has every entry."""
         return self._form(at.supports[tie])
 
-    def _form(self, last: int) -> Csr:
+    def _form(self, last: int) -> Csr | None:
         wanted, stack = set(), [last]
         while stack:
             i = stack.pop()
@@ -251,17 +253,21 @@ class Trace:
                 stack.extend(self._parents(i))
         for i in sorted(wanted):
             kind, *rest = self._nodes[i]
-            if kind == "identity":
+            parts = [self._made[k] for k in self._parents(i)]
+            known = [p for p in parts if p is not None]
+            if len(known) < len(parts):
+                self._made[i] = None
+            elif kind == "identity":
                 self._made[i] = Csr.identity(rest[0])
             elif kind == "union":
-                self._made[i] = union([self._made[k] for k in rest])
+                self._made[i] = union(known)
             elif kind == "spread":  # to the axis that the factor is a part of
-                before, outer, inner = rest
-                each = np.arange(self._made[before].height).repeat(inner)
-                self._made[i] = self._made[before].take(np.tile(each, outer))
+                _, outer, inner = rest
+                each = np.arange(known[0].height).repeat(inner)
+                self._made[i] = known[0].take(np.tile(each, outer))
             else:
-                before, edge, axis, in_shape, out_shape = rest
-                self._made[i] = edge.support(axis, in_shape, out_shape).after(self._made[before])
+                _, edge, axis, in_shape, out_shape = rest
+                self._made[i] = edge.support(axis, in_shape, out_shape).after(known[0])
         return self._made[last]
 
     def lost(self, value: int, batch: bool = False) -> int:
@@ -276,7 +282,9 @@ class Trace:
                     return v
             return value
         for v in sorted(behind):
-            if not self.values[v].layout.tied - spared:
+            at = self.values[v]
+            left = [self.support_of(at, t) for t in at.layout.tied - spared]
+            if all(s is None or s.nnz == prod(s.shape) > 1 for s in left):
                 return v
         return value
 
@@ -293,6 +301,11 @@ class Trace:
     def _parents(self, i: int) -> tuple[int, ...]:
         kind, *rest = self._nodes[i]
         return tuple(rest[: {"identity": 0, "union": 2}.get(kind, 1)])
+
+
+def _within(one: Csr | None, other: Csr | None) -> bool:
+    """Whether the other has all entries of one; None has every."""
+    return other is None or (one is not None and one.within(other))
 
 
 def _place(factors: Factors) -> tuple[int, int]:
@@ -366,7 +379,9 @@ _patterns: Cache[tuple, Pattern] = Cache(8)
 
 
 def _formed(trace: Trace, at: Traced, value: int) -> Pattern:
-    layout, supports = at.layout, {t: trace.support_of(at, t) for t in at.layout.tied}
+    found = {t: trace.support_of(at, t) for t in at.layout.tied}
+    supports = {t: support for t, support in found.items() if support is not None}
+    layout = at.layout.drop(frozenset(found.keys() - supports.keys()))
     axes = list(layout.axes)
     known = trace.indices or (tracing() and masked.fixed(trace.graph))
     if known and masked.masks(trace.graph):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import inf, prod
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -146,7 +145,7 @@ def cumsum(g):
 
     kept = keep_all_but((axis,), n)
     size = g.shape[axis]
-    before = {axis: lambda: Csr.of_dense(numpy.tri(size, dtype=bool))}
+    before = {axis: lambda: Csr.triangle(size)}
     edge = Functional(
         "cumsum", lambda t: t.cumsum(axis + 1), pull, kept, anywhere=True, supports=before
     )

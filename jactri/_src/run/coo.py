@@ -36,6 +36,8 @@ class Coo(torch.autograd.Function):
 
 def unravel(flat: Tensor, shape) -> Tensor:
     """The index on every axis: ``(axes, entries)``."""
+    if len(shape) == 1:
+        return flat.unsqueeze(0)
     found = flat.new_empty(len(shape), len(flat))
     for a in reversed(range(len(shape))):
         n = max(shape[a], 1)  # an empty axis has no entries

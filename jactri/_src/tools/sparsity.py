@@ -136,13 +136,14 @@ def _made(patterns: list[Pattern], y: Tensor, x: Tensor, per_sample: bool) -> Te
                 for at, end in zip((entries.row, entries.column), ends, strict=True)
             )
             made[id(pattern)] = torch.cat([out, into[1:] if per_sample else into])
-        index = made[id(pattern)].clone()
+        index = made[id(pattern)]
         if len(patterns) > 1:
+            index = index.clone()
             index[0] += sample * rows
             if not per_sample:
                 index[y.dim()] = sample
         found.append(index)
-    index = torch.cat(found, 1)
+    index = found[-1] if len(found) < 3 else torch.cat(found, 1)
     hits = torch.ones(index.shape[1], dtype=torch.bool, device="cpu")
     mask = torch.sparse_coo_tensor(
         index, hits, shape, device="cpu", is_coalesced=True, check_invariants=False
