@@ -61,7 +61,7 @@ def test_distributed_weights():
         elif way in FREE:
             assert outcome.startswith("RuntimeError: "), f"{name}: {outcome}"
             assert "reshard_after_forward=False" in outcome, f"{name}: {outcome}"
-        elif call in PARAMETERS:
+        elif call in PARAMETERS and (way, call) != ("tensor parallel", "J^T u"):
             said = (
                 "use fully_shard" if way == "flat FSDP" else "tensor parallel weights, use a module"
             )

@@ -97,6 +97,7 @@ class GGN(Shown):
     """
 
     def __init__(self, factors: Factors[Recorded], loss_hessian, share: Share = ALONE):
+        factors.run.check_whole()
         self._factors, self._share = factors, share
         self.jacobian, self.hessian = ParameterJacobian(factors, share), loss_hessian
         self._local, y = ParameterJacobian(factors), factors.run.y

@@ -20,6 +20,7 @@ from ..parameters.recorded import Recorded
 from ..parameters.used import selections
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import public
+from ..spread import weights
 from ..spread.kernels import check_proven, of_ranks
 from ..spread.shards import ALONE, Share, taken_here
 from ..spread.sums import totals, whole_of
@@ -172,6 +173,7 @@ class ParameterJacobian(Shown):
     def _dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """That of this process's samples."""
         run = self._run
+        run.check_whole()
         shape = tuple(run.y.shape)
         with run.computing():
             taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
@@ -334,6 +336,8 @@ class ParameterJacobian(Shown):
         check_real("u", u, "the output", run.y)
         with run.computing():
             c = (u if block else u.unsqueeze(0)).to(run.y.dtype)
+            if run.sharded:
+                return weights.pulled(run, c, block, self._share)
             k = c.shape[0]
             if run.structure is None:
                 found = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
-from ..base.elsewhere import FSDP, WRAPPED, check_here, is_distributed
+from ..base.elsewhere import FSDP, WRAPPED, check_here, check_local, is_distributed
 from ..base.remedies import NO_DERIVATIVE, returned
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, probe_mixing
@@ -123,7 +123,9 @@ class Recorded(Used):
             ]
             leaves = [leaf for leaf, _ in ends]
             y, self.handles = record(module, *(given for _, given in ends))
-            self.params = _after_forward(module, self.params)
+            self.params, self.sharded = _after_forward(module, self.params, y)
+            if self.sharded and create_graph:
+                raise _sharded("create_graph=True", self.sharded)
             if any(p._backward_hooks for p in self.params.values()):
                 self.handles = None
             self._check_output(y, leaves, module)
@@ -303,6 +305,11 @@ class Recorded(Used):
             ] or ["not used"]
         return found
 
+    def check_whole(self) -> None:
+        """Raise RuntimeError for weights that are DTensors, of which a Jacobian has no factors here."""
+        if self.sharded:
+            raise _sharded("this", self.sharded)
+
     def check_unchanged(self) -> None:
         """Raise if something was written to since the forward pass, or freed."""
         for name, t, version in self.watched:
@@ -314,21 +321,38 @@ class Recorded(Used):
                 )
 
 
-def _after_forward(module, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters with which the module ran: FSDP puts whole ones in the place of its distributed ones."""
+def _after_forward(module, params: dict[str, Tensor], y) -> tuple[dict[str, Tensor], list[str]]:
+    """The parameters with which the module ran, and names of those that are DTensors.
+
+    FSDP puts whole ones in the place of its distributed ones, and takes them back if it may.
+    """
     if not any(map(is_distributed, params.values())):
-        return params
+        return params, []
     every = dict(module.named_parameters(remove_duplicate=False))
     params = {name: every.get(name, p) for name, p in params.items()}
     spread = [name for name, p in params.items() if is_distributed(p)]
-    if spread:
+    if not spread:
+        return params, []
+    used = reached([y], list(params.values())) if isinstance(y, Tensor) else set()
+    if not any(i in used for i, p in enumerate(params.values()) if is_distributed(p)):
         raise RuntimeError(
-            f"parameters are DTensors after the forward pass ({', '.join(spread[:4])}"
-            f"{', ...' if len(spread) > 4 else ''}), so a process has a part of their numbers only: {FSDP}; for tensor "
-            "parallel weights, use a module with the whole ones (full_tensor()); of those, autograd has J^T u, by "
-            "torch.autograd.grad(output, [*module.parameters()], u)"
+            f"parameters are DTensors after the forward pass ({_some(spread)}), and the output was computed from other "
+            f"tensors, so a process has a part of their numbers only: {FSDP}"
         )
-    return params
+    check_local([y], [])
+    return params, spread
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _sharded(what: str, names: list[str]) -> RuntimeError:
+    return RuntimeError(
+        f"{what} is not possible for parameters that are DTensors ({_some(names)}), of which a process has a part "
+        "of the numbers only: jac.T @ u has their products, placed as they are; for all else of "
+        "tensor parallel weights, use a module with the whole ones (full_tensor())"
+    )
 
 
 def _mixing(why: str) -> RuntimeError:
