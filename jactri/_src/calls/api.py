@@ -353,7 +353,7 @@ def _rows(ys, xs, asked: Options, dests):
         return patterned.rows(ys, xs, asked, budget, dests)
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)
-    if (row := few.gradient(ys, xs, asked)) is not None:
+    if dests is None and (row := few.gradient(ys, xs, asked)) is not None:
         return [row]
     walk = Walk(ys, xs)
     if (engine := few.foreseen(walk, ys, xs, asked, budget)) is not None:
