@@ -237,6 +237,12 @@ def in_two_dimensions():
         gram = jac.gram()
         assert list(gram.placements) == placements
         same(gram, whole.gram(), "gram")
+    at = mesh.get_coordinate()[0]  # plain parts, alike on the ranks of the other dimension
+    mine = x[3 * at :][: 3 - at]
+    with jactri.distributed.samples(mesh["dp"]):
+        jac = jactri.parameter_jacobian(net, mine)
+    same(jac.gram(), whole.gram()[3 * at :][: 3 - at], "gram, of a part of the mesh")
+    same(jac.T @ jac.output, whole.T @ whole.output, "J^T y, of a part of the mesh")
 
 
 def test_a_mesh_of_two_dimensions(ranks):
