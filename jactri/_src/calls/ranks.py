@@ -20,8 +20,8 @@ def samples(mesh: Any) -> AbstractContextManager[None]:
     For batches that are plain tensors, as a DataLoader gives them to each rank, of any lengths, 0 too. Results of
     samples are then plain tensors of this rank's samples; sums over samples are those over all ranks, and kernels have
     this rank's rows: of `jacobian` and its like under ``per_sample``, `gradient`, `divergence`, `laplacian`,
-    `parameter_jacobian`, `ggn` and `empirical_ntk`; other calls are as ever. A batch that is a DTensor needs no context,
-    and gives DTensors.
+    `parameter_jacobian`, `ggn` and `empirical_ntk`; other calls are as ever. A batch that is a DTensor needs no
+    context, and gives DTensors.
 
     Args:
         mesh: a ``DeviceMesh``, among whose ranks the samples are shared out; of several dimensions, take the one that
