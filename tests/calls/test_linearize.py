@@ -1,6 +1,7 @@
 """The Jacobian as an operator: against dense Jacobians in float64, and what it must not do again."""
 
 import gc
+import warnings
 import weakref
 
 import numpy as np
@@ -307,6 +308,46 @@ def test_in_a_function_that_is_compiled():
     other = randn(1, 3).expand(2, 3)
     for at in (x, other):
         close(step(at), both(at))
+
+
+def test_made_outside_of_a_function_that_is_compiled():
+    """Its graph would have the weights of later, and derivatives of now: it runs as the ordinary call."""
+    net, x, v = seeded(3, 5, 3), randn(2, 3), randn(2, 3)
+    op = jactri.linearize(net, x)
+    step = jactri.compile(lambda v: op @ v, v, of=None, engine="fx")
+    assert "made outside of a function that is compiled" in step.reason
+    close(step(v), op @ v)
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="was modified in place"):
+        step(v)
+
+
+def test_a_product_that_is_differentiated_is_told_to_be_a_constant():
+    op = jactri.linearize(seeded(3, 5, 3), randn(2, 3))
+    for func in (lambda v: op @ v, lambda v: op.T.matvec(v.flatten()), lambda v: v @ op):
+        with pytest.warns(UserWarning, match="with an operator .* is a constant"):
+            jactri.jacobian(func, randn(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jactri.jacobian(lambda v: v * (op @ v.detach()), randn(2, 3))
+
+
+def test_in_a_modules_parameters():
+    net, x = seeded(3, 5, 2), randn(4, 3)
+    names, weights = zip(*net.named_parameters(), strict=True)
+
+    def func(*values):
+        return torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x,))
+
+    op = jactri.linearize(func, weights)
+    v, u = tuple(torch.ones_like(w) for w in weights), randn(4, 2)
+    close(op @ v, torch.autograd.functional.jvp(func, weights, v)[1])
+    close(op.T @ u, torch.autograd.grad(net(x), weights, u))
+    with torch.no_grad():
+        weights[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        op @ v
 
 
 def test_in_a_backward_pass():

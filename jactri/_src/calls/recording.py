@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from ..base.elsewhere import check_here
 from ..base.memory import LARGE, Budget
+from ..base.tracing import tracing
 from ..plan.planning import proof, samples_of
 from ..prologue.arguments import Options, taken
-from ..prologue.running import Ran, computing
+from ..prologue.running import Ran, computing, recording
 from ..read import handover, overriding
 from ..read.behind import dtypes_behind, leaves_behind
 from ..read.graph import Graph, UnsupportedGraph
@@ -26,6 +28,12 @@ from .vectors import pull, push
 
 T = TypeVar("T")
 
+_CONSTANT = (
+    "a product with an operator of jactri.linearize, inside of a function that jactri differentiates, is a constant, "
+    "whose derivative is zero; use jactri.jvp or jactri.vjp with create_graph=True, or v.detach() where a constant is "
+    "meant"
+)
+
 WIDENED = 1 << 18
 """Entries that are there in float64 at once."""
 
@@ -34,7 +42,7 @@ class Recording:
     def __init__(self, ran: Ran, xs: tuple[Tensor, ...], tupled: bool, asked: Options):
         self.ran, self.given, self.tupled, self.asked = ran, xs, tupled, asked
         self.ys, self.xs = ran.ys, ran.leaves
-        self.overrides = overriding.now.get()
+        self.overrides, self.traced = overriding.now.get(), tracing()
         self.output = ran.output(False)
         reader = Watching()
         self.seen = reader.seen
@@ -64,6 +72,12 @@ class Recording:
                 f"{name} was modified in place after linearize ran the function (an optimizer's step?), so products "
                 "with its Jacobian there cannot be computed any more; call linearize again, or .dense() before"
             )
+        if self.traced != tracing():
+            # it would hold derivatives at this point beside weights that are written to later
+            raise RuntimeError(
+                "an operator that was made outside of a function that is compiled, or traced, cannot be used in it, "
+                "nor the reverse; call linearize and use what it returns in one place, or compile jvp and vjp"
+            )
         if overriding.now.get() not in ((), self.overrides):
             overriding.refuse("an operator that was made outside of the block", "make it inside")
         with overriding.using(self.overrides), computing(False, self.asked.backend):
@@ -88,6 +102,9 @@ class Recording:
                 "products with an operator are not available inside of a torch.func transform; pass all vectors as "
                 "one block"
             )
+        grad = torch.is_grad_enabled()
+        if grad and recording() and any(b.requires_grad for b in blocks):
+            warnings.warn(_CONSTANT, stacklevel=2)
         multiply = pull if reverse else push
         return self.run(
             lambda: multiply(self.ys, self.xs, blocks, self.asked, self.graph, True, spent)
