@@ -106,6 +106,31 @@ def truth(name):
     return [block.movedim(inputs.dim(), 1)[at, at]]
 
 
+MIXED = {
+    "complex": (lambda z: torch.view_as_real(z.sin()).sum(-1), torch.view_as_complex(draw(5, 2))),
+    "complex, by rules": (
+        lambda z: (z * z.conj()).real.cumsum(0),
+        torch.view_as_complex(draw(5, 2)),
+    ),
+    "wider": (lambda x: (x.double() ** 2).cumsum(0), draw(6).float()),
+    "narrower": (lambda x: x.sin().float().cumsum(0), draw(6)),
+    "poles behind a selection": (lambda x: x.clamp(0, 1).sqrt() * x.sum(), draw(7)),
+    "integers beside": (lambda x: (x.argmax(-1), x.sin()), draw(3, 4)),
+}
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.parametrize("name", MIXED)
+def test_dtypes_and_poles_are_those_of_one_process(name, strategy):
+    func, x = MIXED[name]
+    found, _ = put_together(func, x, 3, strategy=strategy)
+    want = flat(jactri.jacobian(func, x, strategy=strategy))
+    for mine, block in zip(found, want, strict=True):
+        assert mine.dtype == block.dtype
+        torch.testing.assert_close(mine, block, rtol=1e-6, atol=1e-6)
+        assert mine.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:a hook on gradients")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)

@@ -207,7 +207,8 @@ class _Job:
         return ((j, i) for j in range(len(self.ys)) for i in range(len(self.xs)))
 
     def _like(self, j: int, i: int) -> Tensor:
-        return self.ys[j] if self.asked.strategy == "forward-mode" else self.xs[i]
+        x = self.xs[i]
+        return self.ys[j] if self.asked.strategy == "forward-mode" and not x.is_complex() else x
 
     def _dim(self, j: int, i: int) -> int | None:
         """The axis of a block along which it is cut."""
