@@ -161,9 +161,10 @@ def ranges(graph: Graph, reverse: bool, count: int, number: int) -> list[Range] 
             continue
         size = -(-n // parts)
         spans = [(start, min(size, n - start)) for start in range(0, n, size)]
-        made = along(graph, sweep, number, axis, spans, needed)
-        if made is None:
+        seen = seen_along(graph, sweep, axis, needed)
+        if seen is None:
             return None
+        made = along(sweep, number, axis, spans, seen)
         share = sum(_share(graph, r, free) for r in made) / len(made)
         ends = {seed, *targets}
         runs = any(c.outer > 1 for r in made for e in ends for c in r.boxes.get(e, {}).values())
@@ -178,35 +179,42 @@ def needed_by(graph: Graph, sweep: Sweep) -> dict[int, Tensor]:
     return follow(graph, {t: _ones(graph, t) for t in targets}, [sweep.seed], not sweep.reverse)
 
 
+Seen = dict[int, tuple[np.ndarray, np.ndarray]]
+"""By value: the intervals of the seed's tokens that its entries see, and those that targets need."""
+
+
+def seen_along(graph: Graph, sweep: Sweep, axis: int, needed: dict[int, Tensor]) -> Seen | None:
+    """What the entries of all values see of an axis of a sweep's seed; None where a target sees nothing.
+
+    ``needed``: by `needed_by`.
+    """
+    reached = _follow(
+        graph, sweep.seed, [t for t in sweep.targets if t is not None], axis, sweep.reverse
+    )
+    if any(t not in reached for t in sweep.targets if t is not None):
+        return None
+    there = [v for v in sweep.layouts if v in reached and v in needed]
+    return {v: tuple([thin(t[v]).cpu().numpy() for t in (reached, needed)]) for v in there}
+
+
 def along(
-    graph: Graph,
-    sweep: Sweep,
-    number: int,
-    axis: int,
-    spans: Sequence[tuple[int, int]],
-    needed: dict[int, Tensor],
-) -> list[Range] | None:
+    sweep: Sweep, number: int, axis: int, spans: Sequence[tuple[int, int]], seen: Seen
+) -> list[Range]:
     """Ranges, (start, length), of an axis of a sweep's seed, which is output or input ``number``: what each reaches.
 
-    None where a target is reached from none of them. ``needed``: by `needed_by`.
+    ``seen``: by `seen_along`.
     """
-    seed, reverse, n = sweep.seed, sweep.reverse, sweep.layout.shape[axis]
-    targets = [t for t in dict.fromkeys(sweep.targets) if t is not None]
-    reached = _follow(graph, seed, targets, axis, reverse)
-    if any(t not in reached for t in targets):
-        return None
+    n = sweep.layout.shape[axis]
     ties = {t for _, t in sweep.layout.axes[axis]}
-    tied = frozenset([v for v, lay in sweep.layouts.items() if reverse and ties & lay.tied])
+    tied = frozenset([v for v, lay in sweep.layouts.items() if sweep.reverse and ties & lay.tied])
     made = [Range(number, {}, tied) for _ in spans]
-    for v, layout in sweep.layouts.items():
-        if v in reached and v in needed:
-            near, far = (thin(t[v]).cpu().numpy() for t in (reached, needed))
-            for (start, length), part in zip(spans, made, strict=True):
-                box = _box(near, far, start, length, n, layout)
-                if box is not None:
-                    part.boxes[v] = box
+    for v, (near, far) in seen.items():
+        for (start, length), part in zip(spans, made, strict=True):
+            box = _box(near, far, start, length, n, sweep.layouts[v])
+            if box is not None:
+                part.boxes[v] = box
     for (start, length), part in zip(spans, made, strict=True):
-        part.boxes[seed] = {axis: Cut(axis, start, length)}
+        part.boxes[sweep.seed] = {axis: Cut(axis, start, length)}
     return made
 
 

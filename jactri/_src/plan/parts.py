@@ -12,12 +12,12 @@ from typing import NamedTuple
 from ..base.tracing import aside
 from ..maps.cut import Cut
 from ..read.graph import Graph
-from .masked import along, needed_by
+from .masked import Seen, along, needed_by, seen_along
 from .narrowing import Box, narrowed
 from .planner import Plan, make_plan
 from .planning import Ends, samples_of
 from .samples import narrow, places
-from .sweep import simulate
+from .sweep import Sweep, simulate
 
 MANY, MOST = 64, 1024
 """Into how many parts a Jacobian on disk is cut, about, and at most."""
@@ -102,7 +102,7 @@ class Parts:
         self._graph, self._cut, self._per_sample = graph, cut, per_sample
         self._where = _where(graph, plan) if cut.by == "samples" else None
         self._reverse = cut.by == "rows"
-        self._needed: dict[int, tuple] = {}
+        self._seen: dict[int, tuple[Sweep, Seen | None]] = {}
 
     def of(self, number: int, start: int, length: int) -> Part | None:
         """One of them; None where the maps cannot be cut there."""
@@ -125,16 +125,17 @@ class Parts:
         if seeds[number] is None:
             made = self._ends(number, length, {}), None
             return made
-        with aside():
-            if number not in self._needed:
-                sweep = simulate(graph, number, self._reverse, False)
-                self._needed[number] = sweep, needed_by(graph, sweep)
-            sweep, needed = self._needed[number]
-            if axis is None:
-                return None
-            found = along(graph, sweep, number, axis, [(start, length)], needed)
-        if found is None:
+        if axis is None:
             return None
+        with aside():
+            if number not in self._seen:
+                sweep = simulate(graph, number, self._reverse, False)
+                seen = seen_along(graph, sweep, axis, needed_by(graph, sweep))
+                self._seen[number] = sweep, seen
+        sweep, seen = self._seen[number]
+        if seen is None:
+            return None
+        found = along(sweep, number, axis, [(start, length)], seen)
         (part,) = found
         for t in {*targets} - {None}:
             box = part.boxes.get(t)
