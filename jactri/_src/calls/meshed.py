@@ -307,13 +307,13 @@ class _Job:
             if axis is not None:
                 with torch.enable_grad():
                     y = y.narrow(axis, start, length)
-            self._ordinary([y], self.xs, self.asked, [to[number]])
-            return
-        found = self._ordinary(self.ys, self.xs, self.asked, None)
-        for row, whole in zip(to, self._of(found, span), strict=True):
-            for block, part in zip(row, whole, strict=True):
-                if block is not None:
-                    block.copy_(part)
+            found: Blocks = [[None] * len(self.xs) for _ in self.ys]
+            (found[number],) = self._ordinary([y], self.xs, self.asked, [to[number]])
+        else:
+            found = self._of(self._ordinary(self.ys, self.xs, self.asked, None), span)
+        for block, part in zip(_flat(to), _flat(found), strict=True):
+            if block is not part:
+                block.copy_(part)
 
 
 def _flat(blocks: Blocks) -> list[Tensor]:

@@ -135,13 +135,11 @@ class Parts:
         sweep, seen = self._seen[number]
         if seen is None:
             return None
-        found = along(sweep, number, axis, [(start, length)], seen)
-        (part,) = found
+        (part,) = along(sweep, number, axis, [(start, length)], seen)
         for t in {*targets} - {None}:
             box = part.boxes.get(t)
-            if (
-                box and t != seeds[number]
-            ):  # an answer is written in one piece; that of a sample is a whole one
+            # an answer is written in one piece; that of a sample is a whole one
+            if box and t != seeds[number]:
                 whole = [a for a, c in box.items() if c.outer > 1 or (self._per_sample and a == 0)]
                 part.boxes[t] = {a: c for a, c in box.items() if a not in whole}
         boxes = {k: part.boxes.get(v, {}) for k, v in enumerate(targets) if v is not None}
