@@ -171,6 +171,38 @@ def test_scipy_solvers():
         A @ (b[:12] + 1j)
 
 
+# -- saved ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["dense", "csr", "samples"])
+def test_an_operator_of_a_matrix_that_was_saved(kept):
+    x = randn(4, 6)
+    op = jactri.linearize(lambda x: (x.roll(1, 1) * x).sin(), x)
+    J, v, u = op.dense().reshape(24, 24), randn(24, 3), randn(24, 2)
+    made = {
+        "dense": lambda: op.dense().reshape(24, 24),
+        "csr": lambda: op.sparse(torch.sparse_csr),
+        "samples": lambda: op.dense(per_sample=True),
+    }[kept]()
+    A = pickle.loads(pickle.dumps(made))
+    product = {
+        "dense": lambda v: (A @ v.reshape(24)).reshape(4, 6),
+        "csr": lambda v: (A @ v.reshape(24, 1)).reshape(4, 6),
+        "samples": lambda v: torch.einsum("noi,ni->no", A, v),
+    }[kept]
+    saved = jactri.linearize(product, torch.zeros_like(x))
+    close(saved.matmat(v), J @ v)
+    close(saved.T.matmat(u), J.T @ u)
+    close(saved.dense().reshape(24, 24), J)
+    close(saved.gram().reshape(24, 24), J.T @ J)
+    close(saved.diagonal(), op.diagonal())
+    close(saved.svd(2)[1], torch.linalg.svdvals(J)[:2], 4096)
+    if kept == "csr":
+        assert saved.sparse(torch.sparse_csr)._nnz() == made._nnz()
+    if kept == "samples":
+        close(saved.dense(per_sample=True), made)
+
+
 # -- what is told -----------------------------------------------------------------------------------
 
 
@@ -215,8 +247,8 @@ WRONG = {
     "tol": (lambda op: op.svd(1, 0), ValueError, "tol must be a number above 0"),
     "norm": (lambda op: op.norm("nuc"), ValueError, "ord must be one of 'fro', 2"),
     "weight": (lambda op: op.gram(randn(4)), RuntimeError, "weight for outputs"),
-    "pickle": (pickle.dumps, TypeError, r"save op\.dense\(\)"),
-    "copy": (copy.deepcopy, TypeError, r"save op\.dense\(\)"),
+    "pickle": (pickle.dumps, TypeError, r"save A = op\.dense\(\)"),
+    "copy": (copy.deepcopy, TypeError, r"save A = op\.dense\(\)"),
     "vmap": (lambda op: torch.func.vmap(lambda v: op @ v)(randn(4, 2, 3)), RuntimeError, "as one block"),
     "jacrev": (lambda op: torch.func.jacrev(inside)(x23()), RuntimeError, "torch.func.linearize there"),
     "create_graph": (lambda op: jactri.linearize(linear, x23(), create_graph=True), TypeError, "jvp and vjp take"),

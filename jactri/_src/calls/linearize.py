@@ -173,8 +173,9 @@ class Linearization(Shown):
 
     def __reduce_ex__(self, protocol) -> NoReturn:
         raise TypeError(
-            "a Linearization holds autograd's graph, which cannot be copied or pickled: save op.dense(), op.sparse(), "
-            "or the factors of op.svd(k)"
+            "a Linearization holds autograd's graph, which cannot be copied or pickled: save A = op.dense(), "
+            "op.sparse(torch.sparse_csr), or the factors of op.svd(k); jactri.linearize(lambda v: A @ v, x) is then an "
+            "operator again"
         )
 
     # -- products ---------------------------------------------------------------------------------
