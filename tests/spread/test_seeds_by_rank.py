@@ -234,6 +234,8 @@ def called(name):
         func = Failing(func, rank == 1)
     elif name == "too small on one" and rank == 3:
         options["memory_limit"] = 100
+    elif name == "an option of one" and rank == 2:
+        options["chunk_size"] = 0
     elif name == "create_graph":
         options["create_graph"] = True
     elif name == "layout":
@@ -300,6 +302,7 @@ def test_refused_on_every_rank(ranks, name):
     "name, failed, kind, text",
     [
         ("one fails", 1, "KeyError", "mine"),
+        ("an option of one", 2, "ValueError", "chunk_size must be a positive integer"),
         ("too small on one", 3, "MemoryLimitTooSmall", "memory_limit is 100 B"),
     ],
 )

@@ -179,9 +179,10 @@ def jacobian(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
         layout, of="", blocksize=blocksize, pattern=pattern, check=check,
     )  # fmt: skip
-    tupled, xs = taken("jacobian", inputs, asked)
     if mesh is not None:
         asked.ranks = of_mesh(mesh, "jacobian")
+    with _UNWATCHED if mesh is None else asked.ranks.together():
+        tupled, xs = taken("jacobian", inputs, asked)
     if handover.transforming(xs):
         if mesh is not None:
             raise RuntimeError("mesh= is not possible inside of a torch.func transform")
