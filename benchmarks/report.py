@@ -16,8 +16,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare, scaling, penalty or worst, or of ``benchmarks.gpu lease``."""
-    kinds = {"gpu": _gpu, "scaling": _scaling, "penalty": _penalty, "worst": _worst}
+    """The table of one file of benchmarks.compare, scaling, penalty, worst or sparse, or of ``benchmarks.gpu lease``."""
+    kinds = {
+        "gpu": _gpu,
+        "scaling": _scaling,
+        "penalty": _penalty,
+        "worst": _worst,
+        "sparse": _sparse,
+    }
     return kinds.get(measured.get("kind"), _cpu)(measured)
 
 
@@ -120,6 +126,53 @@ def _under(found: dict) -> str:
     if "kept" not in found:
         return "failed"
     return _mb(found["above_forward_bytes"]) + ("" if found["kept"] else " PASSED")
+
+
+SPARSE = ("jactri", "asdex", "sparsejac", "coloured torch.func")
+"""Whose times stand in the table of benchmarks.sparse, beside those of dense Jacobians by torch.func."""
+
+
+def _sparse(measured: dict) -> str:
+    """One row a problem of benchmarks.sparse."""
+    machine = measured["machine"]
+    versions = ", ".join(f"{n} {machine[n]}" for n in ("jax", "asdex", "sparsejac") if machine[n])
+    lines = [
+        f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        f"{versions and ', '}{versions}, float64, {machine['date']}; milliseconds, medians of interleaved calls, planned "
+        "and compiled before; ratio: the fastest of the others to jactri, paired round by round: above 1, jactri is "
+        "faster. Largest first: colours that networkx' greedy colouring gives, as sparsejac and coloured torch.func "
+        "use them. First: seconds to the first answer, with planning and compiling.",
+        "",
+        "| problem | entries | products: jactri | asdex | largest first | jactri, ms | asdex | sparsejac "
+        "| coloured torch.func | dense torch.func | ratio | first, s: jactri | asdex |",
+        "|---" * 13 + "|",
+    ]
+    return "\n".join([*lines, *map(sparse_row, measured["results"])])
+
+
+def sparse_row(row: dict) -> str:
+    """A line of that table; "-" for what was not measured."""
+    found, cells = row["contenders"], ["-"] * 12
+    own, asdex = (found.get(n, {}) for n in SPARSE[:2])
+    if own:
+        cells[0] = _than(own["entries"], asdex.get("entries"))
+        cells[1] = str(own["products"])
+        cells[3] = str(row["largest_first"])
+        cells[10] = f"{own['first_s']:.2g}"
+    if asdex:
+        cells[2], cells[11] = str(asdex["products"]), f"{asdex['first_s']:.2g}"
+    timed = {n: f["seconds"]["median"] for n, f in found.items() if "seconds" in f}
+    cells[4:8] = (_ms(timed[n]) if n in timed else "-" for n in SPARSE)
+    dense = min((s for n, s in timed.items() if n not in SPARSE), default=None)
+    cells[8] = "-" if dense is None else _ms(dense)
+    if row.get("peer"):
+        cells[9] = f"{_ratio(row['ratios'][row['peer']]['median'])} ({row['peer']})"
+    return f"| {row['title']} | {' | '.join(cells)} |"
+
+
+def _than(own: int, other: int | None) -> str:
+    """A count, and another's where that differs."""
+    return f"{own:,}" + (f" (asdex {other:,})" if other not in (None, own) else "")
 
 
 def _mb(size: int) -> str:
@@ -401,7 +454,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     files = [f for f in files if "results" in f]  # counts.json holds no times
     print("\n\n".join(map(table, files)))
-    files = [f for f in files if f.get("kind") not in ("penalty", "worst")]  # no plot has those
+    files = [
+        f for f in files if f.get("kind") not in ("penalty", "worst", "sparse")
+    ]  # no plot has those
     if options.plot:
         plot(files, options.plot)
     if options.plots:
