@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table(measured: dict) -> str:
-    """The table of one file of benchmarks.compare, scaling, penalty, worst or sparse, or of ``benchmarks.gpu lease``."""
+    """The table of one file of benchmarks.compare, scaling, penalty, worst, sparse, or of ``benchmarks.gpu lease``."""
     kinds = {
         "gpu": _gpu,
         "scaling": _scaling,
@@ -135,13 +135,13 @@ SPARSE = ("jactri", "asdex", "sparsejac", "coloured torch.func")
 def _sparse(measured: dict) -> str:
     """One row a problem of benchmarks.sparse."""
     machine = measured["machine"]
-    versions = ", ".join(f"{n} {machine[n]}" for n in ("jax", "asdex", "sparsejac") if machine[n])
+    peers = (f"{n} {machine[n]}" for n in ("torch", "jax", "asdex", "sparsejac") if machine[n])
     lines = [
-        f"CPU: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
-        f"{versions and ', '}{versions}, float64, {machine['date']}; milliseconds, medians of interleaved calls, planned "
-        "and compiled before; ratio: the fastest of the others to jactri, paired round by round: above 1, jactri is "
-        "faster. Largest first: colours that networkx' greedy colouring gives, as sparsejac and coloured torch.func "
-        "use them. First: seconds to the first answer, with planning and compiling.",
+        f"CPU: {machine['cpu']}, {machine['threads']} threads, {', '.join(peers)}, float64, {machine['date']}; "
+        "milliseconds, medians of interleaved calls, planned and compiled before; ratio: the fastest of the others to "
+        "jactri, paired round by round: above 1, jactri is faster. Largest first: colours that networkx' greedy "
+        "colouring gives, as sparsejac and coloured torch.func use them. First: seconds to the first answer, with "
+        "planning and compiling.",
         "",
         "| problem | entries | products: jactri | asdex | largest first | jactri, ms | asdex | sparsejac "
         "| coloured torch.func | dense torch.func | ratio | first, s: jactri | asdex |",

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 
 import jactri
-from jactri._src.calls import api
-from jactri._src.plan.planner import Plan
+from jactri._src.calls import api, compressed
 
 from .sparse_problems import TORCH, Problem, jax_names
 
@@ -62,24 +61,24 @@ class Made:
 
 
 @contextmanager
-def plans() -> Iterator[list[Plan]]:
-    """The plans that calls make meanwhile."""
-    plain, found = api.plan_for, []
+def counted() -> Iterator[list[int]]:
+    """How many products the sparse calls meanwhile are planned to run: the most seeds that a block carries."""
+    planned, read, found = api.plan_for, compressed.values, []
 
-    def kept(*args: Any, **options: Any) -> Plan:
-        found.append(plain(*args, **options))
-        return found[-1]
+    def plan_for(*args: Any, **options: Any) -> Any:
+        plan = planned(*args, **options)
+        found.append(sum(s.columns() for s in plan.sweeps))
+        return plan
 
-    api.plan_for = kept
+    def values(how: Any, *args: Any, **options: Any) -> Any:
+        found.append(how.products)
+        return read(how, *args, **options)
+
+    api.plan_for, compressed.values = plan_for, values
     try:
         yield found
     finally:
-        api.plan_for = plain
-
-
-def products(plan: Plan) -> int:
-    """How many Jacobian-vector and vector-Jacobian products a sparse plan runs: the most seeds that a block carries."""
-    return sum(s.columns() for s in plan.sweeps)
+        api.plan_for, compressed.values = planned, read
 
 
 def ours(problem: Problem, quick: bool) -> Made:
@@ -88,14 +87,11 @@ def ours(problem: Problem, quick: bool) -> Made:
     def call() -> Tensor:
         return jactri.jacobian(function, x, layout=torch.sparse_csr)
 
-    with plans() as found:
+    with counted() as found:
         made = call()
-    facts = {
-        "products": products(found[0]),
-        "entries": made.values().numel(),
-        "order": found[0].strategy,
-    }
-    return Made(call, lambda answer: answer, facts)
+    return Made(
+        call, lambda answer: answer, {"products": sum(found), "entries": made.values().numel()}
+    )
 
 
 # ---- colours

@@ -1,4 +1,4 @@
-"""Sparse Jacobians that tools for them are measured on, for torch and for JAX by the same lines: see `benchmarks.sparse`.
+"""Sparse Jacobians on which tools for them are measured, for torch and JAX by the same lines: see `benchmarks.sparse`.
 
 A problem is a function of sizes and of a `Namespace`: what arrays are made and joined by. It returns the function and
 the point, float64, as NumPy has it; JAX is given the function of flat vectors.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -242,7 +243,7 @@ def rosenbrock(xp: Namespace, rng, n: int):
 
 
 def bundle(xp: Namespace, rng, cameras: int, points: int, seen: int):
-    """Snavely's camera: rotation, translation, focal length, two distortions; each point is seen by ``seen`` cameras."""
+    """Snavely's camera: rotation, translation, focal length, two distortions. ``seen``: by how many a point is."""
     camera = xp.array(np.concatenate([rng.permutation(cameras)[:seen] for _ in range(points)]))
     point = xp.array(np.arange(points).repeat(seen))
     split = 9 * cameras
@@ -293,8 +294,7 @@ def image(xp: Namespace, rng, size: int, channels: int):
     """Image to image by three 3 x 3 convolutions with ReLU between: the network of W6."""
     counts = (1, channels, channels, 1)
     kernels = [
-        xp.array(rng.standard_normal((o, i, 3, 3)) / np.sqrt(9 * i))
-        for i, o in zip(counts[:-1], counts[1:], strict=True)
+        xp.array(rng.standard_normal((o, i, 3, 3)) / np.sqrt(9 * i)) for i, o in pairwise(counts)
     ]
 
     def network(x):
@@ -326,8 +326,14 @@ PROBLEMS = (
     Problem("brusselator-large", "Brusselator, 2 x 128 x 128", brusselator, {"n": 128}, {"n": 5}),
     Problem("mesh", "finite volumes, 24 x 24 x 24 cells", mesh, {"n": 24}, {"n": 3}),
     Problem("arrowhead", "arrowhead, n = 1000", arrowhead, {"n": 1000}, {"n": 11}),
-    Problem("tridiagonal", "ring with three diagonals, n = 10,000", banded, {"n": 10_000, "width": 1}, {"n": 12, "width": 1}),
-    Problem("banded", "ring with eleven diagonals, n = 10,000", banded, {"n": 10_000, "width": 5}, {"n": 14, "width": 2}),
+    Problem(
+        "tridiagonal", "ring with three diagonals, n = 10,000", banded,
+        {"n": 10_000, "width": 1}, {"n": 12, "width": 1},
+    ),
+    Problem(
+        "banded", "ring with eleven diagonals, n = 10,000", banded,
+        {"n": 10_000, "width": 5}, {"n": 14, "width": 2},
+    ),
     Problem("rosenbrock", "Rosenbrock's gradient, n = 5000", rosenbrock, {"n": 5000}, {"n": 8}),
     Problem(
         "bundle", "bundle adjustment, 20 cameras, 500 points, 3000 observations", bundle,

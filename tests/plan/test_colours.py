@@ -1,11 +1,12 @@
 """Colours: seeds of one never meet in one entry."""
 
+import networkx
 import numpy as np
 import pytest
 
 from jactri._src.base.cache import Cache
 from jactri._src.base.csr import Csr
-from jactri._src.plan import colours
+from jactri._src.plan import colours, greedy
 from jactri._src.plan.colours import flat_table, table_of
 from jactri._src.plan.pattern import Pattern
 
@@ -19,7 +20,7 @@ def valid(dense, table):
 
 @pytest.mark.parametrize("orders", [1 << 19, 0])
 def test_no_two_meet(orders, monkeypatch):
-    monkeypatch.setattr(colours, "_ORDERS", orders)
+    monkeypatch.setattr(greedy, "_ORDERS", orders)
     monkeypatch.setattr(colours, "_tables", Cache())
     gen = np.random.default_rng(0)
     for _ in range(200):
@@ -47,6 +48,27 @@ def test_grids_need_about_as_many_as_a_cell_has_neighbours(n, axes, most):
         table = table_of(support, shape)
         valid(support.dense(), table)
         assert table.count <= least
+
+
+def test_what_is_not_regular_needs_no_more_than_the_best_order_gives():
+    """Neighbours of points in a square, neighbours of these, and no structure at all."""
+    gen = np.random.default_rng(0)
+    points = gen.random((200, 2))
+    far = ((points[:, None] - points) ** 2).sum(-1)
+    near = far <= np.partition(far, 6, axis=1)[:, 6:7]
+    near |= near.T
+    gained = []
+    for dense in (near, near.astype(int) @ near > 0, gen.random((200, 200)) < 0.03):
+        table = table_of(Csr.of_dense(dense))
+        valid(dense, table)
+        meet = (dense.T.astype(int) @ dense > 0) & ~np.eye(200, dtype=bool)
+        largest, smallest = (
+            max(networkx.greedy_color(networkx.from_numpy_array(meet), order).values()) + 1
+            for order in ("largest_first", "smallest_last")
+        )
+        assert table.count <= min(largest, smallest)
+        gained.append(largest - table.count)
+    assert sum(gained) > 0
 
 
 def test_an_arrow_has_few_colours_one_way():

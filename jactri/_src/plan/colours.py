@@ -1,9 +1,8 @@
 """Seeds that run as one: those that never meet in one entry of the result (Curtis, Powell and Reid 1974).
 
 Along an axis of the seed, or over all of its entries in flat order, seeds have one colour if no entry of the result
-sees two of them. A period is looked for first, then one that goes by the axes of a grid. Else colours are given one
-seed after another, each the least that is free (a distance-2 colouring of the bipartite graph of entries and seeds:
-Gebremedhin, Manne and Pothen, SIAM Review 47, 2005), as the seeds come and to those with the most entries first.
+sees two of them. A period is looked for first, then one that goes by the axes of a grid, else one colour after another
+(see `greedy`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ..base.cache import Cache
 from ..base.csr import Csr, digest, stacked
 from ..maps.layout import FREE, Colours, Layout
 from ..read.graph import Graph
+from . import greedy
 from . import sweep as sweeping
 from .pattern import Pattern
 from .supports import Trace
@@ -40,11 +40,6 @@ _GRID = 1 << 22
 
 _STEPS = 1 << 10
 """More differences of seeds of one entry than this are those of no stencil."""
-
-_GREEDY = 1 << 22
-"""Entries up to which colours are looked for one by one, and"""
-_ORDERS = 1 << 19
-"""in more than one order."""
 
 _LARGEST = 1 << 24
 """Entries up to which patterns are brought to flat order."""
@@ -120,19 +115,14 @@ _tables: Cache[tuple, Table] = Cache(8)
 
 def _found(support: Csr, shape: tuple[int, ...]) -> Table:
     seeds, least = np.arange(support.width), max(1, support.most)
-    count = period(support, _LONG * least if support.nnz <= _GREEDY else None)
+    count = period(support, _LONG * least if support.nnz <= greedy.ENTRIES else None)
     best = Table(seeds % count, count)
     if count > least and (found := _of_grid(support, shape, min(count, _LONG * least))) is not None:
         best = found
-    if best.count > least and support.nnz <= _GREEDY:
-        rows = support.T
-        orders = [seeds]
-        if support.nnz <= _ORDERS:
-            orders.append(np.argsort(-rows.counts, kind="stable"))
-        for order in orders:
-            found = _one_by_one(rows, order, support.height)
-            if found.count < best.count:
-                best = found
+    if best.count > least and support.nnz <= greedy.ENTRIES:
+        colour = greedy.fewest(support, best.count)
+        if colour is not None:
+            best = Table(colour, int(colour.max(initial=0)) + 1)
     return best
 
 
@@ -179,24 +169,6 @@ def _of_grid(support: Csr, shape: tuple[int, ...], most: int) -> Table | None:
         if len(good):
             return Table(by[good[0]] @ place % p, p)
     return None
-
-
-def _one_by_one(rows: Csr, order: np.ndarray, entries: int) -> Table:
-    """Each seed, in an order, gets the least colour that no seed has with which it shares an entry."""
-    colour = [0] * rows.height
-    taken = [0] * entries  # by entry of the result: the colours that it sees, as bits
-    start, column = rows.start.tolist(), rows.column.tolist()
-    for k in order.tolist():
-        mine = column[start[k] : start[k + 1]]
-        bits = 0
-        for i in mine:
-            bits |= taken[i]
-        bit = ~bits & (bits + 1)
-        colour[k] = bit.bit_length() - 1
-        for i in mine:
-            taken[i] |= bit
-    made = np.array(colour, np.int64)
-    return Table(made, int(made.max(initial=0)) + 1)
 
 
 def flat_table(
