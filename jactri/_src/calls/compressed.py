@@ -18,6 +18,11 @@ from ..run.given import multiply
 from .by_autograd import pulled, pushed
 
 
+def has_poles(how: Compression, graph: Graph) -> bool:
+    """Whether products with tangents are those of autograd's rows only where all values are finite."""
+    return bool(how.tangents.count and suspects(graph, seeds=True))
+
+
 def entries(
     ys: Sequence[Tensor],
     xs: Sequence[Tensor],
@@ -28,6 +33,7 @@ def entries(
     chunk_size: int | None = None,
     samples: int = 1,
     progress: Callable[[], None] | None = None,
+    later: bool = False,
 ) -> Tensor:
     """The entries of ``how.pattern``, in its order (CSR), of the matrix of all ``ys`` by all ``xs``.
 
@@ -45,6 +51,7 @@ def entries(
         samples: of so many samples on the first axes of all ends, which do not mix: the matrix and the pattern are
             those of each.
         progress: called for each product.
+        later: whether it is the caller who looks, where there are `has_poles`, at whether all values are finite.
 
     Returns:
         ``(samples, entries)`` on the device of the first input, in the widest dtype of the products.
@@ -63,7 +70,7 @@ def entries(
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {graph}")
         poles = False
     else:
-        poles = bool(how.tangents.count and suspects(graph, seeds=True))
+        poles = not later and has_poles(how, graph)
     made = None
     if not (poles and capturing(xs[0].device)):
         made = values(how, ys, xs, product, budget, chunk_size, samples)

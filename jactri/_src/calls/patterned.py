@@ -18,6 +18,7 @@ from ..base.constants import firm
 from ..base.csr import Csr
 from ..base.memory import Budget
 from ..base.progress import bar
+from ..base.tracing import tracing
 from ..plan.compressing import Compression, compressed, each_row, joined, two_sided, worth_both
 from ..plan.owners import apart
 from ..plan.pattern import Pattern
@@ -29,9 +30,9 @@ from ..read.reading import read
 from ..read.unrecorded import tight
 from ..run.compressed import kept
 from ..run.entries import nothing
-from ..run.formed import Formed
+from ..run.formed import Formed, Unformed
 from . import whole
-from .compressed import entries, multiplied
+from .compressed import entries, has_poles, multiplied
 
 ROWS = 64
 """Rows in which a pattern may miss an entry are looked at so many together."""
@@ -119,6 +120,7 @@ def made(
     per_sample = bool(asked.per_sample)
     samples = len(xs[0]) if per_sample else 1
     values = xs[0].new_zeros(samples, 0)
+    later = asked.unformed and tracing() and isinstance(graph, Graph) and has_poles(how, graph)
     if all(t.numel() for t in (*ys, *xs)):
         budget = budget.less(samples * how.pattern.nnz * xs[0].element_size())
         with ExitStack() as stack:
@@ -126,6 +128,7 @@ def made(
             values = entries(
                 ys, xs, how, graph,
                 budget=budget, chunk_size=asked.chunk_size, samples=samples, progress=told,
+                later=later,
             )  # fmt: skip
         if asked.check:
             with torch.no_grad():
@@ -138,13 +141,14 @@ def made(
         for i, x in enumerate(xs):
             pattern, size, like = blocks[j][i], asked.block(j, i), y if forward else x
             dest = dests[j][i] if dests else None
-            if pattern.nnz and values.numel():
+            if asked.unformed or (pattern.nnz and values.numel()):
                 given = y.shape, x.shape, per_sample, pattern, asked.form, size, like, dest
                 mine = values
                 if pattern is not how.pattern:
                     at = kept(("part of a pattern", keys, j, i), parts[j][i], values.device)
                     mine = values.index_select(1, at)
-                block = Formed.known(*given).of_values(mine)
+                form = Formed.known(*given)
+                block = Unformed(mine, form, later) if asked.unformed else form.of_values(mine)
             elif asked.form == "dense":
                 block = whole.zero_block(y, x, per_sample, like, dest)
             else:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..base.remedies import instead_of, keyword
 from ..calls import func as transforms
@@ -19,7 +21,9 @@ from ..calls.hessian import hessian
 from ..calls.laplacian import bilaplacian, laplacian
 from ..calls.ntk import empirical_ntk
 from ..calls.parameters import parameter_jacobian
+from ..calls.unformed import unformed
 from ..calls.vectors import jvp, vjp
+from ..run.sparsity import Sparsity
 
 _OF_TUPLES = (jacobian, hessian, jtj, jjt, parameter_jacobian)
 """Calls that take several inputs as one tuple."""
@@ -35,21 +39,11 @@ _TAKEN = {
 
 _CALLS = (*_OF_TUPLES, *_TAKEN, *OF_FUNCTIONS)
 
+_PATTERNED = ("layout", "pattern", "blocksize")
+"""Options of `jacobian` that `compile` takes, with the pattern."""
+
 _NOT_TAKEN = frozenset(
-    {
-        "blocksize",
-        "check",
-        "differentiate",
-        "estimate",
-        "layout",
-        "mesh",
-        "out",
-        "pattern",
-        "progress",
-        "resume",
-        "strict",
-        "vectorize",
-    }
+    "check differentiate estimate mesh out progress resume strict vectorize".split()
 )
 """Options that are for one long call, or that a trace cannot have."""
 
@@ -72,14 +66,33 @@ def check(what: str, of: Any, options: dict[str, Any], examples: Sequence[Any]) 
         )
         raise TypeError(f"of must be one of {names}, or None for func itself, got {of!r}")
     known = [*_options(of), *(("engine", "freeze") if what == "compile" else ("path",))]
+    if what != "compile" or of is not jacobian:
+        known = [option for option in known if option not in _PATTERNED]
     wrong = [option for option in options if option not in known]
     if wrong:
         called = "func itself" if of is None else of.__name__
         raise TypeError(
             f"{what} of {called} takes no {', '.join(map(repr, wrong))}{keyword(wrong[0], known)}"
         )
+    if of is jacobian:
+        _check_pattern(options)
     if not examples:
         raise IndexError("example_inputs is empty: pass the tensors that func takes")
+
+
+def _check_pattern(options: dict[str, Any]) -> None:
+    """Raise for a sparse layout without a pattern, and for one that would be looked at again in every trace."""
+    layout, pattern = options.get("layout", torch.strided), options.get("pattern")
+    if pattern is None and layout is not torch.strided:
+        raise ValueError(
+            f"compile with layout={layout} needs pattern=, which is taken at its word: pass pattern=jactri.sparsity("
+            "func, inputs)"
+        )
+    for t in () if pattern is None else tree_leaves(pattern):
+        if not isinstance(t, Sparsity):
+            raise TypeError(
+                f"pattern of a compiled call must be what jactri.sparsity or Sparsity.of gives, got {type(t)}"
+            )
 
 
 def check_count(of: Callable | None, count: int) -> None:
@@ -110,6 +123,8 @@ def ordinary(of: Callable | None, func: Callable, options: dict[str, Any]) -> Ca
         return lambda xs, out: made(*xs)
     if of is parameter_jacobian:
         return lambda xs, out: of(func, _one(xs), **options).dense(out)
+    if of is jacobian and options.get("layout", torch.strided) is not torch.strided:
+        return lambda xs, out: unformed(func, _one(xs), out=out, **options)
     if of is jacobian:
         return lambda xs, out: of(func, _one(xs), out=out, **options)
     if of in _OF_TUPLES:

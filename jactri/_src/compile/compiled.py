@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._C import _is_any_autocast_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ...kernels import launches
 from ...kernels.support import Unfit
@@ -23,6 +23,7 @@ from ..base.tables import Shown
 from ..calls.api import jacobian
 from ..prologue.running import public
 from ..read import handover, overriding
+from ..run.formed import Unformed
 from . import calls, engines
 from .agreement import apart, apart_in_gradients, dtypes, relative
 from .captured import captured
@@ -70,6 +71,7 @@ class Compiled(Shown):
         self._options, self._call = options, calls.ordinary(of, func, options)
         self._create_graph = bool(options.get("create_graph"))
         self._as_func = of is None or of in calls.OF_FUNCTIONS  # in grad mode, with a graph
+        self._sparse = options.get("layout", torch.strided) is not torch.strided
         self._plans: Cache[tuple, Plan | Eager] = Cache(_KEPT)
         self._lock = threading.RLock()
         self._last: Plan | Eager | None = None
@@ -119,7 +121,8 @@ class Compiled(Shown):
         if self._as_func and torch.is_inference_mode_enabled():  # where func's answer has no graph
             with torch.inference_mode(False), torch.no_grad():
                 return self._answer(inputs, out)
-        return self._answer(inputs, out)
+        answer = self._answer(inputs, out)
+        return _formed(answer) if self._sparse else answer
 
     @public
     def _answer(self, inputs: tuple, out: Any) -> Any:
@@ -146,6 +149,8 @@ class Compiled(Shown):
             return self._planned(key, inputs, flat, nested, out, held)
         found = plan.run([*flat, *(() if out is None else tree_leaves(out)), *held])
         answer = found[0] if plan.leaf else tree_unflatten(found, plan.spec)
+        if self._sparse and not _sure(answer):
+            return self._call(inputs, out)
         return answer if out is None else self._with(answer, out)
 
     def _key(self, inputs: tuple, out: Any) -> tuple[tuple, Sequence[Tensor], Any]:
@@ -320,7 +325,7 @@ class Compiled(Shown):
             RuntimeError: it is more than rounding: 1e-8 in double precision, 1e-3 in single, 0.05 in less; the
                 narrowest counts that ``func`` computes in.
         """
-        got, want = tree_leaves(self(*inputs)), tree_leaves(self._call(inputs, None))
+        got, want = tree_leaves(self._answer(inputs, None)), tree_leaves(self._call(inputs, None))
         plan = self._plans.get(self._key(inputs, None)[0])
         off = apart(got, want, () if plan is None or plan.graph is None else dtypes(plan.graph))
         if off is not None:
@@ -359,6 +364,23 @@ def _with_some(
         return found
 
     return changed
+
+
+def _formed(answer: Any) -> Any:
+    """An answer of values, with the sparse tensors that they are of."""
+    return tree_map(
+        lambda t: t.formed() if isinstance(t, Unformed) else t, answer, is_leaf=_is_unformed
+    )
+
+
+def _sure(answer: Any) -> bool:
+    """Whether the values of a graph are those of the ordinary call, which looks at whether all are finite."""
+    found = [t for t in tree_leaves(answer, _is_unformed) if isinstance(t, Unformed)]
+    return all(bool(t.values.isfinite().all()) for t in found if t.unsure)
+
+
+def _is_unformed(t: Any) -> bool:
+    return isinstance(t, Unformed)
 
 
 def _autocast() -> tuple:

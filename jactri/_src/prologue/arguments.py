@@ -34,6 +34,7 @@ class Options:
     refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`. ``pattern``: the
     caller's, then by output and input as `patterns.taken_pattern` gives it; ``check``: whether it is to be tested.
     ``ranks``: the `agreement.Ranks` that have a part of the answer each.
+    ``unformed``: whether values are asked for where a sparse answer would be, as `formed.Unformed`.
     """
 
     create_graph: bool = False
@@ -55,6 +56,7 @@ class Options:
     pattern: Any = None
     check: bool = False
     ranks: Any = None
+    unformed: bool = False
 
     @property
     def assume(self) -> bool:

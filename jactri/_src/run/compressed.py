@@ -47,6 +47,9 @@ def values(
                 for m in product(_seeds(how, reverse, colours, seeds, samples), reverse)
             ]
             flat = (made[0] if len(made) == 1 else torch.cat(made, 2)).transpose(0, 1)
+            if len(colours) == count and len(how.reads) == 1:
+                whole = kept(("compressed in order", how.key), reads.place[how.order], device)
+                return flat.reshape(samples, -1).index_select(1, whole)
             here = place[start[first] : start[colours.stop]] - first * reads.size
             parts.append(flat.reshape(samples, -1).index_select(1, here))
     if not parts:

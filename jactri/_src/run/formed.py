@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from ..base.constants import fixed
 from ..base.csr import Csr, starts
@@ -38,6 +40,34 @@ ROWS_BYTES = 1 << 26
 """Rows of a dense answer are filled, on a CPU, this many bytes at a time: a file larger than memory is passed once."""
 
 
+class Like(NamedTuple):
+    """What of a tensor an answer is like."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Unformed:
+    """The values of a sparse answer, by which `formed` makes it; for a pytree they are its leaf.
+
+    ``unsure``: they are those of another order than autograd's if all are finite, which a trace cannot tell.
+    """
+
+    def __init__(self, values: Tensor, how: Formed, unsure: bool = False):
+        self.values, self.how, self.unsure = values, how, unsure
+        how.like = Like(how.like.dtype, how.like.device)  # a trace's would be kept
+
+    def formed(self) -> Tensor | Banded | Blocks:
+        return self.how.of_values(self.values)
+
+
+register_pytree_node(
+    Unformed,
+    lambda t: ([t.values], (t.how, t.unsure)),
+    lambda values, about: Unformed(next(iter(values)), *about),
+)
+
+
 class Formed:
     """A Jacobian of ``out`` by ``into`` of which the entries of a pattern are known.
 
@@ -53,7 +83,7 @@ class Formed:
     pattern: Pattern
     form: str
     size: tuple[int, int] | None
-    like: Tensor
+    like: Tensor | Like
     dest: Tensor | None
 
     @staticmethod
@@ -210,9 +240,12 @@ class Formed:
         many, wide, make = max(self.samples, 1), columns, torch.sparse_csr_tensor
         if self.form == "csc":
             wide, make = rows, torch.sparse_csc_tensor
-        if self.per_sample:
-            ends, place = (t.expand(many, -1).contiguous() for t in (start, minor))
+        if self.per_sample:  # the index is the caller's own, as in all that follows
+            ends, place = start.repeat(many, 1), minor.repeat(many, 1)
             return self._matrix(make, ends, place, values, (many, rows, columns))
+        if many == 1:
+            ends, place = start.clone(), minor.clone()
+            return self._matrix(make, ends, place, values.reshape(-1), (rows, columns))
         sample, _, minor = self._blocks(major, minor)
         first = start[:-1] + (torch.arange(many, device=major.device) * len(major))[:, None]
         ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(major))])

@@ -333,7 +333,7 @@ def _shape(pattern: Any, name: str) -> tuple[int, ...]:
                 f"{name} must be boolean, got {'a tensor' if tensor else 'an array'} of {pattern.dtype}: the entries "
                 "of a Jacobian J that are not zero are J != 0"
             )
-        if sparse and pattern.dense_dim():
+        if sparse and not isinstance(pattern, Sparsity) and pattern.dense_dim():
             raise TypeError(
                 f"{name} is a sparse tensor with {pattern.dense_dim()} dense axes; pass pattern.to_dense() != 0, or "
                 "one without them"
