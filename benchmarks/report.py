@@ -128,7 +128,7 @@ def _under(found: dict) -> str:
     return _mb(found["above_forward_bytes"]) + ("" if found["kept"] else " PASSED")
 
 
-SPARSE = ("jactri", "asdex", "sparsejac", "coloured torch.func")
+SPARSE = ("jactri", "jactri.compile", "asdex", "sparsejac", "coloured torch.func")
 """Whose times stand in the table of benchmarks.sparse, beside those of dense Jacobians by torch.func."""
 
 
@@ -143,30 +143,31 @@ def _sparse(measured: dict) -> str:
         "colouring gives, as sparsejac and coloured torch.func use them. First: seconds to the first answer, with "
         "planning and compiling.",
         "",
-        "| problem | entries | products: jactri | asdex | largest first | jactri, ms | asdex | sparsejac "
-        "| coloured torch.func | dense torch.func | ratio | first, s: jactri | asdex |",
-        "|---" * 13 + "|",
+        "| problem | entries | products: jactri | asdex | largest first | jactri, ms | `compile` | asdex | sparsejac "
+        "| coloured torch.func | dense torch.func | fastest of these | ratio | `compile` | first, s: jactri "
+        "| `compile` | asdex |",
+        "|---" * 17 + "|",
     ]
     return "\n".join([*lines, *map(sparse_row, measured["results"])])
 
 
 def sparse_row(row: dict) -> str:
     """A line of that table; "-" for what was not measured."""
-    found, cells = row["contenders"], ["-"] * 12
-    own, asdex = (found.get(n, {}) for n in SPARSE[:2])
-    if own:
-        cells[0] = _than(own["entries"], asdex.get("entries"))
-        cells[1] = str(own["products"])
-        cells[3] = str(row["largest_first"])
-        cells[10] = f"{own['first_s']:.2g}"
-    if asdex:
-        cells[2], cells[11] = str(asdex["products"]), f"{asdex['first_s']:.2g}"
+    found = row["contenders"]
+    own, made, asdex, *_ = (found.get(n, {}) for n in SPARSE)
     timed = {n: f["seconds"]["median"] for n, f in found.items() if "seconds" in f}
-    cells[4:8] = (_ms(timed[n]) if n in timed else "-" for n in SPARSE)
     dense = min((s for n, s in timed.items() if n not in SPARSE), default=None)
-    cells[8] = "-" if dense is None else _ms(dense)
-    if row.get("peer"):
-        cells[9] = f"{_ratio(row['ratios'][row['peer']]['median'])} ({row['peer']})"
+    ratios = row.get("ratios", {})
+    cells = [
+        _than(own["entries"], asdex.get("entries")) if own else "-",
+        *(str(f.get("products", "-")) for f in (own, asdex)),
+        str(row.get("largest_first", "-")),
+        *(_ms(timed[n]) if n in timed else "-" for n in SPARSE),
+        "-" if dense is None else _ms(dense),
+        row.get("peer") or "-",
+        *(_ratio(ratios[n]["median"]) if n in ratios else "-" for n in SPARSE[:2]),
+        *(f"{f['first_s']:.2g}" if f else "-" for f in (own, made, asdex)),
+    ]
     return f"| {row['title']} | {' | '.join(cells)} |"
 
 

@@ -2,13 +2,15 @@
 
 The reference problems of asdex and of SparseConnectivityTracer, and meshes, graphs, bundles and networks (see
 `benchmarks.sparse_problems`), float64, each written once for torch and for JAX. `jactri.jacobian` in CSR form runs
-beside asdex and sparsejac under jit, products of torch.func by colours, and its dense Jacobians where they fit.
+beside asdex and sparsejac under jit, products of torch.func by colours, and its dense Jacobians where they fit; and
+`jactri.compile` of the same, unless ``--no-compile``.
 
 First, at small sizes, every answer is held against rows of autograd; then, at full size, every answer times random
 vectors from either side against products of autograd. Then products (colours) and entries of the patterns are counted,
-and calls timed interleaved in one process, planned and compiled before. Ratios are the others' times to jactri's: above
-1, jactri is faster. asdex and sparsejac are peers where they are installed (``pip install asdex sparsejac``), and "-"
-where they are not. Exit status 1 if jactri was wrong or failed; never because of a time or a count.
+and calls timed interleaved in one process, planned and compiled before. Ratios are the time of the fastest of the
+others to jactri's: above 1, jactri is faster. asdex and sparsejac are peers where they are installed (``pip install
+asdex sparsejac``), and "-" where they are not. Exit status 1 if jactri was wrong or failed; never because of a time or
+a count.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from . import compare, report, timing
 from .checks import WrongResult
 from .record import Record
-from .sparse_peers import OURS, Coloured, Made, entries_of, missing, ours, peers, versions
+from .sparse_peers import COMPILED, OURS, Coloured, Made, entries_of, missing, ours, peers, versions
 from .sparse_problems import PROBLEMS, Problem, select
 
 TOLERANCE = 1e-9
@@ -131,6 +133,8 @@ def contend(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
         peers(problem, q, p, c) for q, p, c in zip(sizes, patterns, coloured, strict=True)
     )
     for name, build in full.items():
+        if name == COMPILED and not options.compile:
+            continue
         if (reason := missing(name)) is not None:
             result["left_out"][name] = reason
         else:
@@ -141,9 +145,10 @@ def contend(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     for name, fact in field.facts.items():
         fact["seconds"] = asdict(table.spread(name))
-    others = [n for n in field.facts if n != OURS]
-    result["ratios"] = {n: asdict(table.ratio(n, OURS)) for n in others}
-    result["peer"] = table.fastest(others)
+    own = [n for n in (OURS, COMPILED) if n in field.facts]
+    others = [n for n in field.facts if n not in own]
+    result["peer"] = best = table.fastest(others)
+    result["ratios"] = {n: asdict(table.ratio(best, n)) for n in own} if best else {}
     return result
 
 
@@ -178,8 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
         record.add(result)
         for name, why in result["rejected"].items():
             print(f"NOT TIMED {problem.name}, {name}: {why}", flush=True)
-        if OURS in result["rejected"]:
-            record.failed(problem.name, result["rejected"][OURS])
+        for name in (OURS, COMPILED):
+            if name in result["rejected"]:
+                record.failed(f"{problem.name}, {name}", result["rejected"][name])
         print(report.sparse_row(result), flush=True)
     print(f"\n{report.table(record.data)}\n")
     return record.close()

@@ -23,7 +23,7 @@ from jactri._src.calls import api, compressed
 
 from .sparse_problems import TORCH, Problem, jax_names
 
-OURS = "jactri"
+OURS, COMPILED = "jactri", "jactri.compile"
 DENSE = 1 << 25
 """Bytes of a dense answer up to which torch.func is asked for it."""
 
@@ -91,6 +91,19 @@ def ours(problem: Problem, quick: bool) -> Made:
         made = call()
     return Made(
         call, lambda answer: answer, {"products": sum(found), "entries": made.values().numel()}
+    )
+
+
+def ours_compiled(problem: Problem, quick: bool) -> Made:
+    """By `jactri.compile`, of the pattern that `jactri.sparsity` finds; for tests nothing is handed to a compiler."""
+    function, x = problem.torch(quick)
+    pattern, engine = jactri.sparsity(function, x), "fx" if quick else "inductor"
+    with counted() as found:
+        made = jactri.compile(function, x, layout=torch.sparse_csr, pattern=pattern, engine=engine)
+    if made.reason is not None:
+        raise RuntimeError(made.reason)
+    return Made(
+        lambda: made(x), lambda answer: answer, {"products": found[0], "entries": pattern.nnz}
     )
 
 
@@ -246,6 +259,7 @@ def peers(
 ) -> dict[str, Callable[[], Made]]:
     """What builds each but jactri, by name."""
     found: dict[str, Callable[[], Made]] = {
+        COMPILED: lambda: ours_compiled(problem, quick),
         "asdex": lambda: asdex(problem, quick),
         "sparsejac": lambda: sparsejac(problem, quick, entries, coloured),
         "coloured torch.func": lambda: by_hand(problem, quick, entries, coloured),

@@ -57,7 +57,10 @@ def test_the_lens_of_the_docs_is_the_one_measured():
         assert f"| {flops:.0f} | {r['seconds']['median']:.2f} | {peak:.0f} |" in page
 
 
-@pytest.mark.parametrize("name", ["cpu-2core", "penalty", "worst"])
+SPARSE = ["sparse"] if (ROOT / "benchmarks/results/sparse.json").exists() else []
+
+
+@pytest.mark.parametrize("name", ["cpu-2core", "penalty", "worst", *SPARSE])
 def test_measured_tables_are_those_of_the_files(name):
     measured = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert REPORT["table"](measured) in (ROOT / "docs/benchmarks.md").read_text()

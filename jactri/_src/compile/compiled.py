@@ -434,15 +434,17 @@ def compile(
             a copy of them, and its code for a CPU is not cached on disk where something is packed. The answer has no
             graph; what differentiates in weights (``create_graph``, `parameter_jacobian`, `empirical_ntk`, weights as
             inputs) is refused.
-        options: those of ``of``, but for what is for one long call (``progress``, ``layout``, ``strict``,
-            ``estimate``). Tensors among them may be updated in place.
+        options: those of ``of``, but for what is for one long call (``progress``, ``strict``, ``estimate``). Tensors
+            among them may be updated in place. A sparse ``layout`` needs the ``pattern``, a `Sparsity`, which is taken
+            at its word in all calls; where values of it are not finite, the ordinary call runs.
 
     Returns:
         A `Compiled`: call it with inputs like the examples.
 
     Raises:
-        TypeError: another ``of``, an option or a number of inputs that it does not take.
-        ValueError: ``freeze=True`` with a derivative in weights.
+        TypeError: another ``of``, an option or a number of inputs that it does not take; a ``pattern`` that is no
+            `Sparsity`.
+        ValueError: ``freeze=True`` with a derivative in weights; a sparse ``layout`` without a ``pattern``.
         RuntimeError: inside of a torch.func transform; ``"aot"`` with ``backend="triton"``; with ``freeze=True``, an
             answer that is to be differentiated in an input. Else, at compilation too, what ``of`` raises.
 
