@@ -78,13 +78,15 @@ def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor
     if tracing():
         return make()
     found = _fixed.pop(key, None)
-    if found is None:
-        with torch.inference_mode(False), torch.no_grad():
-            found = make()
-        if found and capturing(found[0].device):
-            return found  # there are no values before the first replay
-    if _bytes(found) <= KEPT:
+    if found is not None:
         _fixed[key] = found  # the last used is the last
+        return found
+    with torch.inference_mode(False), torch.no_grad():
+        found = make()
+    if found and capturing(found[0].device):
+        return found  # there are no values before the first replay
+    if _bytes(found) <= KEPT:
+        _fixed[key] = found
         while sum(map(_bytes, _fixed.values())) > KEPT:
             del _fixed[next(iter(_fixed))]
     return found

@@ -368,6 +368,8 @@ def _with_some(
 
 def _formed(answer: Any) -> Any:
     """An answer of values, with the sparse tensors that they are of."""
+    if isinstance(answer, Unformed):
+        return answer.formed()
     return tree_map(
         lambda t: t.formed() if isinstance(t, Unformed) else t, answer, is_leaf=_is_unformed
     )
@@ -375,7 +377,8 @@ def _formed(answer: Any) -> Any:
 
 def _sure(answer: Any) -> bool:
     """Whether the values of a graph are those of the ordinary call, which looks at whether all are finite."""
-    found = [t for t in tree_leaves(answer, _is_unformed) if isinstance(t, Unformed)]
+    leaves = [answer] if isinstance(answer, Unformed) else tree_leaves(answer, _is_unformed)
+    found = [t for t in leaves if isinstance(t, Unformed)]
     return all(bool(t.values.isfinite().all()) for t in found if t.unsure)
 
 
