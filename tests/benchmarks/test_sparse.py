@@ -13,6 +13,7 @@ from benchmarks.sparse_problems import PROBLEMS, select
 QUICK = ["--quick", "--rounds", "1", "--budget", "0.01"]
 
 
+@pytest.mark.filterwarnings("ignore:Coloring used")  # asdex, of an arrowhead
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_every_contender_is_right(problem):
     want = sparse.truth(problem)
