@@ -172,6 +172,19 @@ def journal_of(path):
     return journal.path_of(mapped(path))
 
 
+def with_files_of_their_own(path):
+    own = f"{path}{dist.get_rank()}"
+    return jactri.jacobian(
+        net(), data(), out=mapped(own, (5, 7, 5, 9), "w+"), mesh=init_device_mesh("cpu", (2,))
+    )
+
+
+def test_files_that_are_not_one(ranks, path):
+    """Each would hold half of the Jacobian."""
+    found = ranks(2, with_files_of_their_own, path, errors=True, timeout=20)
+    assert all("differ in the file of out" in e.text for e in found)
+
+
 def fails_once(path):
     class Failing(nn.Module):
         def __init__(self):

@@ -173,6 +173,26 @@ def means(counts):
     assert nothing.count == 0
 
 
+def loaded_by_one(path):
+    """A file has its tensors by name, 10 before 2."""
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Embedding(10, 4), *[nn.Linear(4, 4) for _ in range(11)])
+    prompts = [torch.randint(10, (1, 2)) for _ in range(2)]
+    mine, whole = (jactri.JacobianMean(net, ["2", "10"], "11") for _ in range(2))
+    mine.run(prompts[rank : rank + 1])
+    if rank:
+        mine.save(path)
+        mine = jactri.JacobianMean.load(path)
+    want, made = whole.run(prompts).value(), mine.merge_ranks(mesh).value()
+    assert all(torch.allclose(made[name], t, atol=1e-6) for name, t in want.items())
+
+
+def test_a_mean_that_was_loaded(ranks, tmp_path):
+    pytest.importorskip("safetensors")
+    ranks(2, loaded_by_one, str(tmp_path / "mean"))
+
+
 @pytest.mark.parametrize("counts", [(3, 1), (2, 0, 1, 4)])
 def test_means_of_ranks(ranks, counts):
     ranks(len(counts), means, counts)

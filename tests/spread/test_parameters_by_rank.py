@@ -179,6 +179,9 @@ def plain_batches():
     total = jactri.distributed.all_reduce(part, mesh)
     assert total["a"][0].dtype == torch.bfloat16 and total["b"][0] == world * 1j
     assert total["a"][0].tolist() == [sum(r + 0.5 for r in range(world))] * 2
+    names = ["a", "b"] if rank else ["b", "a"]  # in any order
+    total = jactri.distributed.all_reduce({k: torch.tensor(ord(k)) for k in names}, mesh)
+    assert list(total.items()) == [(k, world * ord(k)) for k in names]
     theta = torch.randn(3, dtype=F64, generator=torch.Generator().manual_seed(3))
     part = jactri.jtj(lambda theta: (mine @ theta).sin(), theta)
     got = counted("jtj", int(world > 1), lambda: jactri.distributed.all_reduce(part, mesh))

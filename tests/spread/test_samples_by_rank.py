@@ -179,6 +179,11 @@ def not_contiguous():
             f, mine, per_sample="assume", out=torch.empty(len(mine), 3, 3, dtype=F64)
         )
         assert torch.allclose(out, jactri.jacobian(f, x, per_sample=True)[: len(mine)])
+        point = x[0, :1]  # no batch of one sample
+        for call in (jactri.gradient, jactri.laplacian, jactri.bilaplacian):
+            assert call(lambda p: p.prod() ** 5, point).tolist() == pytest.approx(
+                call(lambda p: p[0] ** 5, point).tolist()
+            )
         leaf = mine.clone().requires_grad_()
         if len(mine) == 1:
             with pytest.raises(RuntimeError, match="one sample on this rank"):
@@ -215,6 +220,28 @@ def test_gradients_of_losses(ranks, n):
     jactri.jacobian(f, x, True, per_sample=True).pow(2).sum().backward()
     want = [p.grad.sum().item() for p in f.parameters() if p.grad is not None]
     assert [a + b for a, b in zip(*found, strict=True)] == pytest.approx(want)
+
+
+def with_poles(func):
+    mesh = init_device_mesh("cpu", (2,))
+    given = distribute_tensor(data(1).tanh().cosh() - 1, mesh, [Shard(0)])
+    weight = torch.ones(3, dtype=F64, requires_grad=True)
+    J = jactri.jacobian(lambda x: POLES[func](x * weight), given, True, per_sample=True)
+    J.square().sum().backward()
+    return weight.grad.tolist()
+
+
+POLES = {
+    "at one": torch.acos,
+    "of differences": lambda x: (x[:, :2] - x[:, 1:]).norm(dim=1, keepdim=True),
+    "of matrices": lambda x: torch.linalg.inv(x.unsqueeze(1) ** torch.tensor([[0], [1], [2]])),
+}
+
+
+@pytest.mark.parametrize("func", POLES)
+def test_a_rank_without_samples_adds_nothing_to_gradients(ranks, func):
+    mine, none = ranks(2, with_poles, func)
+    assert none == [0.0] * 3 and 0 < min(map(abs, mine)) < float("inf")
 
 
 def refusals():

@@ -224,6 +224,11 @@ def called(name):
     elif name == "weights" and rank == 1:
         with torch.no_grad():
             func[0].weight[0, 0] += 1e-3
+    elif name == "frozen weights":
+        func[0].requires_grad_(False).weight[0, 0] += 1e-3 * (rank == 1)
+    elif name == "weights at the origin":  # where outputs are alike
+        func, x = nn.Linear(5, 3, bias=False, dtype=F64), 0 * x
+        func.weight.data *= 1 + (rank == 1)
     elif name == "shapes" and rank:
         x = draw(4 + rank, 5)
     elif name == "options" and rank == 2:
@@ -275,7 +280,9 @@ class Failing(nn.Module):
 
 REFUSED = {
     "inputs": "ranks 2, 3 and rank 0 differ in the numbers in inputs",
-    "weights": "rank 1 and rank 0 differ in the numbers that the function returned; load the same weights",
+    "weights": "rank 1 and rank 0 differ in the weights of the function; load the same weights",
+    "frozen weights": "rank 1 and rank 0 differ in the numbers that the function returned; load the same weights",
+    "weights at the origin": "rank 1 and rank 0 differ in the weights of the function; load the same weights",
     "shapes": "ranks 1, 2, 3 and rank 0 differ in the shapes and dtypes",
     "options": "rank 2 and rank 0 differ in the options of the call",
     "ops": "ranks 1, 2, 3 and rank 0 differ in the ops of the function",

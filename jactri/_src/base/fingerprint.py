@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,12 +54,27 @@ def of_module(module: torch.nn.Module) -> str:
         if not isinstance(value, Tensor):
             found.update(repr((name, value)).encode())
             continue
-        value = plain(value.detach())
-        told: tuple[Any, ...] = name, tuple(value.shape), str(value.dtype)
-        if value.__class__ in PLAIN and value.layout is torch.strided and not value.is_meta:
-            told = (*told, *_bits(value))
-        found.update(repr(told).encode())
+        found.update(repr((name, *_told(value))).encode())
     return found.hexdigest()[:32]
+
+
+def of_weights(weights: Iterable[Tensor]) -> str:
+    """Of weights in their order: shapes, dtypes, and of each the sum of its bits and some entries.
+
+    Costs one pass over them, where they are.
+    """
+    found = hashlib.sha256()
+    for value in weights:
+        found.update(repr(_told(value)).encode())
+    return found.hexdigest()[:32]
+
+
+def _told(value: Tensor) -> tuple[Any, ...]:
+    value = plain(value.detach())
+    told = tuple(value.shape), str(value.dtype)
+    if value.__class__ in PLAIN and value.layout is torch.strided and not value.is_meta:
+        return (*told, *_bits(value))
+    return told
 
 
 def _bits(x: Tensor) -> tuple[int, list[int]]:

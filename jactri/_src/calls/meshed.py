@@ -6,6 +6,7 @@ the answer is cut (see `plan.parts`); one small all_gather shows that it is the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.elsewhere import check_here
+from ..base.fingerprint import of_weights
 from ..base.journal import identity, on_disk
 from ..base.memory import Budget, MemoryLimitTooSmall
 from ..base.progress import Watch, bar
@@ -94,6 +97,9 @@ class _Job:
         self.per_sample, self.summed = asked.per_sample, False
         self._maps = [] if asked.out is None else _files(asked.out)
         self.budget = Budget(asked.memory_limit, xs[0].device)
+        self.weights = [p for y in ys for p in leaves_behind(y, xs)]
+        for p in self.weights:
+            check_here(p)
         self.graph: Graph | None = None
         plan, key = None, None
         if all(t.numel() for t in (*ys, *xs)):
@@ -112,6 +118,7 @@ class _Job:
             "shapes": [(tuple(t.shape), t.dtype) for t in (*ys, *xs)],
             "plan": (repr(key), plan and plan.signature, self.cut),
             "inputs": list(xs),
+            "weights": of_weights(self.weights),  # at the origin outputs may be alike
         }
 
     def _plan(self) -> Plan:
@@ -167,15 +174,14 @@ class _Job:
     def on_disk(self, dests: Blocks) -> None:
         ranks, cut, asked = self.ranks, self.cut, self.asked
         maps = self._maps
-        weights = [p for y in self.ys for p in leaves_behind(y, self.xs)]
-        what = identity(self.key, self.ys, self.xs, weights, self.per_sample)
+        what = identity(self.key, self.ys, self.xs, self.weights, self.per_sample)
         resume = asked.resume and not overriding.now.get()
         spans = cut.spans
         dealt = Dealt(maps, what, cut, ranks, resume)
         self.facts |= {
             "weights": what["weights"],
             "progress": sorted(dealt.known.items()),
-            "file": [(str(m.dtype), m.shape, m.offset) for m in maps],
+            "file": [(os.stat(m.filename).st_ino, str(m.dtype), m.shape, m.offset) for m in maps],
         }
         self._agree()
         numbers = {s: n for n, s in enumerate(spans)}

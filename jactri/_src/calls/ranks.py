@@ -60,7 +60,7 @@ def all_reduce(value: Any, mesh: Any) -> Any:
     For ``J^T J`` of a function whose outputs differ by rank, say, with the same inputs on all.
 
     Args:
-        value: a tensor, or a tuple, a list or a dict of such values; of the same shapes on all ranks.
+        value: a tensor, or a tuple, a list or a dict of such values; of the same keys and shapes on all ranks.
         mesh: a ``DeviceMesh``; all of its dimensions are summed over.
 
     Returns:
@@ -118,8 +118,8 @@ def _collect(value: Any, found: list[Tensor]) -> None:
             )
         found.append(value)
     elif isinstance(value, Mapping):
-        for v in value.values():
-            _collect(v, found)
+        for k in sorted(value, key=str):  # other ranks may have made theirs in another order
+            _collect(value[k], found)
     elif isinstance(value, (tuple, list)):
         for v in value:
             _collect(v, found)
@@ -131,6 +131,7 @@ def _rebuilt(value: Any, made: Any) -> Any:
     if isinstance(value, Tensor):
         return next(made)
     if isinstance(value, Mapping):
-        return {k: _rebuilt(v, made) for k, v in value.items()}
-    parts = [_rebuilt(v, made) for v in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        parts = {k: _rebuilt(value[k], made) for k in sorted(value, key=str)}
+        return {k: parts[k] for k in value}
+    items = [_rebuilt(v, made) for v in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -64,10 +65,7 @@ class Share:
         x = local(x, graph)
         if self.few is None:
             return x
-        value = float(
-            x.is_floating_point()
-        )  # an index of whatever is looked up, and no pole of most functions
-        return torch.cat([x, x if self.few else x.new_full((2, *x.shape[1:]), value)])
+        return torch.cat([x, x if self.few else _stand_ins(x)])
 
     def proving(self, per_sample: bool | str) -> bool | str:
         """``per_sample`` for this rank's call: of stand-ins nothing is to be proven."""
@@ -145,6 +143,19 @@ class Share:
 
 ALONE = Share()
 """Of a batch that is not shared out."""
+
+
+def _stand_ins(x: Tensor) -> Tensor:
+    """Two samples like those of ``x``: an index of whatever is looked up, or numbers at which few functions have poles.
+
+    Between 1/4 and 3/4, no two alike: differences are not 0, matrices not singular. A pole would make gradients of
+    weights NaN, though what comes of these samples is dropped.
+    """
+    shape = (2, *x.shape[1:])
+    if not (x.is_floating_point() or x.is_complex()):
+        return x.new_zeros(shape)
+    steps = torch.arange(1, prod(shape) + 1, dtype=torch.float32, device=x.device)
+    return (steps * 0.618034 % 1 / 2 + 0.25).reshape(shape).to(x.dtype)
 
 
 def local(x: Tensor, graph: bool) -> Tensor:
@@ -290,7 +301,7 @@ def _here(call: Callable, bound: inspect.BoundArguments, name: str, more: tuple[
                 )
         if share.mesh is not None and per_sample and per_sample != ASSUMED:
             _check_plain(call.__name__, given)
-        if share.few is None:
+        if share.few is None or _is_point(call.__name__, name, xs):
             return call(*bound.args, **bound.kwargs)
     elif given.get("mesh") is not None:
         raise RuntimeError(
@@ -361,11 +372,16 @@ def _check_asked(call: str, name: str, given: dict[str, Any], xs: tuple[Tensor, 
             f"out= of {call} takes plain tensors, and the result is a DTensor; pass {name}.to_local(), and an out for "
             "this rank's blocks"
         )
-    if name == "x" and xs[0].dim() == 1 and call != "diagonal":
+    if _is_point(call, name, xs):
         raise RuntimeError(
             f"x of {call} has one axis, so it is a single point, whose coordinates lie on several ranks; pass "
             "x.full_tensor(), or a batch (N, n)"
         )
+
+
+def _is_point(call: str, name: str, xs: tuple[Tensor, ...]) -> bool:
+    """Whether an input of one axis is a single point, not a batch of numbers."""
+    return name == "x" and xs[0].dim() == 1 and call != "diagonal"
 
 
 def _mapped(f: Callable[[Tensor], Any], value: Any) -> Any:

@@ -37,8 +37,10 @@ def summed(tensors: Sequence[Tensor], share: Share) -> list[Tensor]:
 
 
 def totals(values: dict[str, Tensor], share: Share) -> dict[str, Tensor]:
-    """Sums over this rank's samples, for each parameter, as sums over all ranks."""
-    return dict(zip(values, summed(list(values.values()), share), strict=True))
+    """Sums over this rank's samples, for each parameter, as sums over all ranks: by names, in whatever order."""
+    names = sorted(values)
+    made = dict(zip(names, summed([values[name] for name in names], share), strict=True))
+    return {name: made[name] for name in values}
 
 
 def gathered(mine: T, share: Share) -> list[T]:
