@@ -202,6 +202,8 @@ def _make(path: Path, shape: tuple[int, ...], kind: np.dtype, restart: bool) -> 
             return
         if path.exists() and not restart:
             raise UserError(f"--out {path}: is there already; pass another file, or --restart")
+        for file in left.values():  # of a file that is gone
+            file.unlink()
         np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     except OSError as error:
         raise UserError(

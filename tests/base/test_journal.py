@@ -13,6 +13,7 @@ from common import F64, MODES, unfollowed
 from tolerances import assert_close
 
 import jactri
+from jactri._src.base import journal
 from jactri._src.base.journal import Journal, path_of
 
 STRATEGIES = [*MODES, "mixed"]
@@ -262,6 +263,40 @@ def test_a_file_that_was_made_anew_is_refused(left):
     jactri.jacobian(net, x, **kw, resume=False)
     truth = jactri.jacobian(net, x, per_sample=True)
     assert_close(torch.from_numpy(kw["out"]), truth, F64, length=60)
+
+
+@pytest.mark.parametrize("zeros", [0, 200])
+@pytest.mark.parametrize("at_once", [1, 70, 1 << 20])
+def test_few_entries_tell_a_file_that_was_made_anew(tmp_path, monkeypatch, at_once, zeros):
+    monkeypatch.setattr(journal, "_AT_ONCE", at_once)
+    scale = torch.ones(300, dtype=F64)
+    scale[:zeros] = 0
+    x, kw = torch.zeros(300, dtype=F64), {"strategy": "reverse-mode", "chunk_size": 100}
+    out = mapped(tmp_path / "J.npy", (300, 300))
+    interrupted(monkeypatch, 2, lambda x: x.sin() @ scale.diag(), x, out=out, **kw)
+    out = mapped(tmp_path / "J.npy", (300, 300))
+    if not zeros:
+        with pytest.raises(RuntimeError, match=r"mode 'w\+'"):
+            jactri.jacobian(lambda x: x.sin() @ scale.diag(), x, out=out, **kw)
+    else:  # as they were
+        jactri.jacobian(lambda x: x.sin() @ scale.diag(), x, out=out, **kw)
+        assert torch.equal(torch.from_numpy(out), scale.diag())
+
+
+@pytest.mark.parametrize("values", [[], [float("nan"), 1.0, 2.0], [float("inf"), -1.0, 2.0]])
+def test_outputs_that_are_no_numbers_are_compared(tmp_path, monkeypatch, values):
+    y = torch.tensor(values, dtype=F64)
+    x = torch.ones(3, dtype=F64)
+    out = mapped(tmp_path / "J.npy", (len(y), 3))
+    if not values:
+        jactri.jacobian(lambda x: x[:0], x, out=out)
+        return
+    kw = {"strategy": "reverse-mode", "chunk_size": 1}
+    interrupted(monkeypatch, 1, lambda x: x.prod() * y, x, out=out, **kw)
+    with pytest.raises(RuntimeError, match="its outputs differs"):
+        jactri.jacobian(lambda x: x.prod() * y.flip(0), x, out=out, **kw)
+    jactri.jacobian(lambda x: x.prod() * y, x, out=out, **kw)
+    assert torch.equal(torch.from_numpy(out).nan_to_num(), y.nan_to_num()[:, None].expand(3, 3))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "not json", json.dumps({"form": 99})])

@@ -185,6 +185,20 @@ def test_files_that_are_not_one(ranks, path):
     assert all("differ in the file of out" in e.text for e in found)
 
 
+def diagonal(path, after=None):
+    """Few entries of the Jacobian are not 0."""
+    func, x = torch.sin, torch.linspace(1, 2, 300, dtype=F64)
+    if dist.get_rank() == 0:
+        mapped(path, (300, 300), "w+")  # whether it is there or not
+    return run(path, "rows", after, func=func, x=x)
+
+
+def test_few_entries_tell_a_file_that_was_made_anew(ranks, path):
+    ranks(2, diagonal, path, 3)
+    found = ranks(2, diagonal, path, errors=True, timeout=20)
+    assert any("does not hold what the interrupted call wrote" in e.text for e in found)
+
+
 def fails_once(path):
     class Failing(nn.Module):
         def __init__(self):

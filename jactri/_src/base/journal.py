@@ -28,9 +28,12 @@ EVERY = 1.0
 """Seconds between two saves: a killed process loses the chunks since the last one."""
 
 _ENTRIES = 64
-"""Entries of a chunk that its checksum covers, and of the outputs that are compared."""
+"""Entries of a chunk that its checksum covers, beside one that is not 0, and of the outputs that are compared."""
 
-_FORM = 2
+_AT_ONCE = 1 << 20
+"""Entries that are looked at together."""
+
+_FORM = 3
 """The form of the file."""
 
 
@@ -56,7 +59,8 @@ def identity(graph_key, ys, xs, weights, per_sample: bool | str) -> dict:
     for k, y in enumerate(ys):
         flat = y.detach().reshape(-1)
         where = _places(k, (flat.shape[0],))[0]
-        samples.append(flat[where.to(flat.device)].double().tolist())
+        some = flat[where.to(flat.device)] if len(flat) else flat
+        samples.append(some.double().tolist())
     return {
         "form": _FORM,
         "function": hashlib.sha256(repr(graph_key).encode()).hexdigest(),
@@ -94,20 +98,63 @@ def differs(mine: dict, theirs: dict) -> str | None:
     for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
         one, two = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
         # another number of threads may round differently; another function is further away
-        atol = rounding * float(one.abs().max())
+        atol = rounding * float(one.abs().nan_to_num(0, 0, 0).amax()) if len(one) else 0.0
         if not torch.allclose(one, two, rtol=rounding, atol=atol, equal_nan=True):
             return "outputs"
     return None
 
 
-def checksum(number: int, parts: Sequence[Tensor]) -> int:
-    """Of some entries of the parts of the results that chunk ``number`` was written to."""
+def checksum(number: int, parts: Sequence[Tensor]) -> list[int]:
+    """Of some entries of the parts of the results that chunk ``number`` was written to, and where one is not 0.
+
+    By that one a file of zeros is told from a chunk of which few entries are not.
+    """
+    place = _nonzero(parts)
+    return [_sum(number, parts, place), *place]
+
+
+def holds(number: int, parts: Sequence[Tensor], noted: Sequence[int]) -> bool:
+    """Whether parts of the results still have the `checksum` that was noted."""
+    return _sum(number, parts, noted[1:]) == noted[0]
+
+
+def _sum(number: int, parts: Sequence[Tensor], place: Sequence[int]) -> int:
     found = 0
     for k, part in enumerate(parts):
         if part.numel():
             entries = part[tuple(_places(1000 * number + k, part.shape))]
             found = zlib.crc32(entries.numpy().tobytes(), found)
+            if place and place[0] == k:
+                found = zlib.crc32(part[tuple(place[1:])].numpy().tobytes(), found)
     return found
+
+
+def _nonzero(parts: Sequence[Tensor]) -> list[int]:
+    """The number of a part and the place in it of an entry that is not 0; nothing where all are."""
+    for k, part in enumerate(parts):
+        place = _nonzero_in(part)
+        if place is not None:
+            return [k, *place]
+    return []
+
+
+def _nonzero_in(part: Tensor) -> list[int] | None:
+    """Some lines at a time: no copy of all, and mostly the first will do."""
+    if part.numel() <= _AT_ONCE:
+        there = (part != 0).reshape(-1)
+        if not len(there) or not there[at := int(there.view(torch.uint8).argmax())]:
+            return None
+        return [int(i) for i in np.unravel_index(at, tuple(part.shape))]
+    length = len(part)
+    step = max(1, length * _AT_ONCE // part.numel())
+    for start in range(0, length, step):
+        some = part.narrow(0, start, min(step, length - start))
+        if step == 1:
+            if (found := _nonzero_in(some[0])) is not None:
+                return [start, *found]
+        elif (found := _nonzero_in(some)) is not None:
+            return [start + found[0], *found[1:]]
+    return None
 
 
 def write(maps: Sequence[np.memmap], path: Path, state: dict) -> None:
@@ -184,7 +231,7 @@ class Journal:
         """Whether the next chunk is written already, to ``parts`` of the results; then it counts as done."""
         if not self.ahead:
             return False
-        if checksum(self.at, parts) != self.state["chunks"][self.at]:
+        if not holds(self.at, parts, self.state["chunks"][self.at]):
             raise RuntimeError(
                 f"out: the file of {self.path} does not hold what the interrupted call wrote (was it made anew with "
                 "mode 'w+'?); open it with mode 'r+', or pass resume=False to start over"
