@@ -83,7 +83,7 @@ class Segments:
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 C = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
 CALLS = {
-    "vjp": lambda f: jactri.vjp(f, X, C)[1],
+    "vjp": lambda f: jactri.vjp(f, X, torch.stack([C, C.sin()]))[1],
     "jvp": lambda f: jactri.jvp(f, X, C)[1],
     "whole": lambda f: jactri.jacobian(f, X),
     "rows": lambda f: jactri.jacobian(f, X, per_sample=True),
