@@ -10,7 +10,7 @@ from common import F64
 from tolerances import assert_close
 
 import jactri
-from jactri._src.base.memory import Taken
+from jactri._src.base.memory import MemoryLimitTooSmall, Taken
 from jactri._src.maps import attending, attention
 from jactri._src.maps.attention import Attention
 from jactri._src.maps.layout import FREE, Layout
@@ -316,3 +316,42 @@ def test_tangents_share_the_probabilities(monkeypatch):
     tangents = torch.randn(24, *x.shape)
     jactri.jvp(partial(CALLS["all"], y=None), x, tangents)
     assert len(called) == 1
+
+
+def frozen(x, written):
+    """Two samples, two heads: a pattern that depends on nothing, then a layer whose features are tied to the rows."""
+    q, k, v = (x @ PROJECT).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    if written:
+        return ((q @ k.mT).detach().softmax(-1) @ v).transpose(1, 2).flatten(2)[:, -1]
+    y = F.scaled_dot_product_attention(q.detach(), k.detach(), v, is_causal=True)
+    return y.transpose(1, 2).flatten(2)[:, -1]
+
+
+def causal(x, _):
+    q, k, v = (x @ PROJECT).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)[:, -1]
+
+
+PROJECT = torch.randn(16, 48, dtype=F64, generator=torch.Generator().manual_seed(0)) / 4
+
+
+@pytest.mark.parametrize(("f", "written"), [(frozen, False), (frozen, True), (causal, False)])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_a_limit_of_a_jacobian_is_kept(f, written, per_sample):
+    """Probabilities that are formed count, and so do copies of blocks whose ties are dropped before a product."""
+    x = torch.randn(2, 64, 16, dtype=F64, requires_grad=True)
+    options = {"strategy": "reverse-mode", "per_sample": per_sample}
+    limit = 1000
+    while True:
+        y = f(x, written)
+        try:
+            with Taken() as taken:
+                found = jactri.jacobian_of(y, x, memory_limit=limit, **options)
+            break
+        except MemoryLimitTooSmall as error:
+            limit = int(error.need) + 1
+    assert 0.6 * limit < taken.peak < 1.02 * limit
+    want = torch.autograd.functional.jacobian(lambda x: f(x, written), x)
+    if per_sample:
+        want = torch.stack([want[i, :, i] for i in range(2)])
+    assert_close(found, want, F64)

@@ -356,7 +356,7 @@ def test_what_was_not_worth_it_is_not_looked_for_again(worth, monkeypatch):
 def test_a_verdict_holds_for_what_was_asked(worth):
     f = layers(LOCAL, CAUSAL)
     want = truth_of(f, X)
-    tight = want.nbytes + 20_000  # not enough for the derivatives of all tokens beside
+    tight = want.nbytes + 24_000  # not enough for the derivatives of all tokens beside
     assert not ranges(f, strategy="reverse-mode", memory_limit=tight)
     assert ranges(f, strategy="reverse-mode")
     assert ranges(f, strategy="reverse-mode", chunk_size=1)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..base.rates import block_bytes
+from ..base.tracing import may_write
 from .cut import Cut
 from .maps import wide
 
@@ -372,16 +373,23 @@ def probabilities(of: Attention) -> Tensor:
     B, H, G, T, S, _, _ = of.sizes
     left = wide(of.q).reshape(B, G, -1, of.q.shape[-1]) * of.scale
     scores = (left @ wide(of.k).transpose(-1, -2)).reshape(B, H, T, S)
+    write = may_write()
+    fill, add = (Tensor.masked_fill_, Tensor.add_) if write else (Tensor.masked_fill, Tensor.add)
     if of.causal:
         above = torch.ones(T, S, dtype=torch.bool, device=of.q.device).triu(1)
-        scores = scores.masked_fill(above, -math.inf)
+        scores = fill(scores, above, -math.inf)
     if of.mask is not None:
         if of.mask.dtype == torch.bool:
-            scores = scores.masked_fill(~of.mask, -math.inf)
+            scores = fill(scores, ~of.mask, -math.inf)
         else:
-            scores = scores + wide(of.mask)
+            scores = add(scores, wide(of.mask))
     # rows that are masked as a whole attend to nothing (0, not NaN)
-    return torch.ops.aten._safe_softmax(scores, -1)
+    if not write or not S:
+        return torch.ops.aten._safe_softmax(scores, -1)
+    top = scores.amax(-1, keepdim=True)
+    none = top == -math.inf
+    scores.sub_(top.masked_fill_(none, 0.0)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True).masked_fill_(none, 1.0))
 
 
 def pushed_as_a_whole(of: Attention, tangents: Blocks) -> Tensor:

@@ -26,6 +26,7 @@ from .cut import Cut, Shape
 from .entrywise import aligned, times
 from .joint import Joint, given
 from .layout import Layout, Selection
+from .once import Formed
 
 Kept = tuple[tuple[int, int], ...]
 
@@ -57,6 +58,8 @@ class LinearMap:
     """What takes the blocks of several maps to one value at once, where that is cheaper ."""
     twice = True
     """Whether autograd can follow it."""
+    forms: tuple[Formed, ...] = ()
+    """What it makes at its first use, and keeps: large, and nobody else's."""
 
     @property
     def key(self) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..base.intervals import for_good, thin
 from .linear_map import LinearMap, keep_all_but
 from .maps import HALF, wide
+from .once import Formed
 from .unmasked import Unmasked
 
 
@@ -126,11 +127,17 @@ class Softmax(LinearMap):
     ``unmasked``: which entries of the last two axes a mask leaves, if one is known; p is 0 elsewhere.
     """
 
-    __slots__ = ("axis", "p", "unmasked")
+    __slots__ = ("axis", "forms", "p", "unmasked")
     name, structure = "softmax", "low rank"
 
-    def __init__(self, p: Callable[[], Tensor], axis: int, unmasked: Unmasked | None = None):
-        self.p, self.axis, self.unmasked = p, axis, unmasked
+    def __init__(
+        self,
+        p: Callable[[], Tensor],
+        axis: int,
+        unmasked: Unmasked | None = None,
+        forms: tuple[Formed, ...] = (),
+    ):
+        self.p, self.axis, self.unmasked, self.forms = p, axis, unmasked, forms
 
     def row_map(self, shape, reverse):
         return ("softmax", self.p, 1) if self.axis == len(shape) - 1 else None
@@ -159,7 +166,7 @@ class Softmax(LinearMap):
         p, unmasked = self.p, None
         if self.unmasked is not None and source.axis == 0 < len(in_shape) - 2:
             unmasked = self.unmasked.of(source, in_shape[0])
-        return type(self)(lambda: source.of(p(), len(in_shape)), self.axis, unmasked)
+        return type(self)(lambda: source.of(p(), len(in_shape)), self.axis, unmasked, self.forms)
 
     def push(self, t, own):
         p = self.p()

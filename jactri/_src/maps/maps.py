@@ -17,27 +17,13 @@ from ..base.csr import Csr, stacked
 from .contraction import MatMul
 from .grids import sampled
 from .linear_map import LinearMap
+from .once import Formed
 from .unmasked import Unmasked
 
 LINES = 32
 """Lines that are pushed through an op at once to see its windows."""
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Once:
-    """A value computed at its first use: rules stay cheap for steps that no sweep takes."""
-
-    __slots__ = ("_make", "_value")
-
-    def __init__(self, make: Callable[[], object]):
-        self._make, self._value = make, None
-
-    def __call__(self):
-        if self._make is not None:
-            self._value = self._make()
-            self._make = None
-        return self._value
 
 
 def wide(t: Tensor) -> Tensor:
@@ -225,10 +211,16 @@ class Transpose(LinearMap):
 class Batched(MatMul):
     """A `MatMul` by a matrix a sample ``(b, ., .)`` that is made at its first use."""
 
-    __slots__ = ("_make",)
+    __slots__ = ("_make", "forms")
 
-    def __init__(self, make: Callable[[], Tensor], side: str, unmasked: Unmasked | None = None):
-        self._make, self.side, self.unmasked = make, side, unmasked
+    def __init__(
+        self,
+        make: Callable[[], Tensor],
+        side: str,
+        unmasked: Unmasked | None = None,
+        forms: tuple[Formed, ...] = (),
+    ):
+        self._make, self.side, self.unmasked, self.forms = make, side, unmasked, forms
         self.key = (MatMul, side, 3)  # type: ignore[misc]
         self.structure = "batched matrix"
 
@@ -244,7 +236,10 @@ class Batched(MatMul):
             return self
         unmasked = self._unmasked(source, in_shape)
         return Batched(
-            lambda: self._cut(make(), source, target, len(in_shape)), self.side, unmasked
+            lambda: self._cut(make(), source, target, len(in_shape)),
+            self.side,
+            unmasked,
+            self.forms,
         )
 
 

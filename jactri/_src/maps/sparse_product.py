@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.csr import Csr
 from .linear_map import LinearMap
 from .links import digest_of
-from .maps import Once
+from .once import Once
 
 
 class SparseMatMul(LinearMap):

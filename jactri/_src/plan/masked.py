@@ -65,7 +65,7 @@ def fixed(graph: Graph) -> bool:
 def held(graph: Graph, found: list[Range]) -> float:
     """Bytes of the derivatives of which each range has a part, and of the parts that are copies, as they are in runs.
 
-    All ranges have theirs of scalings at once, and a softmax makes its own anew.
+    All ranges have theirs of scalings at once, and a softmax makes its own anew. What a map forms, plans count.
     """
     total = 0.0
     for v, value in enumerate(graph.values):
@@ -79,7 +79,8 @@ def held(graph: Graph, found: list[Range]) -> float:
             if any(cut.outer > 1 for cut in box.values())
         ]
         copied = sum(copies) if Diagonal in kinds else max(copies, default=0)
-        total += (prod(value.shape) + copied) * value.dtype.itemsize
+        whole = 0 if all(e.forms for _, e in value.sources) else prod(value.shape)
+        total += (whole + copied) * value.dtype.itemsize
     return total
 
 

@@ -22,6 +22,9 @@ SLACK = 0.15
 
 _SCALING = "diagonal", "scalar", "complex diagonal"
 
+_PRODUCTS = "shared matrix", "batched matrix", "sparse matrix"
+"""Structures whose result lies beside the block that they are given."""
+
 
 def choose_chunks(
     graph: Graph,
@@ -137,6 +140,21 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         largest = max((t.spelled.most(sel) for t in step.terms if t.spelled is not None), default=0)
         return float(largest * graph.values[step.value].dtype.itemsize)
 
+    def untied(step: Step) -> float:
+        """The largest copy of a block that is made to drop ties, and read by a product."""
+        return max(
+            (
+                t.route.mid.numel_of(sel) * float(graph.values[t.other].dtype.itemsize)
+                for t in step.terms
+                if t.map_in(graph).structure in _PRODUCTS
+                and t.spelled is None
+                and t.meeting is None
+                and root[t.other] != nobody
+                and t.route.mid.tied != sweep.layouts[t.other].tied
+            ),
+            default=0.0,
+        )
+
     def derivative(step: Step) -> float:
         return prod(step.layout.shape) * graph.values[step.value].dtype.itemsize
 
@@ -145,7 +163,9 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         return bool(chunks) and not step.layout.tied.issuperset(chunks)
 
     # derivatives are kept for later chunks, which find all of them there from the start
-    live = sum(derivative(s) for s in sweep.steps if scales(s) and repeated(s))
+    live = sum(derivative(s) for s in sweep.steps if scales(s) and repeated(s)) + _formed(
+        graph, sweep
+    )
     worst = 0.0
     turned: set[int] = set()  # blocks in channels-last memory, which a CPU's convolutions run in
     targets = {t for t in sweep.targets if t is not None}
@@ -171,7 +191,7 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
         if edge.structure == "half complex function":  # copies of half a spectrum
             read = first.route.mid.numel_of(sel) * graph.values[first.other].dtype.itemsize
             extra += 3 * max(stored, read)
-        extra += between(step)
+        extra += between(step) + untied(step)
         if first.meeting is not None:
             copied = first.meeting.product.copies(chunks)
             extra += copied * graph.values[step.value].dtype.itemsize
@@ -200,6 +220,17 @@ def _of_blocks(graph: Graph, sweep: Sweep, chunks: dict[int, int]) -> float:
             if users[r] == 0:
                 live -= size[r]
     return worst
+
+
+def _formed(graph: Graph, sweep: Sweep) -> float:
+    """Bytes of what the maps of a sweep form, and keep."""
+    found: dict[int, int] = {}
+    for step in sweep.steps:
+        for t in step.terms:
+            for v, e in t.path or ((t.owner, t.edge),) if t.meeting is None else ():
+                for formed in graph.values[v].sources[e][1].forms:
+                    found[id(formed)] = formed.nbytes
+    return float(sum(found.values()))
 
 
 def answer_bytes(graph: Graph, sweep: Sweep, target: int, per_sample: bool | str) -> float:

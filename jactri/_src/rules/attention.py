@@ -17,7 +17,8 @@ from ..maps.contraction import MatMul
 from ..maps.curvature import Curves, SoftmaxBend
 from ..maps.linear_map import Identity
 from ..maps.low_rank import Softmax
-from ..maps.maps import Batched, Once
+from ..maps.maps import HALF, Batched
+from ..maps.once import Formed, Once
 from ..maps.unmasked import Unmasked, of_attention
 from . import rule
 from .elementwise import only
@@ -90,8 +91,12 @@ def attention(g):
         return x.reshape(n, length, x.shape[-1])
 
     of = Attention(q, k, v, mask, causal, scale)
-    p = Once(lambda: probabilities(of).reshape(n, rows, s))
-    p_like = Once(lambda: p().to(q.dtype))
+    size = b * heads * t * s
+    p = Formed(lambda: probabilities(of).reshape(n, rows, s), size * max(q.dtype.itemsize, 4))
+    p_like, formed = p, (p,)
+    if q.dtype in HALF:
+        p_like = Formed(lambda: p().to(q.dtype), size * q.dtype.itemsize)
+        formed = p, p_like
     unmasked = None
     if causal or mask is not None:
         unmasked = Unmasked(
@@ -113,19 +118,19 @@ def attention(g):
     outs: list[int] = []
     if scores:
         total = g.add([(i, Identity()) for i in scores], (n, rows, s))
-        weights = g.single(total, Softmax(p, 2, unmasked))
+        weights = g.single(total, Softmax(p, 2, unmasked, (p,)))
         values = Once(lambda: flat(v, s))
         outs.append(g.single(weights, Batched(values, "right"), (n, rows, width)))
     if g.src[2] is not None:
         x = g.view(g.src[2], (n, s, width))
-        outs.append(g.single(x, Batched(p_like, "left", unmasked), (n, rows, width)))
+        outs.append(g.single(x, Batched(p_like, "left", unmasked, formed), (n, rows, width)))
     out = g.view(g.add([(i, Identity()) for i in outs], (n, rows, width)), g.shape)
     if mask_edge is None or g.src[mask_edge : mask_edge + 1] in ([], [None]):
         ends = tuple([i for i in g.src[:3] if i is not None])
         wanted = tuple([i is not None for i in g.src[:3]])
         whole = Whole(of, wanted)
         maps = tuple([Attend(whole, place) for place in range(3) if wanted[place]])
-        g.others[out] = ends, maps, b * heads * t * s
+        g.others[out] = ends, maps, size
     # the other outputs (logsumexp, random state) carry no gradient
     return (out,) + (None,) * (len(g.meta) - 1)
 

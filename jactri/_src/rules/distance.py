@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..maps.linear_map import Identity
-from ..maps.maps import Batched, Once
+from ..maps.maps import Batched
+from ..maps.once import Once
 from ..maps.selection import Take
 from . import batches, known, rule
 

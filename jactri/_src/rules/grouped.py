@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..maps.functional import Functional
-from ..maps.maps import Once
+from ..maps.once import Once
 from . import rule
 from .linear import product
 

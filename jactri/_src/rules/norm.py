@@ -14,8 +14,9 @@ from torch import Tensor
 from ..maps.curvature import Curves, NormalisationBend, SoftmaxBend
 from ..maps.linear_map import Diagonal, Identity
 from ..maps.low_rank import LogSoftmax, Project, ProjectSlope, RankOne, Softmax
-from ..maps.maps import Once, Transpose, wide
+from ..maps.maps import Transpose, wide
 from ..maps.mask import Mask
+from ..maps.once import Once
 from ..maps.unmasked import Unmasked, of_matrices
 from . import rule
 from .elementwise import Zero, flat

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..maps.contraction import MatMul
 from ..maps.linear_map import Identity, LinearMap
-from ..maps.maps import Batched, Once
+from ..maps.maps import Batched
+from ..maps.once import Once
 from ..maps.selection import Place, Slice
 from . import rule
 

@@ -16,7 +16,7 @@ from ..maps.curvature import Curves, LengthBend, LogSumExpBend
 from ..maps.functional import Functional
 from ..maps.layout import one
 from ..maps.linear_map import keep_all_but
-from ..maps.maps import Once
+from ..maps.once import Once
 from . import rule
 from .elementwise import fit, flat, passing
 

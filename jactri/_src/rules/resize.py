@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..maps.grids import slopes
-from ..maps.maps import Batched, Fixed, Once, Sample
+from ..maps.maps import Batched, Fixed, Sample
+from ..maps.once import Once
 from . import rule
 from .pool import image_op, op_of, with_transposes
 
