@@ -103,6 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if not dist.is_available():
         raise UserError("jacobian needs torch.distributed, which this torch was built without")
+    for path in arguments.outs:
+        if path.suffix != ".npy":
+            raise UserError(
+                f"--out {path}: is written as numpy.save does; name it {path.with_suffix('.npy')}"
+            )
     function, inputs, output = called(arguments, _device(arguments.device))
     shapes = _shapes(arguments, inputs, output)
     with processes(arguments.timeout, "jacobian") as ranks:

@@ -33,6 +33,28 @@ def test_patterns_that_are_none(pattern, error, match):
         jactri.jacobian_of(func(x), x, pattern=pattern)
 
 
+def test_a_pattern_of_another_call():
+    """What the message names to find one is not what was just refused."""
+    x = point(4, 3)
+    with pytest.raises(
+        RuntimeError, match=r"jactri\.sparsity\(func, inputs, per_sample=True\) finds"
+    ):
+        jactri.jacobian(torch.sin, x, per_sample=True, pattern=jactri.sparsity(torch.sin, x))
+    found = jactri.sparsity(torch.sin, x, per_sample=True)
+    want = torch.diag_embed(x.cos())
+    assert torch.equal(jactri.jacobian(torch.sin, x, per_sample=True, pattern=found), want)
+    with pytest.raises(RuntimeError, match=r"jactri\.sparsity\(func, inputs\) finds one"):
+        jactri.jacobian(torch.sin, x, pattern=found)
+
+    def energy(v):
+        return v.sin().sum()
+
+    of_gradient = jactri.sparsity(energy, x[0])
+    for given, nested in ((x[0], of_gradient), ((x[0],), ((of_gradient,),))):
+        with pytest.raises(RuntimeError, match=r"\(3, 3\), the Hessian's; leave pattern.* out"):
+            jactri.hessian(energy, given, pattern=nested)
+
+
 def test_nests_that_are_none():
     mask = torch.eye(3).bool()
 

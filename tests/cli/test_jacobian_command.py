@@ -206,6 +206,7 @@ WRONG = {
     "text": ({"given": ("text.pt",)}, "--input text.pt: not an array of numbers in .pt format"),
     "safetensors": ({"given": ("text.safetensors",)}, "not an array of numbers in safetensors format"),
     "bfloat16": ({"target": "model.py:half"}, "computes in torch.bfloat16, which numpy's files do not hold"),
+    "another format": ({"out": ("J.pt",)}, "--out J.pt: is written as numpy.save does; name it J.npy"),
     "no folder": ({"out": ("no/J.npy",)}, "--out no/J.npy: No such file or directory"),
     "limit": (("--memory-limit", "many"), "memory_limit must be bytes above 0"),
     "too small": (("--memory-limit", "100"), "memory_limit is 100 B"),

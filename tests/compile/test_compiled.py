@@ -415,6 +415,8 @@ def test_bad_input():
         compiled([1.0])
     with pytest.raises(TypeError):
         compiled(x, x)
+    with pytest.raises(TypeError, match="jacobian takes tensors, got 0"):
+        compiled()
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.vmap(compiled)(x[None])
     with pytest.raises(IndexError, match="example_inputs"):

@@ -164,6 +164,9 @@ def test_scipy_matrices_there_and_back():
     assert isinstance(matrix, scipy.sparse.csr_array) and matrix.dtype == bool
     assert (matrix.toarray() == pattern.to_dense().numpy()).all()
     again = jactri.Sparsity.of(matrix, (9,), (9,))
+    flat = jactri.Sparsity.of(matrix[:4])  # the shapes are those of the matrix
+    assert flat.shape == (4, 9) and flat.rows == 1
+    assert torch.equal(flat.to_dense(), again.to_dense()[:4])
     assert torch.equal(again._indices(), pattern._indices())
     grid = jactri.Sparsity.of(matrix, (3, 3), (9, 1))
     assert grid.shape == (3, 3, 9, 1) and grid.rows == 2
@@ -172,6 +175,13 @@ def test_scipy_matrices_there_and_back():
         jactri.Sparsity.of(matrix, (9,), (8,))
     with pytest.raises(TypeError, match=r"into must be a shape, as \(3,\), got 9"):
         jactri.Sparsity.of(matrix, (9,), 9)
+    with pytest.raises(TypeError, match=r"into must be a shape, as \(3,\), got None"):
+        jactri.Sparsity.of(matrix, (9,))
+    with pytest.raises(TypeError, match=r"shape \(3, 3, 9\); pass the shapes of the output and"):
+        jactri.Sparsity.of(grid.to_dense()[..., 0])
+    for given in ((), (matrix,), (pattern.to_dense(),)):
+        with pytest.raises(TypeError, match=r"jactri\.Sparsity\.of\(pattern\) makes one"):
+            jactri.Sparsity(*given)
     assert samples().to_scipy().shape == (30, 7)
 
 

@@ -371,7 +371,9 @@ class _Transform:
             if given is not None:
                 own = iter(given[k * n * n : (k + 1) * n * n])
                 nest = [[next(own) for _ in run.leaves] for _ in run.leaves]
-                asked.pattern = taken_pattern(nest, slopes, run.leaves, True, True, False)
+                asked.pattern = taken_pattern(
+                    nest, slopes, run.leaves, True, True, False, "Hessian"
+                )
             rows = symmetric.rows(y, slopes, run.leaves, asked, run.start)
             made.append([tree_unflatten(row, run.inputs) for row in rows])
         return made

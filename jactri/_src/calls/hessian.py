@@ -131,7 +131,7 @@ def hessian(
         check_ends((y,), leaves, False)
     gs = _gradients(y, leaves, per_sample)
     if pattern is not None:
-        asked.pattern = taken_pattern(pattern, gs, leaves, tupled, tupled, per_sample)
+        asked.pattern = taken_pattern(pattern, gs, leaves, tupled, tupled, per_sample, "Hessian")
     if asked.form == "dense" and pattern is None:
         mixed = len({x.dtype for x in xs}) > 1  # the dtype is that of the first of the two
         rows = compute(gs, leaves, replace(asked, strategy="forward-mode") if mixed else asked)

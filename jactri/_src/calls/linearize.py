@@ -191,6 +191,11 @@ class Linearization(Shown):
     def _product(self, vectors, reverse: bool, last: bool):
         point = self._point
         of, ends = point.ends(reverse)
+        if isinstance(vectors, Linearization):
+            raise TypeError(
+                "a Linearization multiplies tensors, not another one: op.gram() is op.T @ op, op.T.gram() is "
+                "op @ op.T, and op.to_scipy() @ other.to_scipy() is an operator"
+            )
         _, vs = as_tuple(vectors, "vectors", "a Linearization's @")
         block = check_vectors("vectors", vs, of, ends, last)
         columns = block and last

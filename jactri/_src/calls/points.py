@@ -67,10 +67,12 @@ def evaluate(
     if same:
         check_same(y, x, name)
     if batched(x) and (y.dim() == 0 or y.shape[0] != x.shape[0]):
+        remedy = "Pass a single point as a tensor of one axis, or as x.unsqueeze(0)"
+        if y.numel() == 1:
+            remedy += "; the gradient of one number in all of x is jactri.vjp(func, x)[1]"
         raise ValueError(
             f"x of {name} has shape {tuple(x.shape)}: a batch of {x.shape[0]} samples, for which func must return "
-            f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. Pass a single point as a tensor of one "
-            "axis, or as x.unsqueeze(0)"
+            f"({x.shape[0]}, *out), but it returned shape {tuple(y.shape)}. {remedy}"
         )
     return result, y, leaf
 

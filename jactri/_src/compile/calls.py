@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -97,12 +98,12 @@ def _check_pattern(options: dict[str, Any]) -> None:
 
 def check_count(of: Callable | None, count: int) -> None:
     """Raise TypeError for more or fewer inputs than a call takes."""
-    least, most = _TAKEN.get(of, (1, count))
+    least, most = _TAKEN.get(of, (1, inf))
     if not least <= count <= most:
-        takes = {(1, 1): "one tensor", (1, 2): "x1 and x2", (2, 2): "inputs and a vector"}[
-            least, most
-        ]
-        raise TypeError(f"{of.__name__} takes {takes}, got {count} example_inputs")
+        takes = {
+            (1, 1): "one tensor", (1, 2): "x1 and x2", (2, 2): "inputs and a vector", (1, inf): "tensors",
+        }[least, most]  # fmt: skip
+        raise TypeError(f"{name(of)} takes {takes}, got {count}")
 
 
 def check_tensors(inputs: Sequence[Any], whose: str) -> None:

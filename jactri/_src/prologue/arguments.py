@@ -90,10 +90,13 @@ def check_options(strategy, chunk_size, out, create_graph) -> None:
         raise AssertionError(one_of("strategy", strategy, STRATEGIES))
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
-    if isinstance(create_graph, Tensor):
-        raise TypeError(
-            "create_graph must be a bool, got a Tensor; pass several inputs as one tuple: (x, y)"
-        )
+    if not isinstance(create_graph, bool):
+        got, remedy = repr(create_graph), "options are given by name"
+        if isinstance(create_graph, Tensor):
+            got, remedy = "a Tensor", "pass several inputs as one tuple: (x, y)"
+        elif isinstance(create_graph, str) and create_graph in STRATEGIES:
+            remedy = f"write strategy={create_graph!r}"
+        raise TypeError(f"create_graph must be a bool, got {got}; {remedy}")
     if out is not None and create_graph:
         raise RuntimeError(
             "out= and create_graph=True exclude each other: a result written in place has no graph"

@@ -11,9 +11,17 @@ from ..run.sparsity import csr_of
 
 
 def taken_pattern(
-    pattern: Any, ys, xs, tupled_out: bool, tupled: bool, per_sample: bool | str
+    pattern: Any,
+    ys,
+    xs,
+    tupled_out: bool,
+    tupled: bool,
+    per_sample: bool | str,
+    of: str = "Jacobian",
 ) -> list[list[Csr]]:
     """``pattern`` by output and input, each the matrix of output entries by input entries (of a sample).
+
+    ``of`` is what messages call the matrix.
 
     Raises TypeError for what is no pattern, RuntimeError for a shape or a nest that is not the result's.
     """
@@ -24,7 +32,7 @@ def taken_pattern(
         blocks = _level(row, len(xs), "input", name) if tupled else [row]
         made.append([
             csr_of(
-                block, y.shape, x.shape, f"pattern{name}" + (f"[{i}]" if tupled else ""), bool(per_sample)
+                block, y.shape, x.shape, f"pattern{name}" + (f"[{i}]" if tupled else ""), bool(per_sample), of
             )
             for i, (block, x) in enumerate(zip(blocks, xs, strict=True))
         ])  # fmt: skip

@@ -72,25 +72,44 @@ class Sparsity(Shown, Tensor):
     per_sample: bool
     _matrices: dict[int | None, Csr]
 
+    def __new__(cls, *args: Any, **options: Any) -> Sparsity:
+        raise TypeError(
+            "jactri.sparsity(func, inputs) finds a Sparsity, and jactri.Sparsity.of(pattern) makes one of a mask or a "
+            "SciPy matrix"
+        )
+
     @staticmethod
-    def of(pattern: Any, out: tuple[int, ...], into: tuple[int, ...]) -> Sparsity:
+    def of(
+        pattern: Any, out: tuple[int, ...] | None = None, into: tuple[int, ...] | None = None
+    ) -> Sparsity:
         """A pattern of your own, converted once for many calls.
 
         Args:
             pattern: a boolean tensor or array, a sparse tensor or a SciPy matrix, of shape ``(*out, *into)`` or the
                 matrix of their entries. What a sparse one stores is there, whatever its values.
-            out: the shape of the output, as ``(3,)``; of one sample, for ``per_sample`` Jacobians.
+            out: the shape of the output, as ``(3,)``; of one sample, for ``per_sample`` Jacobians. By default a
+                matrix is of an output and an input of one axis.
             into: that of the input.
 
         Raises:
-            TypeError: a pattern of numbers, or of another kind; a shape that is none.
+            TypeError: a pattern of numbers, or of another kind; a shape that is none; no shapes for what is no matrix.
             RuntimeError: a pattern of another shape.
 
         Examples:
             >>> mask = torch.eye(3, 4, dtype=torch.bool)
-            >>> jactri.Sparsity.of(mask, (3,), (4,)).nnz
+            >>> jactri.Sparsity.of(mask).nnz
             3
+            >>> jactri.Sparsity.of(mask, (3, 1), (2, 2)).shape
+            torch.Size([3, 1, 2, 2])
         """
+        if out is None and into is None:
+            shape = _shape(pattern, "pattern")
+            if len(shape) != 2:
+                raise TypeError(
+                    f"pattern has shape {shape}; pass the shapes of the output and of the input, "
+                    "Sparsity.of(pattern, out, into), which only a matrix does without"
+                )
+            out, into = shape[:1], shape[1:]
         for name, shape in (("out", out), ("into", into)):
             if not isinstance(shape, (tuple, list)):
                 raise TypeError(f"{name} must be a shape, as (3,), got {shape!r}")
@@ -210,7 +229,8 @@ class Sparsity(Shown, Tensor):
                 told, start, column = (found[name] for name in (_KEY, "start", "column"))
         except (ValueError, KeyError, EOFError, BadZipFile, TypeError, AttributeError) as error:
             raise RuntimeError(
-                f"{os.fspath(path)!r} was not written by Sparsity.save: {error}"
+                f"{os.fspath(path)!r} was not written by Sparsity.save ({error}); of a matrix that SciPy saved, "
+                "jactri.Sparsity.of(scipy.sparse.load_npz(path)) is one"
             ) from None
         rows, per_sample, *shape = told.tolist()
         matrix = Csr(start, column, prod(shape[rows:]))
@@ -292,11 +312,16 @@ def _flat(index, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def csr_of(
-    pattern: Any, out: torch.Size, into: torch.Size, name: str, per_sample: bool = False
+    pattern: Any,
+    out: torch.Size,
+    into: torch.Size,
+    name: str,
+    per_sample: bool = False,
+    of: str = "Jacobian",
 ) -> Csr:
     """A caller's pattern of the Jacobian of ``out`` by ``into`` as a matrix; ``per_sample``: of what any sample has.
 
-    Raises TypeError for what is no pattern, RuntimeError for one of another shape.
+    ``of`` is what messages call it. Raises TypeError for what is no pattern, RuntimeError for one of another shape.
     """
     shape = _shape(pattern, name)
     ends = (out[1:], into[1:]) if per_sample else (out, into)
@@ -305,7 +330,7 @@ def csr_of(
     if per_sample:
         known = {(*out, *ends[1]): out[0], (out[0], m, n): out[0], **known}
     if shape not in known:
-        raise RuntimeError(_misfit(pattern, name, shape, known, (m, n)))
+        raise RuntimeError(_misfit(pattern, name, shape, known, (m, n), per_sample, of))
     samples = known[shape]
     height = m * (1 if samples is None else samples)
     if isinstance(pattern, Sparsity):
@@ -346,17 +371,28 @@ def _shape(pattern: Any, name: str) -> tuple[int, ...]:
     return tuple(pattern.shape)
 
 
-def _misfit(pattern: Any, name: str, shape: tuple, known: dict, size: tuple[int, int]) -> str:
+def _misfit(
+    pattern: Any,
+    name: str,
+    shape: tuple,
+    known: dict,
+    size: tuple[int, int],
+    per_sample: bool,
+    of: str,
+) -> str:
     """The message for a pattern of another shape than those that are known."""
     m, n = size
     if shape == (n, m):
         remedy = f"pass {name}.T, whose rows are outputs"
     elif prod(shape) == m * n and isinstance(pattern, (Tensor, np.ndarray)):
         remedy = f"pass {name}.reshape({m}, {n}) if its entries are in that order"
+    elif of != "Jacobian":  # sparsity(func, inputs) is that of the first derivative
+        remedy = f"leave {name} out, and it is found"
     else:
-        remedy = "jactri.sparsity(func, inputs) finds one"
+        option = ", per_sample=True" if per_sample else ""
+        remedy = f"jactri.sparsity(func, inputs{option}) finds one"
     one, *others = dict.fromkeys(map(str, known))
-    expected = f"{one}, the Jacobian's" + "".join(f", or {o}" for o in others)
+    expected = f"{one}, the {of}'s" + "".join(f", or {o}" for o in others)
     return f"{name} has shape {shape}; expected {expected}; {remedy}"
 
 

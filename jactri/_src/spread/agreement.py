@@ -136,7 +136,7 @@ def of_mesh(mesh: Any, call: str) -> Ranks:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh)}; make one by "
-            "init_device_mesh('cuda', (torch.distributed.get_world_size(),))"
+            "init_device_mesh(x.device.type, (torch.distributed.get_world_size(),))"
         )
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
