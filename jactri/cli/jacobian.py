@@ -134,7 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
             if not refusal(error):
                 raise
             who = f"process {ranks.rank}: " if ranks.size > 1 else ""
-            raise UserError(f"{who}{arguments.target}: {error}") from error
+            told = str(error).replace("resume=False", "--restart")  # as it is written here
+            raise UserError(f"{who}{arguments.target}: {told}") from error
         if ranks.rank == 0:
             for path, out in zip(arguments.outs, outs, strict=True):
                 print(f"wrote {path}, {out.dtype} {tuple(out.shape)}, {si(out.nbytes)}B")

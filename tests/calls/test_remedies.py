@@ -26,6 +26,14 @@ CONV, IMAGE = nn.Conv2d(3, 2, 3).double(), torch.linspace(-1, 1, 108, dtype=F64)
 LSTM = nn.LSTM(4, 3, batch_first=True).double()
 
 
+def solved(v):
+    return torch.linalg.solve(torch.eye(20, dtype=F64) * 2, v.flatten()).view_as(v)
+
+
+def turned(v):
+    return unfollowed(v * 1j).abs()
+
+
 class Output(collections.OrderedDict):
     """As model libraries return: a dict whose keys are attributes, too."""
 
@@ -149,6 +157,14 @@ MISTAKES = {
                                   lambda: jactri.vjp(lambda v: v.square().sum(), X)[1]),
     "the product of two operators": (lambda: jactri.linearize(NET, X).T @ jactri.linearize(NET, X), TypeError,
                                      r"op\.gram\(\) is op\.T @ op", lambda: jactri.linearize(NET, X).gram()),
+    "a solver of neighbours": (lambda: jactri.jacobian(solved, X, layout=torch.sparse_csr), ValueError,
+                               "LinalgSolve.*name the entries by pattern=",
+                               lambda: jactri.jacobian(solved, X, layout=torch.sparse_csr, check=True,
+                                                       pattern=torch.eye(20).bool())),
+    "complex inside": (lambda: jactri.jacobian(turned, X, layout=torch.sparse_csr), ValueError,
+                       "no pattern is known.*name the entries by pattern=",
+                       lambda: jactri.jacobian(turned, X, layout=torch.sparse_csr, check=True,
+                                               pattern=torch.eye(20).bool())),
     "two inputs for one": (lambda: jactri.jacobian(torch.mul, X, X), TypeError, r"create_graph.*tuple: \(x, y\)",
                            lambda: jactri.jacobian(torch.mul, (X, X))),
     "two inputs and a name": (lambda: jactri.explain(torch.mul, X, X), TypeError, "several inputs as one tuple",

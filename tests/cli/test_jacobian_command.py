@@ -185,10 +185,9 @@ def test_it_may_begin_anew(monkeypatch, capsys):
     )
     np.save("x.npy", np.ones((5, 4)))
     assert run() == 2
-    assert (
-        "of an interrupted call for another computation (its inputs differs)"
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "of an interrupted call for another computation (its inputs differs)" in told
+    assert "pass --restart to start over" in told and "resume=" not in told
     assert run("--restart") == 0
     check()
 

@@ -179,6 +179,7 @@ def test_scipy_matrices_there_and_back():
         jactri.Sparsity.of(matrix, (9,))
     with pytest.raises(TypeError, match=r"shape \(3, 3, 9\); pass the shapes of the output and"):
         jactri.Sparsity.of(grid.to_dense()[..., 0])
+    assert jactri.Sparsity.of(grid) is grid
     for given in ((), (matrix,), (pattern.to_dense(),)):
         with pytest.raises(TypeError, match=r"jactri\.Sparsity\.of\(pattern\) makes one"):
             jactri.Sparsity(*given)

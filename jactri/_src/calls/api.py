@@ -367,7 +367,8 @@ def _rows(ys, xs, asked: Options, dests):
     except UnsupportedGraph as reason:
         if sparse:
             raise ValueError(
-                f"the function holds {reason}, of which no pattern is known; use layout=torch.strided"
+                f"the function holds {reason}, of which no pattern is known; use layout=torch.strided, or "
+                "name the entries by pattern="
             ) from None
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
         return whole.rows(

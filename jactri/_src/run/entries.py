@@ -284,7 +284,7 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str, some: bool = Fal
                 dense = ValueError(
                     f"layout asks for a sparse result, but every entry {what} of output {j} by input {i} can be "
                     f"non-zero, as far as is known: the op {op.op} (output {tuple(op.shape)}) mixes all that it is "
-                    "given; use layout=torch.strided"
+                    "given; use layout=torch.strided, or name the entries by pattern= of jacobian"
                 )
                 if not some:
                     raise dense

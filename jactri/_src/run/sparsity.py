@@ -103,6 +103,8 @@ class Sparsity(Shown, Tensor):
             torch.Size([3, 1, 2, 2])
         """
         if out is None and into is None:
+            if isinstance(pattern, Sparsity):
+                return pattern
             shape = _shape(pattern, "pattern")
             if len(shape) != 2:
                 raise TypeError(
