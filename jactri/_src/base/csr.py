@@ -42,7 +42,10 @@ class Csr:
     @staticmethod
     def of(row: np.ndarray, column: np.ndarray, height: int, width: int) -> Csr:
         """The matrix with these entries, in any order and some of them more than once."""
-        return _of_keys(row.astype(np.int64) * width + column, height, width)
+        keys = row.astype(np.int64) * width + column
+        if not _increases(keys):
+            return _of_keys(keys, height, width)
+        return Csr(starts(np.bincount(row, minlength=height)), column.astype(np.int64), width)
 
     @staticmethod
     def windows(count: int, size: int, taps: int, stride: int, padding: int, dilation: int) -> Csr:
@@ -216,6 +219,30 @@ class Csr:
         for first in range(0, max(self.height, 1), high):
             yield self._rows(first, min(first + high, self.height))
 
+    def same(self, other: Csr) -> bool:
+        return self.width == other.width and all(
+            np.array_equal(*pair)
+            for pair in ((self.start, other.start), (self.column, other.column))
+        )
+
+    def repeated(self, n: int) -> Csr:
+        """``n`` times on a diagonal."""
+        if n == 1:
+            return self
+        each = np.arange(n)[:, None]
+        ends = np.append((self.start[:-1] + each * self.nnz).reshape(-1), n * self.nnz)
+        return Csr(ends, (self.column + each * self.width).reshape(-1), n * self.width)
+
+    def block(self, n: int) -> Csr | None:
+        """The block of which it is ``n`` alike ones on a diagonal, or None."""
+        high, wide = self.height // max(n, 1), self.width // max(n, 1)
+        if not n or (high * n, wide * n) != self.shape or self.nnz % n:
+            return None
+        counts, column = self.counts.reshape(n, -1), self.column.reshape(n, -1)
+        if (counts != counts[0]).any() or (column - column[0] != wide * np.arange(n)[:, None]).any():
+            return None
+        return Csr(self.start[: high + 1], column[0], wide)
+
     def blocks(self, n: int) -> Csr | None:
         """The union of the ``n`` blocks on the diagonal; None where there are entries outside of them."""
         high, wide = self.height // n, self.width // n
@@ -259,9 +286,13 @@ def starts(counts: np.ndarray) -> np.ndarray:
     return made
 
 
+def _increases(keys: np.ndarray) -> bool:
+    return bool((keys[1:] > keys[:-1]).all())
+
+
 def _once(keys: np.ndarray) -> np.ndarray:
     """Sorted, none twice."""
-    if not (keys[1:] > keys[:-1]).all():
+    if not _increases(keys):
         keys = np.sort(keys)
         keys = keys[np.concatenate([[True], keys[1:] > keys[:-1]])]
     return keys

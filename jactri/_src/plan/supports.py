@@ -29,6 +29,7 @@ from ..maps.linear_map import Elementwise, LinearMap, View
 from ..read.graph import Graph
 from . import masked
 from . import sweep as sweeping
+from .alike import Alike, leading
 from .pattern import Pattern
 
 Factors = tuple[tuple[int, int], ...]
@@ -206,35 +207,35 @@ class Trace:
 
     def flat(self, value: int) -> Csr | None:
         """Which entries of the seed each of a value sees, in flat order; None where these are too many to follow."""
-        *_, (_, found) = self._flats(value)
-        return found
+        *_, (v, found) = self._flats(value)
+        return found and found.whole(self._limit(v))
 
-    def _flats(self, value: int) -> Iterator[tuple[int, Csr | None]]:
+    def _limit(self, value: int) -> int:
+        return max(MOST, EACH * prod(self.graph.values[value].shape))
+
+    def _flats(self, value: int) -> Iterator[tuple[int, Alike | None]]:
         """The same of all values on the way to one, up to the first that is None."""
         values = self.graph.values
         order = sweeping.relevant(self.graph, [self.seed], [value], False)
         last = {s: v for v in order for s, _ in values[v].sources}
-        found = {self.seed: Csr.identity(prod(values[self.seed].shape))}
+        found = {self.seed: Alike.of(Csr.identity(prod(values[self.seed].shape)))}
         for v in order:
             parts = []
-            limit = max(MOST, EACH * prod(values[v].shape))
+            limit = self._limit(v)
             for s, edge in values[v].sources if v != self.seed else ():
                 if s not in found:
                     continue
-                shapes = values[s].shape, values[v].shape
-                part: Csr | None = found[s]
-                links = edge.links(*shapes)
-                if links is not None or not isinstance(edge, (Elementwise, View)):
-                    if links is None:
-                        product = relation(edge, *shapes)
-                        links = product.flat if product.nnz <= limit else None
-                    part = None if links is None else links.after(found[s], limit)
+                part = _then(found[s], edge, values[s].shape, values[v].shape, limit)
                 if part is None:
                     yield v, None
                     return
                 parts.append(part)
             if parts:
-                found[v] = union(parts)
+                one = Alike.union(parts, limit)
+                if one is None:
+                    yield v, None
+                    return
+                found[v] = one
             yield v, found[v]
             for s in {s for s, _ in values[v].sources}:
                 if last[s] == v:
@@ -278,7 +279,10 @@ class Trace:
             size = prod(n for t, n in enumerate(self.start.seed) if t not in spared)
             for v, found in self._flats(value):
                 rows = prod(self.graph.values[v].shape)
-                if v != self.seed and (found is None or found.nnz >= rows * size > 0):
+                if v == self.seed:
+                    continue
+                whole = found and found.whole(self._limit(v))
+                if whole is None or whole.nnz >= rows * size > 0:
                     return v
             return value
         for v in sorted(behind):
@@ -350,13 +354,34 @@ def has_windows(graph: Graph) -> bool:
     return any(edge.windows(values[s].shape, v.shape) for v in values for s, edge in v.sources)
 
 
-def relation(edge: LinearMap, in_shape: Shape, out_shape: Shape) -> Pattern:
-    """Which inputs each output of a map sees, as a product: what it keeps, windows, and indices by axis."""
+def _then(before: Alike, edge: LinearMap, in_shape, out_shape, limit: float) -> Alike | None:
+    """What a map leaves of the entries of its input; None where more than ``limit`` would be listed."""
+    links = edge.links(in_shape, out_shape)
+    if links is None and isinstance(edge, (Elementwise, View)):
+        return before
+    count, axes = leading(edge, in_shape, out_shape)
+    if links is not None:
+        block = links.block(count)
+        return before.then(1, links, limit) if block is None else before.then(count, block, limit)
+    each = relation(edge, in_shape, out_shape, axes)
+    return before.then(count, each.flat, limit) if count * each.nnz <= limit else None
+
+
+def relation(
+    edge: LinearMap, in_shape: Shape, out_shape: Shape, apart: frozenset[int] = frozenset()
+) -> Pattern:
+    """Which inputs each output of a map sees, as a product: what it keeps, windows, and indices by axis.
+
+    Of one index of axes of the input that are kept ``apart``.
+    """
     into, out = ([[n, FREE] for n in shape] for shape in (in_shape, out_shape))
     supports: dict[int, Csr] = {}
     kept = edge.kept(in_shape, out_shape)
     seen = (*edge.windows(in_shape, out_shape), *edge.picks(in_shape, out_shape))
     for k, (a, b) in enumerate((*kept, *seen)):
+        if a in apart:
+            into[a][0] = out[b][0] = 1
+            continue
         into[a][1] = out[b][1] = k
         fresh = k < len(kept)
         supports[k] = Csr.identity(in_shape[a]) if fresh else edge.support(a, in_shape, out_shape)
