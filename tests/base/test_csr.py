@@ -95,3 +95,42 @@ def test_a_triangle_takes_what_it_is():
     made, taken = peak(lambda: Csr.triangle(1500))
     assert np.array_equal(made.dense(), np.tri(1500, dtype=bool))
     assert taken < 2.2 * made.column.nbytes
+
+
+def test_alike_blocks():
+    gen = np.random.default_rng(0)
+    for n, high, wide in [(1, 3, 2), (3, 2, 4), (4, 1, 1), (0, 2, 3), (3, 0, 2), (2, 3, 0)]:
+        each = gen.random((high, wide)) < 0.5
+        many = Csr.of_dense(each).repeated(n)
+        assert np.array_equal(many.dense(), np.kron(np.eye(n, dtype=bool), each))
+        if n:
+            assert np.array_equal(many.block(n).dense(), each)
+    assert Csr.identity(6).block(3).same(Csr.identity(2)) and Csr.identity(6).block(4) is None
+    assert Csr.picked(np.array([1, 0, 2, 3]), 4).block(2) is None  # not alike
+    assert Csr.picked(np.array([2, 3, 0, 1]), 4).block(2) is None  # off the diagonal
+    assert Csr.picked(np.array([0, -1, 2, 3]), 4).block(2) is None  # not as many
+    assert not Csr.identity(2).same(Csr(np.arange(3), np.arange(2), 3))
+
+
+@pytest.mark.parametrize("tabled", [0, 4, 100])
+def test_numbers_in_order(tabled, monkeypatch):
+    monkeypatch.setattr(csr, "TABLED", tabled)
+    gen = np.random.default_rng(0)
+    for keys in (
+        gen.integers(0, 50, 40), gen.integers(0, 9, 40).repeat(3), np.arange(7), np.zeros(0, int),
+        np.array([49]), np.zeros(5, int),
+    ):  # fmt: skip
+        kept, place = csr.numbered(keys, 50)
+        assert (kept[1:] > kept[:-1]).all() and set(kept) == set(keys)
+        assert np.array_equal(kept[place], keys)
+
+
+@pytest.mark.parametrize("tabled", [0, 4])
+def test_which_entries_are_there(tabled, monkeypatch):
+    monkeypatch.setattr(csr, "TABLED", tabled)
+    gen = np.random.default_rng(0)
+    row, column = gen.integers(0, 5, 30), gen.integers(0, 7, 30)
+    none, one = np.zeros((5, 7), bool), np.eye(5, 7, dtype=bool)[[1, 0, 2, 4, 3]]
+    one[2] = False
+    for dense in (none, one, gen.random((5, 7)) < 0.5):
+        assert np.array_equal(Csr.of_dense(dense).holds(row, column), dense[row, column])

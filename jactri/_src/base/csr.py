@@ -18,6 +18,10 @@ LISTED = 1 << 20
 """Entries of a product that are listed at once: each takes some forty bytes until it is known which are the same."""
 
 
+TABLED = 4
+"""Numbers are told apart by a table of all that they may be, if these are at most so many times as many."""
+
+
 @dataclass(frozen=True, eq=False)
 class Csr:
     """Row ``i`` has the columns ``column[start[i]:start[i + 1]]``, in order and none twice, of ``width`` ones."""
@@ -29,6 +33,12 @@ class Csr:
     @staticmethod
     def identity(n: int) -> Csr:
         return Csr(np.arange(n + 1), np.arange(n), n)
+
+    @staticmethod
+    def regular(column: np.ndarray, width: int) -> Csr:
+        """Each row has as many: ``column`` (rows, entries of one)."""
+        height, each = column.shape
+        return Csr(np.arange(height + 1) * each, column.reshape(-1), width)
 
     @staticmethod
     def picked(column: np.ndarray, width: int) -> Csr:
@@ -91,6 +101,11 @@ class Csr:
         return int(self.counts.max(initial=0))
 
     @property
+    def is_regular(self) -> bool:
+        """Whether all rows have as many entries."""
+        return self.most * self.height == self.nnz
+
+    @property
     def most_in_column(self) -> int:
         """Entries of the longest column."""
         return int(np.bincount(self.column, minlength=1).max())
@@ -141,9 +156,13 @@ class Csr:
 
     def holds(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Which of these entries are there."""
+        if self.height * self.width <= TABLED * len(row):
+            return self.dense()[row, column]
+        if self.most <= 1:
+            own = np.full(self.height, -1)
+            own[self.row] = self.column
+            return own[row] == column
         keys, wanted = self.keys, row * self.width + column
-        if not len(keys):
-            return np.zeros(len(wanted), bool)
         return keys[np.searchsorted(keys, wanted).clip(max=len(keys) - 1)] == wanted
 
     def within(self, other: Csr) -> bool:
@@ -239,7 +258,9 @@ class Csr:
         if not n or (high * n, wide * n) != self.shape or self.nnz % n:
             return None
         counts, column = self.counts.reshape(n, -1), self.column.reshape(n, -1)
-        if (counts != counts[0]).any() or (column - column[0] != wide * np.arange(n)[:, None]).any():
+        if (counts != counts[0]).any() or (
+            column - column[0] != wide * np.arange(n)[:, None]
+        ).any():
             return None
         return Csr(self.start[: high + 1], column[0], wide)
 
@@ -277,6 +298,28 @@ def digest(*arrays: np.ndarray) -> bytes:
         made.update(repr((a.dtype, a.shape)).encode())
         made.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
     return made.digest()
+
+
+def numbered(keys: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of some numbers below a bound that are there, in order, and the place of each number among them."""
+    first = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    each = keys[first]
+    if 0 < len(each) <= len(keys) // 2:  # neighbours are often the same
+        kept, place = numbered(each, bound)
+        run = np.cumsum(first)
+        run -= 1
+        return kept, place[run]
+    if _increases(keys):
+        return keys, np.arange(len(keys))
+    if bound > TABLED * len(keys):
+        return np.unique(keys, return_inverse=True)
+    there = np.zeros(bound, bool)
+    there[keys] = True
+    kept = np.flatnonzero(there)
+    number = np.empty(bound, np.int64)
+    number[kept] = np.arange(len(kept))
+    return kept, number[keys]
 
 
 def starts(counts: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import fixed
-from ..base.csr import starts
+from ..base.csr import numbered, starts
 from ..base.memory import Budget
 from ..run.blocks import Blocks
 
@@ -106,11 +106,13 @@ def _symbolic(left: list[Blocks], right: list[Blocks], wide: int, budget: Budget
         ends = [(t.start.cpu().numpy(), t.column.cpu().numpy()) for t in (a, b)]
         counts = np.stack([np.diff(start) for start, _ in ends])
         budget.check("the pattern of J^T J", PAIR * int(counts.prod(0).sum()))
-        kinds, kind = np.unique(counts, axis=1, return_inverse=True)
-        for number, (ka, kb) in enumerate(kinds.T):
+        above, beside = counts
+        bound = int(beside.max(initial=0)) + 1
+        kinds, kind = numbered(above * bound + beside, (int(above.max(initial=0)) + 1) * bound)
+        for number, (ka, kb) in enumerate(zip(*np.divmod(kinds, bound), strict=True)):
             if not ka * kb:
                 continue
-            rows = np.flatnonzero(kind.reshape(-1) == number)
+            rows = np.flatnonzero(kind == number)
             mine, theirs = (
                 start[rows][:, None] + np.arange(k)
                 for (start, _), k in zip(ends, (ka, kb), strict=True)
@@ -120,9 +122,9 @@ def _symbolic(left: list[Blocks], right: list[Blocks], wide: int, budget: Budget
             groups.append((mine, theirs))
             keys.append(above[:, :, None] * wide + beside[:, None, :])
     flat = np.concatenate([np.empty(0, np.int64), *(k.reshape(-1) for k in keys)])
-    kept, place = np.unique(flat, return_inverse=True)
-    above, beside = np.divmod(kept, max(wide, 1))
     height = left[0].shape[1] // left[0].size[1]
+    kept, place = numbered(flat, height * wide)
+    above, beside = np.divmod(kept, max(wide, 1))
     made = [np.array(of, np.int64), starts(np.bincount(above, minlength=height)), beside]
     begin, small = 0, max(flat.size, *(len(t.column) for t in (*left, *right))) < 1 << 31
     for (mine, theirs), key in zip(groups, keys, strict=True):

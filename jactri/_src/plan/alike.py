@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
-import numpy as np
-
 from ..base.csr import Csr, union
 from ..maps.cut import Shape
 from ..maps.linear_map import LinearMap
@@ -44,11 +42,13 @@ class Alike:
         common = max(gcd(self.count, count), 1)
         if common == 1:
             before = self.whole(limit)
-            found = before and block.repeated(count).after(before, limit)
-            return found and Alike.of(found)
+            if before is None:
+                return None
+            found = block.repeated(count).after(before, limit)
+            return None if found is None else Alike.of(found)
         own, other = self._coarse(common), block.repeated(count // common)
         made = other.after(own, limit / common)
-        return made and Alike(self.base, common, made)
+        return None if made is None else Alike(self.base, common, made)
 
     def _coarse(self, count: int) -> Csr:
         return self.block.repeated(self.count // count)

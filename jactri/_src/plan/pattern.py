@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from ..base.csr import Csr
+from ..base.csr import Csr, starts
 from ..maps.layout import FREE
 
 
@@ -87,6 +87,8 @@ class Pattern:
     def within(self, other: Pattern) -> Pattern:
         """A pattern in flat order without the entries that another, of the same matrix, does not have."""
         (mine,) = self.supports.values()
+        if self.nnz == other.nnz and mine.same(other.entries()):
+            return self
         row, column = mine.row, mine.column
         places = [
             {t: (n, s) for (n, t), s in zip(end, _strides([n for n, _ in end]), strict=True)}
@@ -108,18 +110,15 @@ class Pattern:
     @cached_property
     def flat(self) -> Csr:
         """The same as one support in flat order."""
-        if self.single:
-            return self.supports[self.out[0][1]]
-        entries = self.entries()
-        return Csr(entries.start, entries.column, self.shape[1])
+        return self.entries()
 
-    def entries(self) -> Entries:
+    def entries(self) -> Csr:
         """All entries, in the order of rows, and of columns within a row."""
         if self.single:
-            (support,) = self.supports.values()
-            row = support.row
-            return Entries(support.start, row, (row,), (support.column,), self)
-        rows, _ = self.shape
+            return self.supports[self.out[0][1]]
+        rows, columns = self.shape
+        if all(s.is_regular for s in self.supports.values()):
+            return self._regular()
         place = {t: i for i, (_, t) in enumerate(self.out) if t != FREE}
         strides = _strides([n for n, _ in self.out])
         # the columns that a factor of `into` has for each index of the factor of `out` that it is tied to
@@ -128,46 +127,38 @@ class Pattern:
             own = self.supports[t].counts if t != FREE else np.ones(n, np.int64)
             count = np.multiply.outer(count, own) if i else own.astype(np.int64)
         count = np.ravel(count) * prod(n for n, t in self.into if t == FREE)
-        if not self.out:
-            count = count.reshape(1)
-        start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+        start = starts(count)
         row = np.repeat(np.arange(rows), count)
         left = np.arange(start[-1]) - np.repeat(start[:-1], count)
-        of_row = [
-            (row // s) % n if n != 1 else np.zeros((), np.int64)
-            for (n, _), s in zip(self.out, strides, strict=True)
-        ]
-        of_column = []
+        column, unit = np.zeros(len(row), np.int64), 1
         for n, t in reversed(self.into):
             if t == FREE:
                 left, digit = np.divmod(left, n)
             else:
-                at = of_row[place[t]]
-                support = self.supports[t]
+                support, of = self.supports[t], self.out[place[t]][0]
+                at = row // strides[place[t]] % of
                 left, digit = np.divmod(left, support.counts[at])
                 digit = support.column[support.start[at] + digit]
-            of_column.append(digit)
-        return Entries(start, row, tuple(of_row), tuple(reversed(of_column)), self)
+            column += digit * unit
+            unit *= n
+        return Csr(start, column, columns)
 
-
-@dataclass(frozen=True)
-class Entries:
-    """The entries of a pattern: ``start`` of every row, and the row, and the indices of all factors, of every entry."""
-
-    start: np.ndarray
-    row: np.ndarray
-    of_row: tuple[np.ndarray, ...]
-    of_column: tuple[np.ndarray, ...]
-    pattern: Pattern
-
-    @property
-    def column(self) -> np.ndarray:
-        strides = _strides([n for n, _ in self.pattern.into])
-        if strides == [1]:
-            return self.of_column[0]
-        return np.zeros_like(self.row) + sum(
-            d * s for d, s in zip(self.of_column, strides, strict=True)
-        )
+    def _regular(self) -> Csr:
+        """All entries, of supports whose rows have as many each: a sum over a grid of what factors add to a column."""
+        place = {t: i for i, (_, t) in enumerate(self.out) if t != FREE}
+        rows, axes = [n for n, _ in self.out], len(self.out) + len(self.into)
+        column = np.zeros((*rows, *[1] * len(self.into)), np.int64)
+        units = _strides([n for n, _ in self.into])
+        for k, ((n, t), unit) in enumerate(zip(self.into, units, strict=True)):
+            shape, digits = [1] * axes, np.arange(n)
+            if t != FREE:
+                support = self.supports[t]
+                n, digits = support.most, support.column
+                shape[place[t]] = support.height
+            shape[len(rows) + k] = n
+            column = column + (digits * unit).reshape(shape)
+        each = prod(column.shape[len(rows) :])
+        return Csr.regular(column.reshape(prod(rows), each), self.shape[1])
 
 
 def _strides(sizes: list[int]) -> list[int]:

@@ -208,7 +208,7 @@ class Trace:
     def flat(self, value: int) -> Csr | None:
         """Which entries of the seed each of a value sees, in flat order; None where these are too many to follow."""
         *_, (v, found) = self._flats(value)
-        return found and found.whole(self._limit(v))
+        return None if found is None else found.whole(self._limit(v))
 
     def _limit(self, value: int) -> int:
         return max(MOST, EACH * prod(self.graph.values[value].shape))
@@ -281,7 +281,7 @@ class Trace:
                 rows = prod(self.graph.values[v].shape)
                 if v == self.seed:
                     continue
-                whole = found and found.whole(self._limit(v))
+                whole = None if found is None else found.whole(self._limit(v))
                 if whole is None or whole.nnz >= rows * size > 0:
                     return v
             return value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base.constants import fixed
-from ..base.csr import starts
+from ..base.csr import Csr, numbered, starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +87,26 @@ class Blocks:
 
 
 def indexed(
-    row: np.ndarray, column: np.ndarray, shape: tuple[int, int], size: tuple[int, int]
+    entries: Csr, copies: int, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of entries: ``start`` and ``column`` of their blocks, and the place of each in the blocks' values."""
-    (r, c), wide = size, shape[1] // size[1]
-    kept, block = np.unique(row // r * wide + column // c, return_inverse=True)
+    """Of entries, so many times on a diagonal: ``start`` and ``column`` of their blocks, and places in their values."""
+    (r, c), row, column = size, entries.row, entries.column
+    height, width = (n * copies for n in entries.shape)
+    if copies > 1:
+        each = np.arange(copies)[:, None]
+        row = (row + each * entries.height).reshape(-1)
+        column = (column + each * entries.width).reshape(-1)
+    above, down = np.divmod(row, r) if r > 1 else (row, 0)
+    beside, right = np.divmod(column, c) if c > 1 else (column, 0)
+    wide = width // c
+    kept, slot = numbered(above * wide + beside, height // r * wide)
     above, beside = np.divmod(kept, max(wide, 1))
-    start = starts(np.bincount(above, minlength=shape[0] // r))
-    return start, beside, (block * r + row % r) * c + column % c
+    start = starts(np.bincount(above, minlength=height // r))
+    slot *= r
+    slot += down
+    slot *= c
+    slot += right
+    return start, beside, slot
 
 
 class Sizes(NamedTuple):

@@ -16,7 +16,7 @@ from ..base.constants import fixed
 from ..base.csr import Csr, starts
 from ..base.tracing import may_write
 from ..maps.cut import Shape
-from ..plan.pattern import Entries, Pattern
+from ..plan.pattern import Pattern
 from .banded import Banded
 from .blocks import Blocks, indexed
 from .coo import Coo, unravel
@@ -127,7 +127,7 @@ class Formed:
         return (*self.out, *(self.into[1:] if self.per_sample else self.into))
 
     def where(
-        self, key: tuple, place: Callable[[Entries], numpy.ndarray] | None = None
+        self, key: tuple, place: Callable[[Csr], numpy.ndarray] | None = None
     ) -> tuple[Tensor, ...]:
         """The ``place`` of every entry among what is known, and where it goes: as the form of the answer needs it.
 
@@ -138,33 +138,34 @@ class Formed:
 
         def make() -> tuple[Tensor, ...]:
             entries = self.pattern.entries()
-            found = [numpy.arange(len(entries.row)) if place is None else place(entries)]
+            at = numpy.arange(entries.nnz) if place is None else place(entries)
+            if at.max(initial=0) < 1 << 31:
+                at = at.astype(numpy.int32)
             if self.form == "dense":
-                found.append(entries.row * (copies * self.pattern.shape[1]) + entries.column)
-                found.append(entries.start)
+                target = entries.row
+                target *= copies * self.pattern.shape[1]
+                target += entries.column
+                found = [at, target, entries.start]
             elif self.size is not None:
-                each = numpy.arange(copies).repeat(len(entries.row))
-                rows, columns = self.pattern.shape
-                row = numpy.tile(entries.row, copies) + each * rows
-                column = numpy.tile(entries.column, copies) + each * columns
-                shape = copies * rows, copies * columns
-                ends, beside, slot = indexed(row, column, shape, self.size)
-                full = len(slot) == len(beside) * prod(self.size)  # no block has a hole
-                if full and copies == 1:  # then values come in the order of blocks
-                    found, slot = [found[0][numpy.argsort(slot)]], slot[:0]
-                if found[0].max(initial=0) < 1 << 31:
-                    found = [found[0].astype(numpy.int32)]
-                found += [ends, beside, slot]
+                start, column, slot = indexed(entries, copies, self.size)
+                if copies == 1 and len(slot) == len(column) * prod(self.size):
+                    # no block has a hole: values come in the order of blocks
+                    ordered = numpy.empty_like(at)
+                    ordered[slot] = at
+                    at, slot = ordered, slot[:0]
+                found = [at, start, column, slot]
             elif self.form == "csc":
                 order = numpy.argsort(entries.column, kind="stable")
                 count = numpy.bincount(entries.column, minlength=self.pattern.shape[1])
-                found = [found[0][order], entries.column[order], entries.row[order], starts(count)]
+                found = [at[order], entries.row[order], starts(count)]
+            elif self.form == "csr":
+                found = [at, entries.column, entries.start]
             else:
-                found += [entries.row, entries.column, entries.start]
+                found = [at, entries.row, entries.column, entries.start]
             made = tuple(torch.from_numpy(t).to(device) for t in found)
             if self.form != "banded":
                 return made
-            return *made, torch.tensor(int(numpy.diff(entries.start).max(initial=0)), device="cpu")
+            return *made, torch.tensor(entries.most, device="cpu")
 
         form = "bsr" if self.size is not None else self.form
         return fixed((form, self.pattern.key, *key, self.samples, copies, device, self.size), make)
@@ -234,8 +235,8 @@ class Formed:
             index.append(unravel(sample * columns + column, self.into))
         return Coo.apply(values.reshape(-1), torch.cat(index), self.shape)
 
-    def _compressed(self, values: Tensor, major: Tensor, minor: Tensor, start: Tensor) -> Tensor:
-        """CSR or CSC: entries in the order of ``major``, rows or columns, each of which has a ``start``."""
+    def _compressed(self, values: Tensor, minor: Tensor, start: Tensor) -> Tensor:
+        """CSR or CSC: entries in the order of rows, or of columns, each of which has a ``start``."""
         rows, columns = self.pattern.shape
         many, wide, make = max(self.samples, 1), columns, torch.sparse_csr_tensor
         if self.form == "csc":
@@ -243,14 +244,11 @@ class Formed:
         if self.per_sample:  # the index is the caller's own, as in all that follows
             ends, place = start.repeat(many, 1), minor.repeat(many, 1)
             return self._matrix(make, ends, place, values, (many, rows, columns))
-        if many == 1:
-            ends, place = start.clone(), minor.clone()
-            return self._matrix(make, ends, place, values.reshape(-1), (rows, columns))
-        sample, _, minor = self._blocks(major, minor)
-        first = start[:-1] + (torch.arange(many, device=major.device) * len(major))[:, None]
-        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(major))])
-        place, size = sample * wide + minor, (many * rows, many * columns)
-        return self._matrix(make, ends, place, values.reshape(-1), size)
+        sample = torch.arange(many, device=minor.device)[:, None]
+        first = start[:-1] + sample * len(minor)
+        ends = torch.cat([first.reshape(-1), first.new_full((1,), many * len(minor))])
+        place, size = minor + sample * wide, (many * rows, many * columns)
+        return self._matrix(make, ends, place.reshape(-1), values.reshape(-1), size)
 
     def _matrix(self, make, ends: Tensor, place: Tensor, values: Tensor, size) -> Tensor:
         """A sparse tensor where its values are, which is not torch's default."""
