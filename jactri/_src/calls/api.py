@@ -194,8 +194,6 @@ def jacobian(
             return_output=return_output, chunk_size=chunk_size, out=out,
         )  # fmt: skip
     with _UNWATCHED if mesh is None else asked.ranks.together():
-        if mesh is not None:
-            meshed.check(asked, xs, mesh)
         ran = prepare(func, xs, create_graph)
         if out is not None:
             asked.out = out_rows(out, ran.tupled, tupled)
@@ -231,6 +229,7 @@ def jacobian_of(
     blocksize: tuple[int, int] | None = None,
     pattern: Any = None,
     check: bool = False,
+    mesh: Any = None,
 ) -> Any:
     """The Jacobian of ``outputs`` that are already computed, with respect to tensors in their graph.
 
@@ -253,6 +252,7 @@ def jacobian_of(
         blocksize: of blocks, for ``torch.sparse_bsr``.
         pattern: the entries that can be non-zero, where they are known.
         check: test the pattern.
+        mesh: the ranks that compute a part each; all have computed the same outputs.
 
     Returns:
         What `jacobian` returns, nested as ``outputs`` and ``inputs`` are.
@@ -280,6 +280,14 @@ def jacobian_of(
         create_graph, chunk_size, memory_limit, backend, per_sample, strategy, strict, progress, resume, out,
         layout, None, of="", blocksize=blocksize, pattern=pattern, check=check,
     )  # fmt: skip
+    if mesh is not None:
+        asked.ranks = of_mesh(mesh, "jacobian_of")
+    with _UNWATCHED if mesh is None else asked.ranks.together():
+        return _of(outputs, inputs, asked)
+
+
+def _of(outputs, inputs, asked: Options) -> Any:
+    per_sample, out, shared = asked.per_sample, asked.out, asked.ranks is not None
     tupled, xs = taken("jacobian_of", inputs, asked)
     tupled_out, ys = as_tuple(outputs, "outputs", "jacobian_of")
     if not xs:
@@ -303,13 +311,13 @@ def jacobian_of(
             )
     if out is not None:
         asked.out = out_rows(out, tupled_out, tupled)
-    if pattern is not None:
-        asked.pattern = taken_pattern(pattern, ys, xs, tupled_out, tupled, per_sample)
+    if asked.pattern is not None:
+        asked.pattern = taken_pattern(asked.pattern, ys, xs, tupled_out, tupled, per_sample)
     rows = compute([plain(y) for y in ys], xs, asked)
     if out is not None:
         return out
     answer = nest(rows, tupled_out, tupled)
-    return dressed(answer, (*ys, *xs)) if asked.form == "dense" else answer
+    return dressed(answer, (*ys, *xs)) if asked.form == "dense" and not shared else answer
 
 
 _NO_GRAPH = (
@@ -354,7 +362,7 @@ def _rows(ys, xs, asked: Options, dests):
         return patterned.rows(ys, xs, asked, budget, dests)
     if dests is None and not sparse:
         check_answer(ys, xs, wanted, asked.what)
-    if dests is None and (row := few.gradient(ys, xs, asked)) is not None:
+    if (row := few.gradient(ys, xs, asked, dests)) is not None:
         return [row]
     walk = Walk(ys, xs)
     if (engine := few.foreseen(walk, ys, xs, asked, budget)) is not None:

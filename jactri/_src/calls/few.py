@@ -137,17 +137,20 @@ def rows(
 
 def scalar(ys, xs, asked: Options) -> bool:
     """Whether the Jacobian is one row, which the engine makes before anything is read."""
-    return len(ys) == 1 and ys[0].numel() == 1 and asked.out is None and _product(ys, xs, asked)
+    return len(ys) == 1 and ys[0].numel() == 1 and _product(ys, xs, asked)
 
 
-def gradient(ys, xs, asked: Options) -> list[Tensor] | None:
-    """The row of a scalar function, by input, or None where it is none or the graph has to be read."""
+def gradient(ys, xs, asked: Options, dests) -> list[Tensor] | None:
+    """The row of a scalar function, by input, in ``dests`` where there are any; None where the graph has to be read."""
     if not scalar(ys, xs, asked):
         return None
     made = product(ys, xs, [torch.ones_like(ys[0]).unsqueeze(0)], 1, asked)
-    return made and [
+    if made is None:
+        return None
+    row = [
         g.reshape(block_shape(ys[0], x, asked.per_sample)) for g, x in zip(made, xs, strict=True)
     ]
+    return row if dests is None else [to.copy_(g) for to, g in zip(dests[0], row, strict=True)]
 
 
 def product(ys, xs, cotangents, columns: int, asked: Options) -> list[Tensor] | None:

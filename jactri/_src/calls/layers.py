@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base import backends
+from ..base.fingerprint import of_module
 from ..prologue.arguments import Options, check_options
 from ..prologue.running import buffers_kept, computing, public, record, saved_as_it_is
 from ..prologue.tapping import Spec, Tapping, check_no_cache, copied, spec_of, specs_of
 from ..read import handover
 from ..read.behind import reached
 from ..read.overriding import own
+from ..spread.agreement import of_mesh
 from .api import compute
 from .masks import Masks
 from .reduction import How, Reduction
@@ -36,6 +39,7 @@ def layer_jacobian(
     memory_limit: int | str | None = None,
     backend: str = "auto",
     progress: bool = False,
+    mesh: Any = None,
 ) -> dict[str, Tensor]:
     """The Jacobians of one layer's activation in those of others, by name: reduced over tokens, never formed in full.
 
@@ -66,6 +70,9 @@ def layer_jacobian(
         memory_limit: bytes (or ``"2GB"``) that may be allocated after the model has run, the result included.
         backend: as of `jacobian`.
         progress: show a progress bar over the chunks.
+        mesh: a ``DeviceMesh`` of one axis, whose ranks all make this call, with the same inputs and weights. Each runs
+            the model, and its part of the cotangents; answers are DTensors, sharded along the longest axis of the
+            reduced target. ``J.full_tensor()`` is the whole.
 
     Returns:
         ``{name: (*target, *source)}`` in the order in which the sources ran. The target's axes are ``(features,)``,
@@ -79,7 +86,8 @@ def layer_jacobian(
         IndexError: a reduction over an axis that an activation does not have, a token that is not there.
         RuntimeError: a layer that does not run in this call; a source that comes after its target, or that it does not
             depend on; a model in training mode that draws random numbers (dropout); a cache in ``inputs``, or in
-            buffers of the model; a mask or weights that do not fit.
+            buffers of the model; a mask or weights that do not fit. With ``mesh``: ranks that differ in what they were
+            given, or that failed, on all of them.
 
     Cost:
         One forward pass, and one sweep with as many cotangents as the target has rows, through the layers between the
@@ -105,16 +113,20 @@ def layer_jacobian(
         >>> J.shape
         torch.Size([8, 1, 5, 8])
     """
-    wanted = Between(source, target, reduce, rows, seed)
-    options = options_of(chunk_size, memory_limit, backend, progress)
-    return wanted.of(model, inputs, mask, options)
+    ranks = None if mesh is None else of_mesh(mesh, "layer_jacobian")
+    with nullcontext() if ranks is None else ranks.together():
+        wanted = Between(source, target, reduce, rows, seed)
+        options = options_of(chunk_size, memory_limit, backend, progress, ranks)
+        return wanted.of(model, inputs, mask, options)
 
 
-def options_of(chunk_size=None, memory_limit=None, backend="auto", progress=False) -> Options:
+def options_of(
+    chunk_size=None, memory_limit=None, backend="auto", progress=False, ranks=None
+) -> Options:
     """The options of one call: a sweep in reverse, which all sources share."""
     return Options(
         chunk_size=chunk_size, memory_limit=memory_limit, backend=backend, strategy="reverse-mode", progress=progress,
-        what="the reduced Jacobian",
+        what="the reduced Jacobian", ranks=ranks,
     )  # fmt: skip
 
 
@@ -204,8 +216,17 @@ class Between:
             for i, (name, tap) in enumerate(starts.items()):
                 if i not in there:
                     raise _no_dependence(name, target, tap.order > ends[target].order)
+            if options.ranks is not None:
+                options.told = self._told(model, (args, kwargs), mask, starts, options)
             (blocks,) = compute([z], xs, options)
             return dict(zip(starts, blocks, strict=True))
+
+    def _told(self, model, given, mask, starts, options: Options) -> dict[str, Any]:
+        """What ranks are to have alike, beside the shapes and the numbers of both ends."""
+        asked = (self.at_target, self.at_source, self.rows, self.seed, mask, list(starts))
+        told = {"call": asked, "inputs": _compared(given)}
+        # frozen weights too, which are no leaves of the graph
+        return {"weights": of_module(model), **told, **(options.told or {})}
 
     def _at_target(self, y: Tensor, masks: Masks, name: str) -> Tensor:
         """The target, reduced."""
@@ -246,6 +267,17 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not isinstance(name, str):
             raise TypeError(f"inputs must have names of arguments as keys, got {name!r}")
     return (), kwargs
+
+
+def _compared(given: Any) -> Any:
+    """Arguments as ranks can compare them: of an object its class alone."""
+    if given is None or isinstance(given, (Tensor, int, float, str)):
+        return given
+    if isinstance(given, Mapping):
+        return {str(key): _compared(value) for key, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return [_compared(value) for value in given]
+    return type(given).__name__
 
 
 def _by_name(model: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -44,8 +44,9 @@ Ordinary = Callable[..., Blocks]
 """What `api` computes of outputs, inputs, options and destinations, for this process alone."""
 
 
-def check(asked: Options, xs, mesh: Any) -> None:
+def _check(asked: Options, xs) -> None:
     """Raise for what a call with ``mesh=`` cannot give."""
+    kind = asked.ranks.mesh.device_type
     if asked.create_graph:
         raise RuntimeError(
             "mesh= and create_graph=True exclude each other: no rank has the graph of what the others compute; leave "
@@ -58,9 +59,9 @@ def check(asked: Options, xs, mesh: Any) -> None:
             "mesh= and pattern= exclude each other: with a pattern, products are few; leave mesh= out"
         )
     for i, x in enumerate(xs):
-        if asked.out is None and x.device.type != mesh.device_type:
+        if asked.out is None and not asked.whole and x.device.type != kind:
             raise RuntimeError(
-                f"inputs[{i}] is on {x.device}, and mesh is of {mesh.device_type!r}: the answer could not be a DTensor "
+                f"inputs[{i}] is on {x.device}, and mesh is of {kind!r}: the answer could not be a DTensor "
                 f"on it; pass a mesh of {x.device.type!r}"
             )
 
@@ -79,7 +80,8 @@ def _files(out) -> list[np.memmap]:
 
 
 def rows(ys, xs, asked: Options, dests: Blocks | None, ordinary: Ordinary) -> Blocks:
-    """``J[j][i]``: DTensors, or ``dests`` when all ranks have written to them."""
+    """``J[j][i]``: DTensors, plain where each rank is to have all, or ``dests`` when all have written to them."""
+    _check(asked, xs)
     job = _Job(ys, xs, asked, ordinary)
     if dests is None:
         return job.in_memory()
@@ -114,12 +116,14 @@ class _Job:
         self.cut: Cutting = cutting(self.graph, plan, ys, xs, self.per_sample, self.summed)
         self.parts = None if plan is None else Parts(self.graph, plan, self.cut, self.per_sample)
         self.facts = {
-            "call": (asked.strategy, asked.per_sample, asked.resume, asked.out is None),
+            "call": (asked.strategy, asked.per_sample, asked.resume, asked.out is None, asked.whole),
             "shapes": [(tuple(t.shape), t.dtype) for t in (*ys, *xs)],
             "plan": (repr(key), plan and plan.signature, self.cut),
             "inputs": list(xs),
             "weights": of_weights(self.weights),  # at the origin outputs may be alike
         }
+        for name, more in (asked.told or {}).items():
+            self.facts[name] = self.facts.get(name), more
 
     def _plan(self) -> Plan:
         """The plan of the whole, by sizes alone: it tells how to cut it."""
@@ -166,9 +170,13 @@ class _Job:
         for shape, (j, i) in zip(shapes, self._pairs(), strict=True):
             like = self._like(j, i)
             blocks[j][i] = torch.empty(shape, dtype=like.dtype, device=like.device)
-        for span in mine:
-            if span[2]:
-                self._span(span, self._of(blocks, span, span[1]))
+        # whoever gets all of it waits for the others, and is told of one that fails
+        with ranks.together() if self.asked.whole else nullcontext():
+            for span in mine:
+                if span[2]:
+                    self._span(span, self._of(blocks, span, span[1]))
+            if self.asked.whole:
+                ranks.agree({})
         return [[self._dealt(j, i, b) for i, b in enumerate(row)] for j, row in enumerate(blocks)]
 
     def on_disk(self, dests: Blocks) -> None:
@@ -246,15 +254,20 @@ class _Job:
         return found
 
     def _dealt(self, j: int, i: int, block: Tensor) -> Tensor:
+        """A block, placed; where every rank is to have all of it, that, by an all_gather."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         dim = self._dim(j, i)
         shape = torch.Size(block_shape(self.ys[j], self.xs[i], self.per_sample))
         placed = Replicate() if dim is None else Shard(dim)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
+        whole, device = self.asked.whole, block.device
+        if whole:  # a mesh of CPUs will do for any device
+            block = block.to(self.ranks.mesh.device_type)
+        made = DTensor.from_local(
             block, self.ranks.mesh, [placed], run_check=False, shape=shape, stride=stride
         )
+        return made.full_tensor().to(device) if whole else made
 
     # -- one part ---------------------------------------------------------------------------------
 

@@ -33,7 +33,8 @@ class Options:
     names it, which `taken` finds from its ``layout``; ``handles`` that of `graph.read`; ``what`` names the answer in
     refusals, ``of``: see `planning.Wanted`. ``blocksize``: the caller's, then `blocks.Sizes`. ``pattern``: the
     caller's, then by output and input as `patterns.taken_pattern` gives it; ``check``: whether it is to be tested.
-    ``ranks``: the `agreement.Ranks` that have a part of the answer each.
+    ``ranks``: the `agreement.Ranks` that have a part of the answer each; ``whole``: in the end all have all of it;
+    ``told``: more that they compare, by what it is.
     ``unformed``: whether values are asked for where a sparse answer would be, as `formed.Unformed`.
     """
 
@@ -56,6 +57,8 @@ class Options:
     pattern: Any = None
     check: bool = False
     ranks: Any = None
+    whole: bool = False
+    told: dict[str, Any] | None = None
     unformed: bool = False
 
     @property
