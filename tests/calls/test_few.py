@@ -368,6 +368,9 @@ def test_a_scalar_function_is_one_backward_pass():
         Passes.count = 0
         torch.testing.assert_close(call(f, x), want, rtol=1e-12, atol=1e-14)
         assert Passes.count == 1
+    Passes.count, out = 0, torch.full((3,), torch.nan, dtype=D)
+    assert jactri.jacobian(f, x, out=out) is out and Passes.count == 1
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-14)
     assert jactri.explain(f, x).reason == "one row is one backward pass"
     alone = jactri.jacobian(lambda x: f(x[0])[None], x[None], per_sample=True)
     torch.testing.assert_close(alone, want[None], rtol=1e-12, atol=1e-14)

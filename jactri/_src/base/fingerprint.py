@@ -58,6 +58,16 @@ def of_module(module: torch.nn.Module) -> str:
     return found.hexdigest()[:32]
 
 
+def state_of(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What tells at no cost that a model may be another: its modules, and which tensors it has, where, how often
+    written to."""
+    found: dict[str, tuple[Any, ...]] = {n: (type(m),) for n, m in model.named_modules()}
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        where = t.data_ptr() if t.__class__ in PLAIN and not t.is_meta else None
+        found[name] = id(t), where, t.dtype, 0 if t.is_inference() else t._version
+    return found
+
+
 def of_weights(weights: Iterable[Tensor]) -> str:
     """Of weights in their order: shapes, dtypes, and of each the sum of its bits and some entries.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ..base import files, fingerprint
-from ..base.classes import PLAIN
 from ..base.progress import bar
 from ..prologue.running import public
 from ..read.overriding import refuse
+from ..spread.agreement import Ranks, of_mesh
 from ..spread.sums import gathered, merged
+from . import moments
 from .layers import Between, options_of
 from .masks import AUTO
 from .ranks import everyone
-from .reduction import How
+from .reduction import How, from_file, own, to_file
 
 _FORM = 1
 """The form of the file."""
@@ -41,6 +42,9 @@ class JacobianMean:
         chunk_size: as of `layer_jacobian`.
         memory_limit: as of `layer_jacobian`.
         backend: as of `layer_jacobian`.
+        mesh: a ``DeviceMesh`` of one axis, whose ranks all add the same prompts: each computes its part of a prompt's
+            cotangents, and all of them get the whole, by one all_gather a layer, so that each has the mean, and rank 0
+            writes the file. Where there are more prompts than ranks, give each its own, and `merge_ranks`.
 
     Raises:
         TypeError: ``model`` is no module. Else, when a prompt is added, what `layer_jacobian` raises.
@@ -81,6 +85,7 @@ class JacobianMean:
         chunk_size: int | None = None,
         memory_limit: int | str | None = None,
         backend: str = "auto",
+        mesh: Any = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model)}")
@@ -88,27 +93,29 @@ class JacobianMean:
         asked = {
             "source": [source] if isinstance(source, str) else list(source),
             "target": target,
-            "reduce": [_own(how) for how in reduce],
-            "rows": _own(rows),
+            "reduce": [own(how) for how in reduce],
+            "rows": own(rows),
             "seed": seed,
         }
         self._set(asked, errors, fingerprint.of_module(model))
-        self._bind(model, chunk_size, memory_limit, backend)
+        self._bind(model, chunk_size, memory_limit, backend, mesh)
 
     def _set(self, asked: dict[str, Any], errors: bool, model: str) -> None:
         """What is asked for, and no prompts yet."""
         self._asked, self._errors, self._of = asked, errors, model
         self._between = Between(**{**asked, "reduce": tuple(asked["reduce"])})
         self._model: torch.nn.Module | None = None
+        self._ranks: Ranks | None = None
         self._prompts: list[str] = []
         self._mean: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._torn = False
 
-    def _bind(self, model: torch.nn.Module, chunk_size, memory_limit, backend) -> None:
+    def _bind(self, model: torch.nn.Module, chunk_size, memory_limit, backend, mesh) -> None:
         self._model = model
+        self._ranks = None if mesh is None else of_mesh(mesh, "JacobianMean")
         self._options = {"chunk_size": chunk_size, "memory_limit": memory_limit, "backend": backend}
-        self._state = _state(model)
+        self._state = fingerprint.state_of(model)
 
     def __repr__(self) -> str:
         source = ", ".join(map(repr, self._asked["source"]))
@@ -132,12 +139,17 @@ class JacobianMean:
                 layers or shapes than before. Else what `layer_jacobian` raises. The mean is as it was then.
         """
         refuse("JacobianMean", "take the mean of what layer_jacobian returns in the block")
-        self._check_model()
-        told = fingerprint.of_value((inputs, mask))
-        found = self._between.of(self._model, inputs, mask, options_of(**self._options))
+        with self._together():
+            self._check_model()
+            told = fingerprint.of_value((inputs, mask))
+            options = options_of(**self._options, ranks=self._ranks)
+            options.whole = self._ranks is not None
+            options.told = {"weights": self._of, "progress": self._prompts}
+            found = self._between.of(self._model, inputs, mask, options)
         self._check_shapes(found)
         with self._writing():
-            self._take(found)
+            squares = self._squares if self._errors else None
+            moments.add(self._mean, squares, self.count + 1, found)
             self._prompts.append(told)
         return self
 
@@ -165,18 +177,21 @@ class JacobianMean:
             RuntimeError: the file is of another model, of another reduction, or has other prompts.
             ImportError: a ``path`` without safetensors; ``progress`` without rich or tqdm.
         """
-        self._check_model()
-        if path is not None:
-            files.available()
-            if Path(path).exists():
-                self._go_on_from(path)
+        with self._together():
+            self._check_model()
+            if path is not None:
+                files.available()
+                if Path(path).exists():
+                    self._go_on_from(path)
+            self._agree({"call": path is None, "progress": self._prompts})
         before, saved = self.count, time.monotonic()
         total = len(prompts) if isinstance(prompts, Sized) else None
-        passed = 0
+        passed, mine = 0, self._ranks is None or not self._ranks.rank
+        path = path if mine else None
         with ExitStack() as stack:
-            advance = stack.enter_context(bar(total, "prompts")) if progress else None
+            advance = stack.enter_context(bar(total, "prompts")) if progress and mine else None
             try:
-                for prompt in prompts:
+                for prompt in self._each(prompts):
                     if passed < before:
                         self._check_prompt(passed, prompt)
                         passed += 1
@@ -184,12 +199,16 @@ class JacobianMean:
                         self.add(prompt)
                     if advance is not None:
                         advance()
-                    if path is not None and time.monotonic() - saved > every:
-                        self.save(path)
+                    if time.monotonic() - saved > every:
+                        with self._together():
+                            self._keep(path)
                         saved = time.monotonic()
-            finally:
-                if path is not None and self.count and not self._torn:
-                    self.save(path)
+            except BaseException:
+                self._keep(path)
+                raise
+        with self._together():
+            self._keep(path)
+            self._agree({})  # the file is whole when the call returns on any rank
         if passed < before:
             raise RuntimeError(
                 f"prompts end after {passed}, but {before} were added before: pass the same ones, and more after them"
@@ -238,7 +257,8 @@ class JacobianMean:
         self._check_same(other, "other")
         self._check_shapes(other._mean)
         with self._writing():
-            self._add_mean(other)
+            squares = self._squares if self._errors else None
+            moments.merge(self._mean, squares, self.count, other._mean, other._squares, other.count)
             self._prompts += other._prompts
         return self
 
@@ -259,6 +279,10 @@ class JacobianMean:
             Names of prompts are gathered; then one all_reduce of the mean, and with ``errors`` another.
         """
         self._check_whole()
+        if self._ranks is not None:
+            raise RuntimeError(
+                "this mean was made with mesh=, and has the prompts of all ranks: merge_ranks would count them again"
+            )
         share = everyone(mesh)
         shapes = {name: (tuple(t.shape), t.dtype) for name, t in self._mean.items()}
         asked = {name: fingerprint.of_value(value) for name, value in self._asked.items()}
@@ -296,8 +320,10 @@ class JacobianMean:
         tensors = {f"mean/{name}": t for name, t in self._mean.items()}
         tensors |= {f"squares/{name}": t for name, t in self._squares.items()}
         asked = dict(self._asked)
-        asked["reduce"] = [_told(h, f"reduce/{i}", tensors) for i, h in enumerate(asked["reduce"])]
-        asked["rows"] = _told(asked["rows"], "rows", tensors)
+        asked["reduce"] = [
+            to_file(h, f"reduce/{i}", tensors) for i, h in enumerate(asked["reduce"])
+        ]
+        asked["rows"] = to_file(asked["rows"], "rows", tensors)
         told = {
             "form": _FORM,
             "asked": asked,
@@ -316,6 +342,7 @@ class JacobianMean:
         chunk_size: int | None = None,
         memory_limit: int | str | None = None,
         backend: str = "auto",
+        mesh: Any = None,
     ) -> JacobianMean:
         """What was saved.
 
@@ -325,6 +352,7 @@ class JacobianMean:
             chunk_size: as of `layer_jacobian`, like all that follow.
             memory_limit: bytes.
             backend: one of them.
+            mesh: of the ranks that add prompts together.
 
         Raises:
             FileNotFoundError: there is no file.
@@ -335,8 +363,8 @@ class JacobianMean:
         if told.get("form") != _FORM:
             raise RuntimeError(f"{os.fspath(path)!r} is of another version of jactri")
         asked = told["asked"]
-        asked["reduce"] = [_meant(h, tensors) for h in asked["reduce"]]
-        asked["rows"] = _meant(asked["rows"], tensors)
+        asked["reduce"] = [from_file(h, tensors) for h in asked["reduce"]]
+        asked["rows"] = from_file(asked["rows"], tensors)
         made = cls.__new__(cls)
         made._set(asked, told["errors"], told["model"])
         made._prompts = told["prompts"]
@@ -350,45 +378,33 @@ class JacobianMean:
                     f"{os.fspath(path)!r} is of another model: classes of its modules, or names, dtypes or values "
                     "of its weights differ; pass the model that it was made of, or start another file"
                 )
-            made._bind(model, chunk_size, memory_limit, backend)
+            made._bind(model, chunk_size, memory_limit, backend, mesh)
         return made
 
     # -- within -----------------------------------------------------------------------------------
 
-    def _take(self, found: dict[str, Tensor]) -> None:
-        """Add an answer (Welford 1962)."""
-        n = self.count + 1
-        with torch.no_grad():
-            for name, t in found.items():
-                t = t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
-                if name not in self._mean:
-                    self._mean[name] = torch.zeros_like(t)
-                    if self._errors:
-                        self._squares[name] = torch.zeros_like(t)
-                if self._mean[name].device != t.device:  # what was loaded lies on the CPU
-                    self._mean[name] = self._mean[name].to(t.device)
-                    if self._errors:
-                        self._squares[name] = self._squares[name].to(t.device)
-                delta = t - self._mean[name]
-                self._mean[name] += delta / n
-                if self._errors:
-                    self._squares[name] += delta * (t - self._mean[name])
+    def _together(self) -> AbstractContextManager[None]:
+        """Within: what fails on one rank is told to the others."""
+        return nullcontext() if self._ranks is None else self._ranks.together()
 
-    def _add_mean(self, other: JacobianMean) -> None:
-        n, m = self.count, other.count
-        with torch.no_grad():
-            for name, theirs in other._mean.items():
-                if not n:
-                    self._mean[name] = theirs.clone()
-                    if self._errors:
-                        self._squares[name] = other._squares[name].clone()
-                    continue
-                mine = self._mean[name]
-                delta = theirs.to(mine) - mine
-                if self._errors:
-                    more = other._squares[name].to(mine)
-                    self._squares[name] += more + delta**2 * (n * m / (n + m))
-                mine += delta * (m / (n + m))
+    def _agree(self, facts: dict[str, Any]) -> None:
+        if self._ranks is not None:
+            self._ranks.agree(facts)
+
+    def _keep(self, path: str | os.PathLike | None) -> None:
+        if path is not None and self.count and not self._torn:
+            self.save(path)
+
+    def _each(self, prompts: Iterable[Any]) -> Iterator[Any]:
+        """Prompts, one of which may raise on one rank alone."""
+        left = iter(prompts)
+        while True:
+            with self._together():
+                try:
+                    prompt = next(left)
+                except StopIteration:
+                    return
+            yield prompt
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -420,7 +436,7 @@ class JacobianMean:
             raise RuntimeError(
                 "this mean was loaded without its model: JacobianMean.load(path, model) can add prompts"
             )
-        state = _state(self._model)
+        state = fingerprint.state_of(self._model)
         if state == self._state:
             return
         if fingerprint.of_module(self._model) != self._of:
@@ -464,30 +480,3 @@ class JacobianMean:
             )
         if left.count > self.count:
             self._prompts, self._mean, self._squares = left._prompts, left._mean, left._squares
-
-
-def _own(how: Any) -> Any:
-    """What is asked for, of which the caller may write to tensors later."""
-    return how.detach().clone() if isinstance(how, Tensor) else how
-
-
-def _state(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What tells at no cost that a model may be another: its modules, and which tensors it has, where, how often
-    written to."""
-    found: dict[str, tuple[Any, ...]] = {n: (type(m),) for n, m in model.named_modules()}
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        where = t.data_ptr() if t.__class__ in PLAIN and not t.is_meta else None
-        found[name] = id(t), where, t.dtype, 0 if t.is_inference() else t._version
-    return found
-
-
-def _told(how: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A reduction for the description of a file; a tensor goes into the file, and its name is told."""
-    if not isinstance(how, Tensor):
-        return how
-    tensors[name] = how.clone()  # in a file, no two share their memory
-    return {"tensor": name}
-
-
-def _meant(told: Any, tensors: dict[str, Tensor]) -> Any:
-    return tensors[told["tensor"]] if isinstance(told, dict) else told

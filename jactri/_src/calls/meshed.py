@@ -116,7 +116,13 @@ class _Job:
         self.cut: Cutting = cutting(self.graph, plan, ys, xs, self.per_sample, self.summed)
         self.parts = None if plan is None else Parts(self.graph, plan, self.cut, self.per_sample)
         self.facts = {
-            "call": (asked.strategy, asked.per_sample, asked.resume, asked.out is None, asked.whole),
+            "call": (
+                asked.strategy,
+                asked.per_sample,
+                asked.resume,
+                asked.out is None,
+                asked.whole,
+            ),
             "shapes": [(tuple(t.shape), t.dtype) for t in (*ys, *xs)],
             "plan": (repr(key), plan and plan.signature, self.cut),
             "inputs": list(xs),

@@ -7,7 +7,7 @@ and the engine see but one more sum, and no block of all tokens is ever stored.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -141,3 +141,21 @@ def _leaf(y: Tensor, shape) -> Tensor:
 def _selected(y: Tensor, mask: Tensor | None) -> Tensor:
     """An activation with zeros where tokens are not valid: chosen, so that no infinity behind them matters."""
     return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0.0)
+
+
+def own(how: Any) -> Any:
+    """What is asked for, of which the caller may write to tensors later."""
+    return how.detach().clone() if isinstance(how, Tensor) else how
+
+
+def to_file(how: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A reduction for the description of a file; a tensor goes into the file, and its name is told."""
+    if not isinstance(how, Tensor):
+        return how
+    tensors[name] = how.clone()  # in a file, no two share their memory
+    return {"tensor": name}
+
+
+def from_file(told: Any, tensors: dict[str, Tensor]) -> Any:
+    """A reduction, by what `to_file` told of it."""
+    return tensors[told["tensor"]] if isinstance(told, dict) else told

@@ -32,7 +32,7 @@ _REMEDIES = {
     "weights": "load the same weights on every rank, or broadcast them from one",
     "outputs": "load the same weights on every rank, and seed what is random alike",
     "file": "let every rank open the one file, after rank 0 has made it",
-    "progress": "the folder of out has to be one that all ranks see",
+    "progress": "the folder of the file has to be one that all ranks see",
 }
 
 _FAILED = 1
