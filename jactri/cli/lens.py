@@ -35,7 +35,8 @@ tokenizer of transformers will do, or a function from the line to a tensor, a
 tuple of arguments or a dict of keyword arguments. Without one a line holds the
 numbers of its tokens. The weights must be the same each time: a file is of one
 model. The file is read by jactri.JacobianMean.load. Under torchrun each process
-adds its part of the prompts; interrupted, as many processes go on.
+adds its part of the prompts, and interrupted, as many processes go on; or, where
+prompts are fewer than processes, its part of every prompt's rows.
 
 examples:
   python -m jactri lens model.py:make --prompts prompts.txt \\
@@ -99,6 +100,11 @@ def add_parser(commands) -> None:
         "--picture", type=Path, metavar="FILE.png", help="draw singular values and errors (needs matplotlib)"
     )  # fmt: skip
     command.add_argument(
+        "--split", choices=("prompts", "rows"),
+        help="under torchrun: what is dealt out, whole prompts or the rows of each (default: prompts, unless there "
+        "are fewer of them than processes)",
+    )  # fmt: skip
+    command.add_argument(
         "--timeout", type=float, default=24.0, metavar="HOURS",
         help="under torchrun: how long a process that is done waits for the others (default: 24)",
     )  # fmt: skip
@@ -130,15 +136,21 @@ def _together(arguments, model, encode, lines, ranks: Ranks) -> int:
     out = arguments.out
     parts = [out.with_name(f"{out.name}.{r}-of-{ranks.size}") for r in range(ranks.size)]
     mine = parts[ranks.rank]
+    left_over = sorted(out.parent.glob(glob.escape(out.name) + ".*-of-*"))
+    few = len(lines) < ranks.size and not left_over
+    if arguments.split == "rows" or (arguments.split is None and few):
+        return _by_rows(arguments, model, encode, lines, ranks, left_over)
     with ranks.together():
         before = jactri.JacobianMean.load(out).count if out.exists() else 0
-        for other in sorted(out.parent.glob(glob.escape(out.name) + ".*-of-*")):
+        for other in left_over:
             if other not in parts:
                 raise UserError(
                     f"--out {out}: {other} was left by {other.name.rpartition('-')[2]} processes, and these are "
                     f"{ranks.size}; go on with as many as before, or remove it"
                 )
-        ranks.agree({"file": (before, out.name), "inputs": [line for _, line in lines]})
+        ranks.agree({
+            "file": (before, out.name), "inputs": [line for _, line in lines], "call": "prompts"
+        })  # fmt: skip
     left = lines[before:]
     first, last = (len(left) * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
     with ranks.together():
@@ -167,15 +179,34 @@ def _together(arguments, model, encode, lines, ranks: Ranks) -> int:
     return 0
 
 
+def _by_rows(arguments, model, encode, lines, ranks: Ranks, left_over: list[Path]) -> int:
+    """By the processes of torchrun: all add every prompt, each its part of the rows; the first writes the file."""
+    out = arguments.out
+    with ranks.together():
+        if left_over:
+            raise UserError(
+                f"--out {out}: {left_over[0]} was left by processes that each had their own prompts; go on with "
+                "--split prompts and as many as before, or remove it"
+            )
+        ranks.agree({
+            "file": out.name, "inputs": [line for _, line in lines], "call": "rows"
+        })  # fmt: skip
+    mean, prompts = _mean(arguments, model, ranks.mesh), Prompts(arguments, model, encode, lines)
+    found = _add(arguments, mean, prompts, out, len(lines), _shown(), ranks.rank == 0)
+    if not found and ranks.rank == 0:
+        _tell(arguments, mean)
+    return found
+
+
 def _shown() -> bool:
     """Whether progress can be shown."""
     return any(map(importlib.util.find_spec, ("rich", "tqdm")))
 
 
-def _mean(arguments, model) -> jactri.JacobianMean:
+def _mean(arguments, model, mesh=None) -> jactri.JacobianMean:
     return jactri.JacobianMean(
         model, arguments.source, arguments.target, arguments.reduce, rows=arguments.rows, seed=arguments.seed,
-        memory_limit=arguments.memory_limit,
+        memory_limit=arguments.memory_limit, mesh=mesh,
     )  # fmt: skip
 
 
@@ -188,14 +219,18 @@ def _tell(arguments, mean: jactri.JacobianMean) -> None:
         print(f"wrote {draw(mean, arguments.picture)}")
 
 
-def _add(arguments, mean, prompts: Prompts, out: Path, count: int, shown: bool) -> int:
-    """Add prompts to a mean and its file; the exit code."""
+def _add(
+    arguments, mean, prompts: Prompts, out: Path, count: int, shown: bool, writes: bool = True
+) -> int:
+    """Add prompts to a mean and its file; the exit code. Of a file, who writes it tells."""
     try:
-        if out.exists():
+        if writes and out.exists():
             before = jactri.JacobianMean.load(out).count
             print(f"going on from {out}, prompts done: {before}", file=sys.stderr)
         mean.run(prompts, out, every=arguments.every, progress=shown)
     except KeyboardInterrupt:
+        if not writes:
+            return 130
         done = jactri.JacobianMean.load(out).count if out.exists() else 0
         print(
             f"\njactri: interrupted after {done} of {count} prompts"

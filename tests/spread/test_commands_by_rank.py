@@ -68,8 +68,9 @@ def called(folder, *arguments, stop=None):
     return code, (said.getvalue().strip().splitlines() or [""])[-1]
 
 
-def lens(folder, stop=None):
-    return called(folder, "lens", "of_ranks:make", "--prompts", "prompts.txt", *CALL, stop=stop)
+def lens(folder, stop=None, *more):
+    call = "lens", "of_ranks:make", "--prompts", "prompts.txt", *CALL, *more
+    return called(folder, *call, stop=stop)
 
 
 def check(folder, monkeypatch):
@@ -120,6 +121,26 @@ def test_a_prompt_that_fails_is_told(ranks, folder):
         zero[0] == 2 and "the tokenizer raised KeyError (above) at line 2 of prompts.txt" in zero[1]
     )
     assert one[0] == 2 and "process 1: lens: rank 0 failed" in one[1]
+
+
+def test_rows_are_dealt_out(ranks, folder, monkeypatch):
+    """By word, interrupted and gone on by other numbers of processes; and where there are fewer prompts than these."""
+    by_rows = None, "--split", "rows"
+    found = ranks(2, lens, str(folder), "cacc", "--split", "rows")
+    assert [code for code, _ in found] == [130] * 2 and "after 4 of 5 prompts" in found[0][1]
+    assert jactri.JacobianMean.load(folder / "lens.safetensors").count == 4
+    assert [code for code, _ in ranks(3, lens, str(folder), *by_rows)] == [0] * 3
+    check(folder, monkeypatch)
+    os.remove(folder / "lens.safetensors")
+    (folder / "prompts.txt").write_text("abc\nhgf")
+    found = ranks(3, lens, str(folder), "hgf")
+    assert [code for code, _ in found] == [130] * 3 and "after 1 of 2 prompts" in found[0][1]
+    assert [code for code, _ in ranks(3, lens, str(folder))] == [0] * 3
+    check(folder, monkeypatch)
+    left = folder / "lens.safetensors.1-of-2"
+    left.touch()
+    for code, error in ranks(2, lens, str(folder), *by_rows):
+        assert code == 2 and "go on with --split prompts and as many as before" in error
 
 
 def jacobian(folder):
