@@ -35,7 +35,7 @@ tokenizer of transformers will do, or a function from the line to a tensor, a
 tuple of arguments or a dict of keyword arguments. Without one a line holds the
 numbers of its tokens. The weights must be the same each time: a file is of one
 model. The file is read by jactri.JacobianMean.load. Under torchrun each process
-adds its part of the prompts, and interrupted, as many processes go on; or, where
+adds its part of the prompts, and interrupted, as many processes go on; or where
 prompts are fewer than processes, its part of every prompt's rows.
 
 examples:
