@@ -273,7 +273,7 @@ class JacobianMean:
 
         Raises:
             TypeError: ``mesh`` is no DeviceMesh.
-            RuntimeError: means of another model or reduction, or of other shapes, on some rank: on all of them. This one
+            RuntimeError: means of another model or reduction, or of other shapes, on some rank: on all of them. One that
                 was made with ``mesh``.
 
         Cost:
