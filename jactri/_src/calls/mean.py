@@ -273,8 +273,8 @@ class JacobianMean:
 
         Raises:
             TypeError: ``mesh`` is no DeviceMesh.
-            RuntimeError: means of another model or reduction, or of other shapes, on some rank: on all of them. One that
-                was made with ``mesh``.
+            RuntimeError: means of another model or reduction, or of other shapes, on some rank: on all of them;
+                this one was made with ``mesh``.
 
         Cost:
             Names of prompts are gathered; then one all_reduce of the mean, and with ``errors`` another.
