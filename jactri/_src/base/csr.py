@@ -106,14 +106,28 @@ class Csr:
         return self.most * self.height == self.nnz
 
     @property
+    def in_columns(self) -> np.ndarray:
+        """Entries of each column."""
+        return np.bincount(self.column, minlength=self.width)
+
+    @property
     def most_in_column(self) -> int:
         """Entries of the longest column."""
-        return int(np.bincount(self.column, minlength=1).max())
+        return int(self.in_columns.max(initial=0))
 
     @property
     def row(self) -> np.ndarray:
         """The row of each entry."""
         return np.arange(self.height).repeat(self.counts)
+
+    def listed(self, most: int = LISTED) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The row and the column of each entry, so many at a time."""
+        for a in range(0, self.nnz, most):
+            b = min(a + most, self.nnz)
+            first = int(np.searchsorted(self.start, a, "right")) - 1
+            last = int(np.searchsorted(self.start, b, "left"))
+            counts = np.diff(self.start[first : last + 1].clip(a, b))
+            yield np.arange(first, last).repeat(counts), self.column[a:b]
 
     @property
     def keys(self) -> np.ndarray:

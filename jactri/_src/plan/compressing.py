@@ -190,7 +190,13 @@ def worth_both(blocks: Sequence[Sequence[Pattern]]) -> int | None:
     ``blocks``: by output and input.
     """
     counts = [
-        [(_counts(p.out, p.into, p.supports), _counts(p.into, p.out, _turned(p))) for p in row]
+        [
+            (
+                _counts(p.out, p.into, {t: s.counts for t, s in p.supports.items()}),
+                _counts(p.into, p.out, {t: s.in_columns for t, s in p.supports.items()}),
+            )
+            for p in row
+        ]
         for row in blocks
     ]
     rows = np.concatenate([sum(r for r, _ in row) for row in counts])
@@ -204,17 +210,13 @@ def worth_both(blocks: Sequence[Sequence[Pattern]]) -> int | None:
     return most
 
 
-def _counts(out: Factors, into: Factors, supports: dict[int, Csr]) -> np.ndarray:
-    """How many entries each row of a pattern has."""
+def _counts(out: Factors, into: Factors, counts: dict[int, np.ndarray]) -> np.ndarray:
+    """How many entries each row of a pattern has; ``counts``: of each support."""
     made = np.full(1, prod(n for n, t in into if t == FREE))
     for n, t in out:
-        own = np.ones(n, np.int64) if t == FREE else supports[t].counts
+        own = np.ones(n, np.int64) if t == FREE else counts[t]
         made = np.multiply.outer(made, own).ravel()
     return made
-
-
-def _turned(pattern: Pattern) -> dict[int, Csr]:
-    return {t: s.T for t, s in pattern.supports.items()}
 
 
 def _may_split(counts: np.ndarray, width: int, most: int) -> bool:

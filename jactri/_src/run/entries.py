@@ -137,10 +137,10 @@ class Entries(Formed, Answer):
         else:
             scatter(self.part(sel), self.final, data, self.layout, sel)
 
-    def _place(self, entries) -> numpy.ndarray:
+    def _place(self, row: numpy.ndarray, column: numpy.ndarray) -> numpy.ndarray:
         """Where each entry is in the block (of a sample)."""
         sweep, layout = self.sweep, self.final
-        seed, value = entries.column, entries.row
+        seed, value = column, row
         if sweep.reverse:
             seed, value = value, seed
         if sweep.windows:
@@ -196,7 +196,9 @@ class Entries(Formed, Answer):
         if self.form == "dense" and (made := self._written_out()) is not None:
             return made
         place, *where = self._index()
-        return self.answer(self._values(place), *where)
+        # a block may be larger than the entries that are read from it
+        values, self.store = self._values(place), None
+        return self.answer(values, *where)
 
     def _written_out(self) -> Tensor | None:
         """The dense answer, written from the block by a kernel in one pass; None where that is torch's."""

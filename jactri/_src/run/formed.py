@@ -68,6 +68,10 @@ register_pytree_node(
 )
 
 
+Places = Callable[[numpy.ndarray, numpy.ndarray], numpy.ndarray]
+"""Of rows and columns of entries: where these are among what is known."""
+
+
 class Formed:
     """A Jacobian of ``out`` by ``into`` of which the entries of a pattern are known.
 
@@ -126,9 +130,7 @@ class Formed:
     def shape(self) -> tuple[int, ...]:
         return (*self.out, *(self.into[1:] if self.per_sample else self.into))
 
-    def where(
-        self, key: tuple, place: Callable[[Csr], numpy.ndarray] | None = None
-    ) -> tuple[Tensor, ...]:
+    def where(self, key: tuple, place: Places | None = None) -> tuple[Tensor, ...]:
         """The ``place`` of every entry among what is known, and where it goes: as the form of the answer needs it.
 
         ``key``: what decides the place beside the pattern. Without a ``place``, values are in the order of the pattern.
@@ -138,9 +140,7 @@ class Formed:
 
         def make() -> tuple[Tensor, ...]:
             entries = self.pattern.entries()
-            at = numpy.arange(entries.nnz) if place is None else place(entries)
-            if at.max(initial=0) < 1 << 31:
-                at = at.astype(numpy.int32)
+            at = self._places(entries, place)
             if self.form == "dense":
                 target = entries.row
                 target *= copies * self.pattern.shape[1]
@@ -169,6 +169,17 @@ class Formed:
 
         form = "bsr" if self.size is not None else self.form
         return fixed((form, self.pattern.key, *key, self.samples, copies, device, self.size), make)
+
+    def _places(self, entries: Csr, place: Places | None) -> numpy.ndarray:
+        """The place of every entry, found some at a time: what that takes is several times what is kept."""
+        if place is None:
+            return numpy.arange(entries.nnz)
+        parts = [numpy.zeros(0, numpy.int32)]
+        for row, column in entries.listed():
+            found = place(row, column)
+            small = found.max() < 1 << 31
+            parts.append(found.astype(numpy.int32) if small else found)
+        return numpy.concatenate(parts)
 
     def answer(self, values: Tensor, *where: Tensor) -> Tensor | Banded | Blocks:
         """The answer of ``values`` ``(samples or 1, entries)``, which belong ``where`` the index says."""
