@@ -146,6 +146,8 @@ class Formed:
                 target *= copies * self.pattern.shape[1]
                 target += entries.column
                 found = [at, target, entries.start]
+            elif self.size == (1, 1) and copies == 1:
+                found = [at, entries.start, entries.column, entries.column[:0]]
             elif self.size is not None:
                 start, column, slot = indexed(entries, copies, self.size)
                 if copies == 1 and len(slot) == len(column) * prod(self.size):
@@ -156,8 +158,8 @@ class Formed:
                 found = [at, start, column, slot]
             elif self.form == "csc":
                 order = numpy.argsort(entries.column, kind="stable")
-                count = numpy.bincount(entries.column, minlength=self.pattern.shape[1])
-                found = [at[order], entries.row[order], starts(count)]
+                at = at[order]
+                found = [at, entries.row[order], starts(entries.in_columns)]
             elif self.form == "csr":
                 found = [at, entries.column, entries.start]
             else:
