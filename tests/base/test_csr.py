@@ -134,3 +134,15 @@ def test_which_entries_are_there(tabled, monkeypatch):
     one[2] = False
     for dense in (none, one, gen.random((5, 7)) < 0.5):
         assert np.array_equal(Csr.of_dense(dense).holds(row, column), dense[row, column])
+
+
+def test_entries_some_at_a_time():
+    gen = np.random.default_rng(0)
+    for shape in ((5, 7), (1, 9), (4, 0)):
+        made = Csr.of_dense(some(gen, *shape))
+        for most in (1, 3, 100):
+            parts = list(made.listed(most))
+            assert all(0 < len(row) == len(column) <= most for row, column in parts)
+            none = np.zeros(0, int), np.zeros(0, int)
+            rows, columns = (np.concatenate(end) for end in zip(none, *parts, strict=True))
+            assert np.array_equal(rows, made.row) and np.array_equal(columns, made.column)

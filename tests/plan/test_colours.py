@@ -96,3 +96,17 @@ def test_several_targets_share_their_colours():
     table = flat_table(patterns, False, 0, 0.75)
     valid(np.concatenate([p.flat.dense() for p in patterns]), table)
     assert table.count == 2
+
+
+@pytest.mark.parametrize("pair", [0, 1 << 30])
+def test_periods_by_pairs_and_by_rows(pair, monkeypatch):
+    monkeypatch.setattr(colours, "PAIR", pair)
+    monkeypatch.setattr(colours, "LISTED", 20)  # a row or two at a time
+    gen = np.random.default_rng(0)
+    for _ in range(60):
+        dense = gen.random(gen.integers(1, 11, 2)) < gen.random() / 2
+        seeds = dense.shape[1]
+        apart = [
+            p for p in range(1, seeds + 1) if all(dense[:, c::p].sum(1).max() <= 1 for c in range(p))
+        ]  # fmt: skip
+        assert colours.period(Csr.of_dense(dense)) == apart[0]

@@ -232,7 +232,7 @@ class Csr:
         """The product with rows as bits, in as many passes as the longest row has entries; None for every entry."""
         width, high = before.width, max(1, LISTED // max(before.width, 1))
         bits = np.concatenate([
-            np.packbits(part.dense(), axis=1) for part in before._cut(high)
+            np.packbits(part.dense(), axis=1) for part in before.cut(high)
         ])  # fmt: skip
         made = np.zeros((self.height, bits.shape[1]), np.uint8)
         for j in range(self.most):
@@ -247,7 +247,7 @@ class Csr:
             Csr.of_dense(np.unpackbits(block, axis=1, count=width).view(bool)) for block in blocks
         ])  # fmt: skip
 
-    def _cut(self, high: int) -> Iterator[Csr]:
+    def cut(self, high: int) -> Iterator[Csr]:
         """All rows, so many at a time."""
         for first in range(0, max(self.height, 1), high):
             yield self._rows(first, min(first + high, self.height))

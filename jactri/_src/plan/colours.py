@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..base.cache import Cache
-from ..base.csr import Csr, digest, stacked
+from ..base.csr import LISTED, Csr, digest, stacked
 from ..maps.layout import FREE, Colours, Layout
 from ..read.graph import Graph
 from . import greedy
@@ -31,6 +31,9 @@ WORTH = 0.75
 
 _PAIRS = 1 << 28
 """Pairs of entries of one row that are compared to find a period."""
+
+PAIR = 8
+"""A pair of entries takes as long as so many of a dense row that are compared with others."""
 
 _LONG = 4
 """Periods are looked for up to so many times the most seeds of an entry, where colours may also be given one by one."""
@@ -94,13 +97,14 @@ def _differences(support: Csr) -> np.ndarray | None:
     dense = support.height * seeds * seeds // 2
     if min(pairs, dense) > _PAIRS:
         return None
-    if pairs <= dense:
+    if PAIR * pairs <= dense:
         for one, other in _pairs_of(support):
             made[other - one] = True
         return made
-    seen = support.dense()
-    for d in range(1, seeds):
-        made[d] = (seen[:, d:] & seen[:, :-d]).any()
+    for part in support.cut(max(1, LISTED // seeds)):
+        seen = part.dense()
+        for d in np.flatnonzero(~made[1:]) + 1:
+            made[d] = (seen[:, d:] & seen[:, :-d]).any()
     return made
 
 
