@@ -266,7 +266,7 @@ def test_a_file_that_was_made_anew_is_refused(left):
 
 
 @pytest.mark.parametrize("zeros", [0, 200])
-@pytest.mark.parametrize("at_once", [1, 70, 1 << 20])
+@pytest.mark.parametrize("at_once", [50, 700, 1 << 20])
 def test_few_entries_tell_a_file_that_was_made_anew(tmp_path, monkeypatch, at_once, zeros):
     monkeypatch.setattr(journal, "_AT_ONCE", at_once)
     scale = torch.ones(300, dtype=F64)
