@@ -113,8 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
     with processes(arguments.timeout, "jacobian") as ranks:
         shown = any(map(importlib.util.find_spec, ("rich", "tqdm")))
         single = len(inputs) == 1
+        made: list[Path] = []
         try:
-            outs = _files(arguments, shapes, inputs[0].dtype, ranks)
+            outs = _files(arguments, shapes, inputs[0].dtype, ranks, made)
             jactri.jacobian(
                 function,
                 inputs[0] if single else inputs,
@@ -128,10 +129,13 @@ def run(arguments: argparse.Namespace) -> int:
                 mesh=ranks.mesh,
             )
         except KeyboardInterrupt:
+            _drop(made)
             print("\njactri: interrupted: the same command goes on from there", file=sys.stderr)
             return 130
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not refusal(error):
+        except Exception as error:
+            _drop(made)
+            known = isinstance(error, (IndexError, RuntimeError, TypeError, ValueError))
+            if not known or not refusal(error):
                 raise
             who = f"process {ranks.rank}: " if ranks.size > 1 else ""
             told = str(error).replace("resume=False", "--restart")  # as it is written here
@@ -183,19 +187,34 @@ def _shapes(arguments, inputs, output) -> list[tuple[int, ...]]:
     return [(*output.shape, *x.shape[skip:]) for x in inputs]
 
 
-def _files(arguments, shapes, dtype: torch.dtype, ranks: Ranks) -> list[np.memmap]:
-    """The files, which the first process makes where there is nothing to go on from."""
+def _files(
+    arguments, shapes, dtype: torch.dtype, ranks: Ranks, made: list[Path]
+) -> list[np.memmap]:
+    """The files, which the first process makes where there is nothing to go on from: ``made``."""
     kind = np.dtype(str(dtype).removeprefix("torch."))
     with ranks.together():
         if ranks.rank == 0:
             for path, shape in zip(arguments.outs, shapes, strict=True):
-                _make(path, shape, kind, arguments.restart)
+                if _make(path, shape, kind, arguments.restart):
+                    made.append(path)
         ranks.agree({"shapes": (shapes, str(kind))})
         return [np.lib.format.open_memmap(path, mode="r+") for path in arguments.outs]
 
 
-def _make(path: Path, shape: tuple[int, ...], kind: np.dtype, restart: bool) -> None:
-    left = left_by_ranks(path.with_name(path.name + ".progress"))
+def _drop(made: list[Path]) -> None:
+    """Remove files of this call in which there is nothing."""
+    if not any(_left(path) for path in made):
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _left(path: Path) -> dict[int, Path]:
+    return left_by_ranks(path.with_name(path.name + ".progress"))
+
+
+def _make(path: Path, shape: tuple[int, ...], kind: np.dtype, restart: bool) -> bool:
+    """Whether a file was made. Raises UserError where it cannot be, or one is there."""
+    left = _left(path)
     try:
         if left and path.exists() and not restart:
             there: Any = np.lib.format.open_memmap(path, mode="r+")
@@ -205,12 +224,13 @@ def _make(path: Path, shape: tuple[int, ...], kind: np.dtype, restart: bool) -> 
                     "another file, or --restart"
                 )
             print(f"going on from {path}", file=sys.stderr)
-            return
+            return False
         if path.exists() and not restart:
             raise UserError(f"--out {path}: is there already; pass another file, or --restart")
         for file in left.values():  # of a file that is gone
             file.unlink()
         np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+        return True
     except OSError as error:
         raise UserError(
             f"--out {path}: {error.strerror or error}; pass a file in a folder that can be written to"

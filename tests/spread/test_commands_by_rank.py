@@ -143,13 +143,15 @@ def test_rows_are_dealt_out(ranks, folder, monkeypatch):
         assert code == 2 and "go on with --split prompts and as many as before" in error
 
 
-def jacobian(folder):
-    return called(
-        folder, "jacobian", "of_ranks:net", "--input", "x.npy", "--out", "J.npy", "--restart"
-    )
+def jacobian(folder, *more):
+    return called(folder, "jacobian", "of_ranks:net", "--input", "x.npy", "--out", "J.npy", *more)
 
 
 def test_a_jacobian(ranks, folder):
+    for code, error in ranks(2, jacobian, str(folder), "--chunk-size", "0"):
+        assert code == 2 and "chunk_size must be a positive integer" in error
+    assert not (folder / "J.npy").exists()  # it held nothing
+    (folder / "J.npy.progress.1").write_text("{}")  # of a file that is gone
     assert [code for code, _ in ranks(3, jacobian, str(folder))] == [0] * 3
     scope = {}
     exec(MODEL, scope)
