@@ -96,8 +96,8 @@ def indexed(
         each = np.arange(copies)[:, None]
         row = (row + each * entries.height).reshape(-1)
         column = (column + each * entries.width).reshape(-1)
-    above, down = np.divmod(row, r) if r > 1 else (row, 0)
-    beside, right = np.divmod(column, c) if c > 1 else (column, 0)
+    above, beside = row // r, column // c  # much faster than with their rests
+    down, right = row - above * r, column - beside * c
     wide = width // c
     kept, slot = numbered(above * wide + beside, height // r * wide)
     above, beside = np.divmod(kept, max(wide, 1))
