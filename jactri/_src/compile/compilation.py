@@ -129,7 +129,8 @@ def of_graphs(graphs: Sequence[Any]) -> tuple[Kernel, ...] | None:
     """The kernels of what Inductor made of graphs."""
     if not graphs:
         return None
-    told = [json.loads(g.inductor_provenance_mapping_str or "{}") for g in graphs]
+    # what has nothing to compute is a function of Python
+    told = [json.loads(getattr(g, "inductor_provenance_mapping_str", None) or "{}") for g in graphs]
     return tuple(k for t in told for k in _kernels(t.get("cppCodeToPost", {})))
 
 
@@ -161,7 +162,7 @@ def _kernels(nodes: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
     )
 
 
-_GIVEN = re.compile(r"_?(arg|primals|tangents|held|constant|frozen_param)_?\d+(_\d+)?$")
+_GIVEN = re.compile(r"_?(arg|primals|tangents|held|constant|known|frozen_param)_?\d+(_\d+)?$")
 """Names of what is no op: a kernel lays it out."""
 
 

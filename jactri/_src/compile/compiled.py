@@ -215,7 +215,7 @@ class Compiled(Shown):
     def _plan(self, flat, nested, out, answer, reached: Reached) -> Plan | Eager:
         # these import torch._dynamo, which takes seconds
         from .joint import joint
-        from .traced import Untraceable, frozen, trace
+        from .traced import Untraceable, folded, frozen, trace
 
         written, written_as = ([], None) if out is None else tree_flatten(out)
         count = len(flat)
@@ -238,6 +238,8 @@ class Compiled(Shown):
                     traced = frozen(traced)
                 elif any(t.requires_grad for t in tree_leaves(answer)):
                     both = joint(call, traced, flat, reached)
+                else:
+                    traced = folded(traced)
         except Untraceable as reason:
             return self._eager(str(reason), reached)
         middle = time.perf_counter()
@@ -279,7 +281,9 @@ class Compiled(Shown):
 
             return differentiable(both, self.engine, given)
         built = engines.build(self.engine, traced.graph, given, self.freeze)
-        run = _owned(built.run, given) if self.freeze else _detached(built.run, traced)
+        run = built.run if self.freeze else _detached(built.run, traced)
+        if self.freeze or any(True for _ in traced.graph.buffers()):
+            run = _owned(run, given)
         if self.engine != "aot":  # whose own events a capture cannot ask
             run = captured(run, traced.graph, given, inputs, written)
         return run, (built,)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C import _DisableAutocast
 from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
+from ..base.constants import KEPT, constants
 from ..base.tracing import REFUSALS, made_now, of_others, stands_for_others, tracing
 from ..plan.owners import apart, apart_behind
 from ..plan.planning import prove_by_probe
@@ -84,6 +86,77 @@ def frozen(traced: Traced) -> Traced:
             nodes.erase_node(node)
         graph.recompile()
     return Traced(graph, [], traced.spec)
+
+
+def folded(traced: Traced) -> Traced:
+    """With what follows from jactri's own constants alone, as seeds and where entries stand, as constants.
+
+    Views of constants stay as they are, which are no work; what is written to is none.
+    """
+    nodes = traced.graph.graph
+    own = set(map(id, constants()))
+    places = [n for n in nodes.nodes if n.op == "placeholder"]
+    places = places[len(places) - len(traced.held) :]
+    known = {n: t for n, t in zip(places, traced.held, strict=True) if id(t) in own}
+    if not known:
+        return traced
+    written = _written(nodes)
+    made: dict[fx.Node, Tensor] = {}  # from numbers alone: constants where they meet others
+    with torch.no_grad(), _DisableAutocast():
+        for node in nodes.nodes:
+            if node.op != "call_function" or node in written or not _may_fold(node):
+                continue
+            sources = node.all_input_nodes
+            if all(n in known or n in made for n in sources):
+                given = known | made
+                args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+                found = made if not any(n in known for n in sources) else known
+                found[node] = node.target(*args, **kwargs)
+    graph = traced.graph
+    for k, (node, t) in enumerate(known.items()):
+        if node.op == "call_function" and _is_view(node):
+            continue
+        if all(n in known and not _is_view(n) for n in node.users):
+            continue
+        graph.register_buffer(f"known_{k}", t.contiguous())
+        with nodes.inserting_before(next(n for n in nodes.nodes if n.op != "placeholder")):
+            constant = nodes.get_attr(f"known_{k}")
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+    nodes.eliminate_dead_code()
+    for node in places:
+        if node in known:
+            nodes.erase_node(node)
+    graph.recompile()
+    left = [t for n, t in zip(places, traced.held, strict=True) if n not in known]
+    return Traced(graph, left, traced.spec)
+
+
+def _written(nodes: fx.Graph) -> set[fx.Node]:
+    """What is written to, and all of which that is a view."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes.nodes):
+        if isinstance(node.target, torch._ops.OpOverload):
+            for given, alias in _aliases(node.target, node.args, node.kwargs):
+                if isinstance(given, fx.Node) and (alias.is_write or node in found):
+                    found.add(given)
+    return found
+
+
+def _may_fold(node: fx.Node) -> bool:
+    """Whether an op is a function of its tensors, whose result is one that may be kept."""
+    target, like = node.target, node.meta.get("val")
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and not _draws(node)
+        and isinstance(like, Tensor)
+        and like.numel() * like.element_size() <= KEPT
+    )
+
+
+def _is_view(node: fx.Node) -> bool:
+    return any(True for _ in _aliases(node.target, node.args, node.kwargs))
 
 
 def trace(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.constants import fixed
 from ..base.memory import LARGE, Budget
+from ..base.tracing import tracing
 from ..plan.compressing import Compression
 
 Product = Callable[[list[Tensor], bool], Sequence[Tensor]]
@@ -43,7 +44,7 @@ def values(
         for first in range(0, count, step):
             colours = range(first, min(first + step, count))
             made = [
-                m.reshape(len(colours), samples, m[:1].numel() // samples).to(device)
+                _whole(m).reshape(len(colours), samples, m[:1].numel() // samples).to(device)
                 for m in product(_seeds(how, reverse, colours, seeds, samples), reverse)
             ]
             flat = (made[0] if len(made) == 1 else torch.cat(made, 2)).transpose(0, 1)
@@ -66,13 +67,28 @@ def _seeds(
     table = how.reads[reverse].table
     for t in ends:
         size = t.numel() // samples
-        key = "compressed seeds", how.key, reverse, start, size
-        colour = kept(key, table.colour[start : start + size], t.device)
-        wanted = torch.arange(colours.start, colours.stop, device=t.device)[:, None, None]
-        block = (colour == wanted).to(t.dtype).expand(-1, samples, -1)
-        blocks.append(block.reshape(len(colours), *t.shape))
+        own = table.colour[start : start + size]
+
+        def make(own=own, t=t) -> tuple[Tensor, ...]:
+            wanted = np.arange(colours.start, colours.stop)[:, None, None]
+            return (torch.from_numpy(own == wanted).to(t.device, t.dtype),)
+
+        key = "compressed seeds", how.key, reverse, start, size, colours, t.dtype, t.device
+        (block,) = fixed(key, make)
+        blocks.append(block.expand(-1, samples, -1).reshape(len(colours), *t.shape))
         start += size
     return blocks
+
+
+def _whole(product: Tensor) -> Tensor:
+    """A product of which entries are picked, in memory: a compiler would compute each of them by itself, by divisions.
+
+    It does not look behind a view by strides.
+    """
+    if torch.is_grad_enabled() or not tracing():
+        return product
+    product = product.contiguous()
+    return product.as_strided(product.shape, product.stride())
 
 
 def kept(key: tuple, array: np.ndarray, device: torch.device) -> Tensor:
