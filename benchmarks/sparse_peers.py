@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev, jvp, vjp, vmap
 
 import jactri
-from jactri._src.calls import api, compressed
+from jactri._src.calls import api, compressed, patterned
 
 from .sparse_problems import TORCH, Problem, jax_names
 
@@ -74,11 +74,11 @@ def counted() -> Iterator[list[int]]:
         found.append(how.products)
         return read(how, *args, **options)
 
-    api.plan_for, compressed.values = plan_for, values
+    api.plan_for, patterned.plan_for, compressed.values = plan_for, plan_for, values
     try:
         yield found
     finally:
-        api.plan_for, compressed.values = planned, read
+        api.plan_for, patterned.plan_for, compressed.values = planned, planned, read
 
 
 def ours(problem: Problem, quick: bool) -> Made:

@@ -204,3 +204,110 @@ def test_what_cannot_be_compiled_is_refused():
     found = jactri.compile(fluxes, x, layout=torch.sparse_csr, pattern=pattern, engine="fx")
     with pytest.raises(RuntimeError, match="out"):
         found(x, out=torch.zeros(7, 7, dtype=F64))
+
+
+def reads_of(found):
+    """What the graph is given beside its inputs, and the ops that it has."""
+    nodes = list(found.graph.graph.nodes)
+    given = [n.target for n in nodes if n.op == "placeholder"]
+    return given[1:], [str(n.target) for n in nodes if n.op == "call_function"]
+
+
+def compiled(func, x, **options):
+    pattern = jactri.sparsity(func, x)
+    return jactri.compile(func, x, layout=torch.sparse_csr, pattern=pattern, engine="fx", **options)
+
+
+def test_a_constant_jacobian_is_made_once_and_is_the_callers_own():
+    def func(u):
+        return torch.cat([u[1:] - 2 * u[:-1], u[:1] * 3])
+
+    x = data((7,))
+    found = compiled(func, x)
+    assert found.reason is None and reads_of(found) == ([], [])
+    assert "constants: 1 tensor" in str(found.explain())
+    for _ in range(2):
+        answer = found(x)
+        assert_close(answer.to_dense(), rows(func, x), F64, length=5)
+        answer.values().zero_()
+
+
+def test_seeds_and_what_is_linear_behind_them_are_constants():
+    def func(u):
+        return (u.roll(1) - 2 * u).sin()
+
+    x = data((7,))
+    found = compiled(func, x, strategy="forward-mode")
+    given, ops = reads_of(found)
+    assert found.reason is None and given == []
+    assert not any("roll" in op for op in ops[ops.index("aten.cos.default") :])
+    for seed in range(2):
+        assert_close(
+            found(data((7,), seed)).to_dense(), rows(func, data((7,), seed)), F64, length=9
+        )
+
+
+def test_what_func_holds_is_no_constant():
+    scale = torch.full((7,), 2.0, dtype=F64)
+
+    def func(u):
+        return scale * u - scale.flip(0) * u.roll(1)
+
+    x = data((7,))
+    found = compiled(func, x)
+    assert found.reason is None and len(reads_of(found)[0]) == 1
+    with torch.no_grad():
+        scale[2] = 5.0
+    assert_close(found(x).to_dense(), rows(func, x), F64, length=9)
+
+
+def test_what_is_written_to_is_no_constant():
+    """A sum by index is written into zeros, and from the second call on into what the first left."""
+
+    def func(u):
+        y = u.clone()
+        y[1:].mul_(u[:-1])
+        return y.new_zeros(4).index_add(0, torch.arange(7) % 4, y) + 1
+
+    x = data((7,))
+    found = compiled(func, x)
+    for seed in range(3):
+        assert_close(
+            found(data((7,), seed)).to_dense(), rows(func, data((7,), seed)), F64, length=9
+        )
+    assert found.reason is None
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("size", [(1, 1, 5, 7), (2, 1, 5, 7), (1, 1, 11)], ids=str)
+def test_convolutions_run_by_windows_where_those_are_cheaper(size, per_sample, products):
+    torch.manual_seed(0)
+    conv = nn.Conv2d if len(size) == 4 else nn.Conv1d
+    net = nn.Sequential(conv(1, 4, 3, padding=1), nn.ReLU(), conv(4, 1, 3, padding=1)).double()
+    x = data(size) - 0.7
+    pattern = jactri.sparsity(net, x, per_sample=per_sample)
+    want = jactri.jacobian(net, x, per_sample=per_sample)
+    samples = size[0] if per_sample else 1
+    want = want.reshape(samples, -1, x.numel() // samples)
+    options = {"per_sample": per_sample, "pattern": pattern}
+    for layout in LAYOUTS:
+        answer = jactri.jacobian(net, x, layout=layout, **options)
+        assert_close(answer.to_dense().reshape(want.shape), want, F64, length=50)
+    assert not products
+    jactri.jacobian(net, x, layout=torch.sparse_csr, chunk_size=3, **options)
+    assert products  # a limit on seeds at once is one on products
+    products.clear()
+    found = jactri.compile(net, x, layout=torch.sparse_csr, engine="fx", **options)
+    assert found.reason is None and not products
+    assert_close(found(x).to_dense().reshape(want.shape), want, F64, length=50)
+
+
+def test_a_pattern_that_is_not_the_networks_own_is_taken_at_its_word(products):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv1d(2, 1, 1)).double()
+    x = data((1, 1, 9)) - 0.7
+    J = rows(net, x).reshape(9, 9)
+    wider = torch.ones(9, 9).bool().triu(-2).tril(2)
+    answer = jactri.jacobian(net, x, layout=torch.sparse_csr, pattern=wider)
+    assert products and answer.values().numel() == int(wider.sum())
+    assert_close(answer.to_dense(), J, F64, length=9)

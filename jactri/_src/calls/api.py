@@ -126,7 +126,7 @@ def jacobian(
         pattern: the entries that can be non-zero, nested as the result: what `sparsity` gave, a boolean tensor or
             array, a sparse tensor or a SciPy matrix, of the Jacobian's shape or of the matrix's, under ``per_sample``
             also of one sample's. It is taken at its word: nothing is analysed, and products are as few as its
-            `Sparsity.colours`. In any layout; what it leaves out is zero.
+            `Sparsity.colours` (convolutions may run by windows instead). In any layout; what it leaves out is zero.
         check: hold products with two tangents against the entries, and raise for one that the pattern leaves out.
         mesh: a ``torch.distributed.device_mesh.DeviceMesh`` of one axis, whose ranks all make this call, with the same
             inputs and weights. Each computes its part of the rows (in forward mode of the columns; where samples do not

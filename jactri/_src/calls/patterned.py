@@ -6,6 +6,7 @@ With ``check``, products with two tangents, of which nothing is left out, are he
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 
@@ -20,9 +21,12 @@ from ..base.memory import Budget
 from ..base.progress import bar
 from ..base.tracing import tracing
 from ..plan.compressing import Compression, compressed, each_row, joined, two_sided, worth_both
+from ..plan.folding import fold
 from ..plan.owners import apart
+from ..plan.patches import convolves
 from ..plan.pattern import Pattern
-from ..plan.planning import Wanted, check_answer, proof, prove_by_probe
+from ..plan.planning import Wanted, check_answer, plan_for, proof, prove_by_probe
+from ..plan.poles import suspects
 from ..plan.supports import MOST, Trace, indices, pattern_of
 from ..prologue.arguments import ASSUME, HESSIAN, Options
 from ..read.graph import Graph, UnsupportedGraph
@@ -33,6 +37,7 @@ from ..run.entries import nothing
 from ..run.formed import Formed, Unformed
 from . import whole
 from .compressed import entries, has_poles, multiplied
+from .pieces import run_piece
 
 ROWS = 64
 """Rows in which a pattern may miss an entry are looked at so many together."""
@@ -125,11 +130,14 @@ def made(
         budget = budget.less(samples * how.pattern.nnz * xs[0].element_size())
         with ExitStack() as stack:
             told = stack.enter_context(bar(how.products)) if asked.progress else None
+            found = None
+            if told is None and isinstance(graph, Graph):
+                found = _by_patches(graph, ys, xs, how.pattern, asked, budget)
             values = entries(
                 ys, xs, how, graph,
                 budget=budget, chunk_size=asked.chunk_size, samples=samples, progress=told,
                 later=later,
-            )  # fmt: skip
+            ) if found is None else found.reshape(samples, -1)  # fmt: skip
         if asked.check:
             with torch.no_grad():
                 _check(ys, xs, how.pattern, graph, values.detach(), budget, asked)
@@ -155,6 +163,49 @@ def made(
                 block = nothing(asked.form, y, x, per_sample, size)
             answer[j].append(block)
     return answer
+
+
+def _by_patches(
+    graph: Graph, ys, xs, pattern: Csr, asked: Options, budget: Budget
+) -> Tensor | None:
+    """The entries by patches, where a sweep of images can be by them, the pattern is its own, and they are cheaper."""
+    limited = asked.chunk_size is not None or budget.given is not None
+    if limited or asked.create_graph:
+        return None
+    if len(ys) > 1 or len(xs) > 1 or None in (*graph.inputs, *graph.outputs):
+        return None
+    if not _convolves.of(graph.key, lambda: convolves(graph)):
+        return None
+    if tracing() and suspects(graph, seeds=True):  # which a plan looks at
+        return None
+    per_sample = asked.per_sample
+    if not _own.of(
+        (graph.key, pattern.key, indices(graph), bool(per_sample), ys[0].shape, xs[0].shape),
+        lambda: _is_own(graph, pattern, bool(per_sample)),
+    ):
+        return None
+    graph = fold(graph)
+    wanted = Wanted(
+        budget, asked.strategy, per_sample, chunk_size=asked.chunk_size, sparse=True, of=asked.of
+    )
+    plan = plan_for(graph, ys, xs, wanted)
+    if not any(s.windows for s in plan.sweeps):
+        return None
+    asked = replace(asked, form="csr", blocksize=None)
+    (found,) = run_piece(graph, plan, None, ys, xs, asked, None, None).values()
+    return found.values()
+
+
+_convolves: Cache[tuple, bool] = Cache()
+_own: Cache[tuple, bool] = Cache(8)
+
+
+def _is_own(graph: Graph, pattern: Csr, per_sample: bool) -> bool:
+    trace = Trace(graph, graph.inputs[0], indices(graph) is not None)
+    found = pattern_of(trace, graph.outputs[0])
+    if found is not None and per_sample:
+        found = found.sample(graph.values[graph.inputs[0]].shape[0])
+    return found is not None and found.nnz == pattern.nnz and found.flat.key == pattern.key
 
 
 def graph_of(ys, xs, asked: Options, budget: Budget) -> Graph | UnsupportedGraph:

@@ -101,25 +101,27 @@ def folded(traced: Traced) -> Traced:
     if not known:
         return traced
     written = _written(nodes)
-    made: dict[fx.Node, Tensor] = {}  # from numbers alone: constants where they meet others
+    values = dict(known)  # and what numbers alone make, a constant where it meets others
     with torch.no_grad(), _DisableAutocast():
         for node in nodes.nodes:
             if node.op != "call_function" or node in written or not _may_fold(node):
                 continue
             sources = node.all_input_nodes
-            if all(n in known or n in made for n in sources):
-                given = known | made
-                args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-                found = made if not any(n in known for n in sources) else known
-                found[node] = node.target(*args, **kwargs)
+            if all(n in values for n in sources):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+                if any(n in known for n in sources):
+                    known[node] = values[node]
+    ends = [
+        n for n in known if not _is_view(n) and any(_is_view(u) or u not in known for u in n.users)
+    ]
+    if sum(known[n].numel() * known[n].element_size() for n in ends) > KEPT:
+        return traced
     graph = traced.graph
-    for k, (node, t) in enumerate(known.items()):
-        if node.op == "call_function" and _is_view(node):
-            continue
-        if all(n in known and not _is_view(n) for n in node.users):
-            continue
-        graph.register_buffer(f"known_{k}", t.contiguous())
-        with nodes.inserting_before(next(n for n in nodes.nodes if n.op != "placeholder")):
+    first = next(n for n in nodes.nodes if n.op != "placeholder")
+    for k, node in enumerate(ends):
+        graph.register_buffer(f"known_{k}", known[node].contiguous())
+        with nodes.inserting_before(first):
             constant = nodes.get_attr(f"known_{k}")
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
@@ -127,6 +129,9 @@ def folded(traced: Traced) -> Traced:
     for node in places:
         if node in known:
             nodes.erase_node(node)
+    used = {n.target for n in nodes.nodes if n.op == "get_attr"}
+    for name in [name for name, _ in graph.named_buffers() if name not in used]:
+        delattr(graph, name)
     graph.recompile()
     left = [t for n, t in zip(places, traced.held, strict=True) if n not in known]
     return Traced(graph, left, traced.spec)
@@ -156,7 +161,10 @@ def _may_fold(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return any(True for _ in _aliases(node.target, node.args, node.kwargs))
+    """Whether an op gives what is, or may be, a view."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        True for _ in _aliases(node.target, node.args, node.kwargs)
+    )
 
 
 def trace(

@@ -107,6 +107,16 @@ def _through(edge: LinearMap, at: ReceptiveField, reverse: bool) -> ReceptiveFie
     )
 
 
+def convolves(graph: Graph) -> bool:
+    """Whether all of a graph is images, convolved or scaled: without that, no sweep is one by patches."""
+    edges = [edge for v in graph.values for _, edge in v.sources]
+    return (
+        any(edge.__class__ is Conv for edge in edges)
+        and all(isinstance(edge, Conv | Diagonal | Scale | Identity) for edge in edges)
+        and all(images(v.shape) is not None for v in graph.values)
+    )
+
+
 def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
     """The same coloured sweep by patches, with the flops and bytes of its steps; None where they cannot be used."""
     values, seed = graph.values, graph.values[sweep.seed]

@@ -180,6 +180,10 @@ class Entries(Formed, Answer):
         key = tables_key(sweep), sweep.layout, self.final, sweep.reverse, self.patch
         return self.where(key, self._place)
 
+    def values(self) -> Tensor:
+        """``(samples or 1, entries)`` in the order of the pattern, for any form but those that order them anew."""
+        return self._values(self._index()[0])
+
     def _values(self, place: Tensor) -> Tensor:
         """``(samples or 1, entries)``."""
         if self.patch is not None:
