@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
-from ..base.constants import KEPT, constants
+from ..base.constants import constants
 from ..base.tracing import REFUSALS, made_now, of_others, stands_for_others, tracing
 from ..plan.owners import apart, apart_behind
 from ..plan.planning import prove_by_probe
@@ -49,6 +49,10 @@ _NORMALISES = tuple(
 
 _one_at_a_time = threading.RLock()
 """A trace sets what others read: options of torch and, through func, attributes of modules."""
+
+
+FOLDED = 1 << 21
+"""Bytes of constants that are read rather than computed: what a cache holds from call to call."""
 
 
 class Untraceable(Exception):
@@ -115,7 +119,7 @@ def folded(traced: Traced) -> Traced:
     ends = [
         n for n in known if not _is_view(n) and any(_is_view(u) or u not in known for u in n.users)
     ]
-    if sum(known[n].numel() * known[n].element_size() for n in ends) > KEPT:
+    if sum(known[n].numel() * known[n].element_size() for n in ends) > FOLDED:
         return traced
     graph = traced.graph
     first = next(n for n in nodes.nodes if n.op != "placeholder")
@@ -156,7 +160,7 @@ def _may_fold(node: fx.Node) -> bool:
         and not target._schema.is_mutable
         and not _draws(node)
         and isinstance(like, Tensor)
-        and like.numel() * like.element_size() <= KEPT
+        and like.numel() * like.element_size() <= FOLDED
     )
 
 

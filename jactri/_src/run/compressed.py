@@ -67,14 +67,19 @@ def _seeds(
     table = how.reads[reverse].table
     for t in ends:
         size = t.numel() // samples
-        own = table.colour[start : start + size]
+        own = table.colour[start : start + size].astype(np.int32)
+        key = "compressed seeds", how.key, reverse, start, size
+        if tracing():  # the smaller constant: whether the larger is worth it is the graph's to say
+            colour = kept(key, own, t.device)
+            wanted = torch.arange(colours.start, colours.stop, dtype=torch.int32, device=t.device)
+            block = (colour == wanted[:, None, None]).to(t.dtype)
+        else:
 
-        def make(own=own, t=t) -> tuple[Tensor, ...]:
-            wanted = np.arange(colours.start, colours.stop)[:, None, None]
-            return (torch.from_numpy(own == wanted).to(t.device, t.dtype),)
+            def make(own=own, t=t) -> tuple[Tensor, ...]:
+                wanted = np.arange(colours.start, colours.stop)[:, None, None]
+                return (torch.from_numpy(own == wanted).to(t.device, t.dtype),)
 
-        key = "compressed seeds", how.key, reverse, start, size, colours, t.dtype, t.device
-        (block,) = fixed(key, make)
+            (block,) = fixed((*key, colours, t.dtype, t.device), make)
         blocks.append(block.expand(-1, samples, -1).reshape(len(colours), *t.shape))
         start += size
     return blocks
