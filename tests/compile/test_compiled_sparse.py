@@ -7,6 +7,7 @@ from torch import nn
 
 import jactri
 from jactri._src.calls import compressed
+from jactri._src.compile import traced
 
 F64 = torch.float64
 LAYOUTS = [
@@ -311,3 +312,11 @@ def test_a_pattern_that_is_not_the_networks_own_is_taken_at_its_word(products):
     answer = jactri.jacobian(net, x, layout=torch.sparse_csr, pattern=wider)
     assert products and answer.values().numel() == int(wider.sum())
     assert_close(answer.to_dense(), J, F64, length=9)
+
+
+def test_constants_that_no_cache_holds_are_computed(monkeypatch):
+    monkeypatch.setattr(traced, "FOLDED", 100)
+    x = data((7,))
+    found = compiled(fluxes, x)
+    assert found.reason is None and reads_of(found)[0] and not list(found.graph.buffers())
+    assert_close(found(x).to_dense(), rows(fluxes, x), F64, length=9)

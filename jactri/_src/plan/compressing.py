@@ -117,8 +117,6 @@ class Reads:
 
 def joined(blocks: Sequence[Sequence[Csr]]) -> tuple[Csr, list[list[np.ndarray]]]:
     """Blocks, by output and input, as one matrix, and where the entries of each are in it, in order. Remembered."""
-    if len(blocks) == len(blocks[0]) == 1:
-        return blocks[0][0], [[np.arange(blocks[0][0].nnz)]]
     return _joined.of(tuple(tuple(b.key for b in row) for row in blocks), lambda: _join(blocks))
 
 
@@ -126,6 +124,8 @@ _joined: Cache[tuple, tuple[Csr, list[list[np.ndarray]]]] = Cache(8)
 
 
 def _join(blocks: Sequence[Sequence[Csr]]) -> tuple[Csr, list[list[np.ndarray]]]:
+    if len(blocks) == len(blocks[0]) == 1:
+        return blocks[0][0], [[np.arange(blocks[0][0].nnz)]]
     top = np.cumsum([0, *(row[0].height for row in blocks)])
     left = np.cumsum([0, *(b.width for b in blocks[0])])
     parts = [
