@@ -165,6 +165,26 @@ def test_outputs_and_inputs_in_tuples():
     assert J[2][0].dtype == torch.float32 and J[0][0].dtype == F64
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_end_without_entries_beside_others(layout, mode):
+    func, mask = drawn(4, 6, 2, 0.3)
+    x, none = point(6), torch.zeros(3, 0, dtype=F64)
+
+    def both(x, none):
+        return none.sin(), func(x) + none.sum()
+
+    masks = (torch.zeros(0, 6).bool(), torch.zeros(0, 0).bool()), (mask, torch.zeros(4, 0).bool())
+    for given in (masks, jactri.sparsity(both, (x, none))):
+        asked = {"pattern": given, "layout": layout, "strategy": mode, "check": True}
+        found = jactri.jacobian(both, (x, none), **asked)
+        same(found[1][0], autograd(func, x))
+        assert [dense(J).numel() for J in (found[0][0], found[0][1], found[1][1])] == [0, 0, 0]
+    short = masks[0], (mask & False, masks[1][1])
+    with pytest.raises(ValueError, match=r"derivative of outputs\[1\]\[\d\] by inputs\[0\]"):
+        jactri.jacobian(both, (x, none), **asked | {"pattern": short})
+
+
 def test_an_entry_that_another_input_takes():
     """Two inputs of one product: what is missing in the one is added to the other, at the same place."""
     func = lambda a, b: torch.cat([b, 2 * a + 3 * b])  # noqa: E731

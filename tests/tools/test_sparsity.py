@@ -233,3 +233,20 @@ def test_what_is_not_installed_is_named(monkeypatch):
         pattern.plot()
     with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
         pattern.to_scipy()
+
+
+def test_a_pattern_that_was_written_to():
+    x = torch.randn(5, dtype=F64)
+    found = jactri.sparsity(torch.sin, x)
+    assert found.colours.products == 1 and found.to_scipy().nnz == 5
+    found.indices()[0] = 0  # a row of its own has all entries now
+    assert (found.to_scipy().toarray() == [[True] * 5, *[[False] * 5] * 4]).all()
+    assert found.colours == (0, 1) and found.spy() == of(found.to_dense()).spy()
+    func = lambda x: torch.cat([x.sin().sum()[None], torch.zeros(4, dtype=F64)])  # noqa: E731
+    J = jactri.jacobian(func, x, pattern=found, layout=torch.sparse_csr)
+    assert J.values().numel() == 5
+    torch.testing.assert_close(J.to_dense(), torch.autograd.functional.jacobian(func, x))
+    found.zero_()
+    assert found.nnz == found.to_scipy().nnz == found.colours.products == 0
+    with torch.inference_mode():
+        of(torch.eye(3, dtype=torch.bool)).spy()

@@ -126,7 +126,7 @@ def made(
     samples = len(xs[0]) if per_sample else 1
     values = xs[0].new_zeros(samples, 0)
     later = asked.unformed and tracing() and isinstance(graph, Graph) and has_poles(how, graph)
-    if all(t.numel() for t in (*ys, *xs)):
+    if samples and all(any(t.numel() for t in ends) for ends in (ys, xs)):
         budget = budget.less(samples * how.pattern.nnz * xs[0].element_size())
         with ExitStack() as stack:
             told = stack.enter_context(bar(how.products)) if asked.progress else None

@@ -70,7 +70,7 @@ class Sparsity(Shown, Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     rows: int
     per_sample: bool
-    _matrices: dict[int | None, Csr]
+    _matrices: dict[tuple[int | None, int], Csr]
 
     def __new__(cls, *args: Any, **options: Any) -> Sparsity:
         raise TypeError(
@@ -274,7 +274,8 @@ def of_mask(mask: Tensor, rows: int, per_sample: bool = False) -> Sparsity:
 
 def matrix_of(pattern: Sparsity, samples: int | None = None) -> Csr:
     """Output entries by input entries; with ``samples``, which are above one another: what any of them has."""
-    if samples not in pattern._matrices:
+    key = samples, _version(pattern)
+    if key not in pattern._matrices:
         outer, inner = pattern.shape[: pattern.rows], pattern.shape[pattern.rows :]
         if samples is None:
             index = pattern._indices().cpu().numpy()
@@ -282,8 +283,13 @@ def matrix_of(pattern: Sparsity, samples: int | None = None) -> Csr:
             found = Csr.of(row, column, prod(outer), prod(inner))
         else:
             found = _of_sample(matrix_of(pattern), samples, prod(outer[1:]))
-        pattern._matrices[samples] = found
-    return pattern._matrices[samples]
+        pattern._matrices[key] = found
+    return pattern._matrices[key]
+
+
+def _version(pattern: Sparsity) -> int:
+    """Another one once it, or its indices, were written to."""
+    return 0 if pattern.is_inference() else pattern._version
 
 
 def _of(
@@ -298,7 +304,7 @@ def _of(
         torch.cat([out, into]), hits, shape, device="cpu", is_coalesced=True, check_invariants=False
     )
     found = of_mask(mask.to(device), rows, per_sample)
-    found._matrices[None] = matrix
+    found._matrices[None, _version(found)] = matrix
     return found
 
 
