@@ -265,3 +265,13 @@ def test_scipy_that_is_not_there(monkeypatch):
         with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
             call()
     assert J.to_lapack()[1].shape == (3, 4)  # which takes none
+
+
+def test_blocks_without_an_entry_have_the_dtype_of_the_others():
+    func = lambda x: (x * 2, torch.ones(3).double())  # noqa: E731
+    x, layouts = torch.randn(4), (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
+    for mode, dtype in [("forward-mode", F64), ("reverse-mode", torch.float32)]:
+        for layout in (*layouts, torch.sparse_bsr, "banded"):
+            found = jactri.jacobian(func, x, layout=layout, strategy=mode)
+            first, second = (J.to_dense() for J in found)
+            assert (first.dtype, second.dtype) == (torch.float32, dtype) and not second.any()

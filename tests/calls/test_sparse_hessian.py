@@ -284,12 +284,16 @@ def test_kinks_are_those_of_autograd():
 
 def test_two_dtypes():
     x, t = values(5), values(2, seed=1).float()
-    want = functional.hessian(lambda x, t: chain(x) * t[0] + (t**3).sum(), (x, t))
-    for layout in LAYOUTS:
-        got = jactri.hessian(lambda x, t: chain(x) * t[0] + (t**3).sum(), (x, t), layout=layout)
-        found = tuple(tuple(h.to_dense() for h in row) for row in got)
-        assert_same_tree(found, want, torch.float32, length=64)
-        assert [[h.dtype for h in row] for row in found] == [[x.dtype] * 2, [t.dtype] * 2]
+    for func in (
+        lambda x, t: chain(x) * t[0] + (t**3).sum(),
+        lambda x, t: chain(x) + (t**3).sum(),  # blocks without an entry
+    ):
+        want = functional.hessian(func, (x, t))
+        for layout in LAYOUTS:
+            got = jactri.hessian(func, (x, t), layout=layout)
+            found = tuple(tuple(h.to_dense() for h in row) for row in got)
+            assert_same_tree(found, want, torch.float32, length=64)
+            assert [[h.dtype for h in row] for row in found] == [[x.dtype] * 2, [t.dtype] * 2]
 
 
 def test_gradients_of_entries():

@@ -445,7 +445,7 @@ def _rows(ys, xs, asked: Options, dests):
             [
                 answers[j, i].finish()
                 if (j, i) in answers
-                else nothing(asked.form, y, x, per_sample, asked.block(j, i))
+                else nothing(asked.form, y, x, per_sample, y if forward else x, asked.block(j, i))
                 if sparse
                 else whole.zero_block(
                     y, x, per_sample, y if forward else x, dests[j][i] if dests else None

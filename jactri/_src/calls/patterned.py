@@ -160,7 +160,7 @@ def made(
             elif asked.form == "dense":
                 block = whole.zero_block(y, x, per_sample, like, dest)
             else:
-                block = nothing(asked.form, y, x, per_sample, size)
+                block = nothing(asked.form, y, x, per_sample, like, size)
             answer[j].append(block)
     return answer
 

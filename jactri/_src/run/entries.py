@@ -303,27 +303,27 @@ def check_pattern(graph: Graph, ys, xs, per_sample: bool | str, some: bool = Fal
 
 
 def nothing(
-    form: str, y: Tensor, x: Tensor, per_sample: bool | str, size: tuple[int, int] | None = None
-):
-    """The sparse Jacobian of an output that does not depend on an input."""
+    form: str, y: Tensor, x: Tensor, per_sample: bool | str, like: Tensor, size: tuple[int, int] | None = None
+):  # fmt: skip
+    """The sparse Jacobian of an output that does not depend on an input, of the dtype and device of ``like``."""
     shape = (*y.shape, *(x.shape[1:] if per_sample else x.shape))
     samples = len(x) if per_sample else 1
     rows, columns = (prod(t.shape[1:] if per_sample else t.shape) for t in (y, x))
     if form == "coo":
         return torch.sparse_coo_tensor(
-            size=shape, dtype=x.dtype, device=x.device, check_invariants=False
+            size=shape, dtype=like.dtype, device=like.device, check_invariants=False
         ).coalesce()
     if form == "banded":
         own = y.shape[1:] if per_sample else y.shape
-        where = torch.empty((*own, 0), dtype=torch.int64, device=x.device)
-        return Banded(x.new_empty((*y.shape, 0)), where, shape)
+        where = torch.empty((*own, 0), dtype=torch.int64, device=like.device)
+        return Banded(like.new_empty((*y.shape, 0)), where, shape)
     lead = (samples,) if per_sample else ()
-    made = empty((rows, columns), size or (1, 1), lead, x)
+    made = empty((rows, columns), size or (1, 1), lead, like)
     if form == "csc":
-        turned = empty((columns, rows), (1, 1), lead, x).to("csr")
+        turned = empty((columns, rows), (1, 1), lead, like).to("csr")
         made = torch.sparse_csc_tensor(
             turned.crow_indices(), turned.col_indices(), turned.values(), (*lead, rows, columns),
-            device=x.device, check_invariants=False,
+            device=like.device, check_invariants=False,
         )  # fmt: skip
         return made
     return made if form == "blocks" else made.to(form)
