@@ -147,11 +147,20 @@ def test_files_that_are_none(tmp_path):
             write(file)
         with pytest.raises(RuntimeError, match="was not written by"):
             jactri.Sparsity.load(path)
-    told, start = numpy.array([1, 0, 3, 4]), numpy.array([0, 1, 2])
-    with open(path, "wb") as file:
-        numpy.savez(file, **{"jactri.Sparsity": told, "start": start, "column": start[:1]})
-    with pytest.raises(RuntimeError, match="does not hold together"):
-        jactri.Sparsity.load(path)
+    good = {"jactri.Sparsity": [1, 0, 3, 4], "start": [0, 2, 4, 5], "column": [0, 1, 1, 2, 3]}
+    others = {
+        "jactri.Sparsity": ([1], [-1, 0, 3, 4], [3, 0, 3, 4], [0, 1, 3, 4], [1, 2, 3, 4], [1, 0, -3, -4], [[1, 0]]),
+        "start": ([], [0, 1, 2], [1, 2, 4, 5], [0, 4, 2, 5], [0, 2, 4, 6], [0.0, 2, 4, 5]),
+        "column": ([0], [1, 0, 1, 2, 3], [1, 1, 1, 2, 3], [0, 1, 1, 2, 4], [0, 1, 1, 2, -1], [0.0, 1, 1, 2, 3]),
+    }  # fmt: skip
+    for name, values in [("start", good["start"]), *((n, v) for n in others for v in others[n])]:
+        with open(path, "wb") as file:
+            numpy.savez(file, **good | {name: numpy.array(values, None if values else numpy.int64)})
+        if values is good[name]:
+            assert jactri.Sparsity.load(path).nnz == 5
+            continue
+        with pytest.raises(RuntimeError, match="does not hold together"):
+            jactri.Sparsity.load(path)
     of(torch.eye(30).bool()).save(path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(RuntimeError, match="was not written by"):

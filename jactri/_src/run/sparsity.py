@@ -234,12 +234,12 @@ class Sparsity(Shown, Tensor):
                 f"{os.fspath(path)!r} was not written by Sparsity.save ({error}); of a matrix that SciPy saved, "
                 "jactri.Sparsity.of(scipy.sparse.load_npz(path)) is one"
             ) from None
-        rows, per_sample, *shape = told.tolist()
-        matrix = Csr(start, column, prod(shape[rows:]))
-        if (matrix.height, start[-1]) != (prod(shape[:rows]), len(column)):
+        if not _sound(told, start, column):
             raise RuntimeError(
                 f"{os.fspath(path)!r} does not hold together: it was written to since"
             )
+        rows, per_sample, *shape = told.tolist()
+        matrix = Csr(start, column, prod(shape[rows:]))
         return _of(matrix, tuple(shape), rows, bool(per_sample), device)
 
     def to_scipy(self) -> Any:
@@ -263,6 +263,20 @@ class Sparsity(Shown, Tensor):
             + f"; {si(self._indices().nbytes + total)}B)"
         )
         return [text, self._picture((64, 64))]
+
+
+def _sound(told: np.ndarray, start: np.ndarray, column: np.ndarray) -> bool:
+    """Whether numbers from a file are those of a pattern."""
+    if any(t.ndim != 1 or t.dtype != np.int64 for t in (told, start, column)) or len(told) < 2:
+        return False
+    rows, per_sample, *shape = told.tolist()
+    if not 0 <= per_sample <= min(1, rows) <= rows <= len(shape) or min(shape, default=0) < 0:
+        return False
+    matrix = Csr(start, column, prod(shape[rows:]))
+    if matrix.height != prod(shape[:rows]) or start[0] or (matrix.counts < 0).any():
+        return False
+    within = (column >= 0) & (column < matrix.width)
+    return start[-1] == len(column) and bool(within.all() and (np.diff(matrix.keys) > 0).all())
 
 
 def of_mask(mask: Tensor, rows: int, per_sample: bool = False) -> Sparsity:
