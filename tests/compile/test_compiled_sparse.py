@@ -157,6 +157,19 @@ def test_weights_are_looked_up_and_samples_stay_apart():
     assert_close(answer.to_dense(), want.reshape(3, 6, 8), F64, length=20)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_no_samples(layout):
+    pattern = jactri.sparsity(arrowhead, data((5,)))
+    each = lambda u: torch.cat([u.square().sum(1, True), u[:, 1:] ** 3 + u[:, :1] * u[:, 1:]], 1)  # noqa: E731
+    for n in (0, 1):
+        x = data((n, 5))
+        asked = {"per_sample": True, "layout": layout, "pattern": pattern}
+        found, want = jactri.compile(each, x, **asked, engine="fx")(x), jactri.jacobian(each, x, **asked)  # fmt: skip
+        assert type(found) is type(want)
+        found, want = (J if layout is torch.strided else J.to_dense() for J in (found, want))
+        torch.testing.assert_close(found, want)
+
+
 def test_several_inputs_and_outputs():
     def both(u, v):
         return u * v.roll(1), v[1:] ** 2

@@ -124,9 +124,10 @@ def made(
     """The answer by its entries, tested if that is asked for."""
     per_sample = bool(asked.per_sample)
     samples = len(xs[0]) if per_sample else 1
-    values = xs[0].new_zeros(samples, 0)
     later = asked.unformed and tracing() and isinstance(graph, Graph) and has_poles(how, graph)
-    if samples and all(any(t.numel() for t in ends) for ends in (ys, xs)):
+    if not samples or not all(any(t.numel() for t in ends) for ends in (ys, xs)):
+        values = xs[0].new_zeros(samples, how.pattern.nnz)  # none
+    else:
         budget = budget.less(samples * how.pattern.nnz * xs[0].element_size())
         with ExitStack() as stack:
             told = stack.enter_context(bar(how.products)) if asked.progress else None

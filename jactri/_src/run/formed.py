@@ -121,6 +121,11 @@ class Formed:
         """Whether the samples are on both sides."""
         return not self.per_sample and self.samples > 1
 
+    @property
+    def many(self) -> int:
+        """How many samples there are, or 1 where they are not told apart."""
+        return self.samples if self.per_sample else max(self.samples, 1)
+
     def sized(self, n: int) -> tuple[int, ...]:
         """The shape of a dense answer of ``n`` samples, flat at either end."""
         rows, columns = self.pattern.shape
@@ -136,7 +141,7 @@ class Formed:
         ``key``: what decides the place beside the pattern. Without a ``place``, values are in the order of the pattern.
         """
         device = self.like.device
-        copies = 1 if self.per_sample else max(self.samples, 1)
+        copies = 1 if self.per_sample else self.many
 
         def make() -> tuple[Tensor, ...]:
             entries = self.pattern.entries()
@@ -234,7 +239,7 @@ class Formed:
 
     def _blocks(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(sample, row, column) of every entry, row by row, of all samples."""
-        many = max(self.samples, 1)
+        many = self.many
         sample = torch.arange(many, device=row.device).repeat_interleave(len(row))
         return sample, row.repeat(many), column.repeat(many)
 
@@ -251,7 +256,7 @@ class Formed:
     def _compressed(self, values: Tensor, minor: Tensor, start: Tensor) -> Tensor:
         """CSR or CSC: entries in the order of rows, or of columns, each of which has a ``start``."""
         rows, columns = self.pattern.shape
-        many, wide, make = max(self.samples, 1), columns, torch.sparse_csr_tensor
+        many, wide, make = self.many, columns, torch.sparse_csr_tensor
         if self.form == "csc":
             wide, make = rows, torch.sparse_csc_tensor
         if self.per_sample:  # the index is the caller's own, as in all that follows
@@ -270,7 +275,7 @@ class Formed:
     def _blocked(self, values: Tensor, start: Tensor, column: Tensor, slot: Tensor) -> Blocks:
         """Blocks of all samples together, or ``per_sample`` of each."""
         (rows, columns), (r, c) = self.pattern.shape, self.size
-        many = 1 if self.per_sample else max(self.samples, 1)
+        many = 1 if self.per_sample else self.many
         if not self.per_sample:
             values, rows, columns = values.reshape(1, -1), many * rows, many * columns
         if len(slot):  # else entries are in the order of blocks
@@ -289,7 +294,7 @@ class Formed:
         where = column.new_full((rows * width,), -1).index_copy(0, at, column)
         if self.per_sample:
             return Banded(band.view(*self.out, width), where.view(*self.out[1:], width), self.shape)
-        many = max(self.samples, 1)
+        many = self.many
         offset = torch.arange(many, device=row.device)[:, None] * columns
         where = torch.where(where < 0, where, where + offset)
         return Banded(band.view(*self.out, width), where.view(*self.out, width), self.shape)
