@@ -5,6 +5,7 @@ import pytest
 import torch
 from common import F64, unfollowed
 
+import jactri
 from jactri._src.base.csr import Csr
 from jactri._src.base.memory import Budget
 from jactri._src.calls.compressed import entries
@@ -132,3 +133,36 @@ def test_where_forward_mode_meets_an_infinity_rows_are_taken():
         found = entries([y], [x], how, read([y], [x]), budget=Budget(None, x.device))
     assert want.isfinite().all()
     torch.testing.assert_close(found[0], want[pattern.row, pattern.column])
+
+
+def hooked(x):
+    v = x * 1
+    v.register_hook(lambda g: g * 2)
+    return v * 3, v.sqrt()
+
+
+@pytest.mark.filterwarnings("ignore:a hook on gradients")
+@pytest.mark.parametrize("mode", ["auto", "forward-mode", "reverse-mode"])
+@pytest.mark.parametrize(
+    "func",
+    [
+        lambda x: (x * 3, 1 / x),
+        lambda x: (x.sqrt().sum(), x**3 + x[0] * x.roll(1), 1 / x),
+        lambda x: (x * 3, torch.complex(x, x * 0).sqrt().real),
+        hooked,
+    ],
+)
+def test_a_pole_of_one_output_is_none_of_another(func, mode):
+    """The rows of one output are autograd's without the others, where a cotangent of zeros makes NaN of infinity."""
+    x = torch.rand(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[2] = 0
+    want = torch.autograd.functional.jacobian(func, x)
+    pattern = tuple(w != 0 for w in want)
+    for layout in (torch.strided, torch.sparse_csr):
+        found = jactri.jacobian(func, x, strategy=mode, layout=layout, pattern=pattern)
+        found = [J if layout is torch.strided else J.to_dense() for J in found]
+        assert not found[-1].reshape(-1, 6)[:, 2].isfinite().all()
+        for J, w in zip(found, want, strict=True):
+            J, w = (t.reshape(-1, 6).nan_to_num(0, 0, 0) for t in (J, w))
+            torch.testing.assert_close(J, w)
+        assert found[0].isfinite().sum() == want[0].isfinite().sum()

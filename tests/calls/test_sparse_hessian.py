@@ -282,6 +282,19 @@ def test_kinks_are_those_of_autograd():
         assert torch.equal(got.to_dense(), functional.hessian(func, x))
 
 
+def test_a_pole_of_one_input_is_none_of_another():
+    a, b = values(5).abs(), values(5, seed=1)
+    a[2] = 0
+    func = lambda a, b: (a**1.5).sum() + (a.roll(1) * b**2).sum() + (a * b.roll(2)).sum() * b[0]  # noqa: E731
+    want = functional.hessian(func, (a, b))
+    assert want[0][0][2, 2].isinf()
+    for layout in LAYOUTS:
+        got = jactri.hessian(func, (a, b), layout=layout)
+        found = tuple(tuple(h.to_dense() for h in row) for row in got)
+        for i, j in [(0, 1), (1, 0), (1, 1)]:
+            torch.testing.assert_close(found[i][j], want[i][j])
+
+
 def test_two_dtypes():
     x, t = values(5), values(2, seed=1).float()
     for func in (

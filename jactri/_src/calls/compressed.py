@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..base.backends import capturing
 from ..base.memory import Budget
-from ..plan.compressing import Compression, compressed
+from ..plan.compressing import Compression, compressed, each_row
 from ..plan.poles import finite, suspects
 from ..read.graph import Graph, UnsupportedGraph
 from ..read.joining import for_given
@@ -19,8 +22,9 @@ from .by_autograd import pulled, pushed
 
 
 def has_poles(how: Compression, graph: Graph) -> bool:
-    """Whether products with tangents are those of autograd's rows only where all values are finite."""
-    return bool(how.tangents.count and suspects(graph, seeds=True))
+    """Whether products are those of autograd's rows, each of one output, only where all values are finite."""
+    together = sum(v is not None for v in graph.outputs) > 1
+    return bool((how.tangents.count or together) and suspects(graph, seeds=True))
 
 
 def entries(
@@ -60,38 +64,54 @@ def entries(
         As many pushes and pulls as ``how.products``, in blocks. What of ``how`` is a tensor is kept by its key.
     """
 
-    def product(blocks: list[Tensor], reverse: bool) -> list[Tensor]:
+    def product(blocks: Sequence[Tensor | None], reverse: bool) -> list[Tensor]:
         made = multiplied(ys, xs, blocks, reverse, graph, budget, chunk_size)
-        for _ in blocks[0] if progress else ():
+        for _ in made[0] if progress else ():
             progress()
         return made
 
     if isinstance(graph, UnsupportedGraph):
         refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {graph}")
-        poles = False
+        poles = len(ys) > 1
     else:
         poles = not later and has_poles(how, graph)
     made = None
     if not (poles and capturing(xs[0].device)):
         made = values(how, ys, xs, product, budget, chunk_size, samples)
     if made is None or (poles and not finite(made)):
-        # where forward mode meets an infinity, only rows are autograd's
-        how = compressed(how.pattern, "reverse-mode")
-        made = values(how, ys, xs, product, budget, chunk_size, samples)
+        # where forward mode meets an infinity, only rows are autograd's: of one output, as 0 times infinity is NaN
+        parts, start = [], 0
+        each = isinstance(graph, UnsupportedGraph) and not graph.linear
+        for j, y in enumerate(ys):
+            stop = start + y.numel() // samples
+            part = how.pattern.take(np.arange(start, stop))
+            how_part = each_row(part) if each else compressed(part, "reverse-mode")
+            alone = partial(_of_output, product, j, len(ys))
+            parts.append(values(how_part, [y], xs, alone, budget, chunk_size, samples))
+            start = stop
+        made = torch.cat(parts, 1)
     return made
+
+
+def _of_output(product, j: int, count: int, blocks: list[Tensor], reverse: bool) -> list[Tensor]:
+    """A product with cotangents of one of several outputs."""
+    return product([blocks[0] if k == j else None for k in range(count)], reverse)
 
 
 def multiplied(
     ys: Sequence[Tensor],
     xs: Sequence[Tensor],
-    blocks: list[Tensor],
+    blocks: Sequence[Tensor | None],
     reverse: bool,
     graph: Graph | UnsupportedGraph,
     budget: Budget,
     chunk_size: int | None = None,
 ) -> list[Tensor]:
-    """Products with blocks ``(K, *x)`` of tangents, one an input, or of cotangents, one an output (``reverse``)."""
-    k, ends = len(blocks[0]), xs if reverse else ys
+    """Products with blocks ``(K, *x)`` of tangents, one an input, or of cotangents, one an output (``reverse``).
+
+    None among the blocks stands for zeros.
+    """
+    k, ends = next(len(b) for b in blocks if b is not None), xs if reverse else ys
     if isinstance(graph, UnsupportedGraph):
         return (pulled if reverse else pushed)(ys, xs, blocks, k, graph)
     graph = for_given(graph, k)
