@@ -77,9 +77,9 @@ def hessian(
     Returns:
         ``H[i][j]`` of shape ``in_i.shape + in_j.shape``, under ``per_sample`` ``(N, *in_i, *in_j)``; a tensor where
         ``inputs`` is one. Of the dtype and device of the i-th input. A sparse one is symmetric to the last bit, but
-        for functions with an ``autograd.Function`` or hooks inside, whose gradients may be none. At a kink, second
-        derivatives are those of autograd's double backward (of ReLU: 0); where the two of a pair differ there, a
-        sparse Hessian has one of them twice.
+        where an entry is not finite, and for functions with an ``autograd.Function`` or hooks inside, whose gradients
+        may be none. At a kink, second derivatives are those of autograd's double backward (of ReLU: 0); where the two
+        of a pair differ there, a sparse Hessian has one of them twice.
 
     Raises:
         TypeError: inputs or an output that are no tensors.
