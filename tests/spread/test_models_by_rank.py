@@ -127,6 +127,13 @@ def tensor_parallel():
         assert t.placements == dict(m.named_parameters())[name].placements
     with pytest.raises(RuntimeError, match="create_graph=True is not possible"):
         jactri.parameter_jacobian(m, given, create_graph=True)
+    # seeds by ranks that compute it together would be added up
+    assert torch.allclose(
+        jactri.jacobian(m, x, mesh=mesh["dp"]).full_tensor(), jactri.jacobian(net, x)
+    )
+    for frozen in (m, copy.deepcopy(m).requires_grad_(False)):
+        with pytest.raises(RuntimeError, match="leave mesh= out, or pass the dimension"):
+            jactri.jacobian(frozen, x, mesh=mesh["tp"])
     return {name: outcome(call, call(net, x), m, given) for name, call in calls.items()}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.elsewhere import check_here
+from ..base.elsewhere import DISTRIBUTED, check_here, is_distributed
 from ..base.fingerprint import of_weights
 from ..base.journal import identity, on_disk
 from ..base.memory import Budget, MemoryLimitTooSmall
@@ -108,6 +108,8 @@ class _Job:
             try:
                 self.graph = fold(read(ys, xs, handles=asked.handles))
             except UnsupportedGraph as reason:
+                if DISTRIBUTED in str(reason):
+                    self._check_apart()
                 refuse_or_log("the function", ys[0].shape, [x.shape for x in xs], f"holds {reason}")
                 key = str(reason)
         if self.graph is not None:
@@ -130,6 +132,20 @@ class _Job:
         }
         for name, more in (asked.told or {}).items():
             self.facts[name] = self.facts.get(name), more
+
+    def _check_apart(self) -> None:
+        """Raise where ranks with other seeds take part in the function: its collectives would add up their products."""
+        mesh: Any = self.ranks.mesh
+        spread: list[Any] = [p for p in self.weights if is_distributed(p)]
+        ours = set(mesh.mesh.flatten().tolist())
+        if not spread or any(
+            len(ours.intersection(p.device_mesh.mesh.flatten().tolist())) > 1 for p in spread
+        ):
+            raise RuntimeError(
+                f"the function holds {DISTRIBUTED}, which ranks of mesh= compute together, and with mesh= each has seeds "
+                "of its own; leave mesh= out, or pass the dimension of a mesh along which the weights are whole, as "
+                "mesh['dp']"
+            )
 
     def _plan(self) -> Plan:
         """The plan of the whole, by sizes alone: it tells how to cut it."""
