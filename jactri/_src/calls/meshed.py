@@ -142,8 +142,8 @@ class _Job:
             len(ours.intersection(p.device_mesh.mesh.flatten().tolist())) > 1 for p in spread
         ):
             raise RuntimeError(
-                f"the function holds {DISTRIBUTED}, which ranks of mesh= compute together, and with mesh= each has seeds "
-                "of its own; leave mesh= out, or pass the dimension of a mesh along which the weights are whole, as "
+                f"the function holds {DISTRIBUTED}, which ranks of mesh= compute together, and with mesh= each has "
+                "seeds of its own; leave mesh= out, or pass the dimension of a mesh along which the weights are whole, as "
                 "mesh['dp']"
             )
 
