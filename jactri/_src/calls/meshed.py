@@ -295,6 +295,9 @@ class _Job:
 
     def _span(self, span: Span, to: Blocks) -> None:
         """Compute a part of the answer; in halves where the memory does not hold it at once."""
+        if (lined := self._lines(span)) is not None:
+            self._run(lined[0], self.graph, lined[1], to)
+            return
         part = None if self.parts is None else self.parts.of(*span)
         if part is None:
             self._by_itself(span, to)
@@ -304,11 +307,8 @@ class _Job:
             for block in _flat(to):
                 block.zero_()
             return
-        wanted = Wanted(
-            self.budget, self.asked.strategy, self.per_sample, self.summed, self.asked.chunk_size, True, of=""
-        )  # fmt: skip
         try:
-            plan = plan_for(graph, self.ys, self.xs, wanted)
+            plan = plan_for(graph, self.ys, self.xs, self._wanted)
         except MemoryLimitTooSmall:
             number, start, length = span
             if length == 1:
@@ -321,6 +321,22 @@ class _Job:
             self._by_itself(span, to)
             return
         self._run(ends, graph, plan, to)
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(
+            self.budget, self.asked.strategy, self.per_sample, self.summed, self.asked.chunk_size, True, of=""
+        )  # fmt: skip
+
+    def _lines(self, span: Span) -> tuple[Ends, Plan] | None:
+        """A part that is some lines of images, by the plan of the whole, where that goes by patches."""
+        if self.parts is None or not self.parts.lined:
+            return None
+        try:
+            plan = plan_for(self.graph, self.ys, self.xs, self._wanted)
+        except MemoryLimitTooSmall:
+            return None
+        return self.parts.lines(plan, *span)
 
     def _run(self, ends: Ends, graph: Graph, plan: Plan, to: Blocks) -> None:
         for j, i in self._pairs():

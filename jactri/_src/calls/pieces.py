@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..plan.patches import window
 from ..plan.planning import Ends
 from ..prologue.arguments import Options
 from ..run.answers import Answer
@@ -30,7 +31,7 @@ def run_piece(graph, plan, ends: Ends | None, ys, xs, asked: Options, dests, wat
             if pattern is None:
                 answers[j, i] = Answer(*given)
             else:
-                patch = sweep.windows.get(target)
+                patch = window(sweep, target)
                 size = asked.block(j, i)
                 answers[j, i] = Entries(
                     *given, pattern=pattern, form=asked.form, patch=patch, size=size

@@ -6,6 +6,7 @@ reaches (see `masked` and `narrowing`). Where samples do not mix, it is one of a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ..maps.cut import Cut
 from ..read.graph import Graph
 from .masked import Seen, along, needed_by, seen_along
 from .narrowing import Box, narrowed
+from .patches import from_lines
 from .planner import Plan, make_plan
 from .planning import Ends, samples_of
 from .samples import narrow, places
@@ -48,7 +50,7 @@ class Cutting(NamedTuple):
 def cutting(graph: Graph | None, plan: Plan | None, ys, xs, per_sample, summed: bool) -> Cutting:
     """How to cut the Jacobian of a graph with this plan; of what has none, by rows.
 
-    Along the longest axis, which ranks share most evenly.
+    Along the longest axis, which ranks share most evenly; images that go by patches along their lines.
     """
     forward = plan is not None and not plan.reverse and not graph.complex
     by, ends = ("columns", xs) if forward else ("rows", ys)
@@ -57,6 +59,14 @@ def cutting(graph: Graph | None, plan: Plan | None, ys, xs, per_sample, summed: 
     if both and _where(graph, plan) is not None:
         by, ends = "samples", ys[:1]
         axes = axes[:1]
+    elif plan is not None and not per_sample:
+        patched = {s.index for s in plan.sweeps if s.windows}
+        axes = tuple(
+            [
+                _lines(a, t.shape) if k in patched else a
+                for k, (a, t) in enumerate(zip(axes, ends, strict=True))
+            ]
+        )
     if per_sample and by != "samples":  # a sample's rows are those of one
         axes = tuple([_longest(t.shape, 1) for t in ends])
     sizes = tuple(1 if a is None else t.shape[a] for t, a in zip(ends, axes, strict=True))
@@ -68,6 +78,13 @@ def _longest(shape, first: int = 0) -> int | None:
     if len(shape) <= first:
         return None
     return max(range(first, len(shape)), key=lambda a: (shape[a], -a))
+
+
+def _lines(longest: int | None, shape) -> int | None:
+    """The lines of images, of which patches run some as cheaply as all, where they are not much fewer."""
+    if longest in (1, 3) and len(shape) == 4 and 2 * shape[2] >= shape[longest]:
+        return 2
+    return longest
 
 
 def _unit(size: int, number: int, plan: Plan | None) -> int:
@@ -103,6 +120,8 @@ class Parts:
         self._where = _where(graph, plan) if cut.by == "samples" else None
         self._reverse = cut.by == "rows"
         self._seen: dict[int, tuple[Sweep, Seen | None]] = {}
+        self.lined = any(s.windows for s in plan.sweeps)
+        """Whether parts may be `lines`."""
 
     def of(self, number: int, start: int, length: int) -> Part | None:
         """One of them; None where the maps cannot be cut there."""
@@ -113,6 +132,24 @@ class Parts:
             into = {i: {0: Cut(0, start, length)} for i in range(len(part.inputs))}
             return Ends({j: {0: Cut(0, 0, length)} for j in range(len(part.outputs))}, into), part
         return self._along(number, start, length)
+
+    def lines(self, plan: Plan, number: int, start: int, length: int) -> tuple[Ends, Plan] | None:
+        """A part as some lines of images, from which the whole's sweep by patches runs; None where it is no such."""
+        graph = self._graph
+        if (
+            self._cut.by == "samples"
+            or self._cut.axes[number] != 2
+            or self._per_sample
+            or graph.complex
+        ):
+            return None
+        found = [s for s in plan.sweeps if s.index == number]
+        if plan.parts or plan.reverse != self._reverse or len(found) != 1:
+            return None
+        sweep = from_lines(graph, found[0], start, length)
+        if sweep is None:
+            return None
+        return self._ends(number, length, {}), replace(plan, sweeps=[sweep])
 
     def _along(self, number: int, start: int, length: int) -> Part | None:
         graph, axis = self._graph, self._cut.axes[number]

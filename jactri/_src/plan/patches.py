@@ -163,6 +163,35 @@ def by_patches(graph: Graph, sweep: Sweep) -> Sweep | None:
     return replace(sweep, steps=steps, flops=flops, bytes=written, windows=windows, chunks={})
 
 
+def from_lines(graph: Graph, sweep: Sweep, start: int, length: int) -> Sweep | None:
+    """The same sweep from some lines of the seed's image; None where that has none, or its patterns are not by axes."""
+    shape = graph.values[sweep.seed].shape
+    if not sweep.windows or len(shape) != 4:
+        return None
+    patterns = {}
+    for target, pattern in sweep.patterns.items():
+        side = pattern.out if sweep.reverse else pattern.into
+        if [n for n, _ in side] != [n for n in shape if n > 1] or shape[2] == 1:
+            return None
+        cut = pattern.cut(sweep.reverse, sum(n > 1 for n in shape[:2]), start, length)
+        if cut is None:
+            return None
+        patterns[target] = cut
+    part = length / shape[2]
+    return replace(
+        sweep, lines=(start, length), patterns=patterns, items=None, flops=part * sweep.flops, bytes=part * sweep.bytes
+    )  # fmt: skip
+
+
+def window(sweep: Sweep, value: int) -> ReceptiveField | None:
+    """Where the block of a value is, of the first line from which a sweep by patches runs."""
+    found = sweep.windows.get(value)
+    if found is None or sweep.lines is None:
+        return found
+    y, x = found.offset
+    return replace(found, offset=(y + found.stride[0] * sweep.lines[0], x))
+
+
 def multiplies(graph: Graph, sweep: Sweep, step: Step) -> bool:
     """Whether a convolution is one product."""
     (t,) = step.terms
@@ -272,9 +301,10 @@ class PatchRun:
     def chunks(self):
         """(first sample, samples, first line, lines) of all chunks."""
         many, lines = _cut(self.graph, self.sweep)
+        first, count = self.sweep.lines or (0, self.image[0])
         for n in range(0, self.samples, max(many, 1)):
-            for y in range(0, self.image[0], max(lines, 1)):
-                yield n, min(many, self.samples - n), y, min(lines, self.image[0] - y)
+            for y in range(first, first + count, max(lines, 1)):
+                yield n, min(many, self.samples - n), y, min(lines, first + count - y)
 
     def blocks(self, steps, chunk, value: int) -> Block:
         """The block of a value, after some steps."""

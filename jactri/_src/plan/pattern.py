@@ -84,6 +84,19 @@ class Pattern:
             return None
         return Pattern.of(each)
 
+    def cut(self, rows: bool, axis: int, start: int, length: int) -> Pattern | None:
+        """The entries of a range of an axis of its rows, or columns; None where that axis shares its tie."""
+        side, supports = self.out if rows else self.into, dict(self.supports)
+        tie = side[axis][1]
+        if tie != FREE:
+            if [t for _, t in side].count(tie) > 1:
+                return None
+            at, support = np.arange(start, start + length), supports[tie]
+            supports[tie] = support.take(at) if rows else support.T.take(at).T
+        side = (*side[:axis], (length, tie), *side[axis + 1 :])
+        ends = (side, self.into) if rows else (self.out, side)
+        return Pattern(*ends, supports)
+
     def within(self, other: Pattern) -> Pattern:
         """A pattern in flat order without the entries that another, of the same matrix, does not have."""
         (mine,) = self.supports.values()

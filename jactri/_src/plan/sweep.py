@@ -127,6 +127,8 @@ class Sweep:
     """By target: the entries that are computed, where that is not the whole block."""
     windows: dict[int, ReceptiveField] = field(default_factory=dict)
     """By value: where its block has the pixels of, if the sweep runs by `patches`."""
+    lines: tuple[int, int] | None = None
+    """The lines (first, count) of the seed's image from which it runs by patches, if not all."""
     chunks: dict[int, int] = field(default_factory=dict)
     peak: float = 0.0
     items: list | None = None

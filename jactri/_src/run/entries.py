@@ -129,7 +129,9 @@ class Entries(Formed, Answer):
     def put_patches(self, data: Tensor, chunk) -> None:
         """The block of a chunk of a sweep by patches."""
         seed = self.out if self.sweep.reverse else self.into
-        self.store = put(self.store, data, chunk, seed)
+        n0, n, line, lines = chunk
+        first = self.sweep.lines[0] if self.sweep.lines else 0
+        self.store = put(self.store, data, (n0, n, line - first, lines), seed)
 
     def put(self, data, own, sel) -> None:
         if own and not sel:
