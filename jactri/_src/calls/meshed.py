@@ -143,8 +143,8 @@ class _Job:
         ):
             raise RuntimeError(
                 f"the function holds {DISTRIBUTED}, which ranks of mesh= compute together, and with mesh= each has "
-                "seeds of its own; leave mesh= out, or pass the dimension of a mesh along which the weights are whole, as "
-                "mesh['dp']"
+                "seeds of its own; leave mesh= out, or pass the dimension of a mesh along which the weights are whole, "
+                "as mesh['dp']"
             )
 
     def _plan(self) -> Plan:
