@@ -274,6 +274,19 @@ def test_another_computation_is_refused_on_every_rank(ranks, path, what):
         check(path, "rows")
 
 
+@pytest.mark.parametrize("text", ["", "[]", "no cut", "no parts"])
+def test_a_journal_that_is_broken_is_refused(ranks, path, text):
+    ranks(1, run, path, "rows", 1)
+    (file,) = journal.left_by_ranks(journal_of(path)).values()
+    told = json.loads(file.read_text())
+    if text == "no cut":
+        del told["cut"]
+    told["done"] = [7] if text == "no parts" else told["done"]
+    file.write_text(json.dumps(told) if text.startswith("no") else text)
+    (error,) = ranks(1, run, path, "rows", errors=True)
+    assert error.kind == "RuntimeError" and "resume=False" in error.text
+
+
 def start_over(path):
     return run(path, "rows", resume=False)
 

@@ -58,11 +58,11 @@ class Dealt:
         try:
             left = json.loads(file.read_text())
             reason = differs(what, left)
-            done = left["done"]
+            done = dict(left["done"])
+            if reason is None and left["cut"] != self._state["cut"]:
+                reason = "order"
         except (ValueError, KeyError, TypeError, AttributeError):
             reason = "format"
-        if reason is None and left["cut"] != self._state["cut"]:
-            reason = "order"
         if reason is not None:
             raise RuntimeError(
                 f"out: {file} is of an interrupted call for another computation (its {reason} differs); pass "
