@@ -218,32 +218,42 @@ class OpaqueCall:
             *_, out, left = self._last
             self._last = (c, nr, out, left - 1) if left > 1 else None
             return out
-        if nr not in self._rows:
-            self._rows[nr] = self._products(nr)
-        rows, present = self._rows[nr]
         if torch.is_grad_enabled() and (why := self.why_not()) is not None:
             with torch.no_grad():
-                made = list(rows(c))
-            stacked = iter(guarded(made, (c, *self._anchors), why))
+                out = self._pulled(nr, c)
+            made = [g for g in out if g is not None]
+            marked = iter(guarded(made, (c, *self._anchors), why))
+            out = tuple([None if g is None else next(marked) for g in out])
         else:
-            stacked = iter(rows(c))
-        out = tuple(next(stacked) if p else None for p in present)
+            out = self._pulled(nr, c)
         left = len(self.shapes) - 1
         self._last = (c, nr, out, left) if left else None
         return out
 
+    def _pulled(self, nr: int, c: Tensor) -> tuple[Tensor | None, ...]:
+        if len(c) == 1:
+            return tuple([None if g is None else g.unsqueeze(0) for g in self._row(nr, c[0])])
+        if nr not in self._rows:
+            self._rows[nr] = self._products(nr)
+        rows, present = self._rows[nr]
+        stacked = iter(rows(c))
+        return tuple([next(stacked) if p else None for p in present])
+
+    def _row(self, nr: int, row: Tensor) -> list[Tensor | None]:
+        """Gradients of one cotangent, by edge."""
+        shapes, grads = self.shapes, self.edges(self.cotangents({nr: row}))
+        return [
+            _reduce(g, shapes[i]) if g is not None and i in shapes else None
+            for i, g in enumerate(grads)
+        ]
+
     def _products(self, nr: int) -> tuple[Vmapped, list[bool]]:
         """Products with one output's cotangents, and for which edges those had a gradient."""
-        shapes = self.shapes
         present: list[bool] = []
         call = weakref.proxy(self)  # a cycle would hold the graph until it is collected
 
         def one_row(row):
-            grads = call.edges(call.cotangents({nr: row}))
-            grads = [
-                _reduce(g, shapes[i]) if g is not None and i in shapes else None
-                for i, g in enumerate(grads)
-            ]
+            grads = call._row(nr, row)
             present[:] = [g is not None for g in grads]
             return tuple(g for g in grads if g is not None)
 
@@ -281,7 +291,7 @@ def _reduce(g: Tensor, shape) -> Tensor:
     """
     if g.layout is not torch.strided:
         g = g.to_dense()
-    return g if g.shape == torch.Size(shape) else g.sum_to_size(shape)
+    return g if g.shape == shape else g.sum_to_size(shape)
 
 
 def _fixed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -418,8 +428,11 @@ class Opaque(LinearMap):
             (found,) = fitting((g,), (u,), (row,), create_graph)
             return (torch.zeros_like(u) if found is None else found,)
 
+        t = t.to(g.dtype)
+        if len(t) == 1:
+            return one_row(t[0])[0].unsqueeze(0)
         key = self.call.key("push", self.nr, self.edge)
-        return Vmapped(one_row, self.name + " (push)", key)(t.to(g.dtype))[0]
+        return Vmapped(one_row, self.name + " (push)", key)(t)[0]
 
     def _agrees(self, t: Tensor, pushed: Tensor) -> bool | None:
         """<c, push(t)> = <pull(c), t> for an arbitrary c and all tangents combined; None: the pull is infinite.

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from ..base import backends
 from ..base.cache import Cache
-from ..base.constants import arbitrary
+from ..base.constants import arbitrary, fixed
 from .unrecorded import UNUSUAL, loose
 
 logger = logging.getLogger("jactri")
@@ -106,16 +107,28 @@ class Vmapped:
 
     def _agrees(self, block: Tensor, out: tuple[Tensor, ...]) -> bool | None:
         """Whether a combination of all rows gives the same combination of the results; None if these are infinite."""
-        finite = fits = True
         with torch.no_grad():
-            weights = arbitrary((block.shape[0],), block.real)
-            for got, want in zip(out, self.one_row(combined(weights, block)), strict=True):
-                if got.numel():
-                    own = weights.to(got.dtype)
-                    size = combined(own.abs(), got.abs()).max()
-                    gap = (combined(own, got) - want).abs()
-                    finite = finite & size.isfinite()
-                    fits = fits & (gap <= loose(got.dtype) * size).all()
+            weights = _weights(len(block), block.real)
+            wants = self.one_row(combined(weights, block))
+            pairs = [
+                (g, combined(weights, g), w) for g, w in zip(out, wants, strict=True) if g.numel()
+            ]
+            close = finite = fits = True
+            for (
+                got,
+                made,
+                want,
+            ) in pairs:  # what is close beside the combination is so beside its terms
+                size = torch.linalg.vector_norm(made, inf)
+                gap = torch.linalg.vector_norm(made - want, inf)
+                close = close & (gap <= loose(got.dtype) * size) & (size < inf)
+            if shown(close):
+                return True
+            for got, made, want in pairs:
+                size = combined(weights.abs(), got.abs()).max()
+                gap = (made - want).abs()
+                finite = finite & size.isfinite()
+                fits = fits & (gap <= loose(got.dtype) * size).all()
             if shown(finite & fits):
                 return True
             if not shown(finite):
@@ -153,4 +166,12 @@ def figures(found: Sequence[Tensor]) -> list[list[float]]:
 
 def combined(weights: Tensor, block: Tensor) -> Tensor:
     """The sum of the rows of a block, each times its weight."""
-    return torch.tensordot(weights.to(block.dtype), block, 1)
+    return (weights.to(block.dtype) @ block.flatten(1)).view(block.shape[1:])
+
+
+def _weights(n: int, like: Tensor) -> Tensor:
+    def make() -> tuple[Tensor]:
+        return (arbitrary((n,), torch.empty((), dtype=like.dtype, device=like.device)),)
+
+    (found,) = fixed(("weights", n, like.dtype, like.device), make)
+    return found
