@@ -54,7 +54,7 @@ def halves(n: int, device) -> Tensor:
     """
 
     def make() -> tuple[Tensor]:
-        k = next(k for k in itertools.count(1) if comb(k, k // 2) >= n)
+        k = halvings(n)
         # the choices in lexicographic order: how many places are left to fill, and how many choices to skip
         left, skip = torch.full((n,), k // 2), torch.arange(n)
         masks = []
@@ -68,6 +68,11 @@ def halves(n: int, device) -> Tensor:
     if n < 2:
         return torch.empty(0, n, dtype=torch.bool, device=device)
     return fixed(("halves", n, str(device)), make)[0]
+
+
+def halvings(n: int) -> int:
+    """How many masks `halves` takes."""
+    return 0 if n < 2 else next(k for k in itertools.count(1) if comb(k, k // 2) >= n)
 
 
 def fixed(key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.backends import capturing, forced
-from ..base.constants import halves
+from ..base.constants import halvings
 from ..base.elsewhere import check_graph, is_distributed
 from ..base.journal import on_disk
 from ..base.memory import Budget
@@ -79,7 +79,7 @@ def foreseen(walk: Walk, ys, xs, asked: Options, budget: Budget) -> Engine | Non
     samples = xs[0].shape[0] if per_sample else max(1, samples_of(ys, xs))
     probes = 0
     if per_sample and per_sample != ASSUME:
-        probes = len(live) * len(halves(samples, device)) * (1 + torch.is_grad_enabled())
+        probes = len(live) * halvings(samples) * (1 + torch.is_grad_enabled())
     if not rows or (work := walk.work(samples)) is None:
         return None
     budget = budget.less(answer_bytes(ys, xs, per_sample))

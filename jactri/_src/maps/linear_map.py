@@ -31,7 +31,7 @@ from .once import Formed
 Kept = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Route:
     """One map applied to one layout: ties dropped first (``mid``), then the map, giving ``out``.
 

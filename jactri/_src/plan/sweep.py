@@ -315,28 +315,21 @@ def relevant(graph: Graph, seeds, targets: list[int | None], reverse: bool) -> l
     """The values on a path between a seed and a target, in sweep order."""
     wanted = {t for t in targets if t is not None}
     values = graph.values
-    if reverse:
-        first = max(seeds)
-        up = set(seeds)
-        for v in range(first, -1, -1):
-            if v in up:
-                up.update(s for s, _ in values[v].sources)
-        down = set(wanted)
-        for v in range(first + 1):
-            if v not in down and any(s in down for s, _ in values[v].sources):
-                down.add(v)
-        return [v for v in range(first, -1, -1) if v in up and v in down]
-    up = set()
-    first, last = min(seeds), max(wanted, default=-1)
+    up, down = bytearray(len(values)), bytearray(len(values))
+    for v in seeds:
+        (up if reverse else down)[v] = 1
+    for v in wanted:
+        (down if reverse else up)[v] = 1
+    first, last = (0, max(seeds)) if reverse else (min(seeds), max(wanted, default=-1))
     for v in range(last, -1, -1):
-        if v in up or v in wanted:
-            up.add(v)
-            up.update(s for s, _ in values[v].sources)
-    down = set(seeds)
-    for v in range(first + 1, last + 1):
-        if any(s in down for s, _ in values[v].sources):
-            down.add(v)
-    return [v for v in range(first, last + 1) if v in up and v in down]
+        if up[v]:
+            for s, _ in values[v].sources:
+                up[s] = 1
+    for v in range(first, last + 1):
+        if not down[v] and any(down[s] for s, _ in values[v].sources):
+            down[v] = 1
+    found = [v for v in range(first, last + 1) if up[v] and down[v]]
+    return found[::-1] if reverse else found
 
 
 def from_blocks(
@@ -355,45 +348,59 @@ def from_blocks(
     """
     values = graph.values
     order = relevant(graph, seeds, targets, reverse)
-    present = set(order)
-    incoming: dict[int, list[tuple[int, int, int]]] = {v: [] for v in order}
+    # by value: lists take less than sets and dicts, in long graphs
+    present = bytearray(len(values))
     for v in order:
-        for e, (s, _) in enumerate(values[v].sources):
-            if s in present:
-                if reverse:
-                    incoming[s].append((v, v, e))
-                else:
-                    incoming[v].append((s, v, e))
-    for into in incoming.values():  # what is put into zeros is added to what is there by then
-        if len(into) > 1:
-            into.sort(key=lambda at: values[at[1]].sources[at[2]][1].places(reverse))
-    last_use: dict[int, int] = {}
+        present[v] = 1
+    last_use = [-1] * len(values)
     for v in order:
-        for other, _, _ in incoming[v]:
-            last_use[other] = v
-    frees: dict[int, tuple[int, ...]] = {}
+        for s, _ in values[v].sources:
+            if present[s]:
+                if not reverse:
+                    last_use[s] = v
+                elif not 0 <= last_use[v] < s:
+                    last_use[v] = s
+    frees: list[tuple[int, ...]] = [()] * len(values)
     keep = {t for t in targets if t is not None}
-    for other, v in last_use.items():
-        if other not in keep:
-            frees[v] = *frees.get(v, ()), other
+    for other in order:
+        if last_use[other] >= 0 and other not in keep:
+            frees[last_use[other]] += (other,)
     del last_use
     layouts: dict[int, Layout] = {}
     ones: set[int] = set()
     alike: set[int] = set()  # made of weights alone: the same for all samples, and computed once
     steps = []
+    same: dict[Any, Any] = {}  # a map asks whether its layout is its route's
     for v, at in seeds.items():
-        if v in present:  # what a caller gives may be of any sample its own
-            layouts[v] = at
+        if present[v]:  # what a caller gives may be of any sample its own
+            layouts[v] = same.setdefault(at, at)
             if unit_seed:
                 ones.add(v)
             if at is layout:
                 alike.add(v)
     known: dict[tuple, _Made] = {}  # long graphs repeat themselves
-    same = {at: at for at in layouts.values()}  # a map asks whether its layout is that of its route
+
+    def once(route: Route) -> Route:
+        """The route, or an equal one that is there: steps that differ by an index have the same."""
+        found = same.get(route)
+        if found is None:
+            mid, out = (same.setdefault(at, at) for at in (route.mid, route.out))
+            found = same[route] = replace(route, mid=mid, out=out)
+        return found
+
+    incoming: dict[int, list[tuple[int, int, int]]] = {}  # by value, until its turn
     for v in order:
+        into = incoming.pop(v, [])
+        for e, (s, _) in enumerate(values[v].sources):
+            if present[s]:
+                if reverse:
+                    incoming.setdefault(s, []).append((v, v, e))
+                else:
+                    into.append((s, v, e))
         if v in seeds:
             continue
-        into = incoming.pop(v)
+        if len(into) > 1:  # what is put into zeros is added to what is there by then
+            into.sort(key=lambda at: values[at[1]].sources[at[2]][1].places(reverse))
         key = values[v].dtype, *[
             (*_form(values[w], e), values[values[w].sources[e][0]].shape, layouts[u], u in ones, u in alike)
             for u, w, e in into
@@ -402,17 +409,18 @@ def from_blocks(
         if made is None:
             made = _made(values, v, into, layouts, ones, alike, reverse)
             at = same.setdefault(made.layout, made.layout)
-            made = known[key] = made._replace(layout=at)
+            routes = [once(route) for route in made.routes]
+            made = known[key] = made._replace(routes=routes, layout=at)
         routes, layouts[v], flops, written, shares, unit, same_for_all = made
         if unit:
             ones.add(v)
         if same_for_all:
             alike.add(v)
         terms = tuple([Term(*at, route) for at, route in zip(into, routes, strict=True)])
-        steps.append(Step(v, terms, layouts[v], frees.get(v, ()), flops, written, shares))
+        steps.append(Step(v, terms, layouts[v], frees[v], flops, written, shares))
     return Sweep(
         reverse=reverse, seed=next(iter(seeds)), layout=layout, steps=steps, layouts=layouts,
-        targets=[t if t in present else None for t in targets],
+        targets=[None if t is None or not present[t] else t for t in targets],
         flops=sum(s.flops for s in steps), bytes=sum(s.bytes for s in steps),
         alike=frozenset(alike),
         **fields,

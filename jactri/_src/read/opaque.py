@@ -30,16 +30,7 @@ from ..base.recomputed import Recomputed
 from ..base.remedies import one_of, untwice
 from ..maps.linear_map import LinearMap
 from .nodes import builtin, identity
-from .unrecorded import (
-    ERROR,
-    MARKED,
-    SPARSE,
-    UNUSUAL,
-    cause,
-    guarded,
-    sparse_cause,
-    tight,
-)  # fmt: skip
+from .unrecorded import ERROR, MARKED, SPARSE, UNUSUAL, cause, guarded, sparse_cause, tight
 from .vmapped import Vmapped, combined, figures, fitting, shown
 
 logger = logging.getLogger("jactri")
@@ -233,9 +224,7 @@ class OpaqueCall:
     def _pulled(self, nr: int, c: Tensor) -> tuple[Tensor | None, ...]:
         if len(c) == 1:
             return tuple([None if g is None else g.unsqueeze(0) for g in self._row(nr, c[0])])
-        if nr not in self._rows:
-            self._rows[nr] = self._products(nr)
-        rows, present = self._rows[nr]
+        rows, present = self._rows.get(nr) or self._rows.setdefault(nr, self._products(nr))
         stacked = iter(rows(c))
         return tuple([next(stacked) if p else None for p in present])
 

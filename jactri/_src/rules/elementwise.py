@@ -78,24 +78,35 @@ class Zero(Elementwise):
     pull = push
 
 
-def unary(g):
-    call, (m, *rest) = g.call, g.meta
-    rest = [None] * len(rest)
+class Slope:
+    """The derivative of an elementwise node: what it makes of ones, or of a cotangent. A long graph has many."""
 
-    def derivative(c: Tensor | None = None) -> Tensor:
-        c = one(m) if c is None else c
-        c = c if m.device.type == "cpu" else c.expand(tuple(m.shape))
-        out = call(c, *rest)
+    __slots__ = ("_call", "_more", "device", "dtype", "shape")
+
+    def __init__(self, g):
+        self._call, self._more = g.call, len(g.meta) - 1
+        self.shape, self.dtype, self.device = g.shape, g.dtype, g.device
+
+    def __call__(self, c: Tensor | None = None) -> Tensor:
+        c = one(self) if c is None else c
+        c = c if self.device.type == "cpu" else c.expand(self.shape)
+        out = self._call(c, *[None] * self._more)
         return out[0] if out.__class__ is tuple else out
 
-    s, record, kernel = g.match(g.src[0]), g.record, g.later()
+    def passing(self) -> Tensor:
+        """As `passing`."""
+        return passing(self, self)
+
+
+def unary(g):
+    s, record, kernel, slope = g.match(g.src[0]), g.record, g.later(), Slope(g)
     if record.selects:
-        value = g.mask(s, derivative, None, True, kernel)
+        value = g.mask(s, slope, None, True, kernel)
     elif record.scales:
-        value = g.mask(s, derivative, lambda: passing(derivative, m), True, kernel)
+        value = g.mask(s, slope, slope.passing, True, kernel)
     else:
-        value = g.diagonal(s, derivative, True, kernel)
-    return (value, *rest) if rest else value
+        value = g.diagonal(s, slope, True, kernel)
+    return (value, *[None] * (len(g.meta) - 1)) if len(g.meta) > 1 else value
 
 
 def passing(pull, meta) -> Tensor:
