@@ -9,7 +9,7 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
-from ..base.constants import halves
+from ..base.constants import fixed, halves
 from ..base.rates import block_bytes
 from ..maps.cut import Cut
 from ..maps.layout import FREE, Layout
@@ -107,7 +107,8 @@ def probe_mixing(
     n = outputs[0].shape[0]
     if n < 2:
         return None
-    within, across, sample = 0.0, 0.0, None
+    across, sample = 0.0, None
+    seen: list[tuple[Tensor, Tensor]] = []  # sizes, and where they are within samples
     # what must not be differentiated will not be
     graph = torch.is_grad_enabled() and why_not(outputs) is None
     for j, y in enumerate(outputs):
@@ -129,7 +130,7 @@ def probe_mixing(
             near = [masks.to(g.device) for g in grads]
             sizes = [g.detach().abs().reshape(len(masks), n, -1).amax(2) for g in grads]
             both = list(zip(sizes, near, strict=True))
-            within = max([within, *(float(s.masked_fill(~m, 0).max()) for s, m in both)])
+            seen += both
             far = [s.masked_fill(m, 0).amax(0) for s, m in both]
             left = [
                 (g * _noise(g))[~m].sum()
@@ -144,6 +145,7 @@ def probe_mixing(
                     across, sample = most, int(size.argmax())
     if sample is None:
         return None
+    within = max(float(s.masked_fill(~m, 0).max()) for s, m in seen)
     return Leak(across / within if within else float("inf"), sample)
 
 
@@ -159,9 +161,15 @@ def _at_once(graph: Graph, room: float) -> int:
 
 
 def _noise(y: Tensor) -> Tensor:
-    gen = torch.Generator(device=y.device).manual_seed(0)
-    noise = torch.rand(y.shape, generator=gen, device=y.device, dtype=torch.float32)
-    return noise.add_(0.5).to(y.dtype)
+    """Numbers for what has this shape, the same each time: kept if they are few, and not to be written to."""
+
+    def make() -> tuple[Tensor]:
+        gen = torch.Generator(device=y.device).manual_seed(0)
+        noise = torch.rand(y.shape, generator=gen, device=y.device, dtype=torch.float32)
+        return (noise.add_(0.5).to(y.dtype),)
+
+    (found,) = make() if y.numel() >> 16 else fixed(("noise", y.shape, y.dtype, y.device), make)
+    return found
 
 
 def _gradients(y, inputs, weight=None, create_graph: bool = False) -> list[Tensor]:

@@ -123,12 +123,14 @@ class Reader:
 
         What is asked of a node is asked once: attributes of autograd's nodes are made anew at every look.
         """
-        self.node, self.src, self.name = node, src, self.once(node.name())
+        self.node, self.src = node, src
+        name, once = node.name(), self._same.setdefault
+        self.name = once(name, name)
         self._known: dict[str, object] = {}  # what was read of it
         self.meta = meta = node._input_metadata
         first = meta[0]
-        self.shape: Shape = self.once(tuple(first.shape))
-        self.dtype, self.device = first.dtype, self.once(first.device)
+        shape, device = tuple(first.shape), first.device
+        self.shape, self.dtype, self.device = once(shape, shape), first.dtype, once(device, device)
         if len(meta) > 1 or self.dtype.is_complex or first.is_nested_tensor:
             for m in meta:
                 if m.is_nested_tensor:
