@@ -223,3 +223,22 @@ def test_nothing_of_a_plan_changes_by_running_it(monkeypatch):
     for call in calls:
         call()
     assert found == {name: repr(getattr(*name)) for name in caches}
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_steps_that_differ_by_an_index_share_what_is_equal(strategy):
+    """A plan of a long graph is kept: it holds every route and every layout once."""
+    cell = nn.RNNCell(2, 3)
+
+    def last(x):
+        h = x.new_zeros(len(x), 3)
+        for k in range(x.shape[1]):
+            h = cell(x[:, k], h)
+        return h
+
+    (sweep,) = make_plan(graph_of(last, (2, 12, 2)), strategy).sweeps
+    routes = [t.route for s in sweep.steps for t in s.terms]
+    layouts = [*sweep.layouts.values(), *(at for r in routes for at in (r.mid, r.out))]
+    assert len(routes) > 48
+    for parts in (routes, layouts):
+        assert len({id(p) for p in parts}) == len(set(parts))

@@ -5,7 +5,7 @@ import torch
 from cases import ALL
 
 import jactri
-from jactri._src.base.constants import halves
+from jactri._src.base.constants import halves, halvings
 from jactri._src.calls import api
 from jactri._src.plan import planning
 from jactri._src.plan.planner import make_plan
@@ -86,6 +86,7 @@ def test_most_cases_can_be_cut():
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 33, 128, 129])
 def test_every_two_samples_are_told_apart(n):
     masks = halves(n, "cpu").tolist()
+    assert len(masks) == halvings(n)
     assert len(masks) <= {1: 0, 2: 2, 8: 5, 128: 10, 129: 12}.get(n, 12)
     for i in range(n):
         for j in range(n):

@@ -11,6 +11,7 @@ from tolerances import assert_close
 from torch.autograd.function import once_differentiable
 
 import jactri
+from jactri._src.base.constants import arbitrary
 from jactri._src.read import opaque, vmapped
 
 
@@ -303,3 +304,19 @@ def test_figures_are_those_of_every_sample():
     torch.func.grad(lambda x: look(x).sum())(x)
     for rows, pairs in zip(seen, (x.sum(0).T, x.reshape(6, 2), x.reshape(1, -1)), strict=True):
         assert sorted(rows) == sorted([float(p.sum()), float(p.max())] for p in pairs)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rows_that_cancel_are_no_contradiction(wrong, caplog):
+    """Of what is left, nothing but rounding, no digit agrees: it is their size that tells."""
+    a = weights(7, 5, dtype=torch.float32)
+    rows = torch.stack([w * torch.ones(7) for w in torch.tensor([1, 1, -2]) / arbitrary((3,), a)])
+    inside = torch._C._functorch.is_batchedtensor
+
+    def product(row):
+        return (row @ a * (1 + wrong * inside(row) * row[0]),)
+
+    with caplog.at_level("INFO", logger="jactri"):
+        (made,) = vmapped.Vmapped(product, "rows")(rows)
+    torch.testing.assert_close(made, torch.stack([product(row)[0] for row in rows]))
+    assert ("another result" in caplog.text) is wrong
