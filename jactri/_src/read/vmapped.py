@@ -162,7 +162,7 @@ def figures(found: Sequence[Tensor]) -> list[list[float]]:
 
 def combined(weights: Tensor, block: Tensor) -> Tensor:
     """The sum of the rows of a block, each times its weight."""
-    return (weights.to(block.dtype) @ block.flatten(1)).view(block.shape[1:])
+    return (weights.to(block.dtype) @ block.unsqueeze(-1).flatten(1)).view(block.shape[1:])
 
 
 def _weights(n: int, like: Tensor) -> Tensor:
