@@ -92,6 +92,7 @@ PRODUCTS = {
     "both": lambda func, x: jactri.jvp(func, x, x, differentiate="both"),
     "vjp": lambda func, x: jactri.vjp(func, x, torch.ones(2, 2, 3, 4)),
     "jacobian": lambda func, x: jactri.jacobian(func, x),
+    "one row": lambda func, x: jactri.jacobian(lambda *x: func(*x).sum(), x),
 }
 
 

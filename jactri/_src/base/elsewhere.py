@@ -39,6 +39,18 @@ def check_here(t: Tensor, what: str = "a weight") -> None:
         )
 
 
+MISFIT = (
+    "scaled_dot_product_attention was called with a value of shape {} for a key of shape {}: axis 2 differs. Torch's "
+    "kernel does not look, and its backward writes to other memory; pass a value for each key"
+)
+
+
+def check_keys(key: Tensor, value: Tensor) -> None:
+    """Raise for an attention that has not one value for each key."""
+    if key.shape[2:3] != value.shape[2:3]:
+        raise RuntimeError(MISFIT.format(tuple(value.shape), tuple(key.shape)))
+
+
 _names: dict[type, tuple[str, ...]] = {}
 """By the class of a node: its saved values that may be tensors."""
 
@@ -63,7 +75,7 @@ def check_saved(node, saved: Callable[[str], Any] | None = None) -> None:
 
 
 def check_graph(ys: Iterable[Tensor]) -> None:
-    """Raise where a graph holds what is gone: for autograd's engine, whose kernels do not ask."""
+    """Raise where a graph holds what is gone, or does not fit: for autograd's engine, whose kernels do not ask."""
     stack = [y.grad_fn for y in ys if y.grad_fn is not None]
     seen, recomputed = set(stack), Recomputed()
     while stack:
@@ -71,12 +83,18 @@ def check_graph(ys: Iterable[Tensor]) -> None:
         edges = node.next_functions
         if any(p is None for p, _ in edges):
             recomputed.read(check_saved, node)
+        if node.__class__.__name__.startswith("ScaledDotProduct"):
+            recomputed.read(_check_attention, node)
         for p, _ in edges:
             if p.__class__ is _ACCUMULATE:
                 check_here(p.variable)
             elif p is not None and p not in seen:
                 seen.add(p)
                 stack.append(p)
+
+
+def _check_attention(node) -> None:
+    check_keys(node._saved_key, node._saved_value)
 
 
 def _may_be_tensors(value: Any) -> bool:

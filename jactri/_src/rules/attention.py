@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor
 
+from ..base.elsewhere import check_keys
 from ..maps.attending import Attend, Whole
 from ..maps.attention import Attention, probabilities
 from ..maps.contraction import MatMul
@@ -32,11 +33,6 @@ KINDS = {
     "ScaledDotProductCudnnAttentionBackward0": ("attn_bias", None),
     "ScaledDotProductFusedAttentionOverrideableBackward0": ("attn_bias", 3),
 }
-
-MISFIT = (
-    "scaled_dot_product_attention was called with a value of shape {} for a key of shape {}: axis 2 differs. Torch's "
-    "kernel does not look, and its backward writes to other memory; pass a value for each key"
-)
 
 
 def parts(r) -> Curves | None:
@@ -70,8 +66,7 @@ def attention(g):
         return batch_and_heads(g)
     b, heads, t, d = q.shape
     groups, s, width = k.shape[1], k.shape[2], v.shape[3]
-    if v.shape[2] != s:
-        raise RuntimeError(MISFIT.format(tuple(v.shape), tuple(k.shape)))
+    check_keys(k, v)
     if (
         v.shape[1] != groups
         or heads % groups
