@@ -134,14 +134,27 @@ def tensor_parallel():
     for frozen in (m, copy.deepcopy(m).requires_grad_(False)):
         with pytest.raises(RuntimeError, match="leave mesh= out, or pass the dimension"):
             jactri.jacobian(frozen, x, mesh=mesh["tp"])
+    placed = dict(m.named_parameters())
+    for name, t in jac.dense().items():  # sharded by samples, and along the weight's axes
+        moved = [Shard(s.dim + 2) if s.is_shard() else s for s in placed[name].placements]
+        assert list(t.placements) == [Shard(0), *moved] and t.device_mesh == mesh
+        assert torch.allclose(t.full_tensor(), whole.dense()[name]), name
+    assert jac.matrix().placements == (Shard(0), Replicate())
+    assert torch.allclose(jac.matrix().full_tensor(), whole.matrix())
+    kernel = jactri.empirical_ntk(m, given, given.redistribute(placements=[Replicate()] * 2))
+    assert kernel.placements == (Shard(0), Replicate())
+    assert torch.allclose(kernel.full_tensor(), jactri.empirical_ntk(net, x))
     return {name: outcome(call, call(net, x), m, given) for name, call in calls.items()}
 
 
 def test_tensor_parallel_weights(ranks):
     for said in ranks(4, tensor_parallel):
         for name, told in said.items():
-            if name in OF_PARAMETERS and name != "J^T y":
-                assert "tensor parallel weights, use a module" in told, (name, told)
+            if name in ("gram", "kernel"):
+                assert "has no factors to go to other ranks" in told and "DTensor" in told, (
+                    name,
+                    told,
+                )
             elif name == "laplacian":
                 assert "no second derivative" in told
             else:

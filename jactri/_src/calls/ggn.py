@@ -18,6 +18,7 @@ from ..parameters.pairs import check_real, flat
 from ..parameters.recorded import Recorded
 from ..prologue.arguments import check_options
 from ..prologue.running import public
+from ..spread import weights
 from ..spread.kernels import check_proven
 from ..spread.shards import ALONE, Share, taken_here
 from ..spread.sums import totals
@@ -97,7 +98,6 @@ class GGN(Shown):
     """
 
     def __init__(self, factors: Factors[Recorded], loss_hessian, share: Share = ALONE):
-        factors.run.check_whole()
         self._factors, self._share = factors, share
         self.jacobian, self.hessian = ParameterJacobian(factors, share), loss_hessian
         self._local, y = ParameterJacobian(factors), factors.run.y
@@ -162,6 +162,8 @@ class GGN(Shown):
             pushed = jac @ v
             block = pushed.dim() > run.y.dim()
             turned = self._times(pushed if block else pushed.unsqueeze(0))
+            if run.sharded:
+                return weights.pulled(run, turned.to(run.y.dtype), block, self._share)
             made = jac.T @ (turned if block else turned[0])
             return totals(made, self._share)
 
@@ -178,7 +180,10 @@ class GGN(Shown):
                 eye = torch.eye(m, dtype=run.y.dtype, device=run.y.device).reshape(m, 1, *run.out)
                 h = self._times(eye.expand(m, n, *run.out)).reshape(m, n, m).permute(1, 2, 0)
             if run.structure is None:
-                made = self._formed(h.reshape(n, m, m) if h.numel() != n * m else h.reshape(n, m))
+                h = h.reshape(n, m, m) if h.numel() != n * m else h.reshape(n, m)
+                if run.sharded:
+                    return weights.diagonal(run, h, self._share)
+                made = self._formed(h)
             else:
                 made = self._contracted(h, h.numel() == n * m and h.shape == run.y.shape)
             return totals(made, self._share)

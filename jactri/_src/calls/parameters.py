@@ -166,14 +166,18 @@ class ParameterJacobian(Shown):
             ValueError: ``out`` has other names; a ``memory_limit`` that is too small.
         """
         if out is not None:
+            self._run.check_whole("out= of dense")
             self._share.check_out("dense")
             operands.check_out(self._run, out)
+        elif self._run.sharded:
+            return weights.dense(self._factors, self._share)
         return {name: self._share.rows(t) for name, t in self._dense(out).items()}
 
     def _dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """That of this process's samples."""
         run = self._run
-        run.check_whole()
+        if run.sharded:
+            return whole_of(weights.dense(self._factors, ALONE), False)
         shape = tuple(run.y.shape)
         with run.computing():
             taken = sum(p.numel() * p.element_size() for p in run.params.values()) * run.y.numel()
@@ -227,10 +231,10 @@ class ParameterJacobian(Shown):
         run = self._run
         dtypes = {p.dtype for p in run.params.values()}
         wide = reduce(torch.promote_types, dtypes)
-        if run.create_graph or len(dtypes) > 1:
-            dense = self._dense().values()
+        if run.create_graph or len(dtypes) > 1 or run.sharded:
             with run.computing():
-                parts = [t.reshape(*run.y.shape, -1).to(wide) for t in dense]
+                dense, lead = self._dense().items(), run.y.shape
+                parts = [t.reshape(*lead, run.params[name].numel()).to(wide) for name, t in dense]
                 return self._share.rows(torch.cat(parts, -1))
         entries = sum(p.numel() for p in run.params.values())
         with run.computing():
@@ -295,7 +299,7 @@ class ParameterJacobian(Shown):
         if not isinstance(v, dict):
             return NotImplemented
         operands.check_names(run.params, v, "v")
-        v = whole_of(v, run.create_graph)
+        v = v if run.sharded else whole_of(v, run.create_graph)
         k = operands.block(run.params, v)
         with run.computing():
             if run.structure is None:
@@ -315,6 +319,8 @@ class ParameterJacobian(Shown):
 
     def _by_rows(self, v: dict[str, Tensor], k: int | None, depends: bool = True) -> Tensor:
         """``J v`` by the whole Jacobian."""
+        if self._run.sharded:
+            return weights.pushed(self._run, v, k)
         y = self._run.y
         total = y.new_zeros(y.shape if k is None else (k, *y.shape))
         for name, j in self._dense().items() if depends and k != 0 else ():
@@ -424,11 +430,13 @@ class ParameterJacobian(Shown):
             True
         """
         run = self._run
-        v = whole_of(v, run.create_graph)
+        v = v if run.sharded else whole_of(v, run.create_graph)
         operands.check_variances(run.params, v)
         n, m = run.n, prod(run.out)
         with run.computing():
-            if run.structure is None:
+            if run.sharded:
+                made = weights.variance(run, v, diagonal)
+            elif run.structure is None:
                 made = run.y.new_zeros((n, m) if diagonal else (n, m, m))
                 for name, j in self._dense().items() if run.by_autograd else ():
                     w = v[name].to(j.dtype)
@@ -461,6 +469,8 @@ def formed_gram(first: Factors[Recorded], second: Factors[Recorded]) -> Tensor:
     """``J J^T`` of two Jacobians, ``(*output, *output)``, by the Jacobians themselves."""
     run, other = first.run, second.run
     a, b = run.y, other.y
+    if run.sharded or other.sharded:
+        return weights.gram(first, second)
     first.budget("J J^T", a.numel() * b.numel() * a.element_size())
     with run.computing():
         total = a.new_zeros(a.numel(), b.numel())

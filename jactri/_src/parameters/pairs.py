@@ -8,7 +8,7 @@ from torch import Tensor
 
 def flat(t: Tensor, rows: int) -> Tensor:
     """``(rows, entries)``: sums go over the real and the imaginary part of a complex entry, as two."""
-    t = t.reshape(rows, -1)
+    t = t.reshape(rows, t.numel() // max(rows, 1))
     return torch.view_as_real(t.resolve_conj()).flatten(1) if t.is_complex() else t
 
 

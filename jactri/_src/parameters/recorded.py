@@ -305,10 +305,10 @@ class Recorded(Used):
             ] or ["not used"]
         return found
 
-    def check_whole(self) -> None:
-        """Raise RuntimeError for weights that are DTensors, of which a Jacobian has no factors here."""
+    def check_whole(self, what: str) -> None:
+        """Raise RuntimeError for weights that are DTensors, of which ``what`` is not possible."""
         if self.sharded:
-            raise _sharded("this", self.sharded)
+            raise _sharded(what, self.sharded)
 
     def check_unchanged(self) -> None:
         """Raise if something was written to since the forward pass, or freed."""
@@ -350,8 +350,8 @@ def _some(names: list[str]) -> str:
 def _sharded(what: str, names: list[str]) -> RuntimeError:
     return RuntimeError(
         f"{what} is not possible for parameters that are DTensors ({_some(names)}), of which a process has a part "
-        "of the numbers only: jac.T @ u has their products, placed as they are; for all else of "
-        "tensor parallel weights, use a module with the whole ones (full_tensor())"
+        "of the numbers only: leave it out, or for tensor parallel weights use a module with the whole ones "
+        "(full_tensor())"
     )
 
 

@@ -9,15 +9,18 @@ from torch import Tensor
 
 from ..parameters.factored import Factors
 from ..parameters.recorded import Recorded
-from . import ring
+from . import ring, weights
 from .shards import Share
 
 
 def check_proven(run: Recorded, share: Share) -> None:
     """Raise RuntimeError where nothing shows that samples do not mix, as other ranks have to have it.
 
-    On one device the Jacobian of what autograd computes as a whole is right either way.
+    On one device the Jacobian of what autograd computes as a whole is right either way. Also for a batch that is shared
+    out among the ranks that share the weights.
     """
+    if run.sharded:
+        weights.check(run, share)
     reason = run.reason
     shown = run.assume or reason is None or reason.graph is not None
     if share.dims and not shown and not any(t.requires_grad for t in run.leaves):

@@ -116,7 +116,6 @@ class Parts:
 
     def _found(self) -> list[tuple[int, int]]:
         run = self.of.run
-        run.check_whole()
         if run.by_autograd:
             raise RuntimeError(
                 f"the Jacobian in the parameters has no factors to go to other ranks: the module holds {run.reason}; "
