@@ -1,6 +1,7 @@
 """Models that are distributed themselves, FSDP2, DDP and tensor parallel, on batches that ranks share."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -159,6 +160,38 @@ def test_tensor_parallel_weights(ranks):
                 assert "no second derivative" in told
             else:
                 assert told == "right", (name, told)
+
+
+def both_ways(n):
+    """Said where weights stay after a backward pass, and where one frees them."""
+    # torch's, of layers that return views
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net, x = mlp(), data(n)
+    given = distribute_tensor(x, mesh, [Shard(0), Replicate()])
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    said = {}
+    for keep in (True, False):
+        m = parallelize_module(copy.deepcopy(net), mesh["tp"], plan)
+        for part in (m[0], m[2], m):
+            fully_shard(part, mesh=mesh["dp"], reshard_after_forward=False)
+        if keep:
+            m.set_reshard_after_backward(False)
+        for name in ("dense", "J^T y", "ggn", "G v"):
+            call = OF_PARAMETERS[name]
+            said[keep, name] = outcome(call, call(net, x), m, given)
+    return said
+
+
+@pytest.mark.parametrize("n", [5, 1])
+def test_tensor_parallel_weights_under_fsdp(ranks, n):
+    """Ranks have other numbers of rows: no backward pass may gather weights."""
+    for said in ranks(4, both_ways, n):
+        for (keep, name), told in said.items():
+            assert told == "right" if keep else "set_reshard_after_backward(False)" in told, (
+                name,
+                told,
+            )
 
 
 # -- means ------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def parallel(kind, mesh):
             "down": RowwiseParallel(output_layouts=Shard(1)),
             "last": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         }
-        x = torch.randn(3, 4, 3, dtype=F64)
+        x = torch.randn(3, 2, 3, dtype=F64)
     else:
         # of 5, parts are uneven; plain ones, as between the layers of "mixed", torch takes for even
         net, x = mlp(6 if kind == "mixed" else 5).to(F64), torch.randn(3, 3, dtype=F64)
@@ -105,7 +105,7 @@ def all_of_it(kind):
     assert torch.allclose(jac.output, want.output)
     alike(jac.dense(), want.dense(), m, want.output.dim())
     assert type(jac.matrix()) is torch.Tensor and torch.allclose(jac.matrix(), want.matrix())
-    for lead in ((), (0,), (1,), (2,)):
+    for lead in ((), (0,), (2,)):
         v = tangents(net, *lead)
         for given in (v, as_weights(v, m, len(lead))):
             got = jac @ given

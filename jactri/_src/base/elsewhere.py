@@ -31,7 +31,9 @@ DISTRIBUTED = "distributed tensors (DTensor)"
 
 
 def check_here(t: Tensor, what: str = "a weight") -> None:
-    """Raise for a tensor whose memory is gone."""
+    """Raise for a tensor whose memory is gone; of a DTensor, this process's part."""
+    if t.__class__ is not Tensor and is_distributed(t):
+        t = t._local_tensor  # type: ignore[attr-defined]
     if _has_storage(t) and not t.untyped_storage().nbytes() and t.numel():
         raise RuntimeError(
             f"{what} of shape {tuple(t.shape)} was freed after the forward pass (its storage is empty), so nothing can "

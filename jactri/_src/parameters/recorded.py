@@ -11,7 +11,14 @@ from torch import Tensor
 from ..base import backends
 from ..base.cache import Cache
 from ..base.classes import leaf_and_given, plain
-from ..base.elsewhere import FSDP, WRAPPED, check_here, check_local, is_distributed
+from ..base.elsewhere import (
+    FSDP,
+    WRAPPED,
+    check_graph,
+    check_here,
+    check_local,
+    is_distributed,
+)
 from ..base.remedies import NO_DERIVATIVE, returned
 from ..plan.owners import apart_behind
 from ..plan.samples import REMEDY, probe_mixing
@@ -195,6 +202,8 @@ class Recorded(Used):
         except UnsupportedGraph as reason:
             shapes = [p.shape for p in self.params.values()]
             refuse_or_log("the module", y.shape, shapes, f"holds {reason}")
+            if self.sharded:
+                self._check_kept()
             if real and not self.assume:
                 with torch.no_grad():
                     leak = probe_mixing([y], real)
@@ -225,6 +234,17 @@ class Recorded(Used):
         self.structure = self._structure(graph, seed, starts, data, picked, real)
         if self.by_autograd:
             self.graph = self.structure = None
+
+    def _check_kept(self) -> None:
+        """Raise where a backward pass frees weights.
+
+        The next one would gather them again, and ranks with more samples make more passes than others.
+        """
+        params = [*self.params.values()]
+        torch.autograd.grad(
+            [self.y], params, torch.zeros_like(self.y), retain_graph=True, allow_unused=True
+        )
+        check_graph([self.y])
 
     def _check_reached(self, missing: set[int]) -> None:
         """Raise where weights of other tensors stand in for the parameters that the output does not depend on.
