@@ -217,6 +217,8 @@ def test_empty_batch(name):
     assert jac.variance(like(module)).shape == (0, *out, *out)
     assert jac.variance(like(module), diagonal=True).shape == (0, *out)
     assert jac.matrix().shape == (0, *out, sum(p.numel() for p in module.parameters()))
+    graphed = jactri.parameter_jacobian(module, x, create_graph=True).matrix()
+    assert graphed.shape == jac.matrix().shape
     assert (jac @ like(module)).shape == (0, *out)
     back = jac.T @ torch.zeros(0, *out, dtype=F64)
     assert all(t.shape == module.get_parameter(k).shape and not t.any() for k, t in back.items())

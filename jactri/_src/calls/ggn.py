@@ -62,7 +62,8 @@ def ggn(
         RuntimeError: a Hessian of another shape, or a complex one; and what `parameter_jacobian` raises.
 
     Cost:
-        A product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take.
+        A product: a forward and a backward pass. The diagonal: what the factors of `parameter_jacobian` take. For
+        weights that are DTensors, either a backward pass a row; results are placed as they are.
 
     Examples:
         >>> net, x = nn.Linear(3, 4), torch.randn(5, 3)

@@ -66,7 +66,7 @@ def parameter_jacobian(
 
     Returns:
         A `ParameterJacobian`. Factors are computed at first use and kept while they fit; a parameter that was written
-        to in between is refused.
+        to in between is refused. For weights that are DTensors, each method makes a backward pass a row instead.
 
     Raises:
         TypeError: ``module`` is no Module; ``x`` or the output is no tensor.
@@ -156,7 +156,7 @@ class ParameterJacobian(Shown):
     def dense(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The Jacobian itself: ``{name: (N, *out, *parameter)}``, in the parameter's dtype.
 
-        Zeros where an output does not depend on a parameter.
+        Zeros where an output does not depend on a parameter. Of a weight that is a DTensor, one placed as it is.
 
         Args:
             out: tensors of these shapes to write it to; they are returned.
