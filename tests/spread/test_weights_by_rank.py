@@ -171,14 +171,14 @@ def test_some_of_it(ranks):
     ranks(2, some)
 
 
-def counted():
+def counted(kind):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    net, m, x = parallel("mixed", mesh)
+    net, m, x = parallel(kind, mesh)
     jac = jactri.parameter_jacobian(m, x)
-    v = as_weights(tangents(net), m, 0)
-    G = jactri.ggn(m, x, torch.ones(3, 2, dtype=F64))
+    v, y = as_weights(tangents(net), m, 0), m(x)
+    G = jactri.ggn(m, x, torch.ones_like(jac.output))
     calls = {
-        "dense": jac.dense, "J v": lambda: jac @ v, "gram": jac.gram,
+        "dense": jac.dense, "J v": lambda: jac @ v, "gram": jac.gram, "G v": lambda: G @ v,
         "variance": lambda: jac.variance(v, True), "diagonal": G.diagonal, "J^T u": lambda: jac.T @ jac.output,
     }  # fmt: skip
     found = {}
@@ -186,22 +186,21 @@ def counted():
         with CommDebugMode() as seen:
             call()
         found[name] = seen.get_total_counts()
-    rows = torch.eye(6, dtype=F64).reshape(6, 3, 2)
-    y = m(x)
     with CommDebugMode() as seen:
-        for row in rows:
-            torch.autograd.grad(y, list(m.parameters()), row, retain_graph=True)
-    found["autograd"] = seen.get_total_counts()
-    return found
+        grads = torch.autograd.grad(y, list(m.parameters()), torch.ones_like(y))
+    pending = sum(isinstance(g, DTensor) and g.placements[0].is_partial() for g in grads)
+    return found, y[0].numel(), seen.get_total_counts(), pending
 
 
-def test_what_is_sent(ranks):
-    """What backward passes send, and one all_reduce for a sum over the weights."""
-    for found in ranks(2, counted):
-        passes = found["autograd"]
+@pytest.mark.parametrize("kind", ["mixed", "sequence"])
+def test_what_is_sent(ranks, kind):
+    """What backward passes send, pending gradients for each sample, and one all_reduce for a sum over the weights."""
+    for found, m, each, pending in ranks(2, counted, kind):
+        assert bool(pending) == (kind == "sequence")
+        one, rows = each + pending, 3 * (m * each + pending)
         assert found == {
-            "dense": passes, "diagonal": passes, "J v": passes + 1, "gram": passes + 1, "variance": passes + 1,
-            "J^T u": passes // 6, "autograd": passes,
+            "dense": rows, "diagonal": rows, "J v": rows + 1, "gram": rows + 1, "variance": rows + 1,
+            "J^T u": one, "G v": rows + 1 + one,
         }  # fmt: skip
 
 
