@@ -154,6 +154,12 @@ def some():
     # with a batch that is a DTensor on the weights' own mesh
     got = jactri.parameter_jacobian(m, distribute_tensor(x, mesh, [Replicate()])).dense()
     assert {t.placements for t in got.values()} == {(Shard(2),), (Shard(3),), (Replicate(),)}
+    # compiled, at another point and of other weights
+    kernel = jactri.compile(m, x, of=jactri.empirical_ntk, engine="fx")
+    with torch.no_grad():
+        for p in (m[0].bias, net[0].bias):
+            p.add_(1)
+    assert torch.allclose(kernel(x + 1), jactri.empirical_ntk(net, x + 1))
     # of two models, the same weights later
     later = copy.deepcopy(m)
     with torch.no_grad():
