@@ -3,7 +3,7 @@
 The reference problems of asdex and of SparseConnectivityTracer, and meshes, graphs, bundles and networks (see
 `benchmarks.sparse_problems`), float64, each written once for torch and for JAX. `jactri.jacobian` in CSR form runs
 beside asdex and sparsejac under jit, products of torch.func by colours, and its dense Jacobians where they fit; and
-`jactri.compile` of the same, unless ``--no-compile``, with ``freeze=True``: what a function holds is a constant to jit.
+`jactri.compile` of the same, unless ``--no-compile``. What a function holds is a constant to jit, and may change here.
 
 First, at small sizes, every answer is held against rows of autograd; then, at full size, every answer times random
 vectors from either side against products of autograd. Then products (colours) and entries of the patterns are counted,

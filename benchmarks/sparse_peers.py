@@ -95,16 +95,11 @@ def ours(problem: Problem, quick: bool) -> Made:
 
 
 def ours_compiled(problem: Problem, quick: bool) -> Made:
-    """By `jactri.compile`, of the pattern that `jactri.sparsity` finds; for tests nothing is handed to a compiler.
-
-    What the function holds is a constant, as it is to JAX' jit.
-    """
+    """By `jactri.compile`, of the pattern that `jactri.sparsity` finds; for tests nothing is handed to a compiler."""
     function, x = problem.torch(quick)
     pattern, engine = jactri.sparsity(function, x), "fx" if quick else "inductor"
     with counted() as found:
-        made = jactri.compile(
-            function, x, layout=torch.sparse_csr, pattern=pattern, engine=engine, freeze=True
-        )
+        made = jactri.compile(function, x, layout=torch.sparse_csr, pattern=pattern, engine=engine)
     if made.reason is not None:
         raise RuntimeError(made.reason)
     return Made(
