@@ -349,7 +349,7 @@ def _owned(run: engines.Run, given: list[Tensor]) -> engines.Run:
     again = [
         k
         for k, (a, b) in enumerate(both)
-        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        if a.untyped_storage()._cdata == b.untyped_storage()._cdata
     ]
     return _with_some(run, again, Tensor.clone)
 
